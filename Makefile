@@ -1,0 +1,77 @@
+# `make run` and `make test` are all one needs; they install and prepare what is missing.
+
+CARGO ?= cargo
+CARGO_TARGET_DIR ?= $(CURDIR)/target
+MINIVMM_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/minivmm
+export CARGO_TARGET_DIR MINIVMM_CACHE
+
+MINIVMM := $(CARGO_TARGET_DIR)/release/minivmm
+# The demo's own copy of its root disk: what the guest writes stays until `make clean`.
+DEMO := $(CARGO_TARGET_DIR)/demo
+
+# Where the processor cannot run a guest, the lab's can.
+ifeq ($(shell grep -m 1 -owE 'vmx|svm' /proc/cpuinfo),)
+LAB := resources/lab
+ANNOUNCE = @echo 'This processor lends no virtualisation (no vmx or svm flag): running $(1) in the lab, an emulated one that does.'
+endif
+
+.PHONY: help build run guest lab test test-unit test-guests test-tools fmt lint clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+build: ## the binary: target/release/minivmm
+	$(CARGO) build --release -p minivmm
+
+run: demo build ## a guest with a virtio disk, and its shell
+	@mkdir -p $(DEMO) && cp -u --sparse=always $(MINIVMM_CACHE)/demo.img $(DEMO)/root.img
+	$(call ANNOUNCE,the guest)
+	@$(if $(LAB),$(LAB) -o $(DEMO) --) $(MINIVMM) --kernel $(MINIVMM_CACHE)/linux-cloud/vmlinux \
+		--initrd $(MINIVMM_CACHE)/initrd-cloud.cpio --disk $(DEMO)/root.img --cmdline loglevel=3
+
+.PHONY: demo
+demo:
+	@resources/prepare linux-cloud initrd-cloud.cpio demo.img
+
+guest: demo ## only the guests' kernels and disks, in ~/.cache/minivmm
+	@resources/prepare linux-amd64 initrd-amd64.cpio initrd-amd64-cmdline.cpio tools.img debian
+
+lab: ## make lab CMD='...': a command on a machine whose /dev/kvm works (CMD=bash for a look around)
+	@resources/lab -- bash -c '$(or $(CMD),$(error usage: make lab CMD='...'))'
+
+# The guests first: an unreachable package archive or a missing linker is better known early.
+test: guest test-unit test-guests ## all tests
+
+test-unit: test-tools ## units, hostile input, small polling guests
+	$(CARGO) test --workspace --no-fail-fast
+
+# What tests judge the results by.
+test-tools:
+	@bash -c '. resources/packages.sh && need e2fsprogs qemu-utils strace'
+
+SUITE = $(CARGO) test --release -p minivmm-tests --test guests --no-run
+
+# One guest at a time in the lab: with two at once QEMU's nested SVM has lost one of them (a triple fault out of
+# nothing), and once its own kernel.
+test-guests: export RUST_TEST_THREADS := $(if $(LAB),1,$(RUST_TEST_THREADS))
+test-guests: guest build test-tools ## real Linux guests, and a stock Debian
+	$(SUITE)
+	$(call ANNOUNCE,the guests)
+	@$(LAB:lab=lab-tests) $$($(SUITE) --message-format=json 2>/dev/null | sed -n 's|.*"executable":"\([^"]*/guests-[^"]*\)".*|\1|p') $(TESTS)
+
+bench: build ## speed beside QEMU's microvm: a guest that polls a disk at native speed, on any /dev/kvm
+	$(CARGO) run --release -p minivmm-tests --bin bench native 5
+
+fmt: ## format the sources
+	$(CARGO) fmt --all
+
+lint: ## formatting, clippy, documentation, dependencies, scripts
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	$(CARGO) clippy -p minivmm-tests --test guests -- -D warnings
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps
+	resources/check-dependencies
+	resources/check-scripts
+
+clean: ## remove target/, but not the cache
+	$(CARGO) clean

@@ -1,0 +1,116 @@
+//! The boot GDT: flat segments for the 64-bit entry and the 32-bit one (SDM 3A §3.4.5).
+//!
+//! KVM takes segment registers whole, hidden parts included, so the table in memory matters only to a guest that
+//! reloads one before it has loaded a table of its own. Both are made from the same descriptors, so they cannot differ.
+
+use kvm_bindings::{kvm_dtable, kvm_segment};
+
+use crate::{GuestMemory, WriteError, layout};
+
+/// Selectors, named as in Linux: the boot protocol asks for `__BOOT_CS` and `__BOOT_DS` at just these
+/// (Documentation/x86/boot.rst, "64-bit Boot Protocol").
+const BOOT_CS64: u16 = 0x10;
+const BOOT_DS: u16 = 0x18;
+const BOOT_TSS: u16 = 0x20;
+const BOOT_CS32: u16 = 0x30;
+
+/// Segment types (SDM 3A tables 3-1 and 3-2).
+const TYPE_DATA_READ_WRITE_ACCESSED: u8 = 0x3;
+const TYPE_CODE_EXECUTE_READ_ACCESSED: u8 = 0xb;
+const TYPE_TSS_BUSY: u8 = 0xb;
+
+const fn flat(selector: u16, type_: u8, long: bool) -> kvm_segment {
+    kvm_segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector,
+        type_,
+        present: 1,
+        dpl: 0,
+        db: !long as u8,
+        s: 1,
+        l: long as u8,
+        g: 1,
+        avl: 0,
+        unusable: 0,
+        padding: 0,
+    }
+}
+
+/// 64-bit code.
+pub const CODE64: kvm_segment = flat(BOOT_CS64, TYPE_CODE_EXECUTE_READ_ACCESSED, true);
+/// 32-bit code.
+pub const CODE32: kvm_segment = flat(BOOT_CS32, TYPE_CODE_EXECUTE_READ_ACCESSED, false);
+/// Data and stack, for both.
+pub const DATA: kvm_segment = flat(BOOT_DS, TYPE_DATA_READ_WRITE_ACCESSED, false);
+/// The task register: never used, but VM entry wants a busy TSS in it (SDM 3C §27.3.1.2).
+pub const TSS: kvm_segment = kvm_segment {
+    limit: 0x67,
+    selector: BOOT_TSS,
+    type_: TYPE_TSS_BUSY,
+    s: 0,
+    g: 0,
+    db: 0,
+    ..flat(BOOT_TSS, TYPE_TSS_BUSY, false)
+};
+
+/// Null, null, 64-bit code, data, TSS (16 bytes in 64-bit mode), 32-bit code.
+fn table() -> [u64; 7] {
+    [0, 0, descriptor(&CODE64), descriptor(&DATA), descriptor(&TSS), 0, descriptor(&CODE32)]
+}
+
+/// The GDT register's image.
+pub fn register() -> kvm_dtable {
+    kvm_dtable { base: layout::GDT.0, limit: size_of_val(&table()) as u16 - 1, padding: [0; 3] }
+}
+
+/// Writes the table to [`layout::GDT`].
+///
+/// # Errors
+/// The guest's memory does not reach that far.
+pub fn write(memory: &GuestMemory) -> Result<(), WriteError> {
+    crate::write(memory, "GDT", layout::GDT, table().map(u64::to_le_bytes).as_flattened())
+}
+
+/// The 8 bytes that load this segment (SDM 3A figure 3-8).
+fn descriptor(segment: &kvm_segment) -> u64 {
+    let limit = u64::from(if segment.g == 1 { segment.limit >> 12 } else { segment.limit });
+    let base = segment.base;
+    (limit & 0xffff)
+        | (base & 0xff_ffff) << 16
+        | u64::from(segment.type_) << 40
+        | u64::from(segment.s) << 44
+        | u64::from(segment.dpl) << 45
+        | u64::from(segment.present) << 47
+        | (limit >> 16 & 0xf) << 48
+        | u64::from(segment.avl) << 52
+        | u64::from(segment.l) << 53
+        | u64::from(segment.db) << 54
+        | u64::from(segment.g) << 55
+        | (base >> 24 & 0xff) << 56
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestAddress};
+
+    #[test]
+    fn descriptors_are_the_well_known_ones() {
+        assert_eq!(descriptor(&CODE64), 0x00af_9b00_0000_ffff);
+        assert_eq!(descriptor(&CODE32), 0x00cf_9b00_0000_ffff);
+        assert_eq!(descriptor(&DATA), 0x00cf_9300_0000_ffff);
+        assert_eq!(descriptor(&TSS), 0x0000_8b00_0000_0067);
+    }
+
+    #[test]
+    fn every_selector_finds_its_segment_in_memory() {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x2000)]).unwrap();
+        write(&memory).unwrap();
+        for segment in [CODE64, CODE32, DATA, TSS] {
+            assert!(segment.selector + 7 <= register().limit);
+            let address = GuestAddress(register().base + u64::from(segment.selector));
+            assert_eq!(memory.read_obj::<u64>(address).unwrap(), descriptor(&segment));
+        }
+    }
+}

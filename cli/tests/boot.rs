@@ -1,0 +1,57 @@
+//! What each boot protocol hands to the guest: the command line, the RSDP, the initrd.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+
+use std::fs;
+
+use minivmm_tests::files::sparse;
+use minivmm_tests::guest::Program;
+use minivmm_tests::session::Session;
+use minivmm_tests::{BOUND, image, kvm_is_usable, minivmm, unexpected_lines};
+use tempfile::tempdir;
+
+#[test]
+fn every_protocol_hands_over_the_same() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let write = |name: &str, content: &[u8]| fs::write(directory.path().join(name), content).unwrap();
+    write("pvh", &image::pvh(Program::BootPvh));
+    write("linux64", &image::linux64(Program::BootLinux64));
+    write("bzimage", &image::bzimage(Program::BootLinux64));
+    // An odd length, more than a page, and a recognisable end.
+    let initrd = format!("{}the end", "0123456789abcdef".repeat(300));
+    write("initrd", initrd.as_bytes());
+    sparse(&directory.path().join("disk.img"), 1 << 20);
+
+    // (options, what the command line has to have, the RSDP, the initrd)
+    let table: &[(&str, &[&str], &str, &str)] = &[
+        ("", &["console=ttyS0"], "RSD PTR ", ""),
+        ("--initrd initrd", &[], "RSD PTR ", &initrd),
+        ("--acpi off", &["console=ttyS0"], "-", ""),
+        ("--disk disk.img", &["root=/dev/vda rw"], "RSD PTR ", ""),
+        ("--disk disk.img --cmdline root=/dev/vdb", &["root=/dev/vdb"], "RSD PTR ", ""),
+        ("--disk disk.img --acpi off", &["virtio_mmio.device=4K@0xd0000000:", "root=/dev/vda"], "-", ""),
+        ("--cmdline quiet --cmdline foo.bar=1", &["quiet foo.bar=1\n"], "RSD PTR ", ""),
+        ("--memory 5G --cpus 8 --initrd initrd", &[], "RSD PTR ", &initrd),
+        ("--memory 16M", &[], "RSD PTR ", ""),
+    ];
+    for kernel in ["pvh", "linux64", "bzimage"] {
+        for (options, words, rsdp, initrd) in table {
+            if kernel == "bzimage" && *options == "--memory 16M" {
+                continue; // it wants to be at 16 MiB
+            }
+            let mut command = minivmm(["--kernel", kernel]);
+            command.args(options.split_whitespace()).current_dir(directory.path());
+            let ended = Session::start(&mut command).wait(BOUND).must_be(0);
+            let output = String::from_utf8_lossy(&ended.output);
+            let (cmdline, rest) = output.split_at(output.find('\n').expect("a line") + 1);
+            for word in *words {
+                assert!(cmdline.contains(word), "{kernel} {options}: no {word:?} in {cmdline}");
+            }
+            assert_eq!(cmdline.matches("root=").count(), usize::from(options.contains("--disk")), "{cmdline}");
+            assert_eq!(rest, format!("{rsdp}\n{initrd}\n"), "{kernel} {options}");
+            assert!(unexpected_lines(&ended.errors).is_empty(), "{ended}");
+        }
+    }
+}

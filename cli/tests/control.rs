@@ -1,0 +1,362 @@
+//! The control socket of the real binary, and what it does to a running guest.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+
+use std::fs;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use minivmm_tests::files::sparse;
+use minivmm_tests::guest::Program;
+use minivmm_tests::qmp::Qmp;
+use minivmm_tests::session::Session;
+use minivmm_tests::{BOUND, kvm_is_usable, minivmm, small_guest, unexpected_lines};
+use serde_json::{Value, json};
+use tempfile::tempdir;
+
+const SOCKET: &str = "control.sock";
+/// Bytes of a disk that `Program::DiskLoad` does not fill before the test is over.
+const PLENTY: u64 = 1 << 30;
+
+fn start(directory: &Path, program: Program, options: &[&str]) -> (Session, Qmp) {
+    let session =
+        Session::start(small_guest(directory, program).args(["--qmp", &format!("unix:{SOCKET}")]).args(options));
+    let qmp = Qmp::connect(&directory.join(SOCKET));
+    (session, qmp)
+}
+
+fn status(qmp: &mut Qmp) -> String {
+    let status = qmp.query("query-status");
+    assert_eq!(status["running"], status["status"] == "running");
+    status["status"].as_str().unwrap().to_owned()
+}
+
+fn writes(qmp: &mut Qmp) -> u64 {
+    qmp.query("query-blockstats")[0]["stats"]["wr_operations"].as_u64().unwrap()
+}
+
+#[test]
+fn the_socket_is_private_and_goes_with_the_vm() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let socket = directory.path().join(SOCKET);
+    let (session, mut qmp) = start(directory.path(), Program::Spin, &[]);
+    assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+    // Another VM does not take it over.
+    let ended = Session::start(small_guest(directory.path(), Program::Spin).args(["--qmp", "unix:control.sock"]))
+        .wait(BOUND)
+        .must_be(2);
+    assert!(ended.errors.contains("control.sock"), "{ended}");
+    qmp.query("quit");
+    assert_eq!(qmp.event("SHUTDOWN"), json!({"guest": false, "reason": "host-qmp-quit"}));
+    assert_eq!(qmp.receive(), None);
+    let ended = session.wait(BOUND).must_be(0);
+    assert!(unexpected_lines(&ended.errors).is_empty(), "{ended}");
+    assert!(!socket.exists());
+}
+
+#[test]
+fn pause_and_resume_under_load() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    sparse(&directory.path().join("disk.img"), PLENTY);
+    let (session, mut qmp) = start(directory.path(), Program::DiskLoad, &["--disk", "disk.img", "--cpus", "2"]);
+    let mut before = 0;
+    for _ in 0..100 {
+        qmp.query("stop");
+        assert_eq!(status(&mut qmp), "paused");
+        qmp.event("STOP");
+        let (first, second) = (writes(&mut qmp), writes(&mut qmp));
+        assert_eq!(first, second, "the guest writes while the VM is paused");
+        assert!(first >= before);
+        before = first;
+        qmp.query("cont");
+        qmp.event("RESUME");
+        assert_eq!(status(&mut qmp), "running");
+    }
+    session.output.expect_bytes(usize::try_from(before).unwrap() + 10, BOUND).unwrap();
+    // Twice is as good as once, and says so once.
+    for command in ["stop", "stop", "cont", "cont"] {
+        qmp.query(command);
+    }
+    assert_eq!(qmp.events.len(), 2);
+    qmp.query("stop");
+    qmp.query("quit");
+    session.wait(BOUND).must_be(0);
+}
+
+/// The ways to end, as the guest's or the operator's, with the events that tell them apart.
+#[test]
+fn ends_are_announced() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let table = [
+        (Program::PowerOff, 0, &[("SHUTDOWN", "guest-shutdown")][..]),
+        (Program::Reset, 0, &[("RESET", "guest-reset"), ("SHUTDOWN", "guest-reset")]),
+        (Program::Panic, 3, &[("GUEST_PANICKED", ""), ("SHUTDOWN", "guest-panic")]),
+        (Program::TripleFault, 3, &[("GUEST_PANICKED", ""), ("SHUTDOWN", "guest-panic")]),
+    ];
+    for (program, exit, events) in table {
+        // The guest waits until we are there to listen.
+        let mut command = small_guest(directory.path(), program);
+        command.args(["--qmp", &format!("unix:{SOCKET}"), "--paused"]);
+        let session = Session::start(&mut command);
+        let mut qmp = Qmp::connect(&directory.path().join(SOCKET));
+        assert_eq!(status(&mut qmp), "prelaunch");
+        qmp.query("cont");
+        for (event, reason) in events {
+            let data = qmp.event(event);
+            assert!(reason.is_empty() || data["reason"] == *reason, "{program:?}: {data}");
+        }
+        session.wait(BOUND).must_be(exit);
+    }
+    let (session, mut qmp) = start(directory.path(), Program::Spin, &[]);
+    qmp.query("system_powerdown");
+    qmp.event("POWERDOWN");
+    qmp.query("system_reset");
+    assert_eq!(qmp.event("RESET"), json!({"guest": false, "reason": "host-qmp-system-reset"}));
+    session.wait(BOUND).must_be(0);
+}
+
+#[test]
+fn errors_have_qemus_classes() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    sparse(&directory.path().join("disk.img"), 1 << 20);
+    let (_session, mut qmp) = start(directory.path(), Program::Spin, &["--disk", "disk.img,id=root"]);
+    let mut fails = |command: &str, arguments: Value| qmp.execute(command, arguments).unwrap_err();
+    assert_eq!(fails("human-monitor-command", json!({})).0, "CommandNotFound");
+    assert_eq!(fails("qmp_capabilities", json!({})).0, "CommandNotFound");
+    assert_eq!(fails("block_resize", json!({"device": "sda", "size": 512})).0, "DeviceNotFound");
+    for (arguments, says) in [
+        (json!({"device": "root"}), "'size' is missing"),
+        (json!({"device": "root", "size": "1M"}), "'size', expected: non-negative integer"),
+        (json!({"device": "root", "size": -512}), "'size', expected: non-negative integer"),
+        (json!({"device": "root", "size": 512, "force": true}), "'force' is unexpected"),
+        (json!({"size": 512}), "device, node-name"),
+        (json!({"device": "root", "node-name": "root", "size": 512}), "device, node-name"),
+        (json!({"device": "root", "size": 513}), "multiple of 512"),
+        (json!({"device": "root", "size": 0}), "multiple of 512"),
+    ] {
+        let (class, description) = fails("block_resize", arguments.clone());
+        assert_eq!(class, "GenericError", "{arguments}");
+        assert!(description.contains(says), "{arguments}: {description}");
+    }
+    // Both names of the disk do.
+    for name in ["root", "vda"] {
+        qmp.execute("block_resize", json!({"device": name, "size": 2 << 20})).unwrap();
+    }
+    let disks = qmp.query("query-block");
+    assert_eq!(disks[0]["inserted"]["image"]["virtual-size"], 2 << 20);
+    assert_eq!((&disks[0]["device"], &disks[0]["io-status"]), (&json!("root"), &json!("ok")));
+    assert_eq!(fs::metadata(directory.path().join("disk.img")).unwrap().len(), 2 << 20);
+}
+
+#[test]
+fn people_control_it_too() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    sparse(&directory.path().join("disk.img"), PLENTY);
+    let (session, _qmp) = start(directory.path(), Program::DiskLoad, &["--disk", "disk.img,id=data", "--cpus", "3"]);
+    let ctl = |arguments: &str, status: i32| {
+        let words = ["ctl", SOCKET].into_iter().chain(arguments.split(' '));
+        let ended = Session::start(minivmm(words).current_dir(directory.path())).wait(BOUND).must_be(status);
+        assert_eq!(ended.errors.is_empty(), status == 0, "{ended}");
+        String::from_utf8(ended.output).unwrap() + &ended.errors
+    };
+    let status = ctl("status", 0);
+    assert!(status.starts_with("running, 3 vCPUs, 32M of memory\nDISK "), "{status}");
+    assert!(status.contains("\ndata  1G "), "{status}");
+    for (command, says) in [("stop", "paused"), ("cont", "running")] {
+        assert_eq!(ctl(command, 0), "");
+        assert!(ctl("status", 0).starts_with(says));
+    }
+    assert_eq!(ctl("resize data 2G", 0), "");
+    assert!(ctl("resize vdb 2G", 1).contains("'vdb' not found"));
+    assert!(ctl("resize data big", 2).contains("'big' is not a size"));
+    assert!(ctl("status", 0).contains("\ndata  2G "));
+    ctl("throttle data iops=1000 iops_max=2000", 0);
+    assert!(ctl("throttle data iops=1000 iops_rd=1000", 1).contains("iops-total cannot be used together with"));
+    session.output.expect_bytes(10, BOUND).unwrap();
+    assert!(ctl("disks", 0).contains("write"));
+    let metrics = ctl("metrics", 0);
+    for line in ["minivmm_running 1", "minivmm_vcpu_exits_total{vcpu=\"2\",reason=\"mmio_read\"} "] {
+        assert!(metrics.contains(line), "{metrics}");
+    }
+    assert!(!metrics.contains("minivmm_disk_operations_total{disk=\"data\",kind=\"write\"} 0\n"), "{metrics}");
+    ctl("quit", 0);
+    session.wait(BOUND).must_be(0);
+    assert!(ctl("status", 1).contains(SOCKET));
+}
+
+#[test]
+fn limits_and_histograms() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    sparse(&directory.path().join("disk.img"), PLENTY);
+    let disk = "disk.img,throttling.iops-write=1,throttling.bps-total=1000000,throttling.bps-total-max=2000000";
+    let (session, mut qmp) = start(directory.path(), Program::DiskLoad, &["--disk", disk]);
+    let shown = qmp.query("query-block")[0]["inserted"].clone();
+    assert_eq!(
+        (&shown["iops_wr"], &shown["bps"], &shown["bps_max"]),
+        (&json!(1), &json!(1_000_000), &json!(2_000_000))
+    );
+    // One write a second, or so, until the limit is lifted; also for the one that waits.
+    session.output.expect_bytes(1, BOUND).unwrap();
+    assert!(writes(&mut qmp) <= 10);
+    let none = json!({"device": "vda", "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
+    let mut bad = none.clone();
+    bad["bps_max"] = 1.into();
+    let (class, description) = qmp.execute("block_set_io_throttle", bad).unwrap_err();
+    assert!(class == "GenericError" && description.contains("bps-total-max"), "{class}: {description}");
+    qmp.execute("block-latency-histogram-set", json!({"id": "vda", "boundaries": [1_000_000_000_u64]})).unwrap();
+    qmp.execute("block_set_io_throttle", none).unwrap();
+    session.output.expect_bytes(1000, BOUND).unwrap();
+    qmp.query("stop");
+    let stats = qmp.query("query-blockstats")[0]["stats"].clone();
+    let counted: u64 = stats["wr_latency_histogram"]["bins"].as_array().unwrap().iter().filter_map(Value::as_u64).sum();
+    let writes = stats["wr_operations"].as_u64().unwrap();
+    assert!(counted > 900 && counted <= writes, "{stats}");
+    assert_eq!((&stats["wr_bytes"], &stats["wr_highest_offset"]), (&json!(writes * 512), &json!(writes * 512)));
+    assert_eq!(stats["rd_latency_histogram"]["bins"], json!([0, 0]));
+    qmp.execute("block-latency-histogram-set", json!({"id": "vda"})).unwrap();
+    assert_eq!(qmp.query("query-blockstats")[0]["stats"].get("wr_latency_histogram"), None);
+    let bad = json!({"id": "vda", "boundaries-write": [2, 1]});
+    assert_eq!(qmp.execute("block-latency-histogram-set", bad).unwrap_err().0, "GenericError");
+    qmp.query("quit");
+    session.wait(BOUND).must_be(0);
+}
+
+#[test]
+fn clients_come_and_go_and_need_no_newlines() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let socket = directory.path().join(SOCKET);
+    let (_session, mut qmp) = start(directory.path(), Program::Spin, &[]);
+    // Before the negotiation there is nothing else.
+    let mut second = Qmp::greeted(&socket);
+    assert_eq!(second.execute("stop", json!({})).unwrap_err().0, "CommandNotFound");
+    let offered = second.execute("qmp_capabilities", json!({"enable": ["oob"]})).unwrap_err();
+    assert_eq!(offered.0, "GenericError");
+    second.execute("qmp_capabilities", json!({"enable": []})).unwrap();
+    // Several at once, cut anywhere.
+    for part in [r#"{"execute": "query-sta"#, r#"tus"}{"execute":"stop","id":[1]}  {"execu"#, r#"te":"quary"}"#] {
+        second.stream().write_all(part.as_bytes()).unwrap();
+        second.stream().flush().unwrap();
+    }
+    assert_eq!(second.receive().unwrap()["return"]["status"], "running");
+    assert_eq!(second.receive().unwrap()["event"], "STOP");
+    assert_eq!(second.receive().unwrap(), json!({"return": {}, "id": [1]}));
+    assert_eq!(second.receive().unwrap()["error"]["class"], "CommandNotFound");
+    // Everyone hears of what one did.
+    qmp.event("STOP");
+    drop(second);
+    for _ in 0..50 {
+        assert_eq!(status(&mut Qmp::connect(&socket)), "paused");
+    }
+    // As many as there are places, and then some.
+    let others: Vec<_> = (0..7).map(|_| Qmp::connect(&socket)).collect();
+    let mut last = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+    drop(others);
+    let mut greeting = [0; 7];
+    last.read_exact(&mut greeting).unwrap();
+    assert_eq!(&greeting, b"{\"QMP\":");
+    // A client may say all it has to say and hang up its end.
+    let mut brief = Qmp::greeted(&socket);
+    brief.stream().write_all(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"query-version\"}").unwrap();
+    brief.stream().shutdown(std::net::Shutdown::Write).unwrap();
+    assert!(brief.receive().is_some() && brief.receive().is_some());
+    assert_eq!(brief.receive(), None);
+}
+
+#[test]
+fn broken_clients_cost_nothing() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let socket = directory.path().join(SOCKET);
+    let (session, mut qmp) = start(directory.path(), Program::Echo, &[]);
+    session.expect("ready\n", BOUND);
+    let resident = || {
+        let status = fs::read_to_string(format!("/proc/{}/status", session.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
+    };
+    let before = resident();
+
+    // One hundred megabytes of one string.
+    let mut endless = Qmp::connect(&socket);
+    endless.stream().write_all(b"{\"execute\": \"").unwrap();
+    let chunk = vec![b'x'; 1 << 20];
+    let sent = (0..100).take_while(|_| endless.stream().write_all(&chunk).is_ok()).count();
+    assert!(sent < 100, "all of it was taken");
+
+    // Garbage: answered as long as the answers are read.
+    let mut garbage = Qmp::connect(&socket);
+    garbage.stream().write_all(b"\xff\x00GET / HTTP/1.1\r\n\r\n]]}}\n\x01\n{\"execute\":\"query-status\"}").unwrap();
+    let mut errors = 0;
+    loop {
+        let message = garbage.receive().unwrap();
+        if message.get("return").is_some() {
+            break;
+        }
+        assert_eq!(message["error"]["class"], "GenericError");
+        errors += 1;
+    }
+    assert!((1..=4).contains(&errors), "{errors}");
+
+    // Commands and garbage, and never a look at the answers: in the end nobody listens to the client any more.
+    for bytes in [&b"{\"execute\":\"query-qmp-schema\"}"[..], b"nonsense\n"] {
+        let mut deaf = Qmp::connect(&socket);
+        deaf.stream().set_nonblocking(true).unwrap();
+        let flood = bytes.repeat(64 << 10);
+        let mut taken = 0;
+        let full = loop {
+            match deaf.stream().write(&flood) {
+                Ok(count) => taken += count,
+                // What is under way in the socket may still be taken: only a standstill counts.
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    let calm = status(&mut qmp);
+                    assert_eq!(calm, "running");
+                    std::thread::sleep(std::time::Duration::from_millis(20));
+                    match deaf.stream().write(&flood) {
+                        Err(error) if error.kind() == ErrorKind::WouldBlock => break true,
+                        Ok(count) => taken += count,
+                        Err(_) => break false,
+                    }
+                }
+                Err(_) => break false,
+            }
+            assert!(taken < 64 << 20, "a client that never reads is served for ever");
+        };
+        // And one that only listens to nothing is sent away once too much has happened.
+        if full {
+            for _ in 0..4000 {
+                qmp.query("stop");
+                qmp.query("cont");
+                qmp.events.clear();
+            }
+        }
+    }
+
+    assert_eq!(status(&mut qmp), "running");
+    let grown = resident().saturating_sub(before);
+    assert!(grown < 16 << 10, "the VM grew by {grown} KiB");
+    qmp.query("quit");
+    session.wait(BOUND).must_be(0);
+}

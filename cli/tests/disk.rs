@@ -1,0 +1,95 @@
+//! A guest of our own drives the virtio-blk device: notify, ioeventfd, request, used ring, on any /dev/kvm.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+
+use std::fs;
+use std::path::Path;
+
+use minivmm_tests::guest::{self, DISK_SECTORS, Program, words};
+use minivmm_tests::session::Session;
+use minivmm_tests::{BOUND, kvm_is_usable, small_guest, unexpected_lines};
+use tempfile::tempdir;
+
+/// What `Program::Disk` expects to find in sector 3, and what it writes to sector 7.
+const GIVEN: u32 = 0x5a00_0000;
+const WRITTEN: u32 = 0xc300_0000;
+
+/// The image before, and what it has to be afterwards.
+fn before() -> Vec<u8> {
+    let mut image = vec![0x77; DISK_SECTORS as usize * 512];
+    image[3 * 512..][..512].copy_from_slice(&words(GIVEN, 128));
+    image
+}
+
+fn after() -> Vec<u8> {
+    let mut image = before();
+    image[7 * 512..][..512].copy_from_slice(&words(WRITTEN, 128));
+    image
+}
+
+/// Runs the guest; an exit status other than success is the number of a step in `guest.s`.
+#[track_caller]
+fn run(directory: &Path, disk: &str, serial: &str) {
+    // The guest notices no difference between registers that are mapped and registers that trap.
+    for registers in [&[][..], &["--trap-registers"]] {
+        fs::write(directory.join("disk.img"), before()).unwrap();
+        let mut command = small_guest(directory, Program::Disk);
+        let ended = Session::start(command.args(["--debug-exit", "--disk", disk]).args(registers));
+        let ended = ended.wait(BOUND).must_be(guest::SUCCESS);
+        assert_eq!(String::from_utf8_lossy(&ended.output), format!("{serial}\n"), "{disk} {registers:?}");
+        assert!(unexpected_lines(&ended.errors).is_empty(), "{ended}");
+    }
+}
+
+#[test]
+fn reads_writes_flushes_and_errors() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let image = directory.path().join("disk.img");
+    for options in [
+        "",
+        ",aio=threads",
+        ",aio=io_uring",
+        ",cache=writethrough",
+        ",cache=unsafe",
+        ",num-queues=4",
+        ",queue-size=8",
+        ",discard=ignore",
+        ",detect-zeroes=unmap",
+        ",locking=off",
+    ] {
+        fs::write(&image, before()).unwrap();
+        run(directory.path(), &format!("disk.img,serial=the-serial-number{options}"), "the-serial-number");
+        assert!(fs::read(&image).unwrap() == after(), "{options}: the image has other content");
+    }
+}
+
+#[test]
+fn a_serial_number_of_twenty_bytes_has_no_terminator_and_more_is_refused() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    fs::write(directory.path().join("disk.img"), before()).unwrap();
+    run(directory.path(), "disk.img,serial=12345678901234567890", "12345678901234567890");
+}
+
+#[test]
+fn an_image_with_an_odd_end_keeps_it() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let image = directory.path().join("disk.img");
+    fs::write(&image, [before(), b"odd end".to_vec()].concat()).unwrap();
+    let ended =
+        Session::start(small_guest(directory.path(), Program::Disk).args(["--debug-exit", "--disk", "disk.img"]))
+            .wait(BOUND)
+            .must_be(guest::SUCCESS);
+    let says = unexpected_lines(&ended.errors).join("\n");
+    for part in ["disk.img", "32775 bytes", "64 sectors", "7 bytes"] {
+        assert!(says.contains(part), "does not say {part:?}: {says}");
+    }
+    assert!(fs::read(&image).unwrap() == [after(), b"odd end".to_vec()].concat());
+}

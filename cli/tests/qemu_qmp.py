@@ -1,0 +1,112 @@
+"""Drives a running minivmm with qemu.qmp, QEMU's own client library: every command, and the events that it causes.
+
+Usage: qemu_qmp.py SOCKET. The VM writes to its disk `data` without end, and was started with --paused.
+"""
+
+import asyncio
+import sys
+
+from qemu.qmp import ExecuteError, QMPClient
+
+executed = {"qmp_capabilities"}
+
+
+async def main(path):
+    client = QMPClient("test")
+    with client.listener() as events:
+        await client.connect(path)
+        assert client.greeting.QMP.version["package"].startswith("minivmm-")
+
+        async def execute(command, **arguments):
+            executed.add(command)
+            arguments = {name.replace("__", "-"): value for name, value in arguments.items()}
+            return await client.execute(command, arguments)
+
+        async def event(name):
+            message = await asyncio.wait_for(events.get(), 30)
+            assert message["event"] == name, message
+            assert message["timestamp"]["seconds"] > 1_600_000_000
+            return message.get("data")
+
+        async def fails(error_class, command, **arguments):
+            try:
+                await execute(command, **arguments)
+            except ExecuteError as error:
+                assert error.error_class == error_class, error
+            else:
+                raise AssertionError(f"{command} did not fail")
+
+        assert (await execute("query-version"))["qemu"]["major"] >= 9
+        assert await execute("query-status") == {"running": False, "status": "prelaunch"}
+        await execute("cont")
+        await event("RESUME")
+        assert await execute("query-status") == {"running": True, "status": "running"}
+        await execute("stop")
+        await event("STOP")
+        assert (await execute("query-status"))["status"] == "paused"
+        await execute("cont")
+        await event("RESUME")
+
+        cpus = await execute("query-cpus-fast")
+        assert [cpu["cpu-index"] for cpu in cpus] == [0, 1]
+        assert len({cpu["thread-id"] for cpu in cpus}) == 2
+        assert await execute("query-memory-size-summary") == {"base-memory": 32 << 20, "plugged-memory": 0}
+
+        (disk,) = await execute("query-block")
+        assert disk["device"] == "data" and disk["io-status"] == "ok"
+        assert disk["inserted"]["drv"] == "raw" and not disk["inserted"]["ro"]
+        size = disk["inserted"]["image"]["virtual-size"]
+        await execute("block_resize", device="data", size=2 * size)
+        (disk,) = await execute("query-block")
+        assert disk["inserted"]["image"]["virtual-size"] == 2 * size
+        await fails("DeviceNotFound", "block_resize", device="floppy", size=512)
+        await fails("GenericError", "block_resize", device="data", size=1)
+
+        limits = dict.fromkeys(["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"], 0)
+        await execute("block_set_io_throttle", id="data", **{**limits, "iops": 5000, "iops_max": 10000})
+        (disk,) = await execute("query-block")
+        assert disk["inserted"]["iops"] == 5000 and disk["inserted"]["iops_max"] == 10000
+        await execute("block_set_io_throttle", device="data", **limits)
+
+        await execute("block-latency-histogram-set", id="data", boundaries=[10_000, 10_000_000])
+        while True:
+            (stats,) = await execute("query-blockstats")
+            stats = stats["stats"]
+            bins = stats["wr_latency_histogram"]["bins"]
+            if sum(bins) > 10:
+                break
+        assert len(bins) == 3 and stats["wr_operations"] >= sum(bins)
+        assert stats["wr_bytes"] == 512 * stats["wr_operations"]
+
+        metrics = (await execute("x-query-metrics"))["human-readable-text"]
+        assert 'minivmm_disk_operations_total{disk="data",kind="write"}' in metrics
+
+        commands = {command["name"] for command in await execute("query-commands")}
+        known_events = {event["name"] for event in await execute("query-events")}
+        schema = await execute("query-qmp-schema")
+        described = {entry["name"]: entry for entry in schema}
+        for kind, names in [("command", commands), ("event", known_events)]:
+            assert names == {entry["name"] for entry in schema if entry["meta-type"] == kind}
+        assert described[described["block_resize"]["arg-type"]]["meta-type"] == "object"
+        await fails("CommandNotFound", "blockdev-add")
+        executed.remove("blockdev-add")
+
+        await execute("system_powerdown")
+        await event("POWERDOWN")
+        await client.disconnect()
+
+        # Another client, which resets the machine; that ends it.
+        await client.connect(path)
+        await execute("system_reset")
+        assert await event("RESET") == {"guest": False, "reason": "host-qmp-system-reset"}
+        assert await event("SHUTDOWN") == {"guest": False, "reason": "host-qmp-system-reset"}
+        missed = commands - executed - {"quit"}
+        assert not missed, f"not tried: {missed}"
+    try:
+        await client.disconnect()
+    except EOFError:
+        pass
+
+
+asyncio.run(main(sys.argv[1]))
+print("qemu.qmp is content")

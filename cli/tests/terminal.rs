@@ -1,0 +1,70 @@
+//! The user's terminal: raw while the guest has it, and as it was on every way out.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+
+use minivmm_tests::guest::{self, Program};
+use minivmm_tests::session::{Session, Terminal};
+use minivmm_tests::{BOUND, kvm_is_usable, minivmm, small_guest};
+use rustix::process::Signal;
+use tempfile::tempdir;
+
+/// A way out: what is done to the running VM, and the status that must follow.
+type WayOut = (&'static str, fn(&mut Session), i32);
+
+const WAYS_OUT: &[WayOut] = &[
+    ("Ctrl-A x", |vm| vm.send(b"\x01x"), 0),
+    ("the guest's end", |vm| vm.send([4]), guest::SUCCESS),
+    ("SIGTERM", |vm| vm.signal(Signal::TERM), 0),
+    ("SIGINT", |vm| vm.signal(Signal::INT), 0),
+    ("SIGHUP", |vm| vm.signal(Signal::HUP), 0),
+    ("a crash by SIGSEGV", |vm| vm.signal(Signal::SEGV), 128 + 11),
+    ("a crash by SIGBUS", |vm| vm.signal(Signal::BUS), 128 + 7),
+    ("SIGABRT", |vm| vm.signal(Signal::ABORT), 128 + 6),
+];
+
+#[test]
+fn it_is_restored_on_every_way_out() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    for (name, leave, status) in WAYS_OUT {
+        let (mut vm, terminal, before) = start(directory.path());
+        vm.expect("ready", BOUND);
+        assert_ne!(terminal.settings(), before, "{name}: it is not raw while the guest runs");
+        leave(&mut vm);
+        vm.wait(BOUND).must_be(*status);
+        assert_eq!(terminal.settings(), before, "{name}");
+    }
+}
+
+fn start(directory: &std::path::Path) -> (Session, Terminal, String) {
+    let mut command = small_guest(directory, Program::Echo);
+    Session::start_on_terminal(command.arg("--debug-exit"))
+}
+
+#[test]
+fn keys_go_to_the_guest_but_for_ctrl_a() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let (mut vm, ..) = start(directory.path());
+    vm.expect("ready", BOUND);
+    // Ctrl-C is the guest's, and comes back from it as one byte; so does a doubled Ctrl-A.
+    vm.send(b"a\x03b\x01\x01c");
+    vm.expect("a\x03b\x01c", BOUND);
+    vm.send(b"\x01h");
+    let help = vm.expect("send Ctrl-A to the guest", BOUND);
+    assert!(help.contains("Ctrl-A x"), "{help}");
+    vm.send([4]);
+    vm.wait(BOUND).must_be(guest::SUCCESS);
+}
+
+#[test]
+fn bad_arguments_do_not_touch_it() {
+    let directory = tempdir().unwrap();
+    let mut command = minivmm(["--kernel", "missing"]);
+    let (vm, terminal, before) = Session::start_on_terminal(command.current_dir(directory.path()));
+    vm.wait(BOUND).must_be(2);
+    assert_eq!(terminal.settings(), before);
+}

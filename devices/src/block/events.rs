@@ -1,0 +1,45 @@
+//! What a disk tells the VM about itself, unasked.
+
+use std::sync::Arc;
+
+use super::stats::Kind;
+
+/// Where a disk's events go. Called on worker threads: it must not block, and must not call back into the device.
+pub type EventSink = Arc<dyn Fn(BlockEvent) + Send + Sync>;
+
+/// Something that the VM has to know, or to act upon.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BlockEvent {
+    /// The host failed a request (QMP's BLOCK_IO_ERROR). After `ErrorAction::Stop` the VM has to stop; the request is
+    /// retried by `BlockHandle::resume`.
+    IoError {
+        /// The disk's name.
+        device: String,
+        /// What was asked for.
+        operation: Kind,
+        /// What the error policy made of it.
+        action: ErrorAction,
+        /// The host is out of space.
+        nospace: bool,
+        /// The host's words.
+        reason: String,
+    },
+    /// A worker thread is gone and its queues are dead: the VM cannot go on.
+    WorkerFailed {
+        /// The disk's name.
+        device: String,
+        /// What happened.
+        message: String,
+    },
+}
+
+/// What was done about a failed request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorAction {
+    /// The guest was told.
+    Report,
+    /// The guest was told that it succeeded.
+    Ignore,
+    /// The request is kept and the VM stops.
+    Stop,
+}

@@ -1,0 +1,16 @@
+//! The device as a driver sees it: data, status byte, used length and interrupt.
+
+mod batching;
+mod disk;
+mod driver;
+mod interrupts;
+mod lifecycle;
+mod policy;
+mod properties;
+mod requests;
+mod rig;
+mod rings;
+mod segments;
+mod throttling;
+
+pub(in crate::block) use disk::TestDisk;

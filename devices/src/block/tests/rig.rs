@@ -1,0 +1,173 @@
+//! A worker without its thread, between a driver and a disk that the test plays: everything happens when the test says.
+
+use std::sync::{Arc, Mutex};
+
+use super::disk::TestDisk;
+use super::driver::{Buffer, Driver, MEMORY, Sent};
+use crate::block::device::Shared;
+use crate::block::worker::{Agreement, Worker};
+use crate::block::{BlockEvent, BlockOptions, BlockStats, EventSink};
+use crate::virtio::spec::{self, blk};
+
+pub(super) struct Setup {
+    pub(super) disk: TestDisk,
+    pub(super) options: BlockOptions,
+    /// Of the features offered, those that the driver accepts.
+    pub(super) accepted: u64,
+    pub(super) queues: u16,
+    /// The size that the driver gives its rings.
+    pub(super) ring_size: u16,
+    /// Bytes of guest memory.
+    pub(super) memory: u64,
+}
+
+pub(super) struct Rig {
+    pub(super) disk: Arc<TestDisk>,
+    pub(super) driver: Driver,
+    /// `None` only while the device is reset.
+    worker: Option<Worker>,
+    shared: Arc<Shared>,
+    events: Arc<Mutex<Vec<BlockEvent>>>,
+    features: u64,
+    queues: u16,
+}
+
+impl Rig {
+    /// 64 sectors, one ring of 64 descriptors, all features but EVENT_IDX.
+    pub(super) fn new() -> Self {
+        Self::with(|_| {})
+    }
+
+    pub(super) fn with(change: impl FnOnce(&mut Setup)) -> Self {
+        let mut setup = Setup {
+            disk: TestDisk::new(64),
+            options: BlockOptions::new("vda"),
+            accepted: !spec::F_EVENT_IDX,
+            queues: 1,
+            ring_size: 64,
+            memory: MEMORY,
+        };
+        change(&mut setup);
+        let Setup { disk, options, accepted, queues, ring_size, memory } = setup;
+        let disk = Arc::new(disk);
+        let (sink, events) = recorder();
+        let shared = Shared::new(options, Arc::clone(&disk) as _, sink, 1).unwrap();
+        let features = shared.facts.features & accepted;
+        let driver = Driver::with_memory(queues, ring_size, memory);
+        let worker = Some(start(&shared, &driver, features, queues));
+        Self { disk, driver, worker, shared, events, features, queues }
+    }
+
+    /// The driver resets the device and starts over, with fresh rings.
+    pub(super) fn reset(&mut self) {
+        self.worker.take().unwrap().stop();
+        self.driver.interrupt.reset();
+        (0..self.queues).for_each(|ring| self.driver.reset_ring(ring.into()));
+        self.worker = Some(start(&self.shared, &self.driver, self.features, self.queues));
+    }
+
+    pub(super) fn worker(&mut self) -> &mut Worker {
+        self.worker.as_mut().unwrap()
+    }
+
+    pub(super) fn serve(&mut self) {
+        self.worker().serve(0);
+    }
+
+    /// Lets the oldest `count` transfers that the disk holds finish.
+    pub(super) fn release(&mut self, count: usize) {
+        self.disk.release(count);
+        self.worker().reap();
+    }
+
+    pub(super) fn stats(&self) -> BlockStats {
+        self.shared.stats()
+    }
+
+    pub(super) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    /// The events since the last call.
+    pub(super) fn events(&self) -> Vec<BlockEvent> {
+        std::mem::take(&mut self.events.lock().unwrap())
+    }
+
+    /// Puts the buffers on the ring as one chain and serves it. The last one must end in the status byte.
+    pub(super) fn run(&mut self, buffers: &[Buffer]) -> Outcome {
+        let head = self.driver.chain(0, buffers);
+        self.driver.publish(0, head);
+        let last = buffers[buffers.len() - 1];
+        let status = last.address + u64::from(last.length) - 1;
+        self.outcome(&Sent { head, data: 0..0, status })
+    }
+
+    /// Sends a request of this type, serves it, and says how it went.
+    pub(super) fn request(&mut self, request_type: u32, sector: u64, data: Option<Buffer>) -> Outcome {
+        let sent = self.driver.send(0, request_type, sector, data);
+        self.outcome(&sent)
+    }
+
+    /// Serves the one request that waits. It must be answered at once, with an interrupt.
+    pub(super) fn outcome(&mut self, sent: &Sent) -> Outcome {
+        let interrupts = self.driver.line.count();
+        self.serve();
+        let used = self.driver.used(0);
+        let [(head, length)] = used[..] else { panic!("not answered exactly once: {used:?}") };
+        assert_eq!(head, sent.head);
+        assert_eq!(self.driver.line.count(), interrupts + 1);
+        assert_eq!(self.driver.interrupt.status(), spec::mmio::INTERRUPT_USED_BUFFER);
+        self.driver.interrupt.acknowledge(spec::mmio::INTERRUPT_USED_BUFFER);
+        Outcome { status: self.driver.status(sent), length }
+    }
+
+    /// The device still does what it should.
+    pub(super) fn assert_alive(&mut self) {
+        let sent = self.driver.send_read(0, 1, 512);
+        assert_eq!(self.outcome(&sent), Outcome::ok(512));
+        assert_eq!(self.driver.interrupt.needs_reset(), 0);
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        // A test may end with requests kept or held.
+        if let Some(worker) = self.worker.take()
+            && !std::thread::panicking()
+        {
+            worker.stop();
+        }
+    }
+}
+
+fn start(shared: &Arc<Shared>, driver: &Driver, features: u64, queues: u16) -> Worker {
+    let agreement = Agreement { memory: driver.memory.clone(), features, interrupt: driver.interrupt.clone() };
+    let mut worker =
+        Worker::new(Arc::clone(shared), shared.counters(0), agreement, usize::from(queues), false).unwrap();
+    (0..queues).for_each(|queue| worker.add_ring(usize::from(queue), driver.active(queue)).unwrap());
+    worker
+}
+
+/// An event sink and what it received.
+pub(super) fn recorder() -> (EventSink, Arc<Mutex<Vec<BlockEvent>>>) {
+    let events = Arc::new(Mutex::new(Vec::new()));
+    let sink = Arc::clone(&events);
+    (Arc::new(move |event| sink.lock().unwrap().push(event)), events)
+}
+
+/// How a request ended: its status byte and used length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Outcome {
+    pub(super) status: u8,
+    pub(super) length: u32,
+}
+
+impl Outcome {
+    /// Success, with `data` bytes before the status.
+    pub(super) fn ok(data: u32) -> Self {
+        Self { status: blk::S_OK, length: data + 1 }
+    }
+
+    pub(super) const IOERR: Self = Self { status: blk::S_IOERR, length: 1 };
+    pub(super) const UNSUPP: Self = Self { status: blk::S_UNSUPP, length: 1 };
+}

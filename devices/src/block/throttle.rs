@@ -1,0 +1,353 @@
+//! How fast a disk may be: leaky buckets, with QEMU's names and rules (docs/throttle.txt).
+//!
+//! Each limit is a bucket that leaks at the permitted rate. A request may start while no bucket that concerns it is over
+//! its rim, and then pours all of itself in: large requests need no special case, they only make the next one wait longer.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// The six limits of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limit {
+    /// Bytes of reads and writes together.
+    BytesTotal,
+    /// Bytes of reads.
+    BytesRead,
+    /// Bytes of writes.
+    BytesWrite,
+    /// Reads and writes together.
+    OperationsTotal,
+    /// Reads.
+    OperationsRead,
+    /// Writes.
+    OperationsWrite,
+}
+
+impl Limit {
+    /// Every limit, in the order of [`Throttling::rates`].
+    pub const ALL: [Self; 6] = [
+        Self::BytesTotal,
+        Self::BytesRead,
+        Self::BytesWrite,
+        Self::OperationsTotal,
+        Self::OperationsRead,
+        Self::OperationsWrite,
+    ];
+
+    /// QEMU's name for it on the command line, after `throttling.`.
+    pub fn option(self) -> &'static str {
+        ["bps-total", "bps-read", "bps-write", "iops-total", "iops-read", "iops-write"][self as usize]
+    }
+
+    /// QEMU's name for it in QMP.
+    pub fn qmp(self) -> &'static str {
+        ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"][self as usize]
+    }
+
+    fn counts_bytes(self) -> bool {
+        matches!(self, Self::BytesTotal | Self::BytesRead | Self::BytesWrite)
+    }
+
+    fn concerns(self, direction: Direction) -> bool {
+        match self {
+            Self::BytesTotal | Self::OperationsTotal => true,
+            Self::BytesRead | Self::OperationsRead => direction == Direction::Read,
+            Self::BytesWrite | Self::OperationsWrite => direction == Direction::Write,
+        }
+    }
+}
+
+/// Whether a request reads or writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Direction {
+    Read,
+    Write,
+}
+
+/// A rate, in bytes or operations a second.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// The rate in the long run; 0 for no limit.
+    pub average: u64,
+    /// The rate of a burst; 0 for none.
+    pub max: u64,
+    /// How long a burst may last, in seconds. At 1 its `max` may come all at once.
+    pub max_length: u64,
+}
+
+impl Default for Rate {
+    fn default() -> Self {
+        Self { average: 0, max: 0, max_length: 1 }
+    }
+}
+
+/// The limits of a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Throttling {
+    /// In the order of [`Limit::ALL`].
+    pub rates: [Rate; 6],
+    /// `iops-size`: a request longer than this, in bytes, counts as several operations; 0 for never.
+    pub operation_size: u64,
+}
+
+/// Highest rate that is taken; QEMU's.
+const RATE_MAX: u64 = 1_000_000_000_000_000;
+
+impl Throttling {
+    /// Nothing is limited.
+    pub fn is_off(&self) -> bool {
+        self.rates.iter().all(|rate| rate.average == 0)
+    }
+
+    /// Checks the limits against each other.
+    ///
+    /// # Errors
+    /// What does not go together, with the options' names.
+    pub fn check(&self) -> Result<(), String> {
+        for unit in [&Limit::ALL[..3], &Limit::ALL[3..]] {
+            let set = |limit: &Limit| self.rates[*limit as usize].average > 0;
+            if set(&unit[0]) && unit[1..].iter().any(set) {
+                let [total, read, write] = [0, 1, 2].map(|index| unit[index].option());
+                return Err(format!("{total} cannot be used together with {read} or {write}"));
+            }
+        }
+        for (limit, rate) in Limit::ALL.into_iter().zip(&self.rates) {
+            let name = limit.option();
+            let Rate { average, max, max_length } = *rate;
+            if average > RATE_MAX || max > RATE_MAX {
+                return Err(format!("{name} and {name}-max must not be above {RATE_MAX}"));
+            }
+            if max > 0 && (average == 0 || max < average) {
+                return Err(format!("{name}-max needs {name}, and must not be below it"));
+            }
+            if max_length == 0 || max_length > 1 && max == 0 || max.checked_mul(max_length).is_none_or(|b| b > RATE_MAX)
+            {
+                return Err(format!("{name}-max-length must be at least 1, needs {name}-max, and has its limits"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The buckets of a disk, shared by its workers.
+#[derive(Debug)]
+pub(super) struct Throttle(Mutex<Buckets>);
+
+#[derive(Debug)]
+struct Buckets {
+    options: Throttling,
+    buckets: [Bucket; 6],
+    /// Up to when they have leaked.
+    leaked: Instant,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Bucket {
+    rate: Rate,
+    /// Leaks at the average rate.
+    level: f64,
+    /// Leaks at the burst's rate: keeps a long burst from coming all at once.
+    burst_level: f64,
+}
+
+impl Throttle {
+    pub(super) fn new(options: Throttling, now: Instant) -> Self {
+        Self(Mutex::new(Buckets::new(options, now)))
+    }
+
+    /// Other limits from now on; the buckets are empty.
+    pub(super) fn set(&self, options: Throttling, now: Instant) {
+        *self.lock() = Buckets::new(options, now);
+    }
+
+    pub(super) fn options(&self) -> Throttling {
+        self.lock().options
+    }
+
+    /// How long a request has to wait before it may start; zero when it may.
+    pub(super) fn wait(&self, direction: Direction, now: Instant) -> Duration {
+        let mut buckets = self.lock();
+        buckets.leak(now);
+        let concerned = Limit::ALL.into_iter().zip(&buckets.buckets).filter(|(limit, _)| limit.concerns(direction));
+        let seconds = concerned.map(|(_, bucket)| bucket.wait()).fold(0.0, f64::max);
+        // No timer is finer than that, and the arithmetic is not exact.
+        if seconds < 1e-6 { Duration::ZERO } else { Duration::from_secs_f64(seconds) }
+    }
+
+    /// A request of so many `bytes` starts.
+    pub(super) fn charge(&self, direction: Direction, bytes: u64) {
+        let mut buckets = self.lock();
+        let size = buckets.options.operation_size;
+        let operations = if size > 0 && bytes > size { bytes as f64 / size as f64 } else { 1.0 };
+        for (limit, bucket) in Limit::ALL.into_iter().zip(&mut buckets.buckets) {
+            if limit.concerns(direction) {
+                bucket.pour(if limit.counts_bytes() { bytes as f64 } else { operations });
+            }
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Buckets> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Buckets {
+    fn new(options: Throttling, now: Instant) -> Self {
+        Self { options, buckets: options.rates.map(|rate| Bucket { rate, ..Default::default() }), leaked: now }
+    }
+
+    fn leak(&mut self, now: Instant) {
+        let elapsed = now.saturating_duration_since(self.leaked).as_secs_f64();
+        self.leaked = self.leaked.max(now);
+        for bucket in &mut self.buckets {
+            bucket.level = (bucket.level - bucket.rate.average as f64 * elapsed).max(0.0);
+            bucket.burst_level = (bucket.burst_level - bucket.rate.max as f64 * elapsed).max(0.0);
+        }
+    }
+}
+
+impl Bucket {
+    fn pour(&mut self, units: f64) {
+        if self.rate.average > 0 {
+            self.level += units;
+            self.burst_level += units;
+        }
+    }
+
+    /// Seconds until it is no longer over its rim. Without a burst that is a tenth of a second's worth, so that requests
+    /// are not forced into a rhythm.
+    fn wait(&self) -> f64 {
+        let Rate { average, max, max_length } = self.rate;
+        if average == 0 {
+            return 0.0;
+        }
+        let (average, burst) = (average as f64, max as f64);
+        let rim = if max == 0 { average / 10.0 } else { burst * max_length as f64 };
+        let long = (self.level - rim) / average;
+        let short = if max_length > 1 { (self.burst_level - burst / 10.0) / burst } else { 0.0 };
+        long.max(short).max(0.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limited(limit: Limit, average: u64, max: u64, max_length: u64) -> Throttling {
+        let mut options = Throttling::default();
+        options.rates[limit as usize] = Rate { average, max, max_length };
+        options.check().unwrap();
+        options
+    }
+
+    /// Starts requests one after the other as early as they may, for `seconds` of a clock of our own. Gives how many.
+    fn run(throttle: &Throttle, start: Instant, direction: Direction, bytes: u64, seconds: f64) -> u64 {
+        let (mut now, mut started) = (start, 0);
+        loop {
+            let wait = throttle.wait(direction, now);
+            now += wait;
+            if (now - start).as_secs_f64() > seconds {
+                return started;
+            }
+            assert_eq!(throttle.wait(direction, now), Duration::ZERO, "it waited and has to wait again");
+            throttle.charge(direction, bytes);
+            started += 1;
+            // No request takes no time.
+            now += Duration::from_nanos(100);
+        }
+    }
+
+    #[track_caller]
+    fn within_a_percent(actual: u64, expected: u64) {
+        assert!(actual.abs_diff(expected) * 100 <= expected, "{actual}, not about {expected}");
+    }
+
+    #[test]
+    fn the_average_holds() {
+        let start = Instant::now();
+        for direction in [Direction::Read, Direction::Write] {
+            let throttle = Throttle::new(limited(Limit::OperationsTotal, 1000, 0, 1), start);
+            within_a_percent(run(&throttle, start, direction, 4096, 100.0), 100_000);
+            let throttle = Throttle::new(limited(Limit::BytesTotal, 1 << 20, 0, 1), start);
+            within_a_percent(run(&throttle, start, direction, 4096, 100.0), 100 << 8);
+        }
+    }
+
+    #[test]
+    fn directions_are_apart() {
+        let start = Instant::now();
+        let throttle = Throttle::new(limited(Limit::BytesWrite, 1000, 0, 1), start);
+        throttle.charge(Direction::Write, 100_000);
+        assert!(throttle.wait(Direction::Write, start) > Duration::from_secs(90));
+        assert_eq!(throttle.wait(Direction::Read, start), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_burst_may_come_at_once_or_last() {
+        let start = Instant::now();
+        let throttle = Throttle::new(limited(Limit::OperationsRead, 100, 1000, 1), start);
+        within_a_percent(run(&throttle, start, Direction::Read, 512, 0.01), 1002);
+        // Then only the average is left, and the next burst has to be saved up.
+        let later = start + Duration::from_millis(10);
+        within_a_percent(run(&throttle, later, Direction::Read, 512, 10.0), 1000);
+
+        let throttle = Throttle::new(limited(Limit::OperationsRead, 100, 1000, 10), start);
+        within_a_percent(run(&throttle, start, Direction::Read, 512, 1.0), 1100);
+        let later = start + Duration::from_secs(1);
+        // The rest of the burst: 10,000 in all, less what came, plus what leaked meanwhile.
+        let more = run(&throttle, later, Direction::Read, 512, 20.0);
+        within_a_percent(more + 1100, 10_000 + 2100);
+    }
+
+    #[test]
+    fn large_requests_count_as_several_operations_and_delay_the_next() {
+        let start = Instant::now();
+        let mut options = limited(Limit::OperationsTotal, 100, 0, 1);
+        options.operation_size = 4096;
+        let throttle = Throttle::new(options, start);
+        within_a_percent(run(&throttle, start, Direction::Read, 16384, 40.0), 1000);
+        let throttle = Throttle::new(limited(Limit::BytesTotal, 1 << 20, 0, 1), start);
+        throttle.charge(Direction::Read, 10 << 20);
+        let wait = throttle.wait(Direction::Write, start).as_secs_f64();
+        assert!((9.8..10.0).contains(&wait), "{wait}");
+    }
+
+    #[test]
+    fn new_limits_count_at_once() {
+        let start = Instant::now();
+        let throttle = Throttle::new(limited(Limit::BytesTotal, 1, 0, 1), start);
+        throttle.charge(Direction::Read, 1 << 30);
+        throttle.set(Throttling::default(), start);
+        assert_eq!(throttle.wait(Direction::Read, start), Duration::ZERO);
+        assert!(throttle.options().is_off());
+        // A clock that stands still, or goes back, leaks nothing and breaks nothing.
+        throttle.set(limited(Limit::BytesTotal, 1000, 0, 1), start + Duration::from_secs(1));
+        throttle.charge(Direction::Read, 1100);
+        assert!(throttle.wait(Direction::Read, start) >= Duration::from_millis(999));
+    }
+
+    #[test]
+    fn what_does_not_go_together() {
+        let rate = |average, max, max_length| Rate { average, max, max_length };
+        let check = |rates: &[(Limit, Rate)]| {
+            let mut options = Throttling::default();
+            rates.iter().for_each(|(limit, rate)| options.rates[*limit as usize] = *rate);
+            options.check().map_err(|error| error.split(' ').next().unwrap().to_owned())
+        };
+        use Limit::*;
+        assert_eq!(check(&[(BytesTotal, rate(1, 0, 1)), (OperationsRead, rate(1, 0, 1))]), Ok(()));
+        assert_eq!(check(&[(BytesRead, rate(1, 0, 1)), (BytesWrite, rate(1, 2, 3))]), Ok(()));
+        for (rates, named) in [
+            (&[(BytesTotal, rate(1, 0, 1)), (BytesWrite, rate(1, 0, 1))][..], "bps-total"),
+            (&[(OperationsTotal, rate(1, 0, 1)), (OperationsRead, rate(1, 0, 1))], "iops-total"),
+            (&[(BytesRead, rate(0, 1, 1))], "bps-read-max"),
+            (&[(BytesRead, rate(10, 9, 1))], "bps-read-max"),
+            (&[(BytesRead, rate(10, 0, 2))], "bps-read-max-length"),
+            (&[(BytesRead, rate(10, 10, 0))], "bps-read-max-length"),
+            (&[(BytesRead, rate(10, 10, u64::MAX))], "bps-read-max-length"),
+            (&[(OperationsWrite, rate(u64::MAX, 0, 1))], "iops-write"),
+        ] {
+            assert_eq!(check(rates), Err(named.to_owned()));
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! Image locks that QEMU understands: two readers or one writer, across both programs.
+//!
+//! QEMU (block/file-posix.c) locks single bytes of the image with open-file-description locks, always shared ones. For
+//! every permission it *uses* it locks byte 100 + n, for every permission it *forbids others* byte 200 + n. Whoever
+//! comes then asks whether anybody forbids what it uses, or uses what it forbids: an exclusive lock on that byte would
+//! fail. The locks go with the last descriptor of the open file, however the process ends.
+
+#![expect(unsafe_code, reason = "fcntl(2) with struct flock")]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+/// First of the bytes that stand for permissions in use.
+const USED: i64 = 100;
+/// First of the bytes that stand for permissions forbidden to others.
+const FORBIDDEN: i64 = 200;
+
+/// The two of QEMU's permissions that a guest's disk is about (include/block/block-common.h, BLK_PERM_*), by number.
+const CONSISTENT_READ: i64 = 0;
+const WRITE: i64 = 1;
+
+/// Why an image cannot be locked.
+#[derive(Debug)]
+pub(super) enum LockError {
+    /// Somebody holds it in a way that excludes ours.
+    Held,
+    /// The file system has no such locks, or none left.
+    Host(io::Error),
+}
+
+impl From<io::Error> for LockError {
+    fn from(error: io::Error) -> Self {
+        Self::Host(error)
+    }
+}
+
+/// Locks the open image for as long as its open file description lives: for reading beside other readers, or
+/// `writable`, alone.
+pub(super) fn lock(image: impl AsFd, writable: bool) -> Result<(), LockError> {
+    let used: &[i64] = if writable { &[CONSISTENT_READ, WRITE] } else { &[CONSISTENT_READ] };
+    // Lock first and look then: of two who come at once, at least one sees the other.
+    for byte in used.iter().map(|n| USED + n).chain([FORBIDDEN + WRITE]) {
+        fcntl(&image, libc::F_OFD_SETLK, libc::F_RDLCK, byte)?;
+    }
+    for byte in used.iter().map(|n| FORBIDDEN + n).chain([USED + WRITE]) {
+        if fcntl(&image, libc::F_OFD_GETLK, libc::F_WRLCK, byte)? != libc::F_UNLCK {
+            return Err(LockError::Held);
+        }
+    }
+    Ok(())
+}
+
+/// One fcntl on the lock of one byte; returns the lock type it leaves in `struct flock`.
+fn fcntl(image: impl AsFd, command: i32, lock_type: i32, byte: i64) -> io::Result<i32> {
+    // SAFETY: all-zero is a valid `flock`; an OFD lock wants l_pid 0.
+    let mut flock: libc::flock = unsafe { std::mem::zeroed() };
+    flock.l_type = lock_type as libc::c_short;
+    flock.l_whence = libc::SEEK_SET as libc::c_short;
+    flock.l_start = byte;
+    flock.l_len = 1;
+    // SAFETY: the descriptor is open and `flock` lives through the call, which may write to it.
+    match unsafe { libc::fcntl(image.as_fd().as_raw_fd(), command, &raw mut flock) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(i32::from(flock.l_type)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+    use crate::disk::tests::rig::without_forks;
+
+    #[test]
+    fn two_readers_or_one_writer() {
+        let _turn = without_forks();
+        let image = tempfile::NamedTempFile::new().unwrap();
+        // Two open file descriptions exclude each other within one process, too.
+        let open = || File::options().read(true).write(true).open(image.path()).unwrap();
+        let held = |file: &File, writable| matches!(lock(file, writable), Err(LockError::Held));
+
+        let (first, second) = (open(), open());
+        assert!(!held(&first, false) && !held(&second, false));
+        let third = open();
+        assert!(held(&third, true), "a writer beside two readers");
+        // A refused attempt leaves its bytes locked until its file is closed.
+        drop((first, second, third));
+
+        let writer = open();
+        assert!(!held(&writer, true));
+        assert!(held(&open(), true), "a second writer");
+        assert!(held(&open(), false), "a reader beside a writer");
+        drop(writer);
+        assert!(!held(&open(), true));
+    }
+
+    use std::io::{BufRead, BufReader, Write};
+    use std::path::Path;
+    use std::process::{Child, Command, Output, Stdio};
+
+    /// Opens the image for reading as QEMU's own tools do that want it to stand still.
+    fn qemu_reads(image: &Path) -> Option<Output> {
+        let copy = image.with_extension("copy");
+        let output =
+            Command::new("qemu-img").args(["convert", "-f", "raw", "-O", "raw"]).args([image, &copy]).output().ok();
+        let _ = std::fs::remove_file(copy);
+        output
+    }
+
+    fn qemu_writes(image: &Path) -> Option<Output> {
+        Command::new("qemu-io").args(["-f", "raw", "-c", "write 0 512"]).arg(image).output().ok()
+    }
+
+    /// A qemu-io that has opened the image and keeps it open until its input ends.
+    fn qemu_holds(image: &Path, arguments: &[&str]) -> Child {
+        let mut qemu = Command::new("qemu-io")
+            .args(["-f", "raw"])
+            .args(arguments)
+            .arg(image)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        qemu.stdin.as_mut().unwrap().write_all(b"length\n").unwrap();
+        let mut line = String::new();
+        while !line.contains("KiB") {
+            line.clear();
+            assert_ne!(BufReader::new(qemu.stdout.as_mut().unwrap()).read_line(&mut line).unwrap(), 0);
+        }
+        qemu
+    }
+
+    #[test]
+    fn qemu_and_we_refuse_each_others_images() {
+        let _turn = without_forks();
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(65536).unwrap();
+        let open = || File::options().read(true).write(true).open(image.path()).unwrap();
+        let (Some(_), Some(_)) = (qemu_reads(image.path()), qemu_writes(image.path())) else {
+            eprintln!(
+                "qemu-img and qemu-io are not installed (Debian: qemu-utils): QEMU's side of the locks is not tested"
+            );
+            return;
+        };
+        let refused = |qemu: fn(&Path) -> Option<Output>| {
+            let output = qemu(image.path()).unwrap();
+            let message = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(output.status.success() || message.contains("lock"), "{output:?}");
+            !output.status.success()
+        };
+        assert!(!refused(qemu_reads) && !refused(qemu_writes));
+
+        let ours = open();
+        lock(&ours, true).unwrap();
+        assert!(refused(qemu_reads) && refused(qemu_writes));
+        drop(ours);
+        let ours = open();
+        lock(&ours, false).unwrap();
+        assert!(!refused(qemu_reads) && refused(qemu_writes));
+        drop(ours);
+
+        // A reading qemu-io forbids nothing, so only the writer is asked to stand in our way.
+        for (arguments, writes) in [(&[][..], true), (&["-r"], false)] {
+            let mut qemu = qemu_holds(image.path(), arguments);
+            assert_eq!(matches!(lock(open(), true), Err(LockError::Held)), writes);
+            assert_eq!(matches!(lock(open(), false), Err(LockError::Held)), writes);
+            drop(qemu.stdin.take());
+            qemu.wait().unwrap();
+        }
+        lock(open(), true).unwrap();
+    }
+}

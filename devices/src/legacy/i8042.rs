@@ -1,0 +1,85 @@
+//! The PS/2 controller, of which only the CPU reset command is there: what Linux falls back to without ACPI.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use vm_superio::{I8042Device, Trigger};
+
+use super::{EventSink, GuestEvent};
+use crate::bus::BusDevice;
+
+/// Offset of the status (read) and command (write) register: port 0x64 of 0x60-0x64.
+const STATUS: u64 = 4;
+
+/// Status bit: the controller has a byte for the CPU.
+const OUTPUT_BUFFER_FULL: u8 = 1;
+
+/// The controller's reset line.
+pub struct I8042 {
+    controller: I8042Device<ResetLine>,
+}
+
+struct ResetLine(Arc<dyn EventSink>);
+
+impl Trigger for ResetLine {
+    type E = Infallible;
+
+    fn trigger(&self) -> Result<(), Infallible> {
+        self.0.send(GuestEvent::Reset);
+        Ok(())
+    }
+}
+
+impl I8042 {
+    /// Bytes of address space, from the data port to the command port.
+    pub const SIZE: u64 = 5;
+
+    /// A controller that reports to `sink`.
+    pub fn new(sink: Arc<dyn EventSink>) -> Self {
+        Self { controller: I8042Device::new(ResetLine(sink)) }
+    }
+}
+
+impl BusDevice for I8042 {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        // The output buffer never empties: Linux's probe reads 16 bytes, says "No controller found" and moves on,
+        // where an idle but silent controller would cost it half a second of timeouts (i8042_flush in
+        // drivers/input/serio/i8042.c). The input buffer stays empty, which is all that its reset path waits for
+        // (kb_wait in arch/x86/kernel/reboot.c).
+        data.fill(if offset == STATUS { OUTPUT_BUFFER_FULL } else { 0 });
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if let ([value], Ok(offset)) = (data, u8::try_from(offset)) {
+            let Ok(()) = self.controller.write(offset, *value);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{in_byte, recorder};
+    use super::*;
+
+    #[test]
+    fn only_the_reset_command_resets() {
+        let (sink, events) = recorder();
+        let mut controller = I8042::new(sink);
+        for (offset, value) in [(0, 0xfe), (4, 0xff), (4, 0xaa), (3, 0xfe)] {
+            controller.write(offset, &[value]);
+        }
+        controller.write(4, &[0xfe, 0]);
+        assert_eq!(*events.lock().unwrap(), []);
+        controller.write(4, &[0xfe]);
+        assert_eq!(*events.lock().unwrap(), [GuestEvent::Reset]);
+    }
+
+    #[test]
+    fn the_probe_finds_no_keyboard_and_the_reset_path_does_not_wait() {
+        let mut controller = I8042::new(recorder().0);
+        let input_buffer_full = 2;
+        assert_eq!(in_byte(&mut controller, 4) & input_buffer_full, 0);
+        assert!((0..17).all(|_| in_byte(&mut controller, 4) & OUTPUT_BUFFER_FULL != 0));
+        assert_eq!(in_byte(&mut controller, 0), 0);
+    }
+}

@@ -1,0 +1,62 @@
+//! The port by which a panicking guest says so (QEMU, docs/specs/pvpanic): reading gives the events that the machine
+//! takes, writing reports some of them.
+
+use std::sync::Arc;
+
+use super::{EventSink, GuestEvent};
+use crate::bus::BusDevice;
+
+/// The guest's kernel panicked and nothing will handle it.
+const PANICKED: u8 = 1;
+/// The guest's kernel panicked and its crash kernel takes over.
+const CRASH_LOADED: u8 = 2;
+
+/// The pvpanic port.
+pub struct Pvpanic {
+    sink: Arc<dyn EventSink>,
+    reported: u8,
+}
+
+impl Pvpanic {
+    /// Bytes of address space.
+    pub const SIZE: u64 = 1;
+
+    /// A port that reports to `sink`, each kind of event once.
+    pub fn new(sink: Arc<dyn EventSink>) -> Self {
+        Self { sink, reported: 0 }
+    }
+}
+
+impl BusDevice for Pvpanic {
+    fn read(&mut self, _offset: u64, data: &mut [u8]) {
+        data.fill(PANICKED | CRASH_LOADED);
+    }
+
+    fn write(&mut self, _offset: u64, data: &[u8]) {
+        let [value] = *data else { return };
+        let news = value & !self.reported;
+        self.reported |= value;
+        for (bit, event) in [(PANICKED, GuestEvent::Panicked), (CRASH_LOADED, GuestEvent::CrashLoaded)] {
+            if news & bit != 0 {
+                self.sink.send(event);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{in_byte, recorder};
+    use super::*;
+
+    #[test]
+    fn offers_both_events_and_reports_each_once() {
+        let (sink, events) = recorder();
+        let mut port = Pvpanic::new(sink);
+        assert_eq!(in_byte(&mut port, 0), 3);
+        for value in [0, 4, CRASH_LOADED, CRASH_LOADED, PANICKED, PANICKED | CRASH_LOADED] {
+            port.write(0, &[value]);
+        }
+        assert_eq!(*events.lock().unwrap(), [GuestEvent::CrashLoaded, GuestEvent::Panicked]);
+    }
+}

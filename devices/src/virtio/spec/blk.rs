@@ -1,0 +1,330 @@
+//! The block device (virtio 1.2 §5.2): feature bits, requests, status bytes and configuration space.
+
+/// Bytes in a sector: the unit of every sector number and sector count in the protocol, whatever `blk_size` says
+/// (§5.2.4, §5.2.6).
+pub const SECTOR_SIZE: u64 = 512;
+
+// Feature bits (§5.2.3).
+
+/// Feature 1: `size_max` is valid.
+pub const F_SIZE_MAX: u64 = 1 << 1;
+/// Feature 2: `seg_max` is valid.
+pub const F_SEG_MAX: u64 = 1 << 2;
+/// Feature 4: `geometry` is valid.
+pub const F_GEOMETRY: u64 = 1 << 4;
+/// Feature 5: the disk is read-only.
+pub const F_RO: u64 = 1 << 5;
+/// Feature 6: `blk_size` is valid.
+pub const F_BLK_SIZE: u64 = 1 << 6;
+/// Feature 7, legacy (§5.2.3.1): SCSI packet commands.
+pub const F_SCSI: u64 = 1 << 7;
+/// Feature 9: there may be a volatile write cache, and [`T_FLUSH`] empties it. A driver that does not accept it must
+/// not lose acknowledged writes (§5.2.5.1).
+pub const F_FLUSH: u64 = 1 << 9;
+/// Feature 10: `topology` is valid.
+pub const F_TOPOLOGY: u64 = 1 << 10;
+/// Feature 11: the driver may switch the write cache by `writeback`. Offered only together with [`F_FLUSH`] (§5.2.5.2).
+pub const F_CONFIG_WCE: u64 = 1 << 11;
+/// Feature 12: there are `num_queues` queues rather than one.
+pub const F_MQ: u64 = 1 << 12;
+/// Feature 13: [`T_DISCARD`] and its limits.
+pub const F_DISCARD: u64 = 1 << 13;
+/// Feature 14: [`T_WRITE_ZEROES`] and its limits.
+pub const F_WRITE_ZEROES: u64 = 1 << 14;
+/// Feature 15: [`T_GET_LIFETIME`].
+pub const F_LIFETIME: u64 = 1 << 15;
+/// Feature 16: [`T_SECURE_ERASE`] and its limits.
+pub const F_SECURE_ERASE: u64 = 1 << 16;
+/// Feature 17: zoned storage.
+pub const F_ZONED: u64 = 1 << 17;
+
+// Requests (§5.2.6): a 16-byte header that the device reads, data in either direction, and a status byte that the
+// device writes. Where one descriptor ends and the next begins is up to the driver (§2.7.4.1).
+
+/// Bytes in the request header: type (le32), reserved, formerly ioprio (le32), sector (le64).
+pub const HEADER_SIZE: usize = 16;
+/// Offset in bytes of the request type in the header.
+pub const HEADER_TYPE: usize = 0;
+/// Offset in bytes of the starting sector in the header, in units of [`SECTOR_SIZE`].
+pub const HEADER_SECTOR: usize = 8;
+/// Bytes in the status that ends a request.
+pub const STATUS_SIZE: usize = 1;
+
+/// Request type: read.
+pub const T_IN: u32 = 0;
+/// Request type: write.
+pub const T_OUT: u32 = 1;
+/// Request type, legacy (§5.2.6.3), with [`F_SCSI`]: a SCSI command in `virtio_scsi_pc_req` framing.
+pub const T_SCSI_CMD: u32 = 2;
+/// Request type, with [`F_FLUSH`]: completed writes become durable.
+pub const T_FLUSH: u32 = 4;
+/// Request type: the device's name, [`ID_SIZE`] bytes.
+pub const T_GET_ID: u32 = 8;
+/// Request type, with [`F_LIFETIME`]: how worn the medium is, a [`Lifetime`].
+pub const T_GET_LIFETIME: u32 = 10;
+/// Request type, with [`F_DISCARD`]: the content of some [`Segment`]s is no longer needed.
+pub const T_DISCARD: u32 = 11;
+/// Request type, with [`F_WRITE_ZEROES`]: some [`Segment`]s become zeroes.
+pub const T_WRITE_ZEROES: u32 = 13;
+/// Request type, with [`F_SECURE_ERASE`]: some [`Segment`]s and all copies of them are destroyed.
+pub const T_SECURE_ERASE: u32 = 14;
+
+/// Status: done.
+pub const S_OK: u8 = 0;
+/// Status: failed, by the device's or the driver's fault.
+pub const S_IOERR: u8 = 1;
+/// Status: the device does not do that.
+pub const S_UNSUPP: u8 = 2;
+
+/// Bytes in the answer to [`T_GET_ID`]: ASCII, padded with NUL, and without a NUL when it is this long (§5.2.6).
+pub const ID_SIZE: usize = 20;
+
+/// Bytes in the trailer of [`T_SCSI_CMD`] before the status byte: errors, data_len, sense_len, residual, each 32 bits
+/// (§5.2.6.3).
+pub const SCSI_TRAILER_SIZE: usize = 16;
+/// Bytes in the sense buffer before that trailer (§5.2.6.3).
+pub const SCSI_SENSE_SIZE: usize = 96;
+
+/// One range of a discard, write-zeroes or secure-erase request (§5.2.6, `virtio_blk_discard_write_zeroes`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Segment {
+    /// The first sector, in units of [`SECTOR_SIZE`].
+    pub sector: u64,
+    /// How many sectors.
+    pub sectors: u32,
+    /// [`SEGMENT_UNMAP`]; all other bits are reserved and an error (§5.2.6.2).
+    pub flags: u32,
+}
+
+/// [`Segment`] flag: write-zeroes may deallocate. An error in a discard or secure erase (§5.2.6.2).
+pub const SEGMENT_UNMAP: u32 = 1;
+
+impl Segment {
+    /// Bytes that a segment takes in a request's data.
+    pub const SIZE: usize = 16;
+
+    /// Decodes the layout in the request.
+    pub fn from_le_bytes(bytes: &[u8; Self::SIZE]) -> Self {
+        let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, f0, f1, f2, f3] = *bytes;
+        Self {
+            sector: u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]),
+            sectors: u32::from_le_bytes([n0, n1, n2, n3]),
+            flags: u32::from_le_bytes([f0, f1, f2, f3]),
+        }
+    }
+
+    /// Encodes the layout in the request.
+    pub fn to_le_bytes(self) -> [u8; Self::SIZE] {
+        let mut bytes = [0; Self::SIZE];
+        bytes[..8].copy_from_slice(&self.sector.to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.sectors.to_le_bytes());
+        bytes[12..].copy_from_slice(&self.flags.to_le_bytes());
+        bytes
+    }
+}
+
+/// The answer to [`T_GET_LIFETIME`] (§5.2.6, `virtio_blk_lifetime`); 0 in any field: not known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lifetime {
+    /// Reserved blocks consumed: 1 below 80 %, 2 from 80 %, 3 from 90 %.
+    pub pre_eol_info: u16,
+    /// Wear of SLC cells: n is up to 10n % of the lifetime, 11 is beyond it.
+    pub estimate_type_a: u16,
+    /// Wear of MLC cells, as type A.
+    pub estimate_type_b: u16,
+}
+
+impl Lifetime {
+    /// Bytes in the request's data.
+    pub const SIZE: usize = 6;
+
+    /// Encodes the layout in the request.
+    pub fn to_le_bytes(self) -> [u8; Self::SIZE] {
+        let [a0, a1] = self.pre_eol_info.to_le_bytes();
+        let [b0, b1] = self.estimate_type_a.to_le_bytes();
+        let [c0, c1] = self.estimate_type_b.to_le_bytes();
+        [a0, a1, b0, b1, c0, c1]
+    }
+}
+
+/// The configuration space (§5.2.4, `virtio_blk_config`) without the zoned part, which needs [`F_ZONED`].
+///
+/// Every field but `capacity` is valid only with the feature named beside it, and 0 otherwise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Config {
+    /// Size of the disk in sectors of 512 bytes.
+    pub capacity: u64,
+    /// [`F_SIZE_MAX`]: largest segment of a request, in bytes.
+    pub size_max: u32,
+    /// [`F_SEG_MAX`]: most data segments in a request.
+    pub seg_max: u32,
+    /// [`F_GEOMETRY`]: cylinders.
+    pub cylinders: u16,
+    /// [`F_GEOMETRY`]: heads.
+    pub heads: u8,
+    /// [`F_GEOMETRY`]: sectors on a track.
+    pub sectors: u8,
+    /// [`F_BLK_SIZE`]: logical block size in bytes.
+    pub blk_size: u32,
+    /// [`F_TOPOLOGY`]: log2 of the logical blocks in a physical one.
+    pub physical_block_exp: u8,
+    /// [`F_TOPOLOGY`]: the first logical block that begins a physical one.
+    pub alignment_offset: u8,
+    /// [`F_TOPOLOGY`]: suggested smallest I/O in logical blocks.
+    pub min_io_size: u16,
+    /// [`F_TOPOLOGY`]: suggested largest I/O in logical blocks.
+    pub opt_io_size: u32,
+    /// [`F_CONFIG_WCE`]: 1 for a write-back cache, 0 for write-through. The one field that the driver writes.
+    pub writeback: u8,
+    /// [`F_MQ`]: the number of queues.
+    pub num_queues: u16,
+    /// [`F_DISCARD`]: most sectors (512 bytes) in a segment.
+    pub max_discard_sectors: u32,
+    /// [`F_DISCARD`]: most segments in a request.
+    pub max_discard_seg: u32,
+    /// [`F_DISCARD`]: alignment of segments, in sectors (512 bytes).
+    pub discard_sector_alignment: u32,
+    /// [`F_WRITE_ZEROES`]: most sectors (512 bytes) in a segment.
+    pub max_write_zeroes_sectors: u32,
+    /// [`F_WRITE_ZEROES`]: most segments in a request.
+    pub max_write_zeroes_seg: u32,
+    /// [`F_WRITE_ZEROES`]: 1 when [`SEGMENT_UNMAP`] may deallocate.
+    pub write_zeroes_may_unmap: u8,
+    /// [`F_SECURE_ERASE`]: most sectors (512 bytes) in a segment.
+    pub max_secure_erase_sectors: u32,
+    /// [`F_SECURE_ERASE`]: most segments in a request.
+    pub max_secure_erase_seg: u32,
+    /// [`F_SECURE_ERASE`]: alignment of segments, in sectors (512 bytes).
+    pub secure_erase_sector_alignment: u32,
+}
+
+impl Config {
+    /// Bytes in the configuration space.
+    pub const SIZE: usize = 72;
+    /// Offset in bytes of `writeback`.
+    pub const WRITEBACK_OFFSET: u64 = 32;
+
+    /// Encodes the layout that the driver reads; padding is 0 (§5.2.5.2).
+    pub fn to_le_bytes(self) -> [u8; Self::SIZE] {
+        let mut bytes = [0; Self::SIZE];
+        let mut put = |offset: usize, field: &[u8]| bytes[offset..offset + field.len()].copy_from_slice(field);
+        put(0, &self.capacity.to_le_bytes());
+        put(8, &self.size_max.to_le_bytes());
+        put(12, &self.seg_max.to_le_bytes());
+        put(16, &self.cylinders.to_le_bytes());
+        put(18, &[self.heads, self.sectors]);
+        put(20, &self.blk_size.to_le_bytes());
+        put(24, &[self.physical_block_exp, self.alignment_offset]);
+        put(26, &self.min_io_size.to_le_bytes());
+        put(28, &self.opt_io_size.to_le_bytes());
+        put(32, &[self.writeback]);
+        put(34, &self.num_queues.to_le_bytes());
+        put(36, &self.max_discard_sectors.to_le_bytes());
+        put(40, &self.max_discard_seg.to_le_bytes());
+        put(44, &self.discard_sector_alignment.to_le_bytes());
+        put(48, &self.max_write_zeroes_sectors.to_le_bytes());
+        put(52, &self.max_write_zeroes_seg.to_le_bytes());
+        put(56, &[self.write_zeroes_may_unmap]);
+        put(60, &self.max_secure_erase_sectors.to_le_bytes());
+        put(64, &self.max_secure_erase_seg.to_le_bytes());
+        put(68, &self.secure_erase_sector_alignment.to_le_bytes());
+        bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::mem::offset_of;
+
+    use virtio_bindings::virtio_blk as linux;
+
+    use super::*;
+
+    /// The layout that Linux compiles its driver with says where each field belongs.
+    #[test]
+    fn config_has_the_layout_of_the_linux_header() {
+        type Linux = linux::virtio_blk_config;
+        let mark4 = 0x4433_2211_u32;
+        let with = |config: Config, offset: usize, expected: &[u8]| {
+            let bytes = config.to_le_bytes();
+            assert_eq!(&bytes[offset..offset + expected.len()], expected);
+            assert_eq!(
+                bytes.iter().filter(|byte| **byte != 0).count(),
+                expected.iter().filter(|byte| **byte != 0).count()
+            );
+        };
+        let four = mark4.to_le_bytes();
+        let eight = 0x8877_6655_4433_2211_u64;
+        let d = Config::default();
+        with(Config { capacity: eight, ..d }, offset_of!(Linux, capacity), &eight.to_le_bytes());
+        with(Config { size_max: mark4, ..d }, offset_of!(Linux, size_max), &four);
+        with(Config { seg_max: mark4, ..d }, offset_of!(Linux, seg_max), &four);
+        let geometry = Config { cylinders: 0x2211, heads: 0x33, sectors: 0x44, ..d };
+        with(geometry, offset_of!(Linux, geometry), &four);
+        with(Config { blk_size: mark4, ..d }, offset_of!(Linux, blk_size), &four);
+        let exponents = Config { physical_block_exp: 1, alignment_offset: 2, ..d };
+        with(exponents, offset_of!(Linux, physical_block_exp), &[1, 2]);
+        with(Config { min_io_size: 0x2211, ..d }, offset_of!(Linux, min_io_size), &[0x11, 0x22]);
+        with(Config { opt_io_size: mark4, ..d }, offset_of!(Linux, opt_io_size), &four);
+        with(Config { writeback: 1, ..d }, offset_of!(Linux, wce), &[1]);
+        assert_eq!(offset_of!(Linux, wce) as u64, Config::WRITEBACK_OFFSET);
+        with(Config { num_queues: 0x2211, ..d }, offset_of!(Linux, num_queues), &[0x11, 0x22]);
+        with(Config { max_discard_sectors: mark4, ..d }, offset_of!(Linux, max_discard_sectors), &four);
+        with(Config { max_discard_seg: mark4, ..d }, offset_of!(Linux, max_discard_seg), &four);
+        with(Config { discard_sector_alignment: mark4, ..d }, offset_of!(Linux, discard_sector_alignment), &four);
+        with(Config { max_write_zeroes_sectors: mark4, ..d }, offset_of!(Linux, max_write_zeroes_sectors), &four);
+        with(Config { max_write_zeroes_seg: mark4, ..d }, offset_of!(Linux, max_write_zeroes_seg), &four);
+        with(Config { write_zeroes_may_unmap: 1, ..d }, offset_of!(Linux, write_zeroes_may_unmap), &[1]);
+        with(Config { max_secure_erase_sectors: mark4, ..d }, offset_of!(Linux, max_secure_erase_sectors), &four);
+        with(Config { max_secure_erase_seg: mark4, ..d }, offset_of!(Linux, max_secure_erase_seg), &four);
+        let alignment = Config { secure_erase_sector_alignment: mark4, ..d };
+        with(alignment, offset_of!(Linux, secure_erase_sector_alignment), &four);
+        assert_eq!(offset_of!(Linux, zoned), Config::SIZE);
+    }
+
+    #[test]
+    fn numbers_agree_with_the_linux_header() {
+        for (mask, bit) in [
+            (F_SIZE_MAX, linux::VIRTIO_BLK_F_SIZE_MAX),
+            (F_SEG_MAX, linux::VIRTIO_BLK_F_SEG_MAX),
+            (F_GEOMETRY, linux::VIRTIO_BLK_F_GEOMETRY),
+            (F_RO, linux::VIRTIO_BLK_F_RO),
+            (F_BLK_SIZE, linux::VIRTIO_BLK_F_BLK_SIZE),
+            (F_SCSI, linux::VIRTIO_BLK_F_SCSI),
+            (F_FLUSH, linux::VIRTIO_BLK_F_FLUSH),
+            (F_TOPOLOGY, linux::VIRTIO_BLK_F_TOPOLOGY),
+            (F_CONFIG_WCE, linux::VIRTIO_BLK_F_CONFIG_WCE),
+            (F_MQ, linux::VIRTIO_BLK_F_MQ),
+            (F_DISCARD, linux::VIRTIO_BLK_F_DISCARD),
+            (F_WRITE_ZEROES, linux::VIRTIO_BLK_F_WRITE_ZEROES),
+            (F_SECURE_ERASE, linux::VIRTIO_BLK_F_SECURE_ERASE),
+            (F_ZONED, linux::VIRTIO_BLK_F_ZONED),
+        ] {
+            assert_eq!(mask, 1 << bit);
+        }
+        for (ours, theirs) in [
+            (T_IN, linux::VIRTIO_BLK_T_IN),
+            (T_OUT, linux::VIRTIO_BLK_T_OUT),
+            (T_SCSI_CMD, linux::VIRTIO_BLK_T_SCSI_CMD),
+            (T_FLUSH, linux::VIRTIO_BLK_T_FLUSH),
+            (T_GET_ID, linux::VIRTIO_BLK_T_GET_ID),
+            (T_DISCARD, linux::VIRTIO_BLK_T_DISCARD),
+            (T_WRITE_ZEROES, linux::VIRTIO_BLK_T_WRITE_ZEROES),
+            (T_SECURE_ERASE, linux::VIRTIO_BLK_T_SECURE_ERASE),
+        ] {
+            assert_eq!(ours, theirs);
+        }
+        assert_eq!(size_of::<linux::virtio_blk_outhdr>(), HEADER_SIZE);
+        assert_eq!(offset_of!(linux::virtio_blk_outhdr, sector), HEADER_SECTOR);
+        assert_eq!(size_of::<linux::virtio_scsi_inhdr>(), SCSI_TRAILER_SIZE);
+        assert_eq!(size_of::<linux::virtio_blk_discard_write_zeroes>(), Segment::SIZE);
+    }
+
+    #[test]
+    fn segment_survives_the_round_trip() {
+        let segment = Segment { sector: 0x0102_0304_0506_0708, sectors: 0x0a0b_0c0d, flags: SEGMENT_UNMAP };
+        let bytes = segment.to_le_bytes();
+        assert_eq!(bytes, [8, 7, 6, 5, 4, 3, 2, 1, 0x0d, 0x0c, 0x0b, 0x0a, 1, 0, 0, 0]);
+        assert_eq!(Segment::from_le_bytes(&bytes), segment);
+    }
+}

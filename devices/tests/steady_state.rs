@@ -1,0 +1,144 @@
+//! Under steady load the path from ring to file allocates nothing, and hands many requests to the engine at a time.
+//!
+//! One test, alone in its process: the allocations that it counts are the process's.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use devices::GuestMemory;
+use devices::block::Kind;
+use devices::disk::{self, Aio, Completion, Disk, Engine, Limits, OpenOptions, Transfer};
+
+mod support;
+
+struct Counting;
+
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+#[expect(unsafe_code, reason = "an allocator that counts")]
+// SAFETY: everything is passed on to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promises are those of `System`.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// A disk that counts batches on the way to the real one.
+struct Counted {
+    disk: Arc<dyn Disk>,
+    commits: Arc<AtomicU64>,
+}
+
+struct CountedEngine {
+    engine: Box<dyn Engine>,
+    commits: Arc<AtomicU64>,
+    submitted: bool,
+}
+
+impl Disk for Counted {
+    fn capacity(&self) -> u64 {
+        self.disk.capacity()
+    }
+
+    fn read_only(&self) -> bool {
+        self.disk.read_only()
+    }
+
+    fn limits(&self) -> Limits {
+        self.disk.limits()
+    }
+
+    fn refresh_capacity(&self) -> std::io::Result<u64> {
+        self.disk.refresh_capacity()
+    }
+
+    fn resize(&self, bytes: u64) -> std::io::Result<()> {
+        self.disk.resize(bytes)
+    }
+
+    fn engine(self: Arc<Self>, memory: GuestMemory, depth: u32) -> std::io::Result<Box<dyn Engine>> {
+        let engine = Arc::clone(&self.disk).engine(memory, depth)?;
+        Ok(Box::new(CountedEngine { engine, commits: Arc::clone(&self.commits), submitted: false }))
+    }
+}
+
+impl Engine for CountedEngine {
+    fn submit(&mut self, transfer: Transfer<'_>) {
+        self.submitted = true;
+        self.engine.submit(transfer);
+    }
+
+    fn commit(&mut self) {
+        self.commits.fetch_add(u64::from(std::mem::take(&mut self.submitted)), Ordering::Relaxed);
+        self.engine.commit();
+    }
+
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        self.engine.reap(done);
+    }
+
+    fn completion_fd(&self) -> Option<std::os::fd::RawFd> {
+        self.engine.completion_fd()
+    }
+
+    fn drain(&mut self, done: &mut Vec<Completion>) {
+        self.engine.drain(done);
+    }
+}
+
+const ROUNDS: u64 = 500;
+const DEPTH: u16 = 32;
+
+#[test]
+fn steady_load_allocates_nothing_and_travels_in_batches() {
+    // In memory: a write that a device holds up goes to a thread, and starting one allocates.
+    let directory = ["/dev/shm", "."].into_iter().find(|place| std::path::Path::new(place).is_dir()).unwrap();
+    let image = tempfile::NamedTempFile::new_in(directory).unwrap();
+    image.as_file().set_len(16 << 20).unwrap();
+    for aio in [Aio::IoUring, Aio::Threads] {
+        let mut options = OpenOptions::new(image.path());
+        options.aio = aio;
+        let commits = Arc::new(AtomicU64::new(0));
+        let disk = Arc::new(Counted { disk: disk::open(&options).unwrap(), commits: Arc::clone(&commits) });
+        let mut load = support::Load::new(disk, 4096);
+        for write in [false, true] {
+            (0..64).for_each(|slot| load.prepare(slot, 4096, write));
+            // Sequential and scattered, so that both merged and single transfers are in it.
+            let mut next = 0_u64;
+            let mut sector = move || {
+                next += 1;
+                (if next % 64 < 32 { next } else { next * 7919 }) % 4096 * 8
+            };
+            let mut rounds = |load: &mut support::Load| {
+                for _ in 0..ROUNDS {
+                    load.send(0..DEPTH, &mut sector);
+                    load.wait(DEPTH);
+                }
+            };
+            // The first rounds let every list grow to the size that it needs.
+            rounds(&mut load);
+            let before = (ALLOCATIONS.load(Ordering::Relaxed), commits.load(Ordering::Relaxed));
+            rounds(&mut load);
+            let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before.0;
+            let batches = commits.load(Ordering::Relaxed) - before.1;
+            assert_eq!(allocations, 0, "{aio:?}: allocations for {ROUNDS} times {DEPTH} requests");
+            assert_eq!(batches, ROUNDS, "{aio:?}: more than one batch for {DEPTH} requests");
+        }
+        let stats = load.handle().stats();
+        for kind in [Kind::Read, Kind::Write] {
+            assert_eq!(stats.kind(kind).operations, 2 * ROUNDS * u64::from(DEPTH));
+            assert_eq!(stats.kind(kind).bytes, 2 * ROUNDS * u64::from(DEPTH) * 4096);
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! The small guests: freestanding programs that poll, for any /dev/kvm, even one that delivers no interrupts.
+//!
+//! `guest.s` has them all; [`Program`] names their entry points, and [`crate::image`] wraps them into kernel images.
+#![expect(
+    unsafe_code,
+    reason = "the programs are assembled into this executable, and copied out from between two labels"
+)]
+
+use std::slice;
+
+use arch::layout;
+
+/// Where the image has to be loaded, guest-physical.
+pub const BASE: u64 = layout::HIGH_MEMORY.0;
+
+/// The exit status by which a program says that all went well; others are steps named in `guest.s`.
+pub const SUCCESS: i32 = 42;
+
+/// Names the programs, and puts a table of their entry points (32 bits each) in front of them.
+macro_rules! programs {
+    ($($(#[$doc:meta])* $name:ident = $label:literal,)+) => {
+        /// A small guest.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Program {
+            $($(#[$doc])* $name,)+
+        }
+
+        core::arch::global_asm!(
+            ".pushsection .rodata.minivmm_guests, \"a\", @progbits",
+            ".set DEBUG_EXIT, {debug_exit}",
+            ".set COM1, {com1}",
+            ".set PVPANIC, {pvpanic}",
+            ".set SLEEP_CONTROL, {sleep_control}",
+            ".set SLEEP_CONTROL_S5, {sleep_control_s5}",
+            ".set RESET, {reset}",
+            ".set RESET_VALUE, {reset_value}",
+            ".set I8042_COMMAND, {i8042_command}",
+            ".set VIRTIO, {virtio}",
+            ".globl guest_start",
+            ".globl guest_end",
+            "guest_start:",
+            $(concat!(".long guest_", $label, " - guest_start"),)+
+            include_str!("guest.s"),
+            "guest_end:",
+            ".code64",
+            ".popsection",
+            debug_exit = const layout::DEBUG_EXIT,
+            com1 = const layout::COM1,
+            pvpanic = const layout::PVPANIC,
+            sleep_control = const layout::SLEEP_CONTROL,
+            sleep_control_s5 = const layout::SLEEP_CONTROL_S5,
+            reset = const layout::RESET,
+            reset_value = const layout::RESET_VALUE,
+            i8042_command = const layout::I8042_COMMAND,
+            virtio = const layout::VIRTIO_MMIO.0,
+            options(att_syntax),
+        );
+    };
+}
+
+programs! {
+    /// Powers off by ACPI's sleep register.
+    PowerOff = "poweroff",
+    /// Resets by ACPI's reset register.
+    Reset = "reset",
+    /// Resets by the keyboard controller.
+    ResetI8042 = "reset_i8042",
+    /// Reports a panic at the pvpanic port.
+    Panic = "panic",
+    /// Ends in a triple fault.
+    TripleFault = "triple_fault",
+    /// Writes [`SUCCESS`] to the debug-exit port, and waits if that has no effect.
+    Exit = "exit",
+    /// Runs for ever.
+    Spin = "spin",
+    /// Prints "ready" and a newline, then what is typed; ends at `^D` with [`SUCCESS`].
+    Echo = "echo",
+    /// Prints "early" and a newline, reports a loaded crash kernel at the pvpanic port, then as [`Program::Echo`].
+    EarlyEcho = "early_echo",
+    /// Prints [`CHATTER`] 1024 times, then ends with [`SUCCESS`].
+    Chatter = "chatter",
+    /// For the PVH entry: prints the command line, "RSD PTR " or "-", and the initrd, each on a line; powers off.
+    BootPvh = "boot_pvh",
+    /// The same for the 64-bit Linux entry.
+    BootLinux64 = "boot_linux64",
+    /// Accesses ports and addresses where nothing is; ends with [`SUCCESS`].
+    Unmapped = "unmapped",
+    /// Drives a disk of [`DISK_SECTORS`] sectors: see the test. Prints its serial number; ends with [`SUCCESS`].
+    Disk = "disk",
+    /// Fills the disk sector by sector with 32-bit words that count up from the sector's number, a dot for each finished write; ends with
+    /// [`SUCCESS`] at the end of the disk.
+    DiskLoad = "disk_load",
+}
+
+/// What [`Program::Chatter`] repeats.
+pub const CHATTER: &str = "fifteen letters\n";
+
+/// Sectors of the image that [`Program::Disk`] expects.
+pub const DISK_SECTORS: u64 = 64;
+
+unsafe extern "C" {
+    safe static guest_start: u8;
+    safe static guest_end: u8;
+}
+
+impl Program {
+    /// The code of all programs, for [`BASE`].
+    pub fn code() -> &'static [u8] {
+        let start = &raw const guest_start;
+        let length = (&raw const guest_end).addr() - start.addr();
+        // SAFETY: the two labels enclose initialised, read-only bytes of this executable.
+        unsafe { slice::from_raw_parts(start, length) }
+    }
+
+    /// Where in the code this program begins.
+    pub fn offset(self) -> u32 {
+        let table = self as usize * 4;
+        u32::from_le_bytes(Self::code()[table..table + 4].try_into().unwrap())
+    }
+}
+
+/// `count` 32-bit little-endian words from `first` up: a sector's content as the programs make and check it.
+pub fn words(first: u32, count: u32) -> Vec<u8> {
+    (first..first + count).flat_map(u32::to_le_bytes).collect()
+}

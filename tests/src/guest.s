@@ -1,0 +1,417 @@
+# The small guests: one image, many entry points (`Program` in guest.rs), loaded at 1 MiB.
+#
+# Entered through PVH, so in 32-bit protected mode, flat, without paging, %ebx on the start info (xen.git
+# docs/misc/pvh.pandoc). Nothing here takes an interrupt: everything polls. The assembler knows DEBUG_EXIT, COM1, PVPANIC,
+# SLEEP_CONTROL, SLEEP_CONTROL_S5, RESET, RESET_VALUE, I8042_COMMAND and VIRTIO from the machine's address map.
+
+.set GUEST_BASE, 0x100000               # where the image is loaded
+.set STACK_TOP, 0x90000                 # conventional memory above the command line, below the EBDA
+.set SUCCESS, 42                        # exit status; what fails has its own number below
+.set COM1_LSR, COM1 + 5                 # line status: bit 0 data ready, bit 5 transmitter empty
+
+# address(label): where a label of this image is when the guest runs
+.macro load_address register, label
+    movl $(\label - guest_start + GUEST_BASE), \register
+.endm
+
+.macro out_byte port, value
+    movw $\port, %dx
+    movb $\value, %al
+    outb %al, %dx
+.endm
+
+.macro exit status
+    movb $\status, %al
+    jmp exit_with_al
+.endm
+
+.code32
+
+# ---- ends -------------------------------------------------------------------------------------------------------
+
+guest_poweroff:
+    out_byte SLEEP_CONTROL, SLEEP_CONTROL_S5
+    jmp guest_spin
+
+guest_reset:
+    out_byte RESET, RESET_VALUE
+    jmp guest_spin
+
+guest_reset_i8042:
+    out_byte I8042_COMMAND, 0xfe
+    jmp guest_spin
+
+guest_panic:
+    out_byte PVPANIC, 1
+    jmp guest_spin
+
+guest_triple_fault:                     # an empty interrupt table: #UD, then the fault about that, then #DF
+    movl $STACK_TOP, %esp
+    pushl $0
+    pushl $0
+    lidt (%esp)
+    ud2
+    jmp guest_spin
+
+guest_exit:
+    exit SUCCESS
+
+exit_with_al:
+    outb %al, $DEBUG_EXIT
+guest_spin:
+    jmp guest_spin
+
+# ---- serial port ------------------------------------------------------------------------------------------------
+# Chosen so that the same bytes do the same in 64-bit mode.
+
+put_char:                               # %al; changes %dx
+    movb %al, %ah
+    movw $COM1_LSR, %dx
+0:  inb %dx, %al
+    testb $0x20, %al
+    jz 0b
+    movb %ah, %al
+    movw $COM1, %dx
+    outb %al, %dx
+    ret
+
+put_string:                             # NUL-terminated at %esi; changes %eax, %edx
+    lodsb
+    testb %al, %al
+    jz 0f
+    call put_char
+    jmp put_string
+0:  ret
+
+put_bytes:                              # %ecx bytes at %esi; changes %eax, %edx
+    testl %ecx, %ecx
+    jz 0f
+    lodsb
+    call put_char
+    subl $1, %ecx
+    jmp put_bytes
+0:  ret
+
+put_line_end:
+    movb $'\n', %al
+    jmp put_char
+
+guest_echo:                             # everything typed comes back; ^D ends
+    movl $STACK_TOP, %esp
+    load_address %esi, ready_text
+    call put_string
+echo:
+    movw $COM1_LSR, %dx
+0:  inb %dx, %al
+    testb $1, %al
+    jz 0b
+    movw $COM1, %dx
+    inb %dx, %al
+    cmpb $4, %al
+    je guest_exit
+    call put_char
+    jmp echo
+
+guest_early_echo:                       # a line nobody may be reading yet, then a word to the monitor, then echo
+    movl $STACK_TOP, %esp
+    load_address %esi, early_text
+    call put_string
+    out_byte PVPANIC, 2
+    jmp echo
+
+guest_chatter:                          # 16 KiB
+    movl $STACK_TOP, %esp
+    movl $1024, %edi
+0:  load_address %esi, chatter_text
+    call put_string
+    subl $1, %edi
+    jnz 0b
+    exit SUCCESS
+
+ready_text: .asciz "ready\n"
+early_text: .asciz "early\n"
+chatter_text: .asciz "fifteen letters\n"
+
+# ---- what the boot protocol hands over --------------------------------------------------------------------------
+# Three lines: the command line, the first 8 bytes of the RSDP ("none" without ACPI), the initrd. Then power off.
+
+guest_boot_pvh:                         # %ebx: hvm_start_info (xen.git xen/include/public/arch-x86/hvm/start_info.h)
+    movl $STACK_TOP, %esp
+    cmpl $0x336ec578, (%ebx)            # magic
+    movb $10, %al
+    jne exit_with_al
+    movl 24(%ebx), %esi                 # cmdline_paddr
+    call put_string
+    call put_line_end
+    movl 32(%ebx), %esi                 # rsdp_paddr
+    call put_rsdp
+    xorl %ecx, %ecx
+    cmpl $0, 12(%ebx)                   # nr_modules
+    je 1f
+    movl 16(%ebx), %edi                 # modlist_paddr
+    movl (%edi), %esi                   # its first entry: paddr, then size
+    movl 8(%edi), %ecx
+1:  call put_bytes
+    call put_line_end
+    jmp guest_poweroff
+
+put_rsdp:                               # %esi, 0 for none
+    testl %esi, %esi
+    jz 0f
+    movl $8, %ecx
+    call put_bytes
+    jmp put_line_end
+0:  movb $'-', %al
+    call put_char
+    jmp put_line_end
+
+.code64
+guest_boot_linux64:                     # %rsi: boot_params (Documentation/arch/x86/zero-page.rst); position-independent
+    movl $STACK_TOP, %esp
+    movq %rsi, %rbx
+    cmpl $0x53726448, 0x202(%rbx)       # the header's magic, "HdrS"
+    movb $11, %al
+    jne boot_failed
+    movl $0xc0000080, %ecx              # EFER: long mode is active
+    rdmsr
+    testl $0x400, %eax
+    movb $12, %al
+    jz boot_failed
+    movl 0x228(%rbx), %esi              # cmd_line_ptr
+    call put_string
+    call put_line_end
+    movl 0x70(%rbx), %esi               # acpi_rsdp_addr
+    call put_rsdp
+    movl 0x218(%rbx), %esi              # ramdisk_image, ramdisk_size
+    movl 0x21c(%rbx), %ecx
+    call put_bytes
+    call put_line_end
+    jmp guest_poweroff
+boot_failed:
+    jmp exit_with_al
+.code32
+
+# ---- nothing there ----------------------------------------------------------------------------------------------
+
+guest_unmapped:                         # reads of nothing give ones, writes to nothing do nothing
+    movw $0x4321, %dx
+    inl %dx, %eax
+    cmpl $0xffffffff, %eax
+    movb $20, %bl
+    jne fail
+    outl %eax, %dx
+    movl VIRTIO + 0x00800000, %eax
+    cmpl $0xffffffff, %eax
+    movb $21, %bl
+    jne fail
+    movl %eax, VIRTIO + 0x00800000
+    exit SUCCESS
+
+fail:                                   # %bl: which step
+    movb %bl, %al
+    jmp exit_with_al
+
+# ---- the first disk ---------------------------------------------------------------------------------------------
+# One request at a time: descriptors 0 (header), 1 (data), 2 (status), always from 0, so that the available ring's
+# entries stay 0 and only its index moves.
+
+.set QUEUE_SIZE, 8
+.set DESCRIPTORS, 0x200000
+.set AVAILABLE, 0x201000
+.set USED, 0x202000
+.set HEADER, 0x203000
+.set STATUS, 0x203100
+.set DATA, 0x204000
+
+.set CAPACITY, 64                       # sectors that the test's image has
+.set FROM_DEVICE, 2                     # VIRTQ_DESC_F_WRITE
+.set NO_DATA, -1
+
+.macro require offset, value, step      # a register of the device must hold this
+    movl \offset(%ebp), %eax
+    cmpl $\value, %eax
+    movb $\step, %bl
+    jne fail
+.endm
+
+.macro require_bit offset, bit, step    # a register of the device must have this bit
+    movl \offset(%ebp), %eax
+    testl $(1 << \bit), %eax
+    movb $\step, %bl
+    jz fail
+.endm
+
+start_device:                           # virtio 1.2 §3.1.1; leaves the register window in %ebp
+    movl $VIRTIO, %ebp
+    require 0x000, 0x74726976, 30       # MagicValue
+    require 0x004, 2, 31                # Version
+    require 0x008, 2, 32                # DeviceID: a block device
+    movl $0, 0x070(%ebp)                # Status: reset
+    movl $1, 0x070(%ebp)                # ACKNOWLEDGE
+    movl $3, 0x070(%ebp)                # DRIVER
+    movl $1, 0x014(%ebp)                # DeviceFeaturesSel
+    require_bit 0x010, 0, 33            # VERSION_1
+    movl $0, 0x014(%ebp)
+    require_bit 0x010, 9, 34            # BLK_F_FLUSH
+    movl $1, 0x024(%ebp)                # DriverFeaturesSel
+    movl $1, 0x020(%ebp)                # VERSION_1
+    movl $0, 0x024(%ebp)
+    movl $0x200, 0x020(%ebp)            # BLK_F_FLUSH
+    movl $11, 0x070(%ebp)               # FEATURES_OK
+    require 0x070, 11, 35               # ... and it agrees
+    movl $0, 0x030(%ebp)                # QueueSel
+    movl 0x034(%ebp), %eax              # QueueNumMax
+    cmpl $QUEUE_SIZE, %eax
+    movb $36, %bl
+    jb fail
+    movl $QUEUE_SIZE, 0x038(%ebp)       # QueueNum
+    movl $DESCRIPTORS, 0x080(%ebp)
+    movl $0, 0x084(%ebp)
+    movl $AVAILABLE, 0x090(%ebp)
+    movl $0, 0x094(%ebp)
+    movl $USED, 0x0a0(%ebp)
+    movl $0, 0x0a4(%ebp)
+    movl $1, 0x044(%ebp)                # QueueReady
+    movl $15, 0x070(%ebp)               # DRIVER_OK
+    require 0x070, 15, 37
+    ret
+
+# %eax type, %edx sector, %ecx flags of the data descriptor or NO_DATA, %esi bytes of data.
+# Waits for the answer: %al the status byte, %ecx the used length.
+request:
+    movl %eax, HEADER
+    movl $0, HEADER + 4
+    movl %edx, HEADER + 8
+    movl $0, HEADER + 12
+    movb $0xff, STATUS
+    movl $HEADER, DESCRIPTORS           # each: address (8 bytes), length (4), flags (2), next (2)
+    movl $16, DESCRIPTORS + 8
+    movl $0x00010001, DESCRIPTORS + 12  # next: 1
+    movl $DATA, DESCRIPTORS + 16
+    movl %esi, DESCRIPTORS + 24
+    movl %ecx, %eax
+    orl $0x00020001, %eax               # next: 2
+    movl %eax, DESCRIPTORS + 28
+    movl $STATUS, DESCRIPTORS + 32
+    movl $1, DESCRIPTORS + 40
+    movl $FROM_DEVICE, DESCRIPTORS + 44
+    cmpl $NO_DATA, %ecx
+    jne 0f
+    movl $0x00020001, DESCRIPTORS + 12
+0:  movl AVAILABLE, %edi                # flags (0) and index
+    addl $0x10000, %edi
+    movl %edi, AVAILABLE
+    movl $0, 0x050(%ebp)                # QueueNotify
+1:  movl USED, %eax
+    cmpl %edi, %eax                     # the same index, and flags 0
+    jne 1b
+    shrl $16, %edi
+    subl $1, %edi
+    andl $(QUEUE_SIZE - 1), %edi
+    movl USED + 8(,%edi,8), %ecx        # the used element's length
+    movb STATUS, %al
+    ret
+
+.macro submit type, sector, flags, length, status, used, step
+    movl $\type, %eax
+    movl $\sector, %edx
+    movl $\flags, %ecx
+    movl $\length, %esi
+    call request
+    movb $\step, %bl
+    cmpb $\status, %al
+    jne fail
+    movb $(\step + 1), %bl
+    cmpl $\used, %ecx
+    jne fail
+.endm
+
+fill_data:                              # 128 words from %eax up
+    movl $DATA, %edi
+0:  movl %eax, (%edi)
+    addl $4, %edi
+    addl $1, %eax
+    cmpl $(DATA + 512), %edi
+    jne 0b
+    ret
+
+check_data:                             # the same, or fail with %bl
+    movl $DATA, %edi
+0:  cmpl %eax, (%edi)
+    jne fail
+    addl $4, %edi
+    addl $1, %eax
+    cmpl $(DATA + 512), %edi
+    jne 0b
+    ret
+
+guest_disk:
+    movl $STACK_TOP, %esp
+    call start_device
+    require 0x100, CAPACITY, 40         # config: capacity
+    require 0x104, 0, 40
+
+    submit 0, 3, FROM_DEVICE, 512, 0, 513, 50   # read what the test put there
+    movl $0x5a000000, %eax
+    movb $52, %bl
+    call check_data
+
+    movl $0xc3000000, %eax              # write, make durable, read back
+    call fill_data
+    submit 1, 7, 0, 512, 0, 1, 53
+    submit 4, 0, NO_DATA, 0, 0, 1, 55
+    movl $0, %eax
+    call fill_data
+    submit 0, 7, FROM_DEVICE, 512, 0, 513, 57
+    movl $0xc3000000, %eax
+    movb $59, %bl
+    call check_data
+
+    submit 0, CAPACITY, FROM_DEVICE, 512, 1, 1, 60  # past the end: IOERR, and no data
+    submit 1, CAPACITY, 0, 512, 1, 1, 62
+    submit 99, 0, NO_DATA, 0, 2, 1, 64  # unknown: UNSUPP
+
+    submit 8, 0, FROM_DEVICE, 20, 0, 21, 66     # the serial number, printed
+    movl $DATA, %esi
+    movb $0, DATA + 20
+    call put_string
+    call put_line_end
+
+    require 0x060, 1, 70                # InterruptStatus: used buffer
+    movl $1, 0x064(%ebp)                # InterruptACK: where the registers are mapped, nobody hears this one alone
+    movl $3, 0x064(%ebp)                # ... but any other
+    require 0x060, 0, 71
+    movl $0, 0x070(%ebp)                # a reset, and it works again
+    require 0x070, 0, 72
+    movl $0, AVAILABLE
+    movl $0, USED
+    call start_device
+    submit 0, 3, FROM_DEVICE, 512, 0, 513, 73
+    movl $0x5a000000, %eax
+    movb $75, %bl
+    call check_data
+    exit SUCCESS
+
+guest_disk_load:                        # writes sector after sector, each full of words from its number up; a dot for each
+    movl $STACK_TOP, %esp
+    call start_device
+0:  movl sector - guest_start + GUEST_BASE, %eax
+    call fill_data
+    movl $1, %eax
+    movl sector - guest_start + GUEST_BASE, %edx
+    movl $0, %ecx
+    movl $512, %esi
+    call request
+    movb $80, %bl
+    cmpb $0, %al
+    jne fail
+    movb $'.', %al
+    call put_char
+    movl sector - guest_start + GUEST_BASE, %eax
+    addl $1, %eax
+    movl %eax, sector - guest_start + GUEST_BASE
+    cmpl 0x100(%ebp), %eax              # config: capacity
+    jb 0b
+    exit SUCCESS
+.balign 4
+sector: .long 0

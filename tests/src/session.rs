@@ -1,0 +1,179 @@
+//! A running minivmm: what it prints, what it is sent, how it ends.
+
+use std::fmt;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::tcgetattr;
+
+use crate::transcript::Transcript;
+
+/// A program with its standard streams in our hands. Dropping it kills it.
+#[derive(Debug)]
+pub struct Session {
+    child: Child,
+    pidfd: OwnedFd,
+    command: String,
+    input: Option<File>,
+    /// The output is a terminal, which has no end while we hold it open ourselves.
+    on_terminal: bool,
+    /// Its standard output, or its terminal.
+    pub output: Transcript,
+    /// Its standard error.
+    pub errors: Transcript,
+}
+
+/// How a program ended, with all that it said.
+#[derive(Debug)]
+pub struct Ended {
+    /// Its status.
+    pub status: ExitStatus,
+    /// Its standard output; empty for a terminal.
+    pub output: Vec<u8>,
+    /// Its standard error.
+    pub errors: String,
+}
+
+/// The terminal that a program runs on.
+#[derive(Debug)]
+pub struct Terminal {
+    slave: File,
+}
+
+impl Session {
+    /// Starts `command` on pipes.
+    pub fn start(command: &mut Command) -> Self {
+        let mut child = spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()));
+        let input = OwnedFd::from(child.stdin.take().unwrap()).into();
+        let output = Transcript::of(child.stdout.take().unwrap());
+        Self::watch(command, child, Some(input), output)
+    }
+
+    /// Starts `command` with standard input and output as the caller set them (standard error on a pipe): it has no
+    /// `output` and takes no `send`.
+    pub fn start_on(command: &mut Command) -> Self {
+        let child = spawn(command.stderr(Stdio::piped()));
+        Self::watch(command, child, None, Transcript::of(std::io::empty()))
+    }
+
+    /// Starts `command` on a new pseudo-terminal (standard error on a pipe). The text is the terminal's settings before.
+    pub fn start_on_terminal(command: &mut Command) -> (Self, Terminal, String) {
+        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+        grantpt(&master).unwrap();
+        unlockpt(&master).unwrap();
+        let name = ptsname(&master, Vec::new()).unwrap().into_string().unwrap();
+        let slave = File::options().read(true).write(true).open(name).unwrap();
+        let (input, output) = (slave.try_clone().unwrap(), slave.try_clone().unwrap());
+        let terminal = Terminal { slave };
+        let before = terminal.settings();
+        let child = spawn(command.stdin(input).stdout(output).stderr(Stdio::piped()));
+        let master = File::from(master);
+        let transcript = Transcript::of(master.try_clone().unwrap());
+        let mut session = Self::watch(command, child, Some(master), transcript);
+        session.on_terminal = true;
+        (session, terminal, before)
+    }
+
+    fn watch(command: &Command, mut child: Child, input: Option<File>, output: Transcript) -> Self {
+        let errors = Transcript::of(child.stderr.take().unwrap());
+        let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
+        Self { child, pidfd, command: format!("{command:?}"), input, on_terminal: false, output, errors }
+    }
+
+    /// Waits for `text` in the output; returns what came since the last one.
+    pub fn expect(&self, text: &str, bound: Duration) -> String {
+        self.output.expect(text, bound).unwrap_or_else(|why| self.fail(&why))
+    }
+
+    /// Waits for `text` on standard error; returns what came since the last one.
+    pub fn expect_error(&self, text: &str, bound: Duration) -> String {
+        self.errors.expect(text, bound).unwrap_or_else(|why| self.fail(&why))
+    }
+
+    /// Types `bytes`.
+    pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.input.as_mut().expect("the input is open").write_all(bytes.as_ref()).unwrap();
+    }
+
+    /// Ends the input.
+    pub fn close_input(&mut self) {
+        self.input = None;
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// The process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for the end. The input stays open until then, as a user's does.
+    pub fn wait(mut self, bound: Duration) -> Ended {
+        let limit = Timespec { tv_sec: i64::try_from(bound.as_secs()).unwrap(), tv_nsec: 0 };
+        let ready = poll(&mut [PollFd::from_borrowed_fd(self.pidfd.as_fd(), PollFlags::IN)], Some(&limit)).unwrap();
+        if ready == 0 {
+            let why = format!("it did not end within {bound:?}\n{}", self.output.tail());
+            self.fail(&why);
+        }
+        let status = self.child.wait().unwrap();
+        self.input = None;
+        let output = if self.on_terminal { Ok(Vec::new()) } else { self.output.to_end(bound) };
+        let output = output.unwrap_or_else(|why| panic!("standard output: {why}"));
+        let errors = self.errors.to_end(bound).unwrap_or_else(|why| panic!("standard error: {why}"));
+        Ended { status, output, errors: String::from_utf8_lossy(&errors).into_owned() }
+    }
+
+    fn fail(&self, why: &str) -> ! {
+        panic!("{}\n{why}\nstandard error: {}", self.command, self.errors.tail())
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // Fails only when it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Ended {
+    /// The exit status; a signal's number plus 128 for a program that one killed, as shells say it.
+    pub fn code(&self) -> i32 {
+        use std::os::unix::process::ExitStatusExt;
+        self.status.code().or_else(|| self.status.signal().map(|signal| 128 + signal)).unwrap()
+    }
+
+    /// Checks the exit status, and shows everything when it is another.
+    #[track_caller]
+    pub fn must_be(self, code: i32) -> Self {
+        assert_eq!(self.code(), code, "{self}");
+        self
+    }
+}
+
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let output = String::from_utf8_lossy(&self.output);
+        write!(f, "{}\n---- output\n{output}\n---- errors\n{}\n----", self.status, self.errors)
+    }
+}
+
+impl Terminal {
+    /// The terminal's settings, to compare.
+    pub fn settings(&self) -> String {
+        format!("{:?}", tcgetattr(&self.slave).unwrap())
+    }
+}
+
+fn spawn(command: &mut Command) -> Child {
+    command.spawn().unwrap_or_else(|why| panic!("cannot start {command:?}: {why}"))
+}

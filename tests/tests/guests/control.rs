@@ -1,0 +1,320 @@
+//! Control of a Linux guest: what it notices, and what it does not.
+
+use std::fs;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use minivmm_tests::linux::{BOOT_BOUND, CLOUD, Guest, Report};
+use minivmm_tests::qmp::Qmp;
+use minivmm_tests::session::Session;
+use serde_json::{Value, json};
+
+const SOCKET: &str = "control.sock";
+
+/// A guest with fio on /dev/vda, ready for a disk, and with a control socket.
+fn guest(script: &str) -> Guest {
+    Guest::new(CLOUD, script).with("--cpus 2").with_tools().with(&format!("--qmp unix:{SOCKET}"))
+}
+
+fn start(guest: &Guest) -> (Session, Qmp) {
+    let session = guest.start();
+    let qmp = Qmp::connect(&guest.path(SOCKET));
+    (session, qmp)
+}
+
+/// Waits for a fact, and gives its value.
+fn fact(session: &Session, name: &str) -> String {
+    session.expect(&format!("fact: {name} "), BOOT_BOUND);
+    session.expect("\n", BOOT_BOUND).trim().to_owned()
+}
+
+fn finish(session: Session) -> Report {
+    Report::new(session.wait(BOOT_BOUND).must_be(0))
+}
+
+/// A fio command whose JSON result comes out between BEGIN and END.
+fn fio(options: &str) -> String {
+    format!(
+        "fio --name=job --filename=/dev/vdb --direct=1 --ioengine=libaio --output-format=json --output=/run/fio.json --eta=never \
+         {options}\nfact fio $?\necho BEGIN\ncat /run/fio.json\necho END\n"
+    )
+}
+
+/// The results of all jobs, in order.
+fn results(report: &Report) -> Vec<Value> {
+    let outputs = report.text.split("BEGIN\n").skip(1).map(|rest| rest.split("END\n").next().unwrap());
+    outputs.map(|text| serde_json::from_str::<Value>(text).unwrap()["jobs"][0].clone()).collect()
+}
+
+/// Bounded: what hangs in the host's kernel must not keep the other tests from running.
+fn run(program: &str, arguments: &[&str]) -> bool {
+    Command::new("timeout")
+        .args(["-s", "KILL", "60", program])
+        .args(arguments)
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+/// Removes what a test has mounted or mapped, however it ends.
+struct Cleanup<F: FnMut()>(F);
+
+impl<F: FnMut()> Drop for Cleanup<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
+#[test]
+fn a_full_host_stops_the_guest_until_there_is_space() {
+    let job = fio(
+        "--rw=randwrite --bs=64k --size=24m --iodepth=8 --verify=crc32c --verify_fatal=1 --do_verify=1 --end_fsync=1",
+    );
+    let guest = guest(&format!("fact started\n{job}"));
+    let full = guest.path("full");
+    fs::create_dir(&full).unwrap();
+    let full = full.to_str().unwrap().to_owned();
+    if !run("mount", &["-t", "tmpfs", "-o", "size=8m", "tmpfs", &full]) {
+        println!("skipped: mounting a small tmpfs takes root");
+        return;
+    }
+    let _cleanup = Cleanup(|| {
+        run("umount", &["-l", &full]);
+    });
+    let guest = guest.with_disk("full/disk", 32 << 20, "id=small,werror=enospc");
+    let (session, mut qmp) = start(&guest);
+
+    let error = qmp.event("BLOCK_IO_ERROR");
+    let expected = json!({ "device": "small", "node-name": "small", "operation": "write", "action": "stop",
+        "nospace": true, "reason": "no space left on the host" });
+    assert_eq!(error, expected);
+    qmp.event("STOP");
+    assert_eq!(qmp.query("query-status"), json!({"running": false, "status": "io-error"}));
+    let disks = qmp.query("query-block");
+    assert_eq!((&disks[0]["io-status"], &disks[1]["io-status"]), (&json!("ok"), &json!("nospace")));
+    // To go on without space changes nothing.
+    qmp.query("cont");
+    qmp.event("RESUME");
+    qmp.event("STOP");
+    assert_eq!(qmp.query("query-status")["status"], "io-error");
+
+    assert!(run("mount", &["-o", "remount,size=64m", &full]));
+    qmp.query("cont");
+    let report = finish(session);
+    assert_eq!(report.number("fio"), 0, "{}", report.ended);
+    let job = &results(&report)[0];
+    assert_eq!((&job["error"], &job["write"]["io_bytes"]), (&json!(0), &json!(24 << 20)), "{job}");
+}
+
+/// A host disk whose upper half fails every request, under each policy.
+#[test]
+fn a_failing_disk_under_each_policy() {
+    for (policy, action) in [("report", "report"), ("ignore", "ignore"), ("stop", "stop")] {
+        let script = "for way in of=/dev/vdb if=/dev/vdb; do \
+             case $way in of*) other=if=/dev/zero flag=oflag=direct seek=seek=2560 ;; \
+             *) other=of=/dev/null flag=iflag=direct seek=skip=2560 ;; esac\n\
+             dd $way $other $flag $seek bs=4096 count=1 2>/dev/null; fact $way $?\n\
+             done";
+        let guest = guest(script);
+        let file = guest.path("backing");
+        fs::File::create(&file).unwrap().set_len(16 << 20).unwrap();
+        let name = format!("minivmm-test-{}-{policy}", std::process::id());
+        // Where they are modules.
+        run("modprobe", &["-q", "-a", "loop", "dm-mod"]);
+        let device = Command::new("losetup").args(["--find", "--show"]).arg(&file).output().unwrap();
+        if !device.status.success() {
+            println!("skipped: a loop device takes root");
+            return;
+        }
+        let device = String::from_utf8(device.stdout).unwrap().trim().to_owned();
+        let _cleanup = Cleanup(|| {
+            run("dmsetup", &["remove", "--noudevsync", "--force", &name]);
+            run("losetup", &["--detach", &device]);
+        });
+        let failing = format!("0 16384 linear {device} 0\n16384 16384 error");
+        assert!(run("dmsetup", &["create", "--noudevsync", &name, "--table", &failing]), "dmsetup");
+        // Where no udev makes its name.
+        run("dmsetup", &["mknodes", &name]);
+        let guest = guest.with(&format!("--disk /dev/mapper/{name},cache=none,rerror={policy},werror={policy}"));
+        let (session, mut qmp) = start(&guest);
+        for operation in ["write", "read"] {
+            let error = qmp.event("BLOCK_IO_ERROR");
+            assert_eq!((&error["action"], &error["operation"]), (&json!(action), &json!(operation)), "{policy}");
+            assert_eq!(error["nospace"], false);
+            if policy == "stop" {
+                qmp.event("STOP");
+                assert_eq!(qmp.query("query-block")[1]["io-status"], "failed");
+                // The disk is repaired, then the request goes through; and breaks again.
+                let sound = format!("0 32768 linear {device} 0");
+                assert!(run("dmsetup", &["suspend", &name]) && run("dmsetup", &["load", &name, "--table", &sound]));
+                assert!(run("dmsetup", &["resume", "--noudevsync", &name]));
+                qmp.query("cont");
+                qmp.event("RESUME");
+                if operation == "write" {
+                    fact(&session, "of=/dev/vdb");
+                    qmp.query("stop");
+                    run("dmsetup", &["suspend", &name]);
+                    run("dmsetup", &["load", &name, "--table", &failing]);
+                    run("dmsetup", &["resume", "--noudevsync", &name]);
+                    qmp.query("cont");
+                }
+            }
+        }
+        let report = finish(session);
+        let (written, read) = match policy {
+            "report" => ("1", "1"),
+            _ => ("0", "0"),
+        };
+        if policy != "stop" {
+            assert_eq!(report.get("of=/dev/vdb"), written, "{policy}: {}", report.ended);
+        }
+        assert_eq!(report.get("if=/dev/vdb"), read, "{policy}: {}", report.ended);
+    }
+}
+
+#[test]
+fn a_disk_grows_and_shrinks_under_load() {
+    let load = "while [ ! -e /tmp/stop ]; do fio --name=load --filename=/dev/vdb --rw=randrw --bs=4k --size=4m --direct=1 \
+                --ioengine=libaio --iodepth=4 --verify=crc32c --output=/tmp/load --eta=never || fact failed; done & load=$!";
+    let watch = "last=''; while [ \"$last\" != 8388608 ]; do now=$(lsblk -bdno SIZE /dev/vdb | tr -d ' '); \
+                 [ \"$now\" = \"$last\" ] || fact size $now; last=$now; sleep 0.05; done\n\
+                 touch /tmp/stop; wait $load; fact load $?";
+    let guest = guest(&format!("{load}\n{watch}")).with_disk("disk", 16 << 20, "");
+    let (session, mut qmp) = start(&guest);
+    assert_eq!(fact(&session, "size"), (16 << 20).to_string());
+    for bytes in [64_u64 << 20, 32 << 20, 8 << 20] {
+        let before = Instant::now();
+        qmp.execute("block_resize", json!({"device": "vdb", "size": bytes})).unwrap();
+        assert_eq!(fact(&session, "size"), bytes.to_string());
+        println!("a resize reached the guest in {:?}", before.elapsed());
+        assert_eq!(fs::metadata(guest.path("disk")).unwrap().len(), bytes);
+    }
+    let report = finish(session);
+    assert_eq!(report.number("load"), 0, "{}", report.ended);
+    assert!(report.all("failed").is_empty(), "{}", report.ended);
+}
+
+#[test]
+fn limits_hold_and_bursts_show() {
+    let job = |options: &str| fio(&format!("--size=32m --iodepth=16 --time_based {options}"));
+    let script = [
+        "read go".to_owned(),
+        job("--rw=randread --bs=4k --runtime=12 --ramp_time=6"),
+        "fact next; read go".to_owned(),
+        job("--rw=write --bs=64k --runtime=12 --ramp_time=6"),
+        "fact next; read go".to_owned(),
+        job("--rw=randrw --bs=4k --runtime=12 --ramp_time=6"),
+        "fact next; read go".to_owned(),
+        job("--rw=randread --bs=4k --runtime=10"),
+    ];
+    let guest = guest(&format!("fact next\n{}", script.join("\n"))).with_disk("disk", 32 << 20, "");
+    let (mut session, mut qmp) = start(&guest);
+    let none = json!({"device": "vdb", "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
+    // A machine that stalls for a second, as the lab may, makes up for it from the burst; fio does not count the first six.
+    let limits: [&[(&str, u64)]; 4] = [
+        &[("iops_rd", 60), ("iops_rd_max", 120)],
+        &[("bps", 1 << 20), ("bps_max", 2 << 20)],
+        &[("iops", 60), ("iops_max", 120)],
+        // A burst of 200, all at once, then 20 a second.
+        &[("iops_rd", 20), ("iops_rd_max", 200)],
+    ];
+    for limits in limits {
+        session.expect("fact: next", BOOT_BOUND);
+        let mut arguments = none.clone();
+        limits.iter().for_each(|(name, value)| arguments[*name] = (*value).into());
+        qmp.execute("block_set_io_throttle", arguments).unwrap();
+        session.send("\n");
+    }
+    let report = finish(session);
+    let jobs = results(&report);
+    let [reads, writes, mixed, burst] = &jobs[..] else { panic!("{}", report.ended) };
+    let rate = |job: &Value, way: &str, unit: &str| job[way][unit].as_f64().unwrap();
+    let close = |what: &str, actual: f64, limit: f64| {
+        println!("{what}: {actual:.1} of {limit}");
+        assert!((actual - limit).abs() <= limit * 0.05, "{what}: {actual}, not {limit}");
+    };
+    close("reads a second", rate(reads, "read", "iops"), 60.0);
+    close("bytes a second", rate(writes, "write", "bw_bytes"), f64::from(1 << 20));
+    close("operations a second", rate(mixed, "read", "iops") + rate(mixed, "write", "iops"), 60.0);
+    close("of those, reads", rate(mixed, "read", "iops"), 30.0);
+    let total = rate(burst, "read", "total_ios");
+    // And the queue that fio waits for at the end.
+    close("reads with a burst", total, 200.0 + 10.0 * 20.0 + 16.0);
+}
+
+#[test]
+fn the_accounts_are_fios() {
+    let job = fio("--rw=randrw --bs=4k --size=8m --iodepth=16 --number_ios=3000 --norandommap");
+    let guest = guest(&format!("fact ready\nread go\n{job}\nfact done\nread go")).with_disk("disk", 16 << 20, "");
+    let (mut session, mut qmp) = start(&guest);
+    let stats = |qmp: &mut Qmp| qmp.query("query-blockstats")[1]["stats"].clone();
+    session.expect("fact: ready", BOOT_BOUND);
+    let before = stats(&mut qmp);
+    session.send("\n");
+    session.expect("fact: done", BOOT_BOUND);
+    let after = stats(&mut qmp);
+    session.send("\n");
+    let metrics = |name: &str| after[name].as_u64().unwrap() - before[name].as_u64().unwrap();
+    let report = finish(session);
+    let job = &results(&report)[0];
+    for (ours, way) in [("rd", "read"), ("wr", "write")] {
+        let counted = (metrics(&format!("{ours}_operations")), metrics(&format!("{ours}_bytes")));
+        assert_eq!(json!([counted.0, counted.1]), json!([job[way]["total_ios"], job[way]["io_bytes"]]), "{way}");
+        assert!(metrics(&format!("{ours}_total_time_ns")) > 0);
+    }
+    assert_eq!(metrics("failed_rd_operations") + metrics("failed_wr_operations"), 0);
+}
+
+/// A thousand times, while fio verifies what it writes.
+#[test]
+fn pause_and_resume_a_thousand_times_under_load() {
+    let job =
+        fio("--rw=randrw --bs=4k --size=8m --iodepth=16 --verify=crc32c --verify_fatal=1 --time_based --runtime=25");
+    let complaints = "dmesg -r | grep -E '^<[0-4]>' | grep -iE 'lockup|stall|hung|unstable|skew' | \
+                      while read -r line; do fact complaint $line; done";
+    let guest = guest(&format!("fact started\n{job}\n{complaints}")).with_disk("disk", 16 << 20, "");
+    let (session, mut qmp) = start(&guest);
+    session.expect("fact: started", BOOT_BOUND);
+    let mut slowest = Duration::ZERO;
+    for _ in 0..1000 {
+        let before = Instant::now();
+        qmp.query("stop");
+        slowest = slowest.max(before.elapsed());
+        qmp.query("cont");
+        qmp.events.clear();
+    }
+    println!("the slowest of a thousand stops took {slowest:?}");
+    let report = finish(session);
+    assert_eq!(report.number("fio"), 0, "{}", report.ended);
+    assert!(report.all("complaint").is_empty(), "{}", report.ended);
+}
+
+/// The guest's clock stands still with the guest, its watchdogs keep quiet, and its power button works.
+#[test]
+fn a_long_pause_and_the_power_button() {
+    let script = "fact clocksource $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)\n\
+                  fact before $(cut -d' ' -f1 /proc/uptime)\nread go\nfact after $(cut -d' ' -f1 /proc/uptime)\n\
+                  dmesg | grep -iE 'lockup|stall|clocksource.*unstable' | while read -r line; do fact complaint $line; done\n\
+                  exec 3</dev/input/event0; fact button; head -c 24 <&3 >/dev/null; fact pressed";
+    let guest = guest(script);
+    let (mut session, mut qmp) = start(&guest);
+    let clocksource = fact(&session, "clocksource");
+    let before: f64 = fact(&session, "before").parse().unwrap();
+    qmp.query("stop");
+    let paused = Instant::now();
+    while paused.elapsed() < Duration::from_secs(30) {
+        assert_eq!(qmp.query("query-status")["status"], "paused");
+        std::thread::sleep(Duration::from_secs(1));
+    }
+    qmp.query("cont");
+    session.send("\n");
+    let after: f64 = fact(&session, "after").parse().unwrap();
+    println!("{clocksource}: {:.2} s passed in the guest", after - before);
+    assert!(after - before < 25.0, "{clocksource}: {before} {after}");
+    session.expect("fact: button", BOOT_BOUND);
+    qmp.query("system_powerdown");
+    qmp.event("POWERDOWN");
+    session.expect("fact: pressed", BOOT_BOUND);
+    assert_eq!(qmp.event("SHUTDOWN"), json!({"guest": true, "reason": "guest-shutdown"}));
+    let report = finish(session);
+    assert!(report.all("complaint").is_empty(), "{}", report.ended);
+}

@@ -1,0 +1,10 @@
+//! Real Linux guests through the real binary, on a CPU that virtualises or in the lab (`make test-guests`).
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+
+mod boot;
+mod control;
+mod debian;
+mod disk;
+mod ends;
+mod fio;
+mod formats;

@@ -1,0 +1,182 @@
+//! From a configuration to a paused machine, step by step.
+
+use std::fs::File;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
+
+use arch::boot::{self, Entry, Kernel};
+use arch::cmdline::{self, Defaults, Root};
+use arch::layout::{self, MmioDevice};
+use arch::tables::{acpi, mptable};
+use devices::block::BlockDevice;
+use devices::bus::Bus;
+use devices::disk::{self, Disk};
+use kvm_ioctls::{Kvm, VmFd};
+
+use crate::GuestMemory;
+use crate::config::{DiskConfig, VmConfig};
+use crate::console::Console;
+use crate::control::Server;
+use crate::error::Error;
+use crate::event_loop::{CONTROL_BASE, MainLoop};
+use crate::events::{EventSender, event_channel};
+use crate::machine::{Machine, MachineDisk};
+use crate::signals::Signals;
+use crate::vcpu::{VcpuHandle, VcpuSetup, prepare_kick_signal};
+use crate::vm::Vm;
+use crate::{attach, kvm, memory};
+
+/// Builds the machine. Its vCPUs have threads but have not entered the guest: [`Vm::run`] starts them.
+///
+/// Everything the user named is opened and checked before anything is created.
+///
+/// # Errors
+/// One line that tells the user what to do.
+pub fn build(config: &VmConfig, signals: Signals) -> Result<Vm, Error> {
+    // 1. The user's files, checked.
+    let kernel_file = open_regular("--kernel", &config.kernel)?;
+    let kernel = Kernel::identify(kernel_file).map_err(in_file("--kernel", &config.kernel))?;
+    let initrd = config.initrd.as_deref().map(|path| open_regular("--initrd", path)).transpose()?;
+    let images = open_images(&config.disks)?;
+    let cmdline = kernel_command_line(config)?;
+
+    // 2. Guest memory, with the kernel in it.
+    let memory = memory::allocate(config.memory)?;
+
+    // 3. KVM: a VM with interrupt controllers and memory slots.
+    let kvm_fd = kvm::open()?;
+    check_cpus(&kvm_fd, config.cpus)?;
+    let vm = kvm::create_vm(&kvm_fd)?;
+    kvm::register_memory(&vm, &memory)?;
+
+    // 4. The machine described, the kernel loaded, its start structures written.
+    let rsdp = describe_machine(config, &memory)?;
+    let entry = boot::load(&memory, &kernel, initrd.as_ref(), &cmdline, rsdp).map_err(not_loaded(config))?;
+
+    // 5. Devices on their buses.
+    let (events, receiver) = event_channel().map_err(Error::host("make an eventfd"))?;
+    let events = Arc::new(events);
+    let (mut port_io, mut mmio) = (Bus::new(), Bus::new());
+    let trap_registers = config.trap_registers || !kvm::has_read_only_memory(&kvm_fd);
+    let disks = attach_disks(&vm, &mut mmio, &memory, &events, config, &images, trap_registers)?;
+    // Last of what may be refused, since it may empty a file.
+    let console = Console::open(&config.console)?;
+    let ends = attach::legacy(&vm, &mut port_io, console.output.writer(), &events, config)?;
+    let power_button = attach::irqfd(&vm, layout::POWER_BUTTON_GSI)?;
+
+    // 6. vCPUs, each waiting on its thread.
+    prepare_kick_signal().map_err(Error::host("install the vCPU signal"))?;
+    let (port_io, mmio) = (Arc::new(port_io), Arc::new(mmio));
+    let setup =
+        VcpuSetup { kvm: &kvm_fd, vm: &vm, count: config.cpus, legacy_pic: !config.acpi, port_io, mmio, events };
+    let vcpus = start_vcpus(&setup, &entry)?;
+
+    // 7. The main loop that will hear of everything else.
+    let control = config.qmp.as_deref().map(listen).transpose()?;
+    let machine = Machine::new(vcpus, disks, memory, vm, power_button);
+    let main_loop = MainLoop::new(machine, control, signals, config.timeout, receiver, console, ends)?;
+    Ok(Vm { main_loop, paused: config.paused })
+}
+
+fn listen(path: &Path) -> Result<Server, Error> {
+    Server::bind(path, CONTROL_BASE).map_err(|source| Error::Control { path: path.to_owned(), source })
+}
+
+fn in_file(option: &'static str, path: &Path) -> impl FnOnce(boot::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::BootFile { option, path, source }
+}
+
+/// Names the option that named what cannot be loaded.
+fn not_loaded(config: &VmConfig) -> impl FnOnce(boot::Error) -> Error {
+    use boot::Error::{CopyInitrd, EmptyInitrd, InitrdDoesNotFit, InitrdNeverFits, ReadInitrd};
+    move |error| match (error, &config.initrd) {
+        (boot::Error::Cmdline(error), _) => Error::Cmdline(error),
+        (
+            error
+            @ (ReadInitrd(_) | EmptyInitrd | InitrdDoesNotFit { .. } | InitrdNeverFits { .. } | CopyInitrd { .. }),
+            Some(initrd),
+        ) => in_file("--initrd", initrd)(error),
+        (error, _) => in_file("--kernel", &config.kernel)(error),
+    }
+}
+
+/// Opens a kernel or an initrd. A fifo is not waited for.
+fn open_regular(option: &'static str, path: &Path) -> Result<File, Error> {
+    let failed = |source| Error::Open { option, path: path.to_owned(), source };
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
+    let kind = file.metadata().map_err(failed)?.file_type();
+    let kind = match () {
+        () if kind.is_file() => return Ok(file),
+        () if kind.is_dir() => "a directory",
+        () if kind.is_fifo() => "a fifo",
+        () => "a device or socket",
+    };
+    Err(Error::NotAFile { option, path: path.to_owned(), kind })
+}
+
+fn open_images(disks: &[DiskConfig]) -> Result<Vec<Arc<dyn Disk>>, Error> {
+    if disks.len() > layout::VIRTIO_MMIO_MAX {
+        return Err(Error::TooManyDisks(disks.len()));
+    }
+    disks.iter().map(|disk| disk::open(&disk.image).map_err(Error::from)).collect()
+}
+
+fn kernel_command_line(config: &VmConfig) -> Result<String, Error> {
+    let root = config.disks.first().map(|disk| if disk.image.read_only { Root::ReadOnly } else { Root::ReadWrite });
+    let virtio_mmio = windows(&config.disks);
+    let defaults = Defaults { serial: config.has_serial(), root, acpi: config.acpi, virtio_mmio: &virtio_mmio };
+    let cmdline = cmdline::build(&defaults, &config.cmdline)?;
+    tracing::debug!(cmdline, "the kernel's command line");
+    Ok(cmdline)
+}
+
+/// Where each disk sits.
+fn windows(disks: &[DiskConfig]) -> Vec<MmioDevice> {
+    (0..disks.len()).map_while(layout::virtio_mmio).collect()
+}
+
+fn check_cpus(kvm: &Kvm, wanted: u32) -> Result<(), Error> {
+    let max = u32::try_from(kvm.get_max_vcpus()).unwrap_or(u32::MAX).min(layout::CPUS_MAX);
+    if wanted > max { Err(Error::TooManyCpus { wanted, max }) } else { Ok(()) }
+}
+
+/// Writes the ACPI tables, or the MPTable for `--acpi off`. Gives the RSDP.
+fn describe_machine(config: &VmConfig, memory: &GuestMemory) -> Result<Option<vm_memory::GuestAddress>, Error> {
+    if config.acpi {
+        let virtio_mmio = windows(&config.disks);
+        let machine = acpi::Machine { cpus: config.cpus, serial: config.has_serial(), virtio_mmio: &virtio_mmio };
+        Ok(Some(acpi::write(memory, &machine)?))
+    } else {
+        mptable::write(memory, config.cpus)?;
+        Ok(None)
+    }
+}
+
+fn attach_disks(
+    vm: &VmFd,
+    mmio: &mut Bus,
+    memory: &GuestMemory,
+    events: &Arc<EventSender>,
+    config: &VmConfig,
+    images: &[Arc<dyn Disk>],
+    trap_registers: bool,
+) -> Result<Vec<MachineDisk>, Error> {
+    let mut disks = Vec::with_capacity(config.disks.len());
+    let places = (0..).zip(windows(&config.disks));
+    for ((config, image), place) in config.disks.iter().zip(images).zip(places) {
+        let events = Arc::clone(events);
+        let sink = Arc::new(move |event| events.report(event));
+        let device = BlockDevice::new(config.device.clone(), Arc::clone(image), sink)
+            .map_err(|source| Error::DiskOptions { path: config.image.path.clone(), source })?;
+        let handle = device.handle();
+        let transport = attach::disk(vm, mmio, memory, place, device, trap_registers)?;
+        disks.push(MachineDisk { config: config.clone(), handle, image: Arc::clone(image), transport });
+    }
+    Ok(disks)
+}
+
+fn start_vcpus(setup: &VcpuSetup<'_>, entry: &Entry) -> Result<Vec<VcpuHandle>, Error> {
+    (0..setup.count).map(|index| VcpuHandle::spawn(setup.create(index, entry)?)).collect()
+}

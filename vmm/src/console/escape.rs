@@ -1,0 +1,57 @@
+//! `Ctrl-A`, the key that speaks to minivmm instead of the guest.
+
+use super::input::Typed;
+
+const CTRL_A: u8 = 1;
+
+/// What `Ctrl-A h` prints.
+pub(crate) const HELP: &str = "\r\nminivmm console keys:\r\n\
+    \x20 Ctrl-A h       this help\r\n\
+    \x20 Ctrl-A x       quit minivmm\r\n\
+    \x20 Ctrl-A Ctrl-A  send Ctrl-A to the guest\r\n";
+
+/// Follows the escape key through the typed bytes.
+#[derive(Debug, Default)]
+pub(super) struct Escape {
+    pending: bool,
+}
+
+impl Escape {
+    /// What `byte` means, given what came before. `None`: wait for the next one.
+    pub(super) fn typed(&mut self, byte: u8) -> Option<Typed> {
+        if !std::mem::replace(&mut self.pending, false) {
+            self.pending = byte == CTRL_A;
+            return (!self.pending).then_some(Typed::Byte(byte));
+        }
+        match byte {
+            b'x' => Some(Typed::Quit),
+            b'h' | b'?' => Some(Typed::Help),
+            CTRL_A => Some(Typed::Byte(CTRL_A)),
+            // As QEMU: an unknown key after Ctrl-A is dropped with it.
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn all(text: &[u8]) -> Vec<Typed> {
+        let mut escape = Escape::default();
+        text.iter().filter_map(|&byte| escape.typed(byte)).collect()
+    }
+
+    #[test]
+    fn ordinary_bytes_pass() {
+        assert_eq!(all(b"xh"), [Typed::Byte(b'x'), Typed::Byte(b'h')]);
+    }
+
+    #[test]
+    fn escapes_are_taken_out() {
+        assert_eq!(
+            all(b"a\x01h\x01\x01\x01zb\x01x"),
+            [Typed::Byte(b'a'), Typed::Help, Typed::Byte(1), Typed::Byte(b'b'), Typed::Quit]
+        );
+    }
+}

@@ -1,0 +1,227 @@
+//! The commands about disks.
+
+use std::os::unix::fs::MetadataExt;
+
+use devices::block::{BlockHandle, ErrorPolicy, Histogram, IoStatus, Kind, KindStats, Limit, Rate, Throttling};
+use serde_json::{Value, json};
+
+use super::commands::{Argument, ArgumentKind, Arguments, optional, required};
+use super::protocol::Failure;
+use crate::machine::{Machine, MachineDisk};
+
+pub(super) const BLOCKSTATS: &[Argument] = &[optional("query-nodes", ArgumentKind::Boolean)];
+pub(super) const RESIZE: &[Argument] = &[
+    optional("device", ArgumentKind::Text),
+    optional("node-name", ArgumentKind::Text),
+    required("size", ArgumentKind::Integer),
+];
+pub(super) const HISTOGRAM: &[Argument] = &[
+    required("id", ArgumentKind::Text),
+    optional("boundaries", ArgumentKind::Integers),
+    optional("boundaries-read", ArgumentKind::Integers),
+    optional("boundaries-write", ArgumentKind::Integers),
+    optional("boundaries-flush", ArgumentKind::Integers),
+];
+pub(super) const THROTTLE: &[Argument] = &[
+    optional("device", ArgumentKind::Text),
+    optional("id", ArgumentKind::Text),
+    required("bps", ArgumentKind::Integer),
+    required("bps_rd", ArgumentKind::Integer),
+    required("bps_wr", ArgumentKind::Integer),
+    required("iops", ArgumentKind::Integer),
+    required("iops_rd", ArgumentKind::Integer),
+    required("iops_wr", ArgumentKind::Integer),
+    optional("bps_max", ArgumentKind::Integer),
+    optional("bps_rd_max", ArgumentKind::Integer),
+    optional("bps_wr_max", ArgumentKind::Integer),
+    optional("iops_max", ArgumentKind::Integer),
+    optional("iops_rd_max", ArgumentKind::Integer),
+    optional("iops_wr_max", ArgumentKind::Integer),
+    optional("bps_max_length", ArgumentKind::Integer),
+    optional("bps_rd_max_length", ArgumentKind::Integer),
+    optional("bps_wr_max_length", ArgumentKind::Integer),
+    optional("iops_max_length", ArgumentKind::Integer),
+    optional("iops_rd_max_length", ArgumentKind::Integer),
+    optional("iops_wr_max_length", ArgumentKind::Integer),
+    optional("iops_size", ArgumentKind::Integer),
+];
+
+/// The disk that one of the arguments `keys` names: by its `id=`, or by the name that the guest gives it.
+fn find<'a>(machine: &'a Machine, arguments: &Arguments<'_>, keys: &[&str]) -> Result<&'a MachineDisk, Failure> {
+    let mut given = keys.iter().filter_map(|key| arguments.text(key));
+    let (Some(name), None) = (given.next(), given.next()) else {
+        return Err(Failure::generic(format!("Give one of: {}", keys.join(", "))));
+    };
+    let named = |disk: &&MachineDisk| disk.config.id == name || disk.handle.name() == name;
+    machine.disks.iter().find(named).ok_or_else(|| Failure::device_not_found(name))
+}
+
+/// `block_resize`: the disk gets another size, and the guest hears of it.
+pub(super) fn resize(machine: &mut Machine, arguments: &Arguments<'_>) -> Result<Value, Failure> {
+    let disk = find(machine, arguments, &["device", "node-name"])?;
+    let size = arguments.integer("size").unwrap_or_default();
+    disk.handle.resize(size).map_err(|error| Failure::generic(error.to_string()))?;
+    Ok(json!({}))
+}
+
+/// `block_set_io_throttle`: all limits at once; what is not named is lifted.
+pub(super) fn throttle(machine: &mut Machine, arguments: &Arguments<'_>) -> Result<Value, Failure> {
+    let disk = find(machine, arguments, &["device", "id"])?;
+    let integer = |name: String| arguments.integer(&name);
+    let rates = Limit::ALL.map(|limit| {
+        let name = limit.qmp();
+        Rate {
+            average: integer(name.to_owned()).unwrap_or_default(),
+            max: integer(format!("{name}_max")).unwrap_or_default(),
+            max_length: integer(format!("{name}_max_length")).unwrap_or(1),
+        }
+    });
+    let operation_size = arguments.integer("iops_size").unwrap_or_default();
+    disk.handle.set_throttling(Throttling { rates, operation_size }).map_err(Failure::generic)?;
+    Ok(json!({}))
+}
+
+/// `block-latency-histogram-set`: bins for the kinds that are named, or for all; without any boundaries, none.
+pub(super) fn set_histogram(machine: &mut Machine, arguments: &Arguments<'_>) -> Result<Value, Failure> {
+    let disk = find(machine, arguments, &["id"])?;
+    let all = arguments.integers("boundaries");
+    let own = HISTOGRAMS.map(|(_, name)| arguments.integers(&format!("boundaries-{name}")));
+    let remove = all.is_none() && own.iter().all(Option::is_none);
+    let mut wanted = Vec::new();
+    for ((kind, _), own) in HISTOGRAMS.into_iter().zip(own) {
+        if let Some(boundaries) = own.or_else(|| all.clone()) {
+            let histogram = Histogram::new(boundaries);
+            wanted
+                .push((kind, histogram.ok_or_else(|| Failure::generic("Boundaries must ascend, and not begin at 0"))?));
+        }
+    }
+    if remove {
+        HISTOGRAMS.iter().for_each(|(kind, _)| disk.handle.set_histogram(*kind, None));
+    }
+    wanted.iter().for_each(|(kind, histogram)| disk.handle.set_histogram(*kind, Some(histogram)));
+    Ok(json!({}))
+}
+
+/// The kinds of request with histograms, and their names in arguments.
+const HISTOGRAMS: [(Kind, &str); 3] = [(Kind::Read, "read"), (Kind::Write, "write"), (Kind::Flush, "flush")];
+
+/// `query-block`.
+pub(super) fn query_block(machine: &Machine) -> Value {
+    machine.disks.iter().map(block_info).collect()
+}
+
+fn block_info(disk: &MachineDisk) -> Value {
+    let MachineDisk { config, handle, image, .. } = disk;
+    let path = config.image.path.to_string_lossy();
+    // Best effort: the path may lead elsewhere by now.
+    let allocated = std::fs::metadata(&config.image.path).map_or(0, |meta| meta.blocks() * 512);
+    let cache = config.image.cache;
+    let mut inserted = json!({
+        "node-name": config.id,
+        "file": path,
+        "drv": config.image.format.to_string(),
+        "ro": image.read_only(),
+        "backing_file_depth": 0,
+        "encrypted": false,
+        "detect_zeroes": config.image.detect_zeroes.to_string(),
+        "cache": { "writeback": handle.write_cache(), "direct": cache.direct(), "no-flush": cache.ignores_flush() },
+        "write_threshold": 0,
+        "image": {
+            "filename": path,
+            "format": config.image.format.to_string(),
+            "virtual-size": image.capacity(),
+            "actual-size": allocated,
+            "dirty-flag": false,
+        },
+    });
+    let throttling = handle.throttling();
+    for (limit, Rate { average, max, max_length }) in Limit::ALL.into_iter().zip(throttling.rates) {
+        let name = limit.qmp();
+        inserted[name] = average.into();
+        if max > 0 {
+            inserted[format!("{name}_max")] = max.into();
+            inserted[format!("{name}_max_length")] = max_length.into();
+        }
+    }
+    if throttling.operation_size > 0 {
+        inserted["iops_size"] = throttling.operation_size.into();
+    }
+    let mut info = json!({
+        "device": config.id,
+        "qdev": format!("/machine/peripheral/{}", config.id),
+        "type": "unknown",
+        "removable": false,
+        "locked": false,
+        "inserted": inserted,
+    });
+    // As in QEMU: a disk whose errors never stop the VM has no such status.
+    let stops = |policy| matches!(policy, ErrorPolicy::Stop | ErrorPolicy::Enospc);
+    if stops(config.device.read_errors) || stops(config.device.write_errors) {
+        info["io-status"] = match handle.io_status() {
+            IoStatus::Ok => "ok",
+            IoStatus::Failed => "failed",
+            IoStatus::NoSpace => "nospace",
+        }
+        .into();
+    }
+    info
+}
+
+/// `query-blockstats`.
+pub(super) fn query_blockstats(machine: &Machine) -> Value {
+    machine
+        .disks
+        .iter()
+        .map(|disk| {
+            json!({
+                "device": disk.config.id,
+                "node-name": disk.config.id,
+                "qdev": format!("/machine/peripheral/{}", disk.config.id),
+                "stats": device_stats(&disk.handle),
+            })
+        })
+        .collect()
+}
+
+/// QEMU's four kinds: write-zeroes are writes, and a secure erasure unmaps.
+fn device_stats(handle: &BlockHandle) -> Value {
+    let stats = handle.stats();
+    let sum = |kinds: &[Kind]| {
+        kinds.iter().map(|kind| stats.kind(*kind)).fold(KindStats::default(), |sum, kind| KindStats {
+            operations: sum.operations + kind.operations,
+            bytes: sum.bytes + kind.bytes,
+            merged: sum.merged + kind.merged,
+            errors: sum.errors + kind.errors,
+            invalid: sum.invalid + kind.invalid,
+            time: sum.time + kind.time,
+        })
+    };
+    let kinds = [
+        ("rd", sum(&[Kind::Read])),
+        ("wr", sum(&[Kind::Write, Kind::WriteZeroes])),
+        ("flush", sum(&[Kind::Flush])),
+        ("unmap", sum(&[Kind::Discard, Kind::SecureErase])),
+    ];
+    let mut all = json!({
+        "account_invalid": true,
+        "account_failed": true,
+        "timed_stats": [],
+        "wr_highest_offset": stats.highest_write,
+    });
+    for ((kind, _), name) in HISTOGRAMS.into_iter().zip(["rd", "wr", "flush"]) {
+        if let Some(Histogram { boundaries, bins }) = handle.histogram(kind) {
+            all[format!("{name}_latency_histogram")] = json!({ "boundaries": boundaries, "bins": bins });
+        }
+    }
+    for (name, kind) in kinds {
+        all[format!("{name}_operations")] = kind.operations.into();
+        all[format!("{name}_total_time_ns")] = u64::try_from(kind.time.as_nanos()).unwrap_or(u64::MAX).into();
+        all[format!("failed_{name}_operations")] = kind.errors.into();
+        all[format!("invalid_{name}_operations")] = kind.invalid.into();
+        if name != "flush" {
+            all[format!("{name}_bytes")] = kind.bytes.into();
+            all[format!("{name}_merged")] = kind.merged.into();
+        }
+    }
+    all
+}

@@ -1,0 +1,116 @@
+//! The machine's accounts as Prometheus' text format (version 0.0.4): what `x-query-metrics` answers.
+
+use std::fmt::Write;
+
+use devices::block::{BlockHandle, Kind};
+use serde_json::{Value, json};
+
+use crate::machine::{Life, Machine};
+
+const KINDS: [(Kind, &str); 7] = [
+    (Kind::Read, "read"),
+    (Kind::Write, "write"),
+    (Kind::Flush, "flush"),
+    (Kind::Discard, "discard"),
+    (Kind::WriteZeroes, "write_zeroes"),
+    (Kind::SecureErase, "secure_erase"),
+    (Kind::Other, "other"),
+];
+
+/// All metrics, as QEMU's HumanReadableText.
+pub(super) fn query(machine: &Machine) -> Value {
+    let mut page = Page::default();
+    page.family("minivmm_running", "gauge", "1 while the guest runs");
+    page.sample("minivmm_running", "", u64::from(machine.life() == Life::Running));
+    page.family("minivmm_vcpu_exits_total", "counter", "exits to user space");
+    for (index, vcpu) in machine.vcpus.iter().enumerate() {
+        for (reason, count) in vcpu.exits().by_reason() {
+            page.sample("minivmm_vcpu_exits_total", &format!("vcpu=\"{index}\",reason=\"{reason}\""), count);
+        }
+    }
+    let disks: Vec<_> = machine.disks.iter().map(|disk| (label(&disk.config.id), &disk.handle)).collect();
+    by_kind(&mut page, &disks);
+    by_disk(&mut page, &disks);
+    latencies(&mut page, &disks);
+    json!({ "human-readable-text": page.0 })
+}
+
+fn by_kind(page: &mut Page, disks: &[(String, &BlockHandle)]) {
+    type Count = fn(&devices::block::KindStats) -> String;
+    let families: [(&str, &str, Count); 6] = [
+        ("operations", "requests that succeeded", |stats| stats.operations.to_string()),
+        ("bytes", "bytes of disk that those covered", |stats| stats.bytes.to_string()),
+        ("merged", "of those requests, how many travelled in another one's transfer", |stats| stats.merged.to_string()),
+        ("errors", "requests that the host failed", |stats| stats.errors.to_string()),
+        ("invalid", "requests that were refused", |stats| stats.invalid.to_string()),
+        ("seconds", "time from the ring to the answer", |stats| stats.time.as_secs_f64().to_string()),
+    ];
+    for (name, help, count) in families {
+        let name = format!("minivmm_disk_{name}_total");
+        page.family(&name, "counter", help);
+        for (disk, handle) in disks {
+            let stats = handle.stats();
+            for (kind, word) in KINDS {
+                page.sample(&name, &format!("disk=\"{disk}\",kind=\"{word}\""), count(stats.kind(kind)));
+            }
+        }
+    }
+}
+
+fn by_disk(page: &mut Page, disks: &[(String, &BlockHandle)]) {
+    type Count = fn(&devices::block::BlockStats) -> u64;
+    let families: [(&str, &str, Count); 3] = [
+        ("interrupts", "interrupts raised for used rings", |stats| stats.interrupts),
+        ("unanswerable", "chains without a byte for the status", |stats| stats.unanswerable),
+        ("broken_rings", "rings that the driver corrupted", |stats| stats.broken_rings),
+    ];
+    for (name, help, count) in families {
+        let name = format!("minivmm_disk_{name}_total");
+        page.family(&name, "counter", help);
+        for (disk, handle) in disks {
+            page.sample(&name, &format!("disk=\"{disk}\""), count(&handle.stats()));
+        }
+    }
+}
+
+/// Where `block-latency-histogram-set` asked for them. The format wants bins that include those below.
+fn latencies(page: &mut Page, disks: &[(String, &BlockHandle)]) {
+    const NAME: &str = "minivmm_disk_latency_seconds";
+    page.family(NAME, "histogram", "time from the ring to the answer, since the bins were set");
+    for (disk, handle) in disks {
+        for (kind, word) in &KINDS[..3] {
+            let Some(histogram) = handle.histogram(*kind) else { continue };
+            let mut sum = 0;
+            let ends = histogram.boundaries.iter().map(|end| (*end as f64 / 1e9).to_string());
+            for (end, count) in ends.chain(["+Inf".to_owned()]).zip(&histogram.bins) {
+                sum += count;
+                let labels = format!("disk=\"{disk}\",kind=\"{word}\",le=\"{end}\"");
+                page.sample(&format!("{NAME}_bucket"), &labels, sum);
+            }
+            page.sample(&format!("{NAME}_count"), &format!("disk=\"{disk}\",kind=\"{word}\""), sum);
+        }
+    }
+}
+
+/// A label's value: the user chose the disk's name.
+fn label(text: &str) -> String {
+    text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+#[derive(Default)]
+struct Page(String);
+
+impl Page {
+    fn family(&mut self, name: &str, kind: &str, help: &str) {
+        // Writing into a string does not fail.
+        let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
+    }
+
+    fn sample(&mut self, name: &str, labels: &str, value: impl std::fmt::Display) {
+        let _ = if labels.is_empty() {
+            writeln!(self.0, "{name} {value}")
+        } else {
+            writeln!(self.0, "{name}{{{labels}}} {value}")
+        };
+    }
+}

@@ -1,0 +1,263 @@
+//! The schema of what is implemented, as `query-qmp-schema` describes it (QEMU, qapi/introspect.json). Commands come from
+//! their table; the types of results and events are written down here.
+
+use serde_json::{Value, json};
+
+use super::commands::{ArgumentKind, COMMANDS};
+use super::protocol::Source;
+
+/// Objects: a name, and members `name:type` of which those with `?` may be absent. `[type]` is a list.
+pub(super) const OBJECTS: &[(&str, &str)] = &[
+    ("VersionInfo", "qemu:VersionTriple package:str"),
+    ("VersionTriple", "major:int minor:int micro:int"),
+    ("CommandInfo", "name:str"),
+    ("EventInfo", "name:str"),
+    ("SchemaInfo", "name:str meta-type:str"),
+    ("StatusInfo", "running:bool status:RunState"),
+    ("CpuInfoFast", "cpu-index:int qom-path:str thread-id:int target:str props:CpuInstanceProperties"),
+    ("CpuInstanceProperties", "socket-id:int core-id:int thread-id:int"),
+    ("HumanReadableText", "human-readable-text:str"),
+    ("MemoryInfo", "base-memory:int plugged-memory:int"),
+    (
+        "BlockInfo",
+        "device:str qdev:str type:str removable:bool locked:bool inserted:BlockDeviceInfo io-status?:BlockDeviceIoStatus",
+    ),
+    (
+        "BlockDeviceInfo",
+        "node-name:str file:str drv:str ro:bool backing_file_depth:int encrypted:bool detect_zeroes:str \
+         cache:BlockdevCacheInfo write_threshold:int image:ImageInfo bps:int bps_rd:int bps_wr:int iops:int iops_rd:int \
+         iops_wr:int bps_max?:int bps_rd_max?:int bps_wr_max?:int iops_max?:int iops_rd_max?:int iops_wr_max?:int \
+         bps_max_length?:int bps_rd_max_length?:int bps_wr_max_length?:int iops_max_length?:int \
+         iops_rd_max_length?:int iops_wr_max_length?:int iops_size?:int",
+    ),
+    ("BlockdevCacheInfo", "writeback:bool direct:bool no-flush:bool"),
+    ("ImageInfo", "filename:str format:str virtual-size:int actual-size:int dirty-flag:bool"),
+    ("BlockStats", "device:str node-name:str qdev:str stats:BlockDeviceStats"),
+    (
+        "BlockDeviceStats",
+        "account_invalid:bool account_failed:bool timed_stats:[any] wr_highest_offset:int \
+         rd_operations:int rd_total_time_ns:int failed_rd_operations:int invalid_rd_operations:int rd_bytes:int \
+         rd_merged:int wr_operations:int wr_total_time_ns:int failed_wr_operations:int invalid_wr_operations:int \
+         wr_bytes:int wr_merged:int flush_operations:int flush_total_time_ns:int failed_flush_operations:int \
+         invalid_flush_operations:int unmap_operations:int unmap_total_time_ns:int failed_unmap_operations:int \
+         invalid_unmap_operations:int unmap_bytes:int unmap_merged:int \
+         rd_latency_histogram?:BlockLatencyHistogramInfo wr_latency_histogram?:BlockLatencyHistogramInfo \
+         flush_latency_histogram?:BlockLatencyHistogramInfo",
+    ),
+    ("BlockLatencyHistogramInfo", "boundaries:[int] bins:[int]"),
+    ("ShutdownData", "guest:bool reason:ShutdownCause"),
+    ("PanicData", "action:GuestPanicAction"),
+    (
+        "BlockIoErrorData",
+        "device:str node-name:str operation:IoOperationType action:BlockErrorAction nospace:bool reason:str",
+    ),
+    ("CapabilitiesData", "enable?:[str]"),
+];
+
+const RUN_STATES: &[&str] = &["prelaunch", "running", "paused", "io-error", "shutdown"];
+
+/// Enumerations and their words.
+pub(super) const ENUMS: &[(&str, &[&str])] = &[
+    ("RunState", RUN_STATES),
+    ("BlockDeviceIoStatus", &["ok", "failed", "nospace"]),
+    ("ShutdownCause", &Source::REASONS),
+    ("GuestPanicAction", &["poweroff", "run"]),
+    ("IoOperationType", &["read", "write"]),
+    ("BlockErrorAction", &["report", "ignore", "stop"]),
+];
+
+/// Events and the types of their data.
+pub(super) const EVENTS: &[(&str, &str)] = &[
+    ("STOP", ""),
+    ("RESUME", ""),
+    ("POWERDOWN", ""),
+    ("SHUTDOWN", "ShutdownData"),
+    ("RESET", "ShutdownData"),
+    ("GUEST_PANICKED", "PanicData"),
+    ("GUEST_CRASHLOADED", "PanicData"),
+    ("BLOCK_IO_ERROR", "BlockIoErrorData"),
+];
+
+const CAPABILITIES: &str = "qmp_capabilities";
+/// The type of what has no members.
+const EMPTY: &str = "Empty";
+
+/// Every command.
+pub(super) fn command_names() -> impl Iterator<Item = &'static str> {
+    std::iter::once(CAPABILITIES).chain(COMMANDS.iter().map(|command| command.name))
+}
+
+/// Every event.
+pub(super) fn event_names() -> impl Iterator<Item = &'static str> {
+    EVENTS.iter().map(|(name, _)| *name)
+}
+
+/// The members of an object type: name, type, and whether it may be absent.
+pub(super) fn members(text: &str) -> impl Iterator<Item = (&str, &str, bool)> {
+    text.split_whitespace().filter_map(|member| {
+        let (name, kind) = member.split_once(':')?;
+        Some(name.strip_suffix('?').map_or((name, kind, false), |name| (name, kind, true)))
+    })
+}
+
+fn or_empty(name: &str) -> &str {
+    if name.is_empty() { EMPTY } else { name }
+}
+
+fn argument_type(command: &str) -> String {
+    format!("{command}-arg")
+}
+
+fn member(name: &str, kind: &str, optional: bool) -> Value {
+    if optional {
+        json!({ "name": name, "type": kind, "default": null })
+    } else {
+        json!({ "name": name, "type": kind })
+    }
+}
+
+fn object(name: &str, members: Vec<Value>) -> Value {
+    json!({ "name": name, "meta-type": "object", "members": members })
+}
+
+/// The answer to `query-qmp-schema`.
+pub(super) fn schema() -> Value {
+    let mut all = vec![object(EMPTY, Vec::new())];
+    let command = |name: &str, takes: &str, returns: &str| json!({ "name": name, "meta-type": "command", "arg-type": takes, "ret-type": or_empty(returns) });
+    all.push(command(CAPABILITIES, "CapabilitiesData", ""));
+    for entry in COMMANDS {
+        let takes = if entry.arguments.is_empty() { EMPTY.to_owned() } else { argument_type(entry.name) };
+        all.push(command(entry.name, &takes, entry.returns));
+        if !entry.arguments.is_empty() {
+            let members = entry.arguments.iter().map(|argument| {
+                let kind = match argument.kind {
+                    ArgumentKind::Text => "str",
+                    ArgumentKind::Integer => "int",
+                    ArgumentKind::Boolean => "bool",
+                    ArgumentKind::Integers => "[int]",
+                };
+                member(argument.name, kind, !argument.required)
+            });
+            all.push(object(&takes, members.collect()));
+        }
+    }
+    for (name, data) in EVENTS {
+        all.push(json!({ "name": name, "meta-type": "event", "arg-type": or_empty(data) }));
+    }
+    for (name, text) in OBJECTS {
+        all.push(object(name, members(text).map(|(name, kind, optional)| member(name, kind, optional)).collect()));
+    }
+    for (name, words) in ENUMS {
+        let members: Vec<_> = words.iter().map(|word| json!({ "name": word })).collect();
+        all.push(json!({ "name": name, "meta-type": "enum", "members": members, "values": words }));
+    }
+    for (name, kind) in [("str", "string"), ("int", "int"), ("number", "number"), ("bool", "boolean"), ("any", "value")]
+    {
+        all.push(json!({ "name": name, "meta-type": "builtin", "json-type": kind }));
+    }
+    for name in lists(&all) {
+        all.push(json!({ "name": name, "meta-type": "array", "element-type": name.trim_matches(['[', ']']) }));
+    }
+    Value::Array(all)
+}
+
+/// Each list type that something refers to.
+fn lists(all: &[Value]) -> Vec<String> {
+    let of_members = all.iter().filter_map(|entry| entry["members"].as_array()).flatten().map(|member| &member["type"]);
+    let of_commands = all.iter().map(|entry| &entry["ret-type"]);
+    let mut names: Vec<String> = of_members
+        .chain(of_commands)
+        .filter_map(Value::as_str)
+        .filter(|name| name.starts_with('['))
+        .map(Into::into)
+        .collect();
+    names.sort();
+    names.dedup();
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+    use crate::control::protocol::Event;
+
+    /// Panics where `value` is not of type `kind`.
+    pub(super) fn conforms(value: &Value, kind: &str) {
+        if let Some(element) = kind.strip_prefix('[').and_then(|kind| kind.strip_suffix(']')) {
+            return value.as_array().unwrap().iter().for_each(|value| conforms(value, element));
+        }
+        if let Some((_, words)) = ENUMS.iter().find(|(name, _)| *name == kind) {
+            assert!(words.contains(&value.as_str().unwrap()), "{kind}: {value}");
+            return;
+        }
+        match kind {
+            "str" => assert!(value.is_string(), "{value}"),
+            "int" => assert!(value.is_u64() || value.is_i64(), "{value}"),
+            "number" => assert!(value.is_number(), "{value}"),
+            "bool" => assert!(value.is_boolean(), "{value}"),
+            "any" => {}
+            "" => assert!(value.is_null(), "{value}"),
+            _ => {
+                let (_, text) =
+                    OBJECTS.iter().find(|(name, _)| *name == kind).unwrap_or_else(|| panic!("no type {kind}"));
+                let object = value.as_object().unwrap();
+                for (name, kind, optional) in members(text) {
+                    match object.get(name) {
+                        Some(value) => conforms(value, kind),
+                        None => assert!(optional, "{name} is missing in {value}"),
+                    }
+                }
+                let known: HashSet<_> = members(text).map(|(name, ..)| name).collect();
+                assert!(object.keys().all(|name| known.contains(name.as_str())), "{kind}: {value}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_type_is_defined_once() {
+        let schema = schema();
+        let entries = schema.as_array().unwrap();
+        let names: Vec<_> = entries.iter().map(|entry| entry["name"].as_str().unwrap()).collect();
+        let defined: HashSet<_> = names.iter().copied().collect();
+        assert_eq!(names.len(), defined.len(), "a name is defined twice");
+        for entry in entries {
+            for key in ["arg-type", "ret-type", "element-type"] {
+                assert!(entry.get(key).is_none_or(|name| defined.contains(name.as_str().unwrap())), "{entry}");
+            }
+            for member in entry["members"].as_array().into_iter().flatten() {
+                assert!(member.get("type").is_none_or(|name| defined.contains(name.as_str().unwrap())), "{entry}");
+            }
+        }
+    }
+
+    #[test]
+    fn events_are_as_described() {
+        use devices::block::{ErrorAction, Kind};
+        let io_error = |operation, action| Event::BlockIoError {
+            device: "vda".to_owned(),
+            operation,
+            action,
+            nospace: true,
+            reason: "no space".to_owned(),
+        };
+        let events = [
+            Event::Stop,
+            Event::Resume,
+            Event::Powerdown,
+            Event::Shutdown(Source::SIGNAL),
+            Event::Reset(Source::GUEST_RESET),
+            Event::GuestPanicked,
+            Event::GuestCrashloaded,
+            io_error(Kind::Read, ErrorAction::Stop),
+            io_error(Kind::Flush, ErrorAction::Report),
+        ];
+        for event in events {
+            let message = event.message();
+            let name = message["event"].as_str().unwrap();
+            let (_, kind) = EVENTS.iter().find(|(known, _)| *known == name).unwrap();
+            conforms(&message["data"], kind);
+        }
+    }
+}

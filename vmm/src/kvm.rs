@@ -1,0 +1,150 @@
+//! /dev/kvm: opening it, saying plainly why it cannot be used, and the empty VM.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::sync::Arc;
+
+use arch::layout;
+use devices::virtio::mmio::RegisterPage;
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::GuestMemory;
+use crate::error::Error;
+
+/// What we cannot do without (`Documentation/virt/kvm/api.rst`, "Extension").
+const REQUIRED: [(Cap, &str); 6] = [
+    (Cap::Irqchip, "an in-kernel interrupt controller (KVM_CAP_IRQCHIP)"),
+    (Cap::Ioeventfd, "ioeventfd (KVM_CAP_IOEVENTFD)"),
+    (Cap::Irqfd, "irqfd (KVM_CAP_IRQFD)"),
+    (Cap::UserMemory, "user memory slots (KVM_CAP_USER_MEMORY)"),
+    (Cap::ImmediateExit, "immediate exit (KVM_CAP_IMMEDIATE_EXIT)"),
+    (Cap::ExtCpuid, "extended CPUID (KVM_CAP_EXT_CPUID)"),
+];
+
+/// The memory slots of device registers come after those of RAM.
+const FIRST_READ_ONLY_SLOT: u32 = 8;
+
+/// Opens /dev/kvm and checks that it can do the work.
+///
+/// # Errors
+/// No device, no permission, an old KVM.
+pub(crate) fn open() -> Result<Kvm, Error> {
+    let kvm = Kvm::new().map_err(|error| Error::NoKvm(why_unavailable(std::io::Error::from(error).kind())))?;
+    match kvm.get_api_version() {
+        version if version == KVM_API_VERSION as i32 => {}
+        // Not even that call: another device goes by the name.
+        ..0 => return Err(Error::NoKvm(why_unavailable(ErrorKind::Other))),
+        _ => return Err(Error::KvmLacks("API version 12")),
+    }
+    for (capability, name) in REQUIRED {
+        if !kvm.check_extension(capability) {
+            return Err(Error::KvmLacks(name));
+        }
+    }
+    Ok(kvm)
+}
+
+fn why_unavailable(kind: ErrorKind) -> String {
+    match kind {
+        ErrorKind::NotFound => {
+            "it does not exist; load the kvm_intel or kvm_amd module, or enable virtualisation in the firmware \
+             (in a virtual machine: nested virtualisation), or use the lab (`make lab`)"
+        }
+        ErrorKind::PermissionDenied => "permission denied; add yourself to the group kvm and log in again",
+        _ => "it cannot be opened as a KVM device; check the kvm_intel or kvm_amd module",
+    }
+    .to_owned()
+}
+
+/// A warning when KVM is there but the processor offers no virtualisation: such a KVM interprets every guest
+/// instruction and delivers no interrupts, so that Linux does not boot on it.
+pub fn missing_hardware_support() -> Option<&'static str> {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = cpuinfo.lines().find(|line| line.starts_with("flags"))?;
+    if flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm") {
+        return None;
+    }
+    Some(
+        "this processor lends no virtualisation (no vmx or svm flag): small guests run, Linux will not boot; \
+         use the lab instead (`make run`, or `make lab CMD=...`)",
+    )
+}
+
+/// An empty VM with its interrupt controllers: two PICs, an IOAPIC of 24 pins, a LAPIC for each vCPU to come, and the PIT
+/// that kernels without ACPI insist on.
+///
+/// # Errors
+/// When KVM refuses.
+pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
+    let vm = loop {
+        match kvm.create_vm() {
+            // Anything that looks like a pending signal does that, io_uring's task work included: KVM registers an MMU
+            // notifier, which gives up on one (`mm_take_all_locks`).
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => break result.map_err(Error::kvm("create a VM"))?,
+        }
+    };
+    // Intel needs three pages for the TSS and one for an identity map while the guest is in real mode; both go where no
+    // guest memory is (`api.rst` 4.35 KVM_SET_TSS_ADDR, 4.41 KVM_SET_IDENTITY_MAP_ADDR). AMD ignores them.
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP.0).map_err(Error::kvm("place the identity map"))?;
+    vm.set_tss_address(layout::KVM_TSS.0 as usize).map_err(Error::kvm("place the task state segment"))?;
+    vm.create_irq_chip().map_err(Error::kvm("create the interrupt controllers"))?;
+    // With the speaker port stubbed (port 0x61), or a guest that polls it would exit to us for ever.
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(pit).map_err(Error::kvm("create the interval timer"))?;
+    Ok(vm)
+}
+
+/// Puts each region of guest RAM into a memory slot, numbered from 0.
+///
+/// # Errors
+/// When KVM refuses.
+#[expect(unsafe_code, reason = "a memory slot hands host memory to KVM")]
+pub(crate) fn register_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
+    for (slot, region) in (0..).zip(memory.iter()) {
+        let slot = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the range is a whole mapping of ours, which `Vm` keeps until the VM's file descriptors are closed.
+        unsafe { vm.set_user_memory_region(slot) }.map_err(Error::kvm("register guest memory"))?;
+    }
+    Ok(())
+}
+
+/// Whether this KVM has read-only memory slots, for `register_read_only`.
+pub(crate) fn has_read_only_memory(kvm: &Kvm) -> bool {
+    kvm.check_extension(Cap::ReadonlyMem)
+}
+
+/// Lets the guest read `page` at `address` without an exit; its writes there exit as any device's do (`api.rst` 4.35,
+/// KVM_MEM_READONLY). `index` tells such pages apart.
+///
+/// # Errors
+/// When KVM refuses.
+#[expect(unsafe_code, reason = "a memory slot hands host memory to KVM")]
+pub(crate) fn register_read_only(
+    vm: &VmFd,
+    index: u32,
+    address: GuestAddress,
+    page: Arc<RegisterPage>,
+) -> Result<(), Error> {
+    // Never freed: KVM keeps the address until the VM's last descriptor is closed.
+    let page = Arc::into_raw(page);
+    let slot = kvm_userspace_memory_region {
+        slot: FIRST_READ_ONLY_SLOT + index,
+        flags: KVM_MEM_READONLY,
+        guest_phys_addr: address.0,
+        memory_size: size_of::<RegisterPage>() as u64,
+        userspace_addr: page as u64,
+    };
+    // SAFETY: the page is leaked, whole pages in size and alignment, and made of atomics, so that it may be read any time.
+    unsafe { vm.set_user_memory_region(slot) }.map_err(Error::kvm("register a page of device registers"))
+}

@@ -1,0 +1,9 @@
+//! A vCPU: set up from register images, run on a thread of its own, stopped through its handle.
+
+mod exits;
+mod handle;
+mod run;
+mod setup;
+
+pub(crate) use handle::{VcpuHandle, prepare_kick_signal};
+pub(crate) use setup::VcpuSetup;

@@ -1,0 +1,94 @@
+//! Applies the register images of `arch::cpu` to a new vCPU.
+
+use std::sync::Arc;
+
+use arch::boot::Entry;
+use arch::cpu;
+use devices::bus::Bus;
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+
+use super::exits::Exits;
+use crate::error::Error;
+use crate::events::EventSender;
+
+/// A vCPU that is ready to run but belongs to no thread yet.
+pub(crate) struct Vcpu {
+    /// Its number, APIC id, and index in the guest's tables.
+    pub index: u32,
+    pub(super) fd: VcpuFd,
+    pub(super) port_io: Arc<Bus>,
+    pub(super) mmio: Arc<Bus>,
+    pub(super) events: Arc<EventSender>,
+    pub(super) exits: Arc<Exits>,
+}
+
+/// What all vCPUs of a VM share while they are made.
+pub(crate) struct VcpuSetup<'a> {
+    /// /dev/kvm.
+    pub kvm: &'a Kvm,
+    /// The VM, with its interrupt controllers.
+    pub vm: &'a VmFd,
+    /// How many vCPUs there will be.
+    pub count: u32,
+    /// The guest uses the 8259s: without ACPI.
+    pub legacy_pic: bool,
+    /// Port I/O devices.
+    pub port_io: Arc<Bus>,
+    /// Memory-mapped devices.
+    pub mmio: Arc<Bus>,
+    /// Where exits that end the VM are reported.
+    pub events: Arc<EventSender>,
+}
+
+impl VcpuSetup<'_> {
+    /// Makes vCPU `index`. The boot vCPU (0) starts at `entry`; the others wait for the guest's INIT-SIPI-SIPI, for which
+    /// KVM resets them itself (SDM 3A 9.4).
+    ///
+    /// # Errors
+    /// When KVM refuses an image.
+    pub(crate) fn create(&self, index: u32, entry: &Entry) -> Result<Vcpu, Error> {
+        let fd = self.vm.create_vcpu(u64::from(index)).map_err(Error::kvm("create a vCPU"))?;
+        self.set_cpuid(&fd, index)?;
+        set_msrs(&fd)?;
+        if index == 0 {
+            let sregs = fd.get_sregs().map_err(Error::kvm("read the special registers"))?;
+            let (regs, sregs) = cpu::regs::boot(entry, sregs);
+            fd.set_sregs(&sregs).map_err(Error::kvm("set the special registers"))?;
+            fd.set_regs(&regs).map_err(Error::kvm("set the registers"))?;
+            fd.set_fpu(&cpu::regs::fpu()).map_err(Error::kvm("set the FPU"))?;
+            let lapic = fd.get_lapic().map_err(Error::kvm("read the local APIC"))?;
+            fd.set_lapic(&cpu::lapic::boot(lapic, self.legacy_pic)).map_err(Error::kvm("set the local APIC"))?;
+        }
+        Ok(Vcpu {
+            index,
+            fd,
+            port_io: Arc::clone(&self.port_io),
+            mmio: Arc::clone(&self.mmio),
+            events: Arc::clone(&self.events),
+            exits: Arc::default(),
+        })
+    }
+
+    fn set_cpuid(&self, fd: &VcpuFd, index: u32) -> Result<(), Error> {
+        let supported =
+            self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("read the supported CPUID"))?;
+        // KVM without a known TSC frequency says so by an error; the guest then measures it.
+        let tsc_khz = fd.get_tsc_khz().ok().filter(|&khz| khz != 0);
+        let tsc_deadline = self.kvm.check_extension(Cap::TscDeadlineTimer);
+        let vcpu = cpu::cpuid::Vcpu { id: index, count: self.count, tsc_khz, tsc_deadline };
+        let entries = cpu::cpuid::for_vcpu(supported.as_slice(), &vcpu);
+        let cpuid = CpuId::from_entries(&entries).map_err(|_| Error::KvmLacks("room for our CPUID leaves"))?;
+        fd.set_cpuid2(&cpuid).map_err(Error::kvm("set the CPUID"))
+    }
+}
+
+fn set_msrs(fd: &VcpuFd) -> Result<(), Error> {
+    let entries = cpu::msrs::boot();
+    let msrs = Msrs::from_entries(&entries).map_err(|_| Error::KvmLacks("room for our MSRs"))?;
+    let set = fd.set_msrs(&msrs).map_err(Error::kvm("set the MSRs"))?;
+    match entries.get(set) {
+        None => Ok(()),
+        Some(refused) => Err(Error::Stopped(format!("KVM refuses the boot value of MSR {:#x}", refused.index))),
+    }
+}
