@@ -19,6 +19,10 @@ pub trait BusDevice: Send {
 
     /// Takes `data` (little-endian).
     fn write(&mut self, offset: u64, data: &[u8]);
+
+    /// The machine is reset, with its vCPUs stopped: forgets what the guest did, as at power-on. What was under way is
+    /// finished first. A device that remembers nothing has nothing to do.
+    fn reset(&mut self) {}
 }
 
 /// Why a device cannot be put on a bus. Both are mistakes in the machine's address map.
@@ -94,6 +98,16 @@ impl Bus {
     /// Writes to the device at `address`; without one the write is lost. Tells whether a device claimed the access.
     pub fn write(&self, address: u64, data: &[u8]) -> bool {
         self.with_device(address, data.len(), |device, offset| device.write(offset, data))
+    }
+
+    /// Resets every device.
+    pub fn reset(&self) {
+        for entry in self.entries.values() {
+            // A poisoned device: as in `with_device`.
+            if let Ok(mut device) = entry.device.lock() {
+                device.reset();
+            }
+        }
     }
 
     /// Runs `access` on the device that has all `width` bytes at `address`. An access that straddles the end of a

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use super::request::{Action, Request};
+use super::request::{Action, Request, Rules};
 use super::ring::Popped;
 use super::stats::Kind;
 use super::throttle::{Direction, Limit};
@@ -32,18 +32,13 @@ impl Delayed {
         self.queues.iter().all(VecDeque::is_empty)
     }
 
-    /// The rings' positions and the chains, reads first.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (usize, &Popped)> {
-        self.queues.iter().flatten().map(|waiting| (waiting.position, &waiting.popped))
-    }
-
-    /// Takes out all requests of one ring.
-    pub(super) fn take(&mut self, position: usize) -> Vec<Popped> {
+    /// Takes out all requests of one ring, reads first.
+    fn take(&mut self, position: usize) -> Vec<Waiting> {
         let mut taken = Vec::new();
         for queue in &mut self.queues {
             let (of_ring, others): (Vec<_>, Vec<_>) =
                 std::mem::take(queue).into_iter().partition(|waiting| waiting.position == position);
-            taken.extend(of_ring.into_iter().map(|waiting| waiting.popped));
+            taken.extend(of_ring);
             queue.extend(others);
         }
         taken
@@ -102,12 +97,27 @@ impl Worker {
         let rules = self.rules();
         let now = Instant::now();
         self.now = now;
-        while let Some(Waiting { position, popped, started }) = self.next_admitted(now) {
-            if let Err(error) = self.begin(position, popped, &rules, started, Arrival::Released) {
-                self.give_up(position, error);
-            }
+        while let Some(waiting) = self.next_admitted(now) {
+            self.start_waiting(waiting, &rules);
         }
         self.submit();
+    }
+
+    /// Starts all that waits of the ring at `position`, whatever the limits say: somebody waits for the end of it. The limits
+    /// count it all the same, so that what comes after waits longer.
+    pub(super) fn let_through(&mut self, position: usize) {
+        let rules = self.rules();
+        self.now = Instant::now();
+        for waiting in self.delayed.take(position) {
+            self.start_waiting(waiting, &rules);
+        }
+        self.submit();
+    }
+
+    fn start_waiting(&mut self, Waiting { position, popped, started }: Waiting, rules: &Rules) {
+        if let Err(error) = self.begin(position, popped, rules, started, Arrival::Released) {
+            self.give_up(position, error);
+        }
     }
 
     fn next_admitted(&mut self, now: Instant) -> Option<Waiting> {

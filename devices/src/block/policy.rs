@@ -108,14 +108,13 @@ impl Worker {
         }
     }
 
-    /// What the policy keeps, in order, and then what the disk's limits keep waiting.
+    /// What the policy keeps, in order.
     pub(super) fn kept(&self) -> Vec<KeptRequest> {
-        let kept = |(position, popped): (usize, &Popped)| {
-            let queue = self.ring(position)?.index();
+        let kept = |(position, popped): &(usize, Popped)| {
+            let queue = self.ring(*position)?.index();
             Some(KeptRequest { queue, head: popped.head() })
         };
-        let parked = self.parked.iter().map(|(position, popped)| (*position, popped));
-        parked.chain(self.delayed.iter()).filter_map(kept).collect()
+        self.parked.iter().filter_map(kept).collect()
     }
 
     /// Keeps a request that was kept when the snapshot was made. `false`: its queue is not there, or has no such head.
@@ -127,7 +126,6 @@ impl Worker {
     /// Drops what was kept of the ring at `position`: its driver has reset it.
     pub(super) fn forget_kept(&mut self, position: usize) {
         let Some(Some(ring)) = self.rings.get_mut(position) else { return };
-        self.delayed.take(position).into_iter().for_each(|popped| ring.forget(popped));
         for (owner, popped) in std::mem::take(&mut self.parked) {
             if owner == position {
                 ring.forget(popped);

@@ -42,7 +42,7 @@ pub(super) enum Command {
     Resume,
     /// The disk's limits changed: start what may start by now.
     Release,
-    /// What the error policy and the disk's limits keep.
+    /// What the error policy keeps.
     Kept { reply: SyncSender<Vec<KeptRequest>> },
     /// Keep this request, from a snapshot.
     Keep { position: usize, head: u16, reply: SyncSender<bool> },

@@ -411,9 +411,10 @@ impl Worker {
         }
     }
 
-    /// Drains, and takes nothing more from the rings until `resume`.
+    /// Drains, what the disk's limits keep waiting included, and takes nothing more from the rings until `resume`.
     pub(super) fn pause(&mut self) {
         self.paused = true;
+        (0..self.rings.len()).for_each(|position| self.let_through(position));
         self.drain();
     }
 
@@ -429,9 +430,10 @@ impl Worker {
         self.publish();
     }
 
-    /// Drains, and gives the queue at `position` back. The driver has given up what the error policy or the disk's limits
-    /// kept of it.
+    /// Drains, and gives the queue at `position` back, with an answer to everything but what the error policy keeps: the
+    /// driver has given that up.
     pub(super) fn remove_ring(&mut self, position: usize) -> Option<ActiveQueue> {
+        self.let_through(position);
         self.drain();
         self.forget_kept(position);
         Some(self.rings.get_mut(position)?.take()?.into_active())

@@ -42,6 +42,10 @@ impl BusDevice for Pvpanic {
             }
         }
     }
+
+    fn reset(&mut self) {
+        self.reported = 0;
+    }
 }
 
 #[cfg(test)]
@@ -58,5 +62,8 @@ mod tests {
             port.write(0, &[value]);
         }
         assert_eq!(*events.lock().unwrap(), [GuestEvent::CrashLoaded, GuestEvent::Panicked]);
+        port.reset();
+        port.write(0, &[CRASH_LOADED]);
+        assert_eq!(events.lock().unwrap().len(), 3, "after a reset it reports again");
     }
 }

@@ -40,7 +40,8 @@ const LOOPBACK: u8 = 1 << 4;
 
 /// The UART.
 pub struct SerialDevice {
-    uart: Serial<InterruptLine, NoEvents, Box<dyn Write + Send>>,
+    uart: Uart,
+    interrupt: Arc<dyn Trigger>,
     on_input_drained: EventFd,
     /// Somebody was told that there is no room and waits to hear that there is.
     input_blocked: bool,
@@ -48,6 +49,8 @@ pub struct SerialDevice {
     polls: u8,
     log_limit: LogLimit,
 }
+
+type Uart = Serial<InterruptLine, NoEvents, Box<dyn Write + Send>>;
 
 /// The wire of IRQ 4, in vm-superio's terms.
 struct InterruptLine(Arc<dyn Trigger>);
@@ -69,7 +72,8 @@ impl SerialDevice {
     /// input again after `input_room` or `enqueue` had to refuse some.
     pub fn new(interrupt: Arc<dyn Trigger>, output: Box<dyn Write + Send>, on_input_drained: EventFd) -> Self {
         Self {
-            uart: Serial::new(InterruptLine(interrupt), output),
+            uart: Serial::new(InterruptLine(Arc::clone(&interrupt)), output),
+            interrupt,
             on_input_drained,
             input_blocked: false,
             polls: 0,
@@ -161,6 +165,13 @@ impl BusDevice for SerialDevice {
             }
             self.after_access(false);
         }
+    }
+
+    /// What was typed and not read is lost. Whoever waits for room still does, until the next driver listens.
+    fn reset(&mut self) {
+        let output = std::mem::replace(self.uart.writer_mut(), Box::new(io::sink()));
+        self.uart = Serial::new(InterruptLine(Arc::clone(&self.interrupt)), output);
+        self.polls = 0;
     }
 }
 
@@ -373,6 +384,22 @@ mod tests {
         assert_eq!(machine.serial.enqueue(b"typed"), 5);
         assert_eq!(machine.receive(), b"typed");
         assert_eq!(*machine.output.0.lock().unwrap(), b"");
+    }
+
+    #[test]
+    fn a_reset_forgets_the_driver_but_not_who_waits_to_type() {
+        let mut machine = machine();
+        machine.serial.write(INTERRUPT_ENABLE, &[ENABLE_DATA_AVAILABLE]);
+        machine.serial.write(MODEM_CONTROL.into(), &[3]);
+        assert_eq!(machine.serial.enqueue(&[b'x'; FIFO_SIZE + 1]), FIFO_SIZE);
+        machine.serial.reset();
+        assert_eq!(in_byte(&mut machine.serial, INTERRUPT_ENABLE), 0);
+        assert_eq!(in_byte(&mut machine.serial, LINE_STATUS.into()) & DATA_READY, 0);
+        assert!(!machine.was_drained());
+        machine.serial.write(INTERRUPT_ENABLE, &[ENABLE_DATA_AVAILABLE]);
+        assert!(machine.was_drained());
+        machine.serial.write(DATA, b"b");
+        assert_eq!(*machine.output.0.lock().unwrap(), b"b");
     }
 
     #[test]

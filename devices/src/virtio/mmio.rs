@@ -296,6 +296,11 @@ impl BusDevice for MmioTransport {
         }
         self.publish();
     }
+
+    fn reset(&mut self) {
+        MmioTransport::reset(self);
+        self.publish();
+    }
 }
 
 /// 32 of 64 feature bits; there are none beyond.

@@ -71,24 +71,67 @@ fn both_directions_wait_for_a_total_and_take_turns() {
     assert_eq!(heads, [&waiting[0], &waiting[2], &waiting[1]].map(|sent| sent.head));
 }
 
+/// Who drains does not wait for the limits, and they count what went through.
 #[test]
-fn a_paused_vm_keeps_them_and_a_reset_drops_them() {
+fn a_pause_and_a_reset_let_them_through() {
+    let three = |rig: &mut Rig| {
+        let sent = [1, 2, 3].map(|sector| rig.driver.send_write(0, sector, &[sector as u8 + 100; 512]));
+        rig.serve();
+        assert_eq!(answered(rig, &sent.iter().collect::<Vec<_>>()), [true, false, false]);
+        sent
+    };
     let mut rig = limited(Limit::OperationsTotal);
-    let sent = [rig.driver.send_read(0, 1, 512), rig.driver.send_read(0, 2, 512)];
-    rig.serve();
+    let sent = three(&mut rig);
     rig.worker().pause();
-    assert_eq!(answered(&mut rig, &[&sent[0], &sent[1]]), [true, false]);
-    let kept = rig.worker().kept();
-    assert_eq!(kept.iter().map(|kept| kept.head).collect::<Vec<_>>(), [sent[1].head]);
-    lift(&mut rig);
-    assert_eq!(rig.driver.used(0), []);
+    assert_eq!(answered(&mut rig, &[&sent[1], &sent[2]]), [true, true]);
+    assert_eq!(rig.worker().kept(), []);
+    let next = rig.driver.send_read(0, 1, 512);
     rig.worker().resume();
-    assert_eq!(answered(&mut rig, &[&sent[1]]), [true]);
+    assert_eq!(answered(&mut rig, &[&next]), [false]);
+    assert!(rig.worker().next_release().unwrap() > std::time::Duration::from_secs(2));
 
     let mut rig = limited(Limit::OperationsTotal);
-    let _sent = [rig.driver.send_read(0, 1, 512), rig.driver.send_read(0, 2, 512)];
-    rig.serve();
+    three(&mut rig);
     rig.reset();
+    rig.shared().set_throttling(Throttling::default());
+    assert_eq!(rig.disk.data()[512..4 * 512], [[101; 512], [102; 512], [103; 512]].concat());
+    rig.assert_alive();
+}
+
+/// A ring's reset lets that ring's requests through, and no others.
+#[test]
+fn a_ring_reset_lets_its_own_through() {
+    let mut rig = Rig::with(|setup| {
+        setup.options.throttling = slow(Limit::OperationsTotal);
+        setup.options.num_queues = 2;
+        setup.queues = 2;
+    });
+    let first = rig.driver.send_write(0, 0, &[100; 512]);
+    rig.serve();
+    assert_eq!(answered(&mut rig, &[&first]), [true]);
+    rig.driver.send_write(0, 1, &[101; 512]);
+    rig.driver.send_write(1, 2, &[102; 512]);
+    rig.serve();
+    rig.worker().serve(1);
+    rig.worker().remove_ring(1).unwrap();
+    assert_eq!(rig.driver.used(0), []);
+    assert_eq!(rig.disk.data()[512..3 * 512], [[1; 512], [102; 512]].concat());
+    lift(&mut rig);
+    assert_eq!(rig.driver.used(0).len(), 1);
+}
+
+/// What fails on the way is kept by the error policy; the driver's reset gives it up.
+#[test]
+fn what_a_drain_lets_through_may_fail() {
+    let mut rig = limited(Limit::OperationsTotal);
+    let sent = [rig.driver.send_write(0, 1, &[1; 512]), rig.driver.send_write(0, 9, &[2; 512])];
+    rig.serve();
+    assert_eq!(answered(&mut rig, &[&sent[0], &sent[1]]), [true, false]);
+    rig.disk.fail(crate::disk::DiskError::NoSpace);
+    rig.worker().pause();
+    assert_eq!(rig.worker().kept().len(), 1);
+    rig.reset();
+    rig.disk.heal();
     rig.shared().set_throttling(Throttling::default());
     rig.assert_alive();
 }
