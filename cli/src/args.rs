@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, ValueEnum};
-use vmm::{ConsoleConfig, VmConfig};
+use vmm::{BootTiming, ConsoleConfig, Moment, VmConfig};
 
 use crate::disk_option::{self, DiskOption, Surroundings};
 use crate::log::say;
@@ -70,6 +70,10 @@ struct Arguments {
     #[arg(long)]
     trap_registers: bool,
 
+    /// Say where the time goes until the guest is first entered, and until it first prints.
+    #[arg(long)]
+    boot_timing: bool,
+
     /// Log what minivmm does.
     #[arg(long, short)]
     verbose: bool,
@@ -90,23 +94,25 @@ enum Switch {
     Off,
 }
 
-/// Parses our own command line. The flag says whether to log.
+/// Parses our own command line; `started` is when `main` began. The flag says whether to log.
 ///
 /// # Errors
 /// The exit status, after saying in one line what is wrong (or printing the help that was asked for).
-pub(crate) fn parse() -> Result<(VmConfig, bool), ExitCode> {
+pub(crate) fn parse(started: Moment) -> Result<(VmConfig, bool), ExitCode> {
     let arguments = Arguments::try_parse().map_err(|error| report(&error))?;
     let verbose = arguments.verbose;
-    let config = arguments.into_config().map_err(|reason| {
+    let timing = if arguments.boot_timing { BootTiming::since(started, say) } else { BootTiming::off() };
+    let config = arguments.into_config(timing).map_err(|reason| {
         say(&reason);
         ExitCode::from(EXIT_USAGE)
     })?;
+    config.timing.over("arguments");
     Ok((config, verbose))
 }
 
 impl Arguments {
     /// The configuration, or what is wrong with the options together.
-    fn into_config(self) -> Result<VmConfig, String> {
+    fn into_config(self, timing: BootTiming) -> Result<VmConfig, String> {
         let machine = Surroundings { cpus: self.cpus, control: self.qmp.is_some() };
         let disks = self.disks.into_iter().enumerate().map(|(index, disk)| disk.into_config(index, machine));
         Ok(VmConfig {
@@ -123,6 +129,7 @@ impl Arguments {
             timeout: self.timeout,
             debug_exit: self.debug_exit,
             trap_registers: self.trap_registers,
+            timing,
         })
     }
 }
@@ -190,7 +197,7 @@ mod tests {
     fn parse(arguments: &[&str]) -> Result<VmConfig, String> {
         Arguments::try_parse_from([&["minivmm"], arguments].concat())
             .map_err(|error| one_line(&error))
-            .and_then(Arguments::into_config)
+            .and_then(|arguments| arguments.into_config(BootTiming::off()))
     }
 
     #[test]

@@ -10,7 +10,7 @@ mod terminal;
 use std::process::ExitCode;
 
 use log::say;
-use vmm::{Outcome, VmConfig};
+use vmm::{Moment, Outcome, VmConfig};
 
 /// A clean end: poweroff, reboot, `Ctrl-A x`, SIGTERM, SIGINT.
 const EXIT_CLEAN: u8 = 0;
@@ -24,10 +24,11 @@ const EXIT_GUEST_PANIC: u8 = 3;
 const EXIT_TIMEOUT: u8 = 124;
 
 fn main() -> ExitCode {
+    let started = Moment::now();
     if std::env::args_os().nth(1).is_some_and(|word| word == "ctl") {
         return ctl::main(std::env::args_os().skip(2));
     }
-    let (config, verbose) = match args::parse() {
+    let (config, verbose) = match args::parse(started) {
         Ok(parsed) => parsed,
         Err(status) => return status,
     };

@@ -4,9 +4,9 @@
 use std::fs;
 
 use minivmm_tests::files::sparse;
-use minivmm_tests::guest::Program;
+use minivmm_tests::guest::{Program, SUCCESS};
 use minivmm_tests::session::Session;
-use minivmm_tests::{BOUND, image, kvm_is_usable, minivmm, unexpected_lines};
+use minivmm_tests::{BOUND, image, kvm_is_usable, minivmm, small_guest, unexpected_lines};
 use tempfile::tempdir;
 
 #[test]
@@ -54,4 +54,24 @@ fn every_protocol_hands_over_the_same() {
             assert!(unexpected_lines(&ended.errors).is_empty(), "{ended}");
         }
     }
+}
+
+/// One report when the guest is entered, one when it prints; both say what the time since exec adds up to.
+#[test]
+fn boot_timing_names_every_phase() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let ended = Session::start(small_guest(directory.path(), Program::Chatter).args(["--debug-exit", "--boot-timing"]));
+    let ended = ended.wait(BOUND).must_be(SUCCESS);
+    let phases = ended.errors.lines().filter_map(|line| line.strip_prefix("minivmm: boot: ")?.split_once("  "));
+    let (names, times): (Vec<_>, Vec<_>) = phases.unzip();
+    let until_entry =
+        ["exec to main", "arguments", "files opened", "VM and memory", "kernel loaded", "devices", "vCPUs"];
+    let rest = ["first KVM_RUN", "since exec", "first console byte", "since exec"];
+    assert_eq!(names, [&until_entry[..], &rest].concat(), "{ended}");
+    let wall = |at: usize| times[at].split_once(" ms,").unwrap().0.trim().parse::<f64>().unwrap();
+    let sum: f64 = (0..8).map(wall).sum();
+    assert!((sum - wall(8)).abs() < 0.1 && wall(10) >= wall(8), "{ended}");
 }

@@ -40,7 +40,7 @@ pub(crate) fn legacy(
     let interrupt = irqfd(vm, layout::COM1_GSI)?;
     let input_drained = new_eventfd()?;
     let drained = input_drained.try_clone().map_err(Error::host("duplicate an eventfd"))?;
-    let serial = Arc::new(Mutex::new(SerialDevice::new(Arc::new(interrupt), Box::new(output), drained)));
+    let serial = Arc::new(Mutex::new(SerialDevice::new(Arc::new(interrupt), config.timing.watch(output), drained)));
     let sink: Arc<dyn EventSink> = {
         let events = Arc::clone(events);
         Arc::new(move |event: GuestEvent| events.send(VmEvent::Guest(event)))

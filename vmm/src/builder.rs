@@ -40,6 +40,7 @@ pub fn build(config: &VmConfig, signals: Signals) -> Result<Vm, Error> {
     let initrd = config.initrd.as_deref().map(|path| open_regular("--initrd", path)).transpose()?;
     let images = open_images(&config.disks)?;
     let cmdline = kernel_command_line(config)?;
+    config.timing.over("files opened");
 
     // 2. Guest memory, with the kernel in it.
     let memory = memory::allocate(config.memory)?;
@@ -49,10 +50,12 @@ pub fn build(config: &VmConfig, signals: Signals) -> Result<Vm, Error> {
     check_cpus(&kvm_fd, config.cpus)?;
     let vm = kvm::create_vm(&kvm_fd)?;
     kvm::register_memory(&vm, &memory)?;
+    config.timing.over("VM and memory");
 
     // 4. The machine described, the kernel loaded, its start structures written.
     let rsdp = describe_machine(config, &memory)?;
     let entry = boot::load(&memory, &kernel, initrd.as_ref(), &cmdline, rsdp).map_err(not_loaded(config))?;
+    config.timing.over("kernel loaded");
 
     // 5. Devices on their buses.
     let (events, receiver) = event_channel().map_err(Error::host("make an eventfd"))?;
@@ -64,13 +67,15 @@ pub fn build(config: &VmConfig, signals: Signals) -> Result<Vm, Error> {
     let console = Console::open(&config.console)?;
     let ends = attach::legacy(&vm, &mut port_io, console.output.writer(), &events, config)?;
     let power_button = attach::irqfd(&vm, layout::POWER_BUTTON_GSI)?;
+    config.timing.over("devices");
 
     // 6. vCPUs, each waiting on its thread.
     prepare_kick_signal().map_err(Error::host("install the vCPU signal"))?;
     let (port_io, mmio) = (Arc::new(port_io), Arc::new(mmio));
-    let setup =
-        VcpuSetup { kvm: &kvm_fd, vm: &vm, count: config.cpus, legacy_pic: !config.acpi, port_io, mmio, events };
+    let (count, legacy_pic, timing) = (config.cpus, !config.acpi, &config.timing);
+    let setup = VcpuSetup { kvm: &kvm_fd, vm: &vm, count, legacy_pic, port_io, mmio, events, timing };
     let vcpus = start_vcpus(&setup, &entry)?;
+    config.timing.over("vCPUs");
 
     // 7. The main loop that will hear of everything else.
     let control = config.qmp.as_deref().map(listen).transpose()?;

@@ -6,6 +6,8 @@ use std::time::Duration;
 use devices::block::BlockOptions;
 use devices::disk::OpenOptions;
 
+use crate::timing::BootTiming;
+
 /// A whole machine. `cli` fills it in; [`crate::builder::build`] makes it real.
 #[derive(Clone, Debug)]
 pub struct VmConfig {
@@ -35,6 +37,8 @@ pub struct VmConfig {
     pub debug_exit: bool,
     /// The guest's reads of device registers exit to us, as on a KVM without read-only memory.
     pub trap_registers: bool,
+    /// Where the time until the guest's first sign of life goes.
+    pub timing: BootTiming,
 }
 
 impl VmConfig {

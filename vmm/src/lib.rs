@@ -17,6 +17,7 @@ mod listener;
 mod machine;
 mod memory;
 mod signals;
+mod timing;
 mod vcpu;
 mod vm;
 
@@ -32,6 +33,7 @@ pub use error::Error;
 pub use event_loop::Outcome;
 pub use kvm::missing_hardware_support;
 pub use signals::Signals;
+pub use timing::{BootTiming, Moment};
 pub use vm::Vm;
 
 use devices::GuestMemory;

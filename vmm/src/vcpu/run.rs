@@ -33,6 +33,10 @@ impl Vcpu {
         // Tells a guest with KVM's clock that it stood still, so that its watchdogs do not take that for a lockup
         // (`api.rst` 4.70 KVM_KVMCLOCK_CTRL). A guest without that clock: EINVAL.
         let _ = self.fd.kvmclock_ctrl();
+        if let Some(timing) = self.timing.take() {
+            timing.over("first KVM_RUN");
+            timing.report();
+        }
         loop {
             match self.run_once() {
                 Ok(Ran::Exited) => {}

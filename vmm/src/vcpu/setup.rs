@@ -11,6 +11,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use super::exits::Exits;
 use crate::error::Error;
 use crate::events::EventSender;
+use crate::timing::BootTiming;
 
 /// A vCPU that is ready to run but belongs to no thread yet.
 pub(crate) struct Vcpu {
@@ -21,6 +22,8 @@ pub(crate) struct Vcpu {
     pub(super) mmio: Arc<Bus>,
     pub(super) events: Arc<EventSender>,
     pub(super) exits: Arc<Exits>,
+    /// Told of the first entry into the guest.
+    pub(super) timing: Option<BootTiming>,
 }
 
 /// What all vCPUs of a VM share while they are made.
@@ -39,6 +42,8 @@ pub(crate) struct VcpuSetup<'a> {
     pub mmio: Arc<Bus>,
     /// Where exits that end the VM are reported.
     pub events: Arc<EventSender>,
+    /// Told when the boot vCPU first enters the guest.
+    pub timing: &'a BootTiming,
 }
 
 impl VcpuSetup<'_> {
@@ -67,6 +72,7 @@ impl VcpuSetup<'_> {
             mmio: Arc::clone(&self.mmio),
             events: Arc::clone(&self.events),
             exits: Arc::default(),
+            timing: (index == 0).then(|| self.timing.clone()),
         })
     }
 
