@@ -60,8 +60,7 @@ fn status(outcome: &Outcome) -> ExitCode {
         | Outcome::Reset
         | Outcome::Quit
         | Outcome::Signal(_)
-        | Outcome::ControlQuit
-        | Outcome::ControlReset => EXIT_CLEAN,
+        | Outcome::ControlQuit => EXIT_CLEAN,
         Outcome::DebugExit(status) => *status,
         Outcome::Panicked(how) => {
             say(&format!("the guest panicked ({how})"));

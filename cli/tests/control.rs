@@ -116,12 +116,46 @@ fn ends_are_announced() {
         }
         session.wait(BOUND).must_be(exit);
     }
-    let (session, mut qmp) = start(directory.path(), Program::Spin, &[]);
-    qmp.query("system_powerdown");
-    qmp.event("POWERDOWN");
-    qmp.query("system_reset");
-    assert_eq!(qmp.event("RESET"), json!({"guest": false, "reason": "host-qmp-system-reset"}));
-    session.wait(BOUND).must_be(0);
+}
+
+/// The guest checks that it finds the machine as at power-on, and the VM is the same process with the same threads.
+#[test]
+fn a_reset_starts_the_guest_over() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    sparse(&directory.path().join("disk.img"), PLENTY);
+    let options = ["--disk", "disk.img", "--cpus", "2", "--debug-exit"];
+    let (session, mut qmp) = start(directory.path(), Program::Reborn, &options);
+    let threads = qmp.query("query-cpus-fast");
+    for _ in 0..20 {
+        session.expect("ready\n", BOUND);
+        session.expect("..", BOUND);
+        qmp.query("system_reset");
+        assert_eq!(qmp.event("RESET"), json!({"guest": false, "reason": "host-qmp-system-reset"}));
+        assert_eq!(status(&mut qmp), "running");
+    }
+    // A machine that stands still is ready to start afterwards.
+    session.expect("ready\n", BOUND);
+    session.expect("..", BOUND);
+    qmp.query("stop");
+    qmp.events.clear();
+    for _ in 0..2 {
+        qmp.query("system_reset");
+        assert_eq!(status(&mut qmp), "prelaunch");
+    }
+    let written = writes(&mut qmp);
+    assert!(written >= 42, "the accounts go on: {written}");
+    assert_eq!(qmp.query("query-cpus-fast"), threads);
+    qmp.query("cont");
+    session.expect("ready\n", BOUND);
+    session.expect("..", BOUND);
+    let names: Vec<_> = qmp.events.iter().map(|event| event["event"].as_str().unwrap()).collect();
+    assert_eq!(names, ["RESET", "RESET", "RESUME"]);
+    qmp.query("quit");
+    let ended = session.wait(BOUND).must_be(0);
+    assert!(unexpected_lines(&ended.errors).is_empty(), "{ended}");
 }
 
 #[test]

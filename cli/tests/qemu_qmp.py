@@ -95,12 +95,18 @@ async def main(path):
         await event("POWERDOWN")
         await client.disconnect()
 
-        # Another client, which resets the machine; that ends it.
+        # Another client, which resets the machine, running and stopped, and then ends it.
         await client.connect(path)
-        await execute("system_reset")
-        assert await event("RESET") == {"guest": False, "reason": "host-qmp-system-reset"}
-        assert await event("SHUTDOWN") == {"guest": False, "reason": "host-qmp-system-reset"}
-        missed = commands - executed - {"quit"}
+        for status in ["running", "prelaunch"]:
+            await execute("system_reset")
+            assert await event("RESET") == {"guest": False, "reason": "host-qmp-system-reset"}
+            assert (await execute("query-status"))["status"] == status
+            if status == "running":
+                await execute("stop")
+                await event("STOP")
+        await execute("quit")
+        assert await event("SHUTDOWN") == {"guest": False, "reason": "host-qmp-quit"}
+        missed = commands - executed
         assert not missed, f"not tried: {missed}"
     try:
         await client.disconnect()

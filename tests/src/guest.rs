@@ -90,6 +90,9 @@ programs! {
     /// Fills the disk sector by sector with 32-bit words that count up from the sector's number, a dot for each finished write; ends with
     /// [`SUCCESS`] at the end of the disk.
     DiskLoad = "disk_load",
+    /// Checks that it finds the machine as at power-on and leaves it different; prints "ready" and a newline, then as
+    /// [`Program::DiskLoad`].
+    Reborn = "reborn",
 }
 
 /// What [`Program::Chatter`] repeats.

@@ -5,23 +5,24 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use arch::boot::{self, Entry, Kernel};
+use arch::boot::{Entry, Kernel};
 use arch::cmdline::{self, Defaults, Root};
-use arch::layout::{self, MmioDevice};
-use arch::tables::{acpi, mptable};
+use arch::layout;
 use devices::block::BlockDevice;
 use devices::bus::Bus;
 use devices::disk::{self, Disk};
 use kvm_ioctls::{Kvm, VmFd};
 
 use crate::GuestMemory;
+use crate::chips::Chips;
 use crate::config::{DiskConfig, VmConfig};
 use crate::console::Console;
 use crate::control::Server;
 use crate::error::Error;
 use crate::event_loop::{CONTROL_BASE, MainLoop};
 use crate::events::{EventSender, event_channel};
-use crate::machine::{Machine, MachineDisk};
+use crate::firmware::{Firmware, in_file, windows};
+use crate::machine::{Machine, MachineDisk, Parts};
 use crate::signals::Signals;
 use crate::vcpu::{VcpuHandle, VcpuSetup, prepare_kick_signal};
 use crate::vm::Vm;
@@ -49,12 +50,13 @@ pub fn build(config: &VmConfig, signals: Signals) -> Result<Vm, Error> {
     let kvm_fd = kvm::open()?;
     check_cpus(&kvm_fd, config.cpus)?;
     let vm = kvm::create_vm(&kvm_fd)?;
+    let chips = Chips::of(&vm)?;
     kvm::register_memory(&vm, &memory)?;
     config.timing.over("VM and memory");
 
     // 4. The machine described, the kernel loaded, its start structures written.
-    let rsdp = describe_machine(config, &memory)?;
-    let entry = boot::load(&memory, &kernel, initrd.as_ref(), &cmdline, rsdp).map_err(not_loaded(config))?;
+    let firmware = Firmware { config: config.clone(), kernel, initrd, cmdline };
+    let entry = firmware.load(&memory)?;
     config.timing.over("kernel loaded");
 
     // 5. Devices on their buses.
@@ -72,39 +74,29 @@ pub fn build(config: &VmConfig, signals: Signals) -> Result<Vm, Error> {
     // 6. vCPUs, each waiting on its thread.
     prepare_kick_signal().map_err(Error::host("install the vCPU signal"))?;
     let (port_io, mmio) = (Arc::new(port_io), Arc::new(mmio));
-    let (count, legacy_pic, timing) = (config.cpus, !config.acpi, &config.timing);
-    let setup = VcpuSetup { kvm: &kvm_fd, vm: &vm, count, legacy_pic, port_io, mmio, events, timing };
+    let buses = [Arc::clone(&port_io), Arc::clone(&mmio)];
+    let setup = VcpuSetup {
+        kvm: &kvm_fd,
+        vm: &vm,
+        count: config.cpus,
+        legacy_pic: !config.acpi,
+        port_io,
+        mmio,
+        events,
+        timing: &config.timing,
+    };
     let vcpus = start_vcpus(&setup, &entry)?;
     config.timing.over("vCPUs");
 
     // 7. The main loop that will hear of everything else.
     let control = config.qmp.as_deref().map(listen).transpose()?;
-    let machine = Machine::new(vcpus, disks, memory, vm, power_button);
+    let machine = Machine::new(Parts { vcpus, disks, buses, memory, vm, chips, firmware, power_button });
     let main_loop = MainLoop::new(machine, control, signals, config.timeout, receiver, console, ends)?;
     Ok(Vm { main_loop, paused: config.paused })
 }
 
 fn listen(path: &Path) -> Result<Server, Error> {
     Server::bind(path, CONTROL_BASE).map_err(|source| Error::Control { path: path.to_owned(), source })
-}
-
-fn in_file(option: &'static str, path: &Path) -> impl FnOnce(boot::Error) -> Error {
-    let path = path.to_owned();
-    move |source| Error::BootFile { option, path, source }
-}
-
-/// Names the option that named what cannot be loaded.
-fn not_loaded(config: &VmConfig) -> impl FnOnce(boot::Error) -> Error {
-    use boot::Error::{CopyInitrd, EmptyInitrd, InitrdDoesNotFit, InitrdNeverFits, ReadInitrd};
-    move |error| match (error, &config.initrd) {
-        (boot::Error::Cmdline(error), _) => Error::Cmdline(error),
-        (
-            error
-            @ (ReadInitrd(_) | EmptyInitrd | InitrdDoesNotFit { .. } | InitrdNeverFits { .. } | CopyInitrd { .. }),
-            Some(initrd),
-        ) => in_file("--initrd", initrd)(error),
-        (error, _) => in_file("--kernel", &config.kernel)(error),
-    }
 }
 
 /// Opens a kernel or an initrd. A fifo is not waited for.
@@ -137,26 +129,9 @@ fn kernel_command_line(config: &VmConfig) -> Result<String, Error> {
     Ok(cmdline)
 }
 
-/// Where each disk sits.
-fn windows(disks: &[DiskConfig]) -> Vec<MmioDevice> {
-    (0..disks.len()).map_while(layout::virtio_mmio).collect()
-}
-
 fn check_cpus(kvm: &Kvm, wanted: u32) -> Result<(), Error> {
     let max = u32::try_from(kvm.get_max_vcpus()).unwrap_or(u32::MAX).min(layout::CPUS_MAX);
     if wanted > max { Err(Error::TooManyCpus { wanted, max }) } else { Ok(()) }
-}
-
-/// Writes the ACPI tables, or the MPTable for `--acpi off`. Gives the RSDP.
-fn describe_machine(config: &VmConfig, memory: &GuestMemory) -> Result<Option<vm_memory::GuestAddress>, Error> {
-    if config.acpi {
-        let virtio_mmio = windows(&config.disks);
-        let machine = acpi::Machine { cpus: config.cpus, serial: config.has_serial(), virtio_mmio: &virtio_mmio };
-        Ok(Some(acpi::write(memory, &machine)?))
-    } else {
-        mptable::write(memory, config.cpus)?;
-        Ok(None)
-    }
 }
 
 fn attach_disks(

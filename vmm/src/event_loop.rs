@@ -41,8 +41,6 @@ pub enum Outcome {
     Timeout,
     /// A control client ended the VM.
     ControlQuit,
-    /// A control client reset the VM.
-    ControlReset,
     /// A thread of ours failed; the text says why.
     Failed(String),
 }
@@ -57,7 +55,6 @@ impl Outcome {
             // The time limit is a SIGTERM that comes by itself.
             Self::Signal(_) | Self::Timeout => Cause::SIGNAL,
             Self::ControlQuit => Cause::QMP_QUIT,
-            Self::ControlReset => Cause::QMP_RESET,
             Self::Failed(_) => Cause::HOST_ERROR,
         }
     }
@@ -174,7 +171,7 @@ impl MainLoop {
         }
         match outcome {
             Outcome::Panicked(_) => self.machine.announce(&Event::GuestPanicked),
-            Outcome::Reset | Outcome::ControlReset => self.machine.announce(&Event::Reset(outcome.cause())),
+            Outcome::Reset => self.machine.announce(&Event::Reset(outcome.cause())),
             _ => {}
         }
         self.machine.announce(&Event::Shutdown(outcome.cause()));
@@ -199,7 +196,7 @@ impl MainLoop {
             match event {
                 VmEvent::Guest(GuestEvent::PowerOff) => self.end(Outcome::PowerOff),
                 VmEvent::Guest(GuestEvent::Reset) => {
-                    let panicked = arch::cmdline::panicked(&self.machine.memory);
+                    let panicked = arch::cmdline::panicked(&self.machine.parts.memory);
                     let after_panic = Outcome::Panicked("it reset itself after a kernel panic");
                     self.end(if panicked { after_panic } else { Outcome::Reset });
                 }

@@ -6,12 +6,14 @@
 
 mod attach;
 pub mod builder;
+mod chips;
 mod config;
 mod console;
 mod control;
 mod error;
 mod event_loop;
 mod events;
+mod firmware;
 mod kvm;
 mod listener;
 mod machine;

@@ -53,7 +53,7 @@ fn find<'a>(machine: &'a Machine, arguments: &Arguments<'_>, keys: &[&str]) -> R
         return Err(Failure::generic(format!("Give one of: {}", keys.join(", "))));
     };
     let named = |disk: &&MachineDisk| disk.config.id == name || disk.handle.name() == name;
-    machine.disks.iter().find(named).ok_or_else(|| Failure::device_not_found(name))
+    machine.parts.disks.iter().find(named).ok_or_else(|| Failure::device_not_found(name))
 }
 
 /// `block_resize`: the disk gets another size, and the guest hears of it.
@@ -107,7 +107,7 @@ const HISTOGRAMS: [(Kind, &str); 3] = [(Kind::Read, "read"), (Kind::Write, "writ
 
 /// `query-block`.
 pub(super) fn query_block(machine: &Machine) -> Value {
-    machine.disks.iter().map(block_info).collect()
+    machine.parts.disks.iter().map(block_info).collect()
 }
 
 fn block_info(disk: &MachineDisk) -> Value {
@@ -170,6 +170,7 @@ fn block_info(disk: &MachineDisk) -> Value {
 /// `query-blockstats`.
 pub(super) fn query_blockstats(machine: &Machine) -> Value {
     machine
+        .parts
         .disks
         .iter()
         .map(|disk| {

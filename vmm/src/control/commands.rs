@@ -7,6 +7,7 @@ use super::metrics;
 use super::protocol::{Event, Failure, version};
 use super::schema;
 use super::server::Handler;
+use crate::error::Error;
 use crate::event_loop::Outcome;
 use crate::machine::{Life, Machine};
 
@@ -67,7 +68,7 @@ pub(super) const COMMANDS: &[Command] = &[
     command("query-status", &[], "StatusInfo", |operator, _| operator.query_status()),
     command("stop", &[], "", |operator, _| operator.stop()),
     command("cont", &[], "", |operator, _| operator.cont()),
-    command("system_reset", &[], "", |operator, _| operator.end(Outcome::ControlReset)),
+    command("system_reset", &[], "", |operator, _| operator.system_reset()),
     command("system_powerdown", &[], "", |operator, _| operator.system_powerdown()),
     command("quit", &[], "", |operator, _| operator.end(Outcome::ControlQuit)),
     command("query-cpus-fast", &[], "[CpuInfoFast]", |operator, _| operator.query_cpus_fast()),
@@ -166,14 +167,21 @@ impl<'a> Operator<'a> {
     }
 
     fn stop(&mut self) -> Result<Value, Failure> {
-        match self.machine.pause(Life::Paused) {
-            Ok(()) => Ok(json!({})),
-            Err(error) => {
-                let failure = Failure::generic(error.to_string());
-                self.outcome.get_or_insert(Outcome::Failed(error.to_string()));
-                Err(failure)
-            }
-        }
+        let stopped = self.machine.pause(Life::Paused);
+        self.or_end(stopped)
+    }
+
+    fn system_reset(&mut self) -> Result<Value, Failure> {
+        let reset = self.machine.reset();
+        self.or_end(reset)
+    }
+
+    /// A machine that failed at this cannot go on.
+    fn or_end(&mut self, result: Result<(), Error>) -> Result<Value, Failure> {
+        result.map(|()| json!({})).map_err(|error| {
+            self.outcome.get_or_insert(Outcome::Failed(error.to_string()));
+            Failure::generic(error.to_string())
+        })
     }
 
     fn cont(&mut self) -> Result<Value, Failure> {
@@ -182,7 +190,7 @@ impl<'a> Operator<'a> {
     }
 
     fn system_powerdown(&mut self) -> Result<Value, Failure> {
-        self.machine.power_button.write(1).map_err(|error| Failure::generic(error.to_string()))?;
+        self.machine.parts.power_button.write(1).map_err(|error| Failure::generic(error.to_string()))?;
         self.machine.announce(&Event::Powerdown);
         Ok(json!({}))
     }
@@ -197,12 +205,12 @@ impl<'a> Operator<'a> {
                 "props": { "socket-id": 0, "core-id": index, "thread-id": 0 },
             })
         };
-        Ok(self.machine.vcpus.iter().map(|vcpu| vcpu.thread_id()).enumerate().map(cpu).collect())
+        Ok(self.machine.parts.vcpus.iter().map(|vcpu| vcpu.thread_id()).enumerate().map(cpu).collect())
     }
 
     fn query_memory_size_summary(&mut self) -> Result<Value, Failure> {
         use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-        let bytes: u64 = self.machine.memory.iter().map(GuestMemoryRegion::len).sum();
+        let bytes: u64 = self.machine.parts.memory.iter().map(GuestMemoryRegion::len).sum();
         Ok(json!({ "base-memory": bytes, "plugged-memory": 0 }))
     }
 }

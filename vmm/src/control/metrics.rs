@@ -23,12 +23,12 @@ pub(super) fn query(machine: &Machine) -> Value {
     page.family("minivmm_running", "gauge", "1 while the guest runs");
     page.sample("minivmm_running", "", u64::from(machine.life() == Life::Running));
     page.family("minivmm_vcpu_exits_total", "counter", "exits to user space");
-    for (index, vcpu) in machine.vcpus.iter().enumerate() {
+    for (index, vcpu) in machine.parts.vcpus.iter().enumerate() {
         for (reason, count) in vcpu.exits().by_reason() {
             page.sample("minivmm_vcpu_exits_total", &format!("vcpu=\"{index}\",reason=\"{reason}\""), count);
         }
     }
-    let disks: Vec<_> = machine.disks.iter().map(|disk| (label(&disk.config.id), &disk.handle)).collect();
+    let disks: Vec<_> = machine.parts.disks.iter().map(|disk| (label(&disk.config.id), &disk.handle)).collect();
     by_kind(&mut page, &disks);
     by_disk(&mut page, &disks);
     latencies(&mut page, &disks);

@@ -132,7 +132,7 @@ pub(crate) enum Event {
     Powerdown,
     /// The machine is about to end.
     Shutdown(Source),
-    /// The machine was reset. Here that ends it.
+    /// The machine was reset. When the guest did it, that ends it.
     Reset(Source),
     /// The guest's kernel panicked; that ends the machine.
     GuestPanicked,

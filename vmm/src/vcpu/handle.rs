@@ -7,10 +7,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use arch::boot::Entry;
 use kvm_bindings::kvm_run;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
@@ -29,6 +30,8 @@ enum Command {
     Run,
     /// Say so: whatever came before is over, and the vCPU is outside the guest.
     Acknowledge,
+    /// Start over at this entry.
+    Reset { entry: Entry, reply: SyncSender<Result<(), Error>> },
 }
 
 /// The thread `vcpu-N`.
@@ -104,6 +107,17 @@ impl VcpuHandle {
         }
     }
 
+    /// Brings a paused vCPU back to its start. Once resumed it enters the guest at `entry`.
+    ///
+    /// # Errors
+    /// When KVM refuses, or the thread has ended.
+    pub(crate) fn reset(&self, entry: &Entry) -> Result<(), Error> {
+        let (reply, done) = sync_channel(1);
+        self.send(Command::Reset { entry: *entry, reply });
+        let gone = || Error::Stopped(format!("vCPU {} cannot be reset: its thread has ended", self.index));
+        done.recv().unwrap_or_else(|_| Err(gone()))
+    }
+
     /// Ends the thread, wherever it is, and waits for that within a bound.
     ///
     /// # Errors
@@ -157,6 +171,11 @@ fn serve(mut vcpu: Vcpu, commands: &Receiver<Command>, attention: &AtomicBool, a
             Command::Run => {}
             Command::Acknowledge => {
                 let _ = acknowledge.send(());
+            }
+            Command::Reset { entry, reply } => {
+                let result = vcpu.reset(&entry);
+                able = result.is_ok();
+                let _ = reply.send(result);
             }
         }
     }

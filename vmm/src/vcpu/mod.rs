@@ -1,7 +1,8 @@
-//! A vCPU: set up from register images, run on a thread of its own, stopped through its handle.
+//! A vCPU: set up from register images, run on a thread of its own, stopped and reset through its handle.
 
 mod exits;
 mod handle;
+mod initial;
 mod run;
 mod setup;
 

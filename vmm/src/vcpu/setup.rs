@@ -5,10 +5,11 @@ use std::sync::Arc;
 use arch::boot::Entry;
 use arch::cpu;
 use devices::bus::Bus;
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use super::exits::Exits;
+use super::initial::{InitialState, write_msrs};
 use crate::error::Error;
 use crate::events::EventSender;
 use crate::timing::BootTiming;
@@ -18,6 +19,8 @@ pub(crate) struct Vcpu {
     /// Its number, APIC id, and index in the guest's tables.
     pub index: u32,
     pub(super) fd: VcpuFd,
+    initial: InitialState,
+    legacy_pic: bool,
     pub(super) port_io: Arc<Bus>,
     pub(super) mmio: Arc<Bus>,
     pub(super) events: Arc<EventSender>,
@@ -47,33 +50,26 @@ pub(crate) struct VcpuSetup<'a> {
 }
 
 impl VcpuSetup<'_> {
-    /// Makes vCPU `index`. The boot vCPU (0) starts at `entry`; the others wait for the guest's INIT-SIPI-SIPI, for which
-    /// KVM resets them itself (SDM 3A 9.4).
+    /// Makes vCPU `index`, ready to start at `entry`.
     ///
     /// # Errors
     /// When KVM refuses an image.
     pub(crate) fn create(&self, index: u32, entry: &Entry) -> Result<Vcpu, Error> {
         let fd = self.vm.create_vcpu(u64::from(index)).map_err(Error::kvm("create a vCPU"))?;
         self.set_cpuid(&fd, index)?;
-        set_msrs(&fd)?;
-        if index == 0 {
-            let sregs = fd.get_sregs().map_err(Error::kvm("read the special registers"))?;
-            let (regs, sregs) = cpu::regs::boot(entry, sregs);
-            fd.set_sregs(&sregs).map_err(Error::kvm("set the special registers"))?;
-            fd.set_regs(&regs).map_err(Error::kvm("set the registers"))?;
-            fd.set_fpu(&cpu::regs::fpu()).map_err(Error::kvm("set the FPU"))?;
-            let lapic = fd.get_lapic().map_err(Error::kvm("read the local APIC"))?;
-            fd.set_lapic(&cpu::lapic::boot(lapic, self.legacy_pic)).map_err(Error::kvm("set the local APIC"))?;
-        }
-        Ok(Vcpu {
+        let vcpu = Vcpu {
             index,
+            initial: InitialState::of(self.kvm, &fd)?,
+            legacy_pic: self.legacy_pic,
             fd,
             port_io: Arc::clone(&self.port_io),
             mmio: Arc::clone(&self.mmio),
             events: Arc::clone(&self.events),
             exits: Arc::default(),
             timing: (index == 0).then(|| self.timing.clone()),
-        })
+        };
+        vcpu.start_at(entry)?;
+        Ok(vcpu)
     }
 
     fn set_cpuid(&self, fd: &VcpuFd, index: u32) -> Result<(), Error> {
@@ -89,12 +85,29 @@ impl VcpuSetup<'_> {
     }
 }
 
-fn set_msrs(fd: &VcpuFd) -> Result<(), Error> {
-    let entries = cpu::msrs::boot();
-    let msrs = Msrs::from_entries(&entries).map_err(|_| Error::KvmLacks("room for our MSRs"))?;
-    let set = fd.set_msrs(&msrs).map_err(Error::kvm("set the MSRs"))?;
-    match entries.get(set) {
-        None => Ok(()),
-        Some(refused) => Err(Error::Stopped(format!("KVM refuses the boot value of MSR {:#x}", refused.index))),
+impl Vcpu {
+    /// Starts over: everything as when it was made.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub(super) fn reset(&self, entry: &Entry) -> Result<(), Error> {
+        self.initial.restore(&self.fd)?;
+        self.start_at(entry)
+    }
+
+    /// The boot vCPU (0) starts at `entry`; the others wait for the guest's INIT-SIPI-SIPI, for which KVM resets them
+    /// itself (SDM 3A 9.4).
+    fn start_at(&self, entry: &Entry) -> Result<(), Error> {
+        let fd = &self.fd;
+        write_msrs(fd, &cpu::msrs::boot())?;
+        if self.index != 0 {
+            return Ok(());
+        }
+        let (regs, sregs) = cpu::regs::boot(entry, self.initial.sregs);
+        fd.set_sregs(&sregs).map_err(Error::kvm("set the special registers"))?;
+        fd.set_regs(&regs).map_err(Error::kvm("set the registers"))?;
+        fd.set_fpu(&cpu::regs::fpu()).map_err(Error::kvm("set the FPU"))?;
+        let lapic = cpu::lapic::boot(self.initial.lapic, self.legacy_pic);
+        fd.set_lapic(&lapic).map_err(Error::kvm("set the local APIC"))
     }
 }
