@@ -274,6 +274,37 @@ fn limits_and_histograms() {
 }
 
 #[test]
+fn a_write_past_the_threshold_is_reported() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    sparse(&directory.path().join("disk.img"), PLENTY);
+    let (session, mut qmp) = start(directory.path(), Program::DiskLoad, &["--disk", "disk.img,id=data", "--paused"]);
+    let set = |qmp: &mut Qmp, offset: u64| {
+        let arguments = json!({"node-name": "data", "write-threshold": offset});
+        qmp.execute("block-set-write-threshold", arguments).unwrap();
+        assert_eq!(shown(qmp), offset);
+    };
+    fn shown(qmp: &mut Qmp) -> u64 {
+        qmp.query("query-block")[0]["inserted"]["write_threshold"].as_u64().unwrap()
+    }
+    assert_eq!(shown(&mut qmp), 0);
+    set(&mut qmp, 4096);
+    set(&mut qmp, 0);
+    set(&mut qmp, 5000);
+    qmp.query("cont");
+    // The guest writes sector after sector: the tenth is the first that reaches past it.
+    let event = qmp.event("BLOCK_WRITE_THRESHOLD");
+    assert_eq!(event, json!({"node-name": "data", "amount-exceeded": 120, "write-threshold": 5000}));
+    assert_eq!(shown(&mut qmp), 0);
+    let unknown = json!({"node-name": "floppy", "write-threshold": 1});
+    assert_eq!(qmp.execute("block-set-write-threshold", unknown).unwrap_err().0, "DeviceNotFound");
+    qmp.query("quit");
+    session.wait(BOUND).must_be(0);
+}
+
+#[test]
 fn clients_come_and_go_and_need_no_newlines() {
     if !kvm_is_usable() {
         return;

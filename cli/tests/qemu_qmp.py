@@ -68,6 +68,11 @@ async def main(path):
         assert disk["inserted"]["iops"] == 5000 and disk["inserted"]["iops_max"] == 10000
         await execute("block_set_io_throttle", device="data", **limits)
 
+        await execute("block-set-write-threshold", node__name="data", write__threshold=512)
+        exceeded = await event("BLOCK_WRITE_THRESHOLD")
+        assert exceeded["node-name"] == "data" and exceeded["write-threshold"] == 512
+        assert exceeded["amount-exceeded"] % 512 == 0 and exceeded["amount-exceeded"] > 0
+
         await execute("block-latency-histogram-set", id="data", boundaries=[10_000, 10_000_000])
         while True:
             (stats,) = await execute("query-blockstats")

@@ -20,7 +20,7 @@ use crate::control::{Event, Operator, Server, Source as Cause};
 use crate::error::Error;
 use crate::events::{EventReceiver, VmEvent};
 use crate::machine::{Life, Machine};
-use crate::signals::Signals;
+use crate::signals::{KERNEL_FILE_WANTED, Signals};
 
 /// Why the VM ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -181,10 +181,19 @@ impl MainLoop {
     fn vm_events(&mut self) {
         self.events.clear();
         for report in self.events.reports() {
-            if let BlockEvent::IoError { device, operation, action, nospace, reason } = report {
-                let device = self.machine.qmp_name(&device);
-                self.machine.announce(&Event::BlockIoError { device, operation, action, nospace, reason });
-            }
+            let event = match report {
+                BlockEvent::IoError { device, operation, action, nospace, reason } => {
+                    let device = self.machine.qmp_name(&device);
+                    Event::BlockIoError { device, operation, action, nospace, reason }
+                }
+                BlockEvent::WriteThreshold { device, exceeded, threshold } => {
+                    let device = self.machine.qmp_name(&device);
+                    Event::BlockWriteThreshold { device, exceeded, threshold }
+                }
+                // Came as `VmEvent::Failed`.
+                BlockEvent::WorkerFailed { .. } => continue,
+            };
+            self.machine.announce(&event);
         }
         if self.machine.life() == Life::Running
             && self.machine.disk_in_trouble()
@@ -352,8 +361,14 @@ impl MutEventSubscriber for MainLoop {
     fn process(&mut self, event: Events, ops: &mut EventOps<'_>) {
         match SOURCES.get(event.data() as usize) {
             Some(Source::Signal) => {
-                if let Some(signal) = self.signals.read() {
-                    self.end(Outcome::Signal(signal));
+                match self.signals.read() {
+                    Some(KERNEL_FILE_WANTED) => {
+                        if let Err(error) = self.machine.let_kernel_file_go() {
+                            self.end(Outcome::Failed(error.to_string()));
+                        }
+                    }
+                    Some(signal) => self.end(Outcome::Signal(signal)),
+                    None => {}
                 }
             }
             Some(Source::Timer) => self.end(Outcome::Timeout),

@@ -1,7 +1,7 @@
-//! What other threads tell the main thread: two channels, and an eventfd that wakes its loop.
+//! What other threads tell the main thread: three channels, and an eventfd that wakes its loop.
 
 use std::io;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 
 use devices::block::BlockEvent;
 use devices::legacy::GuestEvent;
@@ -27,6 +27,8 @@ const CAPACITY: usize = 64;
 pub(crate) struct EventSender {
     ends: SyncSender<VmEvent>,
     disks: SyncSender<BlockEvent>,
+    /// Without a bound, since each answers to a command, and no client waits in vain.
+    thresholds: Sender<BlockEvent>,
     wake: EventFd,
 }
 
@@ -35,6 +37,7 @@ pub(crate) struct EventSender {
 pub(crate) struct EventReceiver {
     ends: Receiver<VmEvent>,
     disks: Receiver<BlockEvent>,
+    thresholds: Receiver<BlockEvent>,
     wake: EventFd,
 }
 
@@ -45,7 +48,9 @@ pub(crate) struct EventReceiver {
 pub(crate) fn event_channel() -> io::Result<(EventSender, EventReceiver)> {
     let wake = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
     let ((ends, ended), (disks, reports)) = (sync_channel(CAPACITY), sync_channel(CAPACITY));
-    Ok((EventSender { ends, disks, wake: wake.try_clone()? }, EventReceiver { ends: ended, disks: reports, wake }))
+    let (thresholds, exceeded) = channel();
+    let sender = EventSender { ends, disks, thresholds, wake: wake.try_clone()? };
+    Ok((sender, EventReceiver { ends: ended, disks: reports, thresholds: exceeded, wake }))
 }
 
 impl EventSender {
@@ -55,7 +60,7 @@ impl EventSender {
         self.wake();
     }
 
-    /// What a disk's thread reports. Never blocks: a report that finds the channel full is lost, but the main thread will
+    /// What a disk's thread reports. Never blocks: an error that finds the channel full is lost, but the main thread will
     /// look at the disks' states, which are never lost.
     pub(crate) fn report(&self, event: BlockEvent) {
         match event {
@@ -64,6 +69,10 @@ impl EventSender {
             }
             event @ BlockEvent::IoError { .. } => {
                 let _ = self.disks.try_send(event);
+                self.wake();
+            }
+            event @ BlockEvent::WriteThreshold { .. } => {
+                let _ = self.thresholds.send(event);
                 self.wake();
             }
         }
@@ -91,8 +100,8 @@ impl EventReceiver {
         self.ends.try_recv().ok()
     }
 
-    /// What disks reported, no more than the channel can hold: a failing disk must not keep the main thread busy.
+    /// What disks reported; of errors no more than the channel can hold: a failing disk must not keep the main thread busy.
     pub(crate) fn reports(&self) -> Vec<BlockEvent> {
-        self.disks.try_iter().take(CAPACITY).collect()
+        self.disks.try_iter().take(CAPACITY).chain(self.thresholds.try_iter()).collect()
     }
 }

@@ -1,12 +1,12 @@
 //! The transport's view of the disk, and the VM's.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use super::config::Facts;
-use super::events::EventSink;
+use super::events::{BlockEvent, EventSink};
 use super::histogram::Histogram;
 use super::options::{BlockError, BlockOptions};
 use super::policy::KeptRequest;
@@ -20,6 +20,9 @@ use crate::log_limit::LogLimit;
 use crate::virtio::device::{Activation, ActiveQueue, VirtioDevice};
 use crate::virtio::spec::{self, blk};
 
+/// Stands for no write threshold.
+const NO_THRESHOLD: u64 = u64::MAX;
+
 /// What all of a disk's threads share.
 pub(super) struct Shared {
     pub(super) options: BlockOptions,
@@ -29,6 +32,8 @@ pub(super) struct Shared {
     /// The `writeback` field: what the driver chose, or the initial value.
     writeback: AtomicBool,
     io_status: AtomicU8,
+    /// The operator wants to hear of a change past this offset, in bytes. Nothing ever reaches past `NO_THRESHOLD`.
+    write_threshold: AtomicU64,
     counters: Vec<Arc<Counters>>,
     pub(super) throttle: Throttle,
     /// The throttle has something to say.
@@ -59,6 +64,7 @@ impl Shared {
             facts: Facts::new(&options, &sizes, &*disk),
             writeback: AtomicBool::new(options.write_cache),
             io_status: AtomicU8::new(IoStatus::Ok as u8),
+            write_threshold: AtomicU64::new(NO_THRESHOLD),
             throttle: Throttle::new(options.throttling, Instant::now()),
             limited: AtomicBool::new(!options.throttling.is_off()),
             options,
@@ -134,6 +140,28 @@ impl Shared {
 
     pub(super) fn set_io_status(&self, status: IoStatus) {
         self.io_status.store(status as u8, Ordering::Relaxed);
+    }
+
+    pub(super) fn write_threshold(&self) -> Option<u64> {
+        Some(self.write_threshold.load(Ordering::Relaxed)).filter(|offset| *offset != NO_THRESHOLD)
+    }
+
+    pub(super) fn set_write_threshold(&self, offset: Option<u64>) {
+        self.write_threshold.store(offset.unwrap_or(NO_THRESHOLD), Ordering::Relaxed);
+    }
+
+    /// A request changes the disk up to `end`. Tells the operator if that is what they wait for, once.
+    pub(super) fn changes_up_to(&self, end: u64) {
+        let threshold = self.write_threshold.load(Ordering::Relaxed);
+        if end <= threshold {
+            return;
+        }
+        let relaxed = Ordering::Relaxed;
+        // Of several workers one is the first.
+        if self.write_threshold.compare_exchange(threshold, NO_THRESHOLD, relaxed, relaxed).is_ok() {
+            let (device, exceeded) = (self.options.name.clone(), end - threshold);
+            (self.events)(BlockEvent::WriteThreshold { device, threshold, exceeded });
+        }
     }
 }
 
@@ -303,6 +331,16 @@ impl BlockHandle {
         self.shared.set_throttling(throttling);
         self.workers.iter().for_each(|worker| worker.send(Command::Release));
         Ok(())
+    }
+
+    /// The offset past which a change is reported, in bytes.
+    pub fn write_threshold(&self) -> Option<u64> {
+        self.shared.write_threshold()
+    }
+
+    /// Reports the next change past `offset`, and that alone ([`BlockEvent::WriteThreshold`]); `None`: no more.
+    pub fn set_write_threshold(&self, offset: Option<u64>) {
+        self.shared.set_write_threshold(offset);
     }
 
     /// Whether an error stopped the VM.

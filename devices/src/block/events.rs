@@ -24,6 +24,16 @@ pub enum BlockEvent {
         /// The host's words.
         reason: String,
     },
+    /// The guest changed something past the offset that the operator set (QMP's BLOCK_WRITE_THRESHOLD). Comes once for each
+    /// time that it was set.
+    WriteThreshold {
+        /// The disk's name.
+        device: String,
+        /// The offset, in bytes.
+        threshold: u64,
+        /// How far past it the request reaches, in bytes.
+        exceeded: u64,
+    },
     /// A worker thread is gone and its queues are dead: the VM cannot go on.
     WorkerFailed {
         /// The disk's name.

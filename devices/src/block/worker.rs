@@ -267,6 +267,8 @@ impl Worker {
                 (slot.length, slot.end) = (length, offset + length);
                 if operation == Operation::Read {
                     slot.written = length as u32;
+                } else {
+                    self.shared.changes_up_to(slot.end);
                 }
                 let tag = self.slots.insert(slot);
                 let transfer = Transfer { tag, operation, offset, length, ranges: self.parser.data(&action) };
@@ -282,6 +284,8 @@ impl Worker {
             }
             Action::Pieces => {
                 slot.length = self.parser.pieces.iter().map(|piece| piece.length).sum();
+                let ends = self.parser.pieces.iter().map(|piece| piece.offset + piece.length);
+                self.shared.changes_up_to(ends.max().unwrap_or_default());
                 slot.then = Then::Piece(0);
                 let tag = self.slots.insert(slot);
                 self.slots.set_pieces(tag, &self.parser.pieces);

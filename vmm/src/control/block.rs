@@ -22,6 +22,8 @@ pub(super) const HISTOGRAM: &[Argument] = &[
     optional("boundaries-write", ArgumentKind::Integers),
     optional("boundaries-flush", ArgumentKind::Integers),
 ];
+pub(super) const WRITE_THRESHOLD: &[Argument] =
+    &[required("node-name", ArgumentKind::Text), required("write-threshold", ArgumentKind::Integer)];
 pub(super) const THROTTLE: &[Argument] = &[
     optional("device", ArgumentKind::Text),
     optional("id", ArgumentKind::Text),
@@ -61,6 +63,13 @@ pub(super) fn resize(machine: &mut Machine, arguments: &Arguments<'_>) -> Result
     let disk = find(machine, arguments, &["device", "node-name"])?;
     let size = arguments.integer("size").unwrap_or_default();
     disk.handle.resize(size).map_err(|error| Failure::generic(error.to_string()))?;
+    Ok(json!({}))
+}
+
+/// `block-set-write-threshold`: an event once the guest changes something past an offset; 0 for none.
+pub(super) fn set_write_threshold(machine: &mut Machine, arguments: &Arguments<'_>) -> Result<Value, Failure> {
+    let disk = find(machine, arguments, &["node-name"])?;
+    disk.handle.set_write_threshold(arguments.integer("write-threshold").filter(|offset| *offset > 0));
     Ok(json!({}))
 }
 
@@ -125,7 +134,7 @@ fn block_info(disk: &MachineDisk) -> Value {
         "encrypted": false,
         "detect_zeroes": config.image.detect_zeroes.to_string(),
         "cache": { "writeback": handle.write_cache(), "direct": cache.direct(), "no-flush": cache.ignores_flush() },
-        "write_threshold": 0,
+        "write_threshold": handle.write_threshold().unwrap_or_default(),
         "image": {
             "filename": path,
             "format": config.image.format.to_string(),

@@ -82,6 +82,9 @@ pub(super) const COMMANDS: &[Command] = &[
     command("block_set_io_throttle", block::THROTTLE, "", |operator, arguments| {
         block::throttle(operator.machine, arguments)
     }),
+    command("block-set-write-threshold", block::WRITE_THRESHOLD, "", |operator, arguments| {
+        block::set_write_threshold(operator.machine, arguments)
+    }),
     command("block-latency-histogram-set", block::HISTOGRAM, "", |operator, arguments| {
         block::set_histogram(operator.machine, arguments)
     }),

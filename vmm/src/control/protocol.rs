@@ -151,6 +151,15 @@ pub(crate) enum Event {
         /// The host's words.
         reason: String,
     },
+    /// The guest changed something past the offset that a client set.
+    BlockWriteThreshold {
+        /// The disk's QMP name.
+        device: String,
+        /// How far past it, in bytes.
+        exceeded: u64,
+        /// The offset.
+        threshold: u64,
+    },
 }
 
 impl Event {
@@ -190,6 +199,10 @@ impl Event {
                     "nospace": nospace,
                     "reason": reason,
                 }),
+            ),
+            Self::BlockWriteThreshold { device, exceeded, threshold } => (
+                "BLOCK_WRITE_THRESHOLD",
+                json!({ "node-name": device, "amount-exceeded": exceeded, "write-threshold": threshold }),
             ),
         }
     }

@@ -51,6 +51,7 @@ pub(super) const OBJECTS: &[(&str, &str)] = &[
         "BlockIoErrorData",
         "device:str node-name:str operation:IoOperationType action:BlockErrorAction nospace:bool reason:str",
     ),
+    ("WriteThresholdData", "node-name:str amount-exceeded:int write-threshold:int"),
     ("CapabilitiesData", "enable?:[str]"),
 ];
 
@@ -76,6 +77,7 @@ pub(super) const EVENTS: &[(&str, &str)] = &[
     ("GUEST_PANICKED", "PanicData"),
     ("GUEST_CRASHLOADED", "PanicData"),
     ("BLOCK_IO_ERROR", "BlockIoErrorData"),
+    ("BLOCK_WRITE_THRESHOLD", "WriteThresholdData"),
 ];
 
 const CAPABILITIES: &str = "qmp_capabilities";
@@ -250,6 +252,7 @@ mod tests {
             Event::Reset(Source::GUEST_RESET),
             Event::GuestPanicked,
             Event::GuestCrashloaded,
+            Event::BlockWriteThreshold { device: "vda".to_owned(), exceeded: 1, threshold: 512 },
             io_error(Kind::Read, ErrorAction::Stop),
             io_error(Kind::Flush, ErrorAction::Report),
         ];

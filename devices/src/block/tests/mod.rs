@@ -11,6 +11,7 @@ mod requests;
 mod rig;
 mod rings;
 mod segments;
+mod threshold;
 mod throttling;
 
 pub(in crate::block) use disk::TestDisk;
