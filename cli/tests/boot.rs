@@ -75,3 +75,29 @@ fn boot_timing_names_every_phase() {
     let sum: f64 = (0..8).map(wall).sum();
     assert!((sum - wall(8)).abs() < 0.1 && wall(10) >= wall(8), "{ended}");
 }
+
+/// Whoever rewrites the kernel's file in place does so behind the guest's back, and neither has to wait for the other.
+#[test]
+fn a_guest_outlives_its_kernel_file() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    for program in [Program::Echo, Program::EarlyEcho] {
+        let mut command = small_guest(directory.path(), program);
+        // Enough of it to be mapped: whole pages.
+        let (mut kernel, size) = (image::pvh(program), 0x8000_usize);
+        kernel.resize(0x1000 + size, 0);
+        for field in [image::P_FILESZ, image::P_MEMSZ] {
+            kernel[image::ELF_LOAD + field..][..8].copy_from_slice(&size.to_le_bytes());
+        }
+        fs::write(directory.path().join("guest.elf"), kernel).unwrap();
+        let mut session = Session::start(command.arg("--debug-exit"));
+        session.expect(if program == Program::Echo { "ready\n" } else { "early\n" }, BOUND);
+        let file = fs::File::options().write(true).open(directory.path().join("guest.elf")).unwrap();
+        file.set_len(0).unwrap();
+        session.send("still there\x04");
+        session.expect("still there", BOUND);
+        session.wait(BOUND).must_be(SUCCESS);
+    }
+}

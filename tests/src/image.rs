@@ -10,6 +10,8 @@ pub const ELF_CLASS: usize = 4;
 pub const ELF_LOAD: usize = 64;
 /// Offset of `p_paddr` in a program header.
 pub const P_PADDR: usize = 24;
+/// Offset of `p_filesz` in a program header.
+pub const P_FILESZ: usize = 32;
 /// Offset of `p_memsz` in a program header.
 pub const P_MEMSZ: usize = 40;
 

@@ -74,7 +74,7 @@ fn not_loaded(config: &VmConfig) -> impl FnOnce(boot::Error) -> Error {
     }
 }
 
-/// Gives all guest RAM back to the host: what the guest finds there next is zeroes. No vCPU runs, and no device has
+/// Gives all guest RAM back to the host: what the guest finds there next is zeroes, or its kernel. No vCPU runs, and no device has
 /// anything in flight.
 ///
 /// # Errors
@@ -83,8 +83,9 @@ fn not_loaded(config: &VmConfig) -> impl FnOnce(boot::Error) -> Error {
 pub(crate) fn clear_memory(memory: &GuestMemory) -> Result<(), Error> {
     for region in memory.iter() {
         let (start, length) = (region.as_ptr().cast(), region.len() as usize);
-        // SAFETY: the region is one private anonymous mapping of ours, whole, which reads as zeroes afterwards
-        // (madvise(2), MADV_DONTNEED). There are no Rust references into guest memory, whose content may change any time.
+        // SAFETY: the region is private mappings of ours, whole: anonymous memory, which reads as zeroes afterwards, and the
+        // kernel's file, as which it does (madvise(2), MADV_DONTNEED). There are no Rust references into guest memory,
+        // whose content may change any time.
         unsafe { madvise(start, length, Advice::LinuxDontNeed) }
             .map_err(|error| Error::Host { what: "clear guest memory", source: error.into() })?;
     }

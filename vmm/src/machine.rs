@@ -16,7 +16,7 @@ use crate::chips::Chips;
 use crate::config::DiskConfig;
 use crate::control::{Event, Source};
 use crate::error::Error;
-use crate::firmware::{self, Firmware};
+use crate::firmware::{self, Firmware, in_file};
 use crate::vcpu::VcpuHandle;
 
 /// Whether the machine runs, and if not, why. The words are QMP's RunState.
@@ -158,6 +158,24 @@ impl Machine {
         self.clock = Some(kvm_clock_data::default());
         self.life = Life::Prelaunch;
         self.announce(&Event::Reset(Source::QMP_RESET));
+        if runs {
+            self.run();
+        }
+        Ok(())
+    }
+
+    /// Lets somebody write the kernel's file, after the guest was given copies of its pages. It stands still for that.
+    ///
+    /// # Errors
+    /// A vCPU does not leave the guest, or the host has no memory left; the VM cannot go on.
+    pub(crate) fn let_kernel_file_go(&mut self) -> Result<(), Error> {
+        let runs = self.life == Life::Running;
+        if runs {
+            self.pause_vcpus()?;
+            self.parts.disks.iter().for_each(|disk| disk.handle.pause());
+        }
+        let Parts { firmware, memory, .. } = &self.parts;
+        firmware.kernel.let_go(memory).map_err(in_file("--kernel", &firmware.config.kernel))?;
         if runs {
             self.run();
         }

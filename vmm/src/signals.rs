@@ -1,4 +1,4 @@
-//! The signals that end the VM, as a file descriptor of the main loop.
+//! The signals that we are told something by, as a file descriptor of the main loop.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -9,7 +9,10 @@ use crate::error::Error;
 /// SIGTERM and SIGINT end the VM cleanly; SIGHUP (the terminal went away) and SIGQUIT do, too.
 const ENDING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 
-/// The ending signals, blocked in this thread and every thread made after, readable here instead.
+/// Somebody wants to write the kernel's file, whose pages the guest may be using (`Kernel::let_go`).
+pub(crate) const KERNEL_FILE_WANTED: libc::c_int = libc::SIGIO;
+
+/// These signals, blocked in this thread and every thread made after, readable here instead.
 #[derive(Debug)]
 pub struct Signals(OwnedFd);
 
@@ -26,7 +29,7 @@ impl Signals {
             // A write beyond RLIMIT_FSIZE becomes an error of that write (EFBIG) instead of our end.
             libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
             libc::sigemptyset(set.as_mut_ptr());
-            for signal in ENDING {
+            for signal in ENDING.into_iter().chain([KERNEL_FILE_WANTED]) {
                 if signal != libc::SIGHUP || !is_ignored(signal) {
                     libc::sigaddset(set.as_mut_ptr(), signal);
                 }

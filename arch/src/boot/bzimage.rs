@@ -92,7 +92,7 @@ impl BzImage {
         super::fits(needed, ram_end)?;
         let address = Some(GuestAddress(self.load_address()));
         linux_loader::loader::bzimage::BzImage::load(memory, address, &mut &*file, None)
-            .map_err(|source| Error::CopyKernel { source })?;
+            .map_err(|source| Error::CopyKernel { source: source.into() })?;
         Ok(self.load_address().min(self.runtime_start())..needed)
     }
 

@@ -1,16 +1,15 @@
-//! ELF kernels (`vmlinux`): checked header by header, then copied by linux-loader.
+//! ELF kernels (`vmlinux`): checked header by header, then mapped or copied.
 //!
-//! linux-loader does not look at class, machine or type, lets a later note segment hide the PVH entry, and neither
-//! bounds nor zeroes what a segment has beyond its bytes in the file; so this module reads the headers itself and
-//! leaves only the copying to it.
+//! linux-loader does not look at class, machine or type, lets a later note segment hide the PVH entry, neither bounds nor
+//! zeroes what a segment has beyond its bytes in the file, and always copies; so this module does without it.
 
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 
-use linux_loader::loader::KernelLoader;
 use vm_memory::GuestAddress;
 
-use super::{Error, read_array, read_up_to};
+use super::{Error, pages, read_array, read_up_to};
 use crate::{GuestMemory, layout};
 
 /// Linux's COMMAND_LINE_SIZE for x86, less the NUL. A kernel cuts off what is longer, silently.
@@ -52,6 +51,9 @@ pub(super) struct Elf {
 /// A segment that is loaded.
 #[derive(Debug)]
 struct Segment {
+    /// Where its bytes are in the file.
+    offset: u64,
+    /// Where it goes in guest memory.
     start: u64,
     /// Bytes in the file.
     file_size: u64,
@@ -129,7 +131,7 @@ impl Elf {
                     if start < layout::HIGH_MEMORY.0 {
                         return Err(Error::TooLow { address: start });
                     }
-                    segments.push(Segment { start, file_size, memory_size });
+                    segments.push(Segment { offset, start, file_size, memory_size });
                 }
                 PT_INTERP => return Err(Error::ElfKind { kind: "an ordinary program" }),
                 PT_NOTE => {
@@ -155,20 +157,27 @@ impl Elf {
         Ok(Self { entry, pvh_entry, segments })
     }
 
-    /// Copies the kernel into `memory`, whose RAM below the hole ends at `ram_end`; returns where the kernel is.
+    /// Puts the kernel into `memory`, whose RAM below the hole ends at `ram_end`; returns where the kernel is.
     pub(super) fn load(&self, memory: &GuestMemory, file: &File, ram_end: u64) -> Result<Range<u64>, Error> {
         let start = self.segments.iter().map(|segment| segment.start).min().unwrap_or_default();
         let needed = self.segments.iter().map(Segment::end).max().unwrap_or_default();
         super::fits(needed, ram_end)?;
-        // Before the copy: should segments overlap, the file's bytes count.
+        // First: should segments overlap, the file's bytes count.
         for segment in &self.segments {
             zero(memory, segment.start + segment.file_size, segment.end())?;
         }
-        // An offset of 0 changes no address; it keeps linux-loader from reading the notes.
-        let no_offset = Some(GuestAddress(0));
-        linux_loader::loader::elf::Elf::load(memory, no_offset, &mut &*file, Some(layout::HIGH_MEMORY))
-            .map_err(|source| Error::CopyKernel { source })?;
+        let held = pages::hold(file);
+        for Segment { offset, start, file_size, .. } in &self.segments {
+            pages::place(memory, file, held, *offset, *start, *file_size)?;
+        }
         Ok(start..needed)
+    }
+
+    /// Replaces all pages that `load` may have mapped by copies.
+    pub(super) fn own(&self, memory: &GuestMemory) -> io::Result<()> {
+        self.segments
+            .iter()
+            .try_for_each(|segment| pages::own(memory, segment.offset, segment.start, segment.file_size))
     }
 }
 

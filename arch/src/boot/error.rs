@@ -88,13 +88,16 @@ pub enum Error {
         /// Address up to which it needs RAM.
         needed: u64,
     },
-    /// linux-loader failed on an image that passed all checks: the file changed, or could not be read.
+    /// The copy failed on an image that passed all checks: the file changed, or could not be read.
     #[error("cannot copy the kernel into guest memory; check that nobody is writing the file")]
     CopyKernel {
-        /// Its reason.
+        /// The reason.
         #[source]
-        source: linux_loader::loader::Error,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The host refuses to map the kernel's pages, or copies of them.
+    #[error("cannot map the kernel into guest memory: {0}")]
+    MapKernel(#[source] io::Error),
     /// The initrd cannot be read.
     #[error("cannot read the initrd")]
     ReadInitrd(#[source] io::Error),

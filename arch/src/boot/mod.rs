@@ -1,14 +1,14 @@
 //! From a kernel file to a guest that can start: what kind of image it is, where it goes, what it is told.
 //!
 //! [`Kernel::identify`] looks at the file alone and refuses what cannot boot, with the reason; [`load`] puts kernel,
-//! initrd, command line and start structures into guest memory and says where the first vCPU begins. linux-loader
-//! copies the image; everything that it takes on trust is checked here first, since a kernel file is input like any
-//! other: wrong, truncated, or made to hurt.
+//! initrd, command line and start structures into guest memory and says where the first vCPU begins. Everything in a
+//! kernel file is checked first, since it is input like any other: wrong, truncated, or made to hurt.
 
 mod bzimage;
 mod elf;
 mod error;
 mod linux64;
+mod pages;
 mod pvh;
 #[cfg(test)]
 mod tests;
@@ -26,7 +26,7 @@ use crate::{GuestMemory, cmdline, layout, memory};
 
 pub use error::Error;
 
-/// Pages that an initrd starts on, so that the guest can give all of them back.
+/// Pages of the processor. An initrd starts on one, so that the guest can give all of them back.
 const PAGE_SIZE: u64 = 0x1000;
 
 /// How the first vCPU enters the kernel.
@@ -88,6 +88,19 @@ impl Kernel {
             Image::Elf(elf) if elf.pvh_entry.is_some() => Protocol::Pvh,
             Image::Elf(_) | Image::BzImage(_) => Protocol::Linux64,
         }
+    }
+
+    /// Makes `memory`, into which this kernel was loaded, independent of the kernel's file, which somebody wants to write:
+    /// SIGIO says so. Neither the guest nor a device uses that memory meanwhile.
+    ///
+    /// # Errors
+    /// The host has no memory left, and the guest may have lost some.
+    pub fn let_go(&self, memory: &GuestMemory) -> Result<(), Error> {
+        if let Image::Elf(elf) = &self.image {
+            elf.own(memory).map_err(Error::MapKernel)?;
+        }
+        pages::release(&self.file);
+        Ok(())
     }
 
     /// Bytes of command line that this kernel keeps, without the NUL.
