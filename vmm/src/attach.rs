@@ -1,6 +1,6 @@
 //! Connects devices to the machine: addresses to the buses, interrupts to KVM, notifications to the disks' own threads.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arch::layout::{self, MmioDevice};
 use devices::block::BlockDevice;
@@ -17,6 +17,7 @@ use crate::console::OutputWriter;
 use crate::error::Error;
 use crate::events::{EventSender, VmEvent};
 use crate::kvm;
+use crate::machine::MachineDisk;
 
 /// The serial port's ends that the main loop uses.
 pub(crate) struct SerialEnds {
@@ -62,8 +63,8 @@ pub(crate) fn legacy(
 }
 
 /// Puts disk `index` behind its virtio-mmio window. From here on a queue notification wakes the queue's worker and
-/// a completion interrupts the guest, both inside the kernel: no vCPU returns to us for either. Nor does it to find out
-/// why it was interrupted and to acknowledge that, unless `trap_registers`.
+/// a completion interrupts the guest, both inside the kernel: no vCPU returns to us for either. Nor does it to acknowledge
+/// an interrupt, unless `trap_registers`.
 ///
 /// # Errors
 /// When the host or KVM refuses a resource.
@@ -71,7 +72,7 @@ pub(crate) fn disk(
     vm: &VmFd,
     mmio: &mut Bus,
     memory: &GuestMemory,
-    (index, window): (u32, MmioDevice),
+    window: MmioDevice,
     device: BlockDevice,
     trap_registers: bool,
 ) -> Result<Arc<Mutex<MmioTransport>>, Error> {
@@ -83,7 +84,6 @@ pub(crate) fn disk(
         vm.register_ioevent(kick, &notify, queue).map_err(Error::kvm("register a queue notification"))?;
     }
     if !trap_registers {
-        kvm::register_read_only(vm, index, window.base, Arc::clone(transport.page()))?;
         // An acknowledgement of used buffers alone leads to nothing (see `Interrupt`), so nobody listens; one of a
         // configuration change does not match, and gets to the transport.
         let acknowledge = IoEventAddress::Mmio(window.base.0 + INTERRUPT_ACK_OFFSET);
@@ -93,6 +93,20 @@ pub(crate) fn disk(
     let transport = Arc::new(Mutex::new(transport));
     insert(mmio, window.base.0, window.size, Arc::clone(&transport) as _)?;
     Ok(transport)
+}
+
+/// Lets the guest read the disks' registers without an exit. For KVM that is a change of its memory map, for which it waits
+/// until no vCPU can be using the old one: milliseconds for each disk, which the guest need not wait for. Until then its
+/// reads exit, and find the same.
+///
+/// # Errors
+/// When KVM refuses.
+pub(crate) fn map_registers(vm: &VmFd, disks: &[MachineDisk]) -> Result<(), Error> {
+    for ((index, disk), window) in (0..).zip(disks).zip((0..).map_while(layout::virtio_mmio)) {
+        let page = Arc::clone(disk.transport.lock().unwrap_or_else(PoisonError::into_inner).page());
+        kvm::register_read_only(vm, index, window.base, page)?;
+    }
+    Ok(())
 }
 
 fn insert(bus: &mut Bus, base: u64, size: u64, device: Arc<Mutex<dyn BusDevice>>) -> Result<(), Error> {

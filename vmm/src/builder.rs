@@ -92,7 +92,7 @@ pub fn build(config: &VmConfig, signals: Signals) -> Result<Vm, Error> {
     let control = config.qmp.as_deref().map(listen).transpose()?;
     let machine = Machine::new(Parts { vcpus, disks, buses, memory, vm, chips, firmware, power_button });
     let main_loop = MainLoop::new(machine, control, signals, config.timeout, receiver, console, ends)?;
-    Ok(Vm { main_loop, paused: config.paused })
+    Ok(Vm { main_loop, paused: config.paused, map_registers: !trap_registers })
 }
 
 fn listen(path: &Path) -> Result<Server, Error> {
@@ -144,14 +144,13 @@ fn attach_disks(
     trap_registers: bool,
 ) -> Result<Vec<MachineDisk>, Error> {
     let mut disks = Vec::with_capacity(config.disks.len());
-    let places = (0..).zip(windows(&config.disks));
-    for ((config, image), place) in config.disks.iter().zip(images).zip(places) {
+    for ((config, image), window) in config.disks.iter().zip(images).zip(windows(&config.disks)) {
         let events = Arc::clone(events);
         let sink = Arc::new(move |event| events.report(event));
         let device = BlockDevice::new(config.device.clone(), Arc::clone(image), sink)
             .map_err(|source| Error::DiskOptions { path: config.image.path.clone(), source })?;
         let handle = device.handle();
-        let transport = attach::disk(vm, mmio, memory, place, device, trap_registers)?;
+        let transport = attach::disk(vm, mmio, memory, window, device, trap_registers)?;
         disks.push(MachineDisk { config: config.clone(), handle, image: Arc::clone(image), transport });
     }
     Ok(disks)

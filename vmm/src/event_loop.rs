@@ -14,7 +14,7 @@ use rustix::time::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::attach::SerialEnds;
+use crate::attach::{self, SerialEnds};
 use crate::console::{Console, HELP, Typed};
 use crate::control::{Event, Operator, Server, Source as Cause};
 use crate::error::Error;
@@ -139,6 +139,13 @@ impl MainLoop {
     /// Lets the guest enter its kernel.
     pub(crate) fn start(&mut self) {
         self.machine.resume();
+    }
+
+    /// Spares the guest's reads of the disks' registers their exits, while it may be running.
+    pub(crate) fn map_registers(&self) {
+        if let Err(error) = attach::map_registers(&self.machine.parts.vm, &self.machine.parts.disks) {
+            tracing::warn!(%error, "the guest's reads of disk registers exit");
+        }
     }
 
     /// Runs until the VM has a reason to end.
@@ -360,17 +367,15 @@ impl MutEventSubscriber for MainLoop {
 
     fn process(&mut self, event: Events, ops: &mut EventOps<'_>) {
         match SOURCES.get(event.data() as usize) {
-            Some(Source::Signal) => {
-                match self.signals.read() {
-                    Some(KERNEL_FILE_WANTED) => {
-                        if let Err(error) = self.machine.let_kernel_file_go() {
-                            self.end(Outcome::Failed(error.to_string()));
-                        }
+            Some(Source::Signal) => match self.signals.read() {
+                Some(KERNEL_FILE_WANTED) => {
+                    if let Err(error) = self.machine.let_kernel_file_go() {
+                        self.end(Outcome::Failed(error.to_string()));
                     }
-                    Some(signal) => self.end(Outcome::Signal(signal)),
-                    None => {}
                 }
-            }
+                Some(signal) => self.end(Outcome::Signal(signal)),
+                None => {}
+            },
             Some(Source::Timer) => self.end(Outcome::Timeout),
             Some(Source::VmEvent) => self.vm_events(),
             Some(Source::Input) => self.input(ops),

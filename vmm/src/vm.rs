@@ -8,6 +8,8 @@ pub struct Vm {
     pub(crate) main_loop: MainLoop,
     /// The guest waits for a control client to let it run.
     pub(crate) paused: bool,
+    /// The guest may read the disks' registers without an exit.
+    pub(crate) map_registers: bool,
 }
 
 impl Vm {
@@ -19,6 +21,9 @@ impl Vm {
     pub fn run(mut self) -> Result<Outcome, Error> {
         if !self.paused {
             self.main_loop.start();
+        }
+        if self.map_registers {
+            self.main_loop.map_registers();
         }
         let Ended { outcome, machine, console, control } = self.main_loop.run()?;
         let ended = machine.end();
