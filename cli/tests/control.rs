@@ -5,12 +5,15 @@ use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
 
 use minivmm_tests::files::sparse;
-use minivmm_tests::guest::Program;
+use minivmm_tests::guest::{self, Program};
 use minivmm_tests::qmp::Qmp;
 use minivmm_tests::session::Session;
 use minivmm_tests::{BOUND, kvm_is_usable, minivmm, small_guest, unexpected_lines};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::tempdir;
 
@@ -158,6 +161,57 @@ fn a_reset_starts_the_guest_over() {
     assert!(unexpected_lines(&ended.errors).is_empty(), "{ended}");
 }
 
+/// The operator's disks are full: writing stops at a limit of our own on the size of files.
+#[test]
+fn a_reset_leaves_an_io_error_behind() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    sparse(&directory.path().join("disk.img"), PLENTY);
+    let guest = small_guest(directory.path(), Program::Reborn);
+    // Without the signal, what reaches past the limit fails with EFBIG (setrlimit(2)). In units of 512 bytes.
+    let mut command = Command::new("sh");
+    command.args(["-c", "trap '' XFSZ; ulimit -f 16; exec \"$@\"", "sh"]).arg(guest.get_program());
+    command.args(guest.get_args()).args(["--disk", "disk.img,werror=stop", "--debug-exit"]);
+    command.args(["--qmp", &format!("unix:{SOCKET}"), "--paused"]).current_dir(directory.path());
+    let session = Session::start(&mut command);
+    let mut qmp = Qmp::connect(&directory.path().join(SOCKET));
+    for _ in 0..3 {
+        qmp.query("cont");
+        session.expect("ready\n................", BOUND);
+        let error = qmp.event("BLOCK_IO_ERROR");
+        assert_eq!((&error["operation"], &error["action"]), (&json!("write"), &json!("stop")));
+        qmp.event("STOP");
+        assert_eq!(status(&mut qmp), "io-error");
+        qmp.query("system_reset");
+        assert_eq!(status(&mut qmp), "prelaunch");
+    }
+    qmp.query("quit");
+    session.wait(BOUND).must_be(0);
+}
+
+#[test]
+fn a_panic_with_a_crash_kernel_is_announced_and_goes_on() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let options = ["--paused", "--debug-exit"];
+    let (mut session, mut qmp) = start(directory.path(), Program::EarlyEcho, &options);
+    for _ in 0..2 {
+        qmp.query("cont");
+        assert_eq!(qmp.event("GUEST_CRASHLOADED"), json!({"action": "run"}));
+        assert_eq!(status(&mut qmp), "running");
+        // The next life may panic, too.
+        session.expect("early\n", BOUND);
+        qmp.query("system_reset");
+    }
+    qmp.event("GUEST_CRASHLOADED");
+    session.send([4]);
+    session.wait(BOUND).must_be(guest::SUCCESS);
+}
+
 #[test]
 fn errors_have_qemus_classes() {
     if !kvm_is_usable() {
@@ -271,6 +325,44 @@ fn limits_and_histograms() {
     assert_eq!(qmp.execute("block-latency-histogram-set", bad).unwrap_err().0, "GenericError");
     qmp.query("quit");
     session.wait(BOUND).must_be(0);
+}
+
+/// As in QEMU what the limits hold back is done before the machine stands still, restarts or ends. The first write starts at
+/// once; the next may start after eight minutes.
+#[test]
+fn who_drains_does_not_wait_for_the_limits() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let image = directory.path().join("disk.img");
+    sparse(&image, PLENTY);
+    let options = ["--disk", "disk.img,throttling.bps-write=1", "--debug-exit"];
+    for end in ["quit", "system_reset", "SIGTERM"] {
+        let (session, mut qmp) = start(directory.path(), Program::Reborn, &options);
+        session.expect(".", BOUND);
+        // Again and again, until the guest was caught with a write that waits.
+        let deadline = Instant::now() + BOUND;
+        while writes(&mut qmp) < 2 {
+            assert!(Instant::now() < deadline, "no write was let through");
+            qmp.query("stop");
+            qmp.query("cont");
+        }
+        session.expect(".", BOUND);
+        match end {
+            "SIGTERM" => session.signal(Signal::TERM),
+            "quit" => drop(qmp.query("quit")),
+            _ => {
+                qmp.query("system_reset");
+                session.expect("ready\n", BOUND);
+                qmp.query("quit");
+            }
+        }
+        let dots = session.wait(BOUND).must_be(0).output.iter().filter(|byte| **byte == b'.').count();
+        let content = fs::read(&image).map(|content| content[..dots * 512].to_vec()).unwrap();
+        let expected: Vec<u8> = (0..dots as u32).flat_map(|sector| guest::words(sector, 128)).collect();
+        assert!(dots >= 2 && content == expected, "{end}");
+    }
 }
 
 #[test]

@@ -11,9 +11,9 @@ use crate::files::sparse;
 use crate::minivmm;
 use crate::session::{Ended, Session};
 
-/// How long a guest may take to boot and do its work: a stock kernel in the lab, on a loaded machine, with another guest
-/// beside it.
-pub const BOOT_BOUND: Duration = Duration::from_secs(300);
+/// How long a guest may take to boot, or from one sign of life to the next: a stock kernel in the lab, on a loaded machine,
+/// with another guest beside it.
+pub const BOOT_BOUND: Duration = Duration::from_secs(120);
 
 /// A file that `resources/prepare` made (resources/README.md).
 pub fn artefact(name: &str) -> PathBuf {
@@ -155,7 +155,7 @@ impl Report {
 
 /// A newc archive of one file (Documentation/driver-api/early-userspace/buffer-format.rst); the kernel unpacks archives
 /// that follow each other.
-fn cpio(name: &str, content: &[u8]) -> Vec<u8> {
+pub fn cpio(name: &str, content: &[u8]) -> Vec<u8> {
     let mut archive = Vec::new();
     for (name, mode, content) in [(name, 0o100_644, content), ("TRAILER!!!", 0, &[])] {
         // ino, mode, uid, gid, nlink, mtime, filesize, devmajor, devminor, rdevmajor, rdevminor, namesize, check

@@ -121,8 +121,7 @@ impl Session {
         let limit = Timespec { tv_sec: i64::try_from(bound.as_secs()).unwrap(), tv_nsec: 0 };
         let ready = poll(&mut [PollFd::from_borrowed_fd(self.pidfd.as_fd(), PollFlags::IN)], Some(&limit)).unwrap();
         if ready == 0 {
-            let why = format!("it did not end within {bound:?}\n{}", self.output.tail());
-            self.fail(&why);
+            self.fail(&format!("it did not end within {bound:?}"));
         }
         let status = self.child.wait().unwrap();
         self.input = None;
@@ -133,7 +132,7 @@ impl Session {
     }
 
     fn fail(&self, why: &str) -> ! {
-        panic!("{}\n{why}\nstandard error: {}", self.command, self.errors.tail())
+        panic!("{}: {why}", self.command)
     }
 }
 
@@ -142,6 +141,10 @@ impl Drop for Session {
         // Fails only when it has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // Whatever went wrong, here or in a client of it: these words may tell why.
+        if std::thread::panicking() {
+            eprintln!("{}\n{}\nstandard error: {}", self.command, self.output.tail(), self.errors.tail());
+        }
     }
 }
 

@@ -89,13 +89,12 @@ impl Worker {
             || self.shared.throttle.wait(direction, now) > Duration::ZERO
     }
 
-    /// Starts what may start by now, the two directions in turn.
-    pub(super) fn release(&mut self) {
+    /// Starts what may start `now`, the two directions in turn.
+    pub(super) fn release(&mut self, now: Instant) {
         if self.paused || !self.parked.is_empty() || self.delayed.is_empty() {
             return;
         }
         let rules = self.rules();
-        let now = Instant::now();
         self.now = now;
         while let Some(waiting) = self.next_admitted(now) {
             self.start_waiting(waiting, &rules);
@@ -132,12 +131,11 @@ impl Worker {
         None
     }
 
-    /// How long until `release` has something to do. `None`: nothing waits, or not for the clock.
-    pub(super) fn next_release(&self) -> Option<Duration> {
+    /// How long from `now` until `release` has something to do. `None`: nothing waits, or not for the clock.
+    pub(super) fn next_release(&self, now: Instant) -> Option<Duration> {
         if self.paused || !self.parked.is_empty() || self.delayed.is_empty() {
             return None;
         }
-        let now = Instant::now();
         let directions = [Direction::Read, Direction::Write].into_iter().zip(&self.delayed.queues);
         let waiting = directions.filter(|(_, queue)| !queue.is_empty());
         waiting.map(|(direction, _)| self.shared.throttle.wait(direction, now)).min()

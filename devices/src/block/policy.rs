@@ -102,7 +102,7 @@ impl Worker {
         }
         self.engine.commit();
         self.reap();
-        self.release();
+        self.release(now);
         for position in 0..self.rings.len() {
             self.serve(position);
         }

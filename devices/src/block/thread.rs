@@ -10,7 +10,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use rustix::time::{
@@ -193,7 +193,7 @@ impl Loop {
             }
             Command::Release => {
                 if let Some(worker) = &mut self.worker {
-                    worker.release();
+                    worker.release(Instant::now());
                 }
             }
             Command::Kept { reply } => answer(&reply, self.worker.as_ref().map_or(Vec::new(), Worker::kept)),
@@ -247,7 +247,7 @@ impl Loop {
 impl Loop {
     /// Sets the timer for what waits for the disk's limits. Each expiry is an edge, and the timer is never read.
     fn schedule(&self) {
-        let Some(wait) = self.worker.as_ref().and_then(Worker::next_release) else { return };
+        let Some(wait) = self.worker.as_ref().and_then(|worker| worker.next_release(Instant::now())) else { return };
         // A timer set to zero never expires.
         let wait = wait.max(Duration::from_micros(1));
         let once = Itimerspec {
@@ -288,7 +288,7 @@ impl MutEventSubscriber for Loop {
             }
             TIMER => {
                 if let Some(worker) = &mut self.worker {
-                    worker.release();
+                    worker.release(Instant::now());
                 }
             }
             kick => {

@@ -1,6 +1,7 @@
 //! Control of a Linux guest: what it notices, and what it does not.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -35,8 +36,8 @@ fn finish(session: Session) -> Report {
 /// A fio command whose JSON result comes out between BEGIN and END.
 fn fio(options: &str) -> String {
     format!(
-        "fio --name=job --filename=/dev/vdb --direct=1 --ioengine=libaio --output-format=json --output=/run/fio.json --eta=never \
-         {options}\nfact fio $?\necho BEGIN\ncat /run/fio.json\necho END\n"
+        "fio --filename=/dev/vdb --direct=1 --ioengine=libaio --output-format=json --output=/run/fio.json --eta=never \
+         --name=job {options}\nfact fio $?\necho BEGIN\ncat /run/fio.json\necho END\n"
     )
 }
 
@@ -118,14 +119,7 @@ fn a_failing_disk_under_each_policy() {
         let file = guest.path("backing");
         fs::File::create(&file).unwrap().set_len(16 << 20).unwrap();
         let name = format!("minivmm-test-{}-{policy}", std::process::id());
-        // Where they are modules.
-        run("modprobe", &["-q", "-a", "loop", "dm-mod"]);
-        let device = Command::new("losetup").args(["--find", "--show"]).arg(&file).output().unwrap();
-        if !device.status.success() {
-            println!("skipped: a loop device takes root");
-            return;
-        }
-        let device = String::from_utf8(device.stdout).unwrap().trim().to_owned();
+        let Some(device) = loop_device(&file) else { return };
         let _cleanup = Cleanup(|| {
             run("dmsetup", &["remove", "--noudevsync", "--force", &name]);
             run("losetup", &["--detach", &device]);
@@ -171,6 +165,48 @@ fn a_failing_disk_under_each_policy() {
     }
 }
 
+/// A loop device.
+fn loop_device(file: &Path) -> Option<String> {
+    // Where they are modules.
+    run("modprobe", &["-q", "-a", "loop", "dm-mod"]);
+    let device = Command::new("losetup").args(["--find", "--show"]).arg(file).output().unwrap();
+    if !device.status.success() {
+        println!("skipped: a loop device takes root");
+        return None;
+    }
+    Some(String::from_utf8(device.stdout).unwrap().trim().to_owned())
+}
+
+/// Its owner makes a host's block device larger, and tells us.
+#[test]
+fn a_block_device_of_the_host_grows() {
+    let guest = guest(
+        "fact size $(blockdev --getsize64 /dev/vdb)\nread go\nwhile [ $(blockdev --getsize64 /dev/vdb) = 16777216 ]; do :; done\n\
+                       dd if=/dev/zero of=/dev/vdb bs=1M seek=16 count=16 oflag=direct 2>/dev/null\n\
+                       fact written $?\nfact size $(blockdev --getsize64 /dev/vdb)",
+    );
+    let file = guest.path("backing");
+    fs::write(&file, vec![0xff; 16 << 20]).unwrap();
+    let Some(device) = loop_device(&file) else { return };
+    let _cleanup = Cleanup(|| {
+        run("losetup", &["--detach", &device]);
+    });
+    let guest = guest.with(&format!("--disk {device}"));
+    let (mut session, mut qmp) = start(&guest);
+    assert_eq!(fact(&session, "size"), (16 << 20).to_string());
+    session.send("\n");
+    let mut resize = |bytes: u64| qmp.execute("block_resize", json!({"device": "vdb", "size": bytes}));
+    let (_, reason) = resize(32 << 20).unwrap_err();
+    assert!(reason.contains("resize it on the host first"), "{reason}");
+    fs::File::options().write(true).open(&file).unwrap().set_len(32 << 20).unwrap();
+    assert!(run("losetup", &["--set-capacity", &device]));
+    resize(32 << 20).unwrap();
+    assert_eq!(qmp.query("query-block")[1]["inserted"]["image"]["virtual-size"], 32 << 20);
+    let report = finish(session);
+    assert_eq!(report.all("size"), [(16 << 20).to_string(), (32 << 20).to_string()]);
+    assert_eq!(report.number("written"), 0, "{}", report.ended);
+}
+
 #[test]
 fn a_disk_grows_and_shrinks_under_load() {
     let load = "while [ ! -e /tmp/stop ]; do fio --name=load --filename=/dev/vdb --rw=randrw --bs=4k --size=4m --direct=1 \
@@ -193,26 +229,25 @@ fn a_disk_grows_and_shrinks_under_load() {
     assert!(report.all("failed").is_empty(), "{}", report.ended);
 }
 
+/// What a guest sees of them. Exact rates and fair turns are the device's tests, with a clock of their own
+/// (`devices/src/block/tests/throttling.rs`).
 #[test]
 fn limits_hold_and_bursts_show() {
-    let job = |options: &str| fio(&format!("--size=32m --iodepth=16 --time_based {options}"));
+    let job = |options: &str| fio(&format!("--size=32m --iodepth=4 --time_based {options}"));
     let script = [
-        "read go".to_owned(),
-        job("--rw=randread --bs=4k --runtime=12 --ramp_time=6"),
-        "fact next; read go".to_owned(),
-        job("--rw=write --bs=64k --runtime=12 --ramp_time=6"),
-        "fact next; read go".to_owned(),
-        job("--rw=randrw --bs=4k --runtime=12 --ramp_time=6"),
-        "fact next; read go".to_owned(),
-        job("--rw=randread --bs=4k --runtime=10"),
-    ];
-    let guest = guest(&format!("fact next\n{}", script.join("\n"))).with_disk("disk", 32 << 20, "");
+        // Two jobs, so that neither direction waits for the other in fio.
+        job("--rw=randread --bs=4k --runtime=6 --ramp_time=2 --group_reporting --name=writer --rw=randwrite --bs=16k \
+             --size=32m --iodepth=4 --time_based --runtime=6 --ramp_time=2"),
+        job("--rw=randrw --bs=4k --runtime=6 --ramp_time=2"),
+        job("--rw=randread --bs=4k --runtime=4"),
+    ]
+    .map(|job| format!("fact next\nread go\n{job}"));
+    let guest = guest(&script.concat()).with_disk("disk", 32 << 20, "");
     let (mut session, mut qmp) = start(&guest);
     let none = json!({"device": "vdb", "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
-    // A machine that stalls for a second, as the lab may, makes up for it from the burst; fio does not count the first six.
-    let limits: [&[(&str, u64)]; 4] = [
-        &[("iops_rd", 60), ("iops_rd_max", 120)],
-        &[("bps", 1 << 20), ("bps_max", 2 << 20)],
+    // A machine that stalls for a second, as the lab may, makes up for it from the burst; fio does not count the first two.
+    let limits: [&[(&str, u64)]; 3] = [
+        &[("iops_rd", 60), ("iops_rd_max", 120), ("bps_wr", 1 << 20), ("bps_wr_max", 2 << 20)],
         &[("iops", 60), ("iops_max", 120)],
         // A burst of 200, all at once, then 20 a second.
         &[("iops_rd", 20), ("iops_rd_max", 200)],
@@ -226,19 +261,22 @@ fn limits_hold_and_bursts_show() {
     }
     let report = finish(session);
     let jobs = results(&report);
-    let [reads, writes, mixed, burst] = &jobs[..] else { panic!("{}", report.ended) };
+    let [apart, mixed, burst] = &jobs[..] else { panic!("{}", report.ended) };
     let rate = |job: &Value, way: &str, unit: &str| job[way][unit].as_f64().unwrap();
+    // Above it by no more than rounding and what was under way at the ends; below it, too, by what the host was too busy for.
     let close = |what: &str, actual: f64, limit: f64| {
         println!("{what}: {actual:.1} of {limit}");
-        assert!((actual - limit).abs() <= limit * 0.05, "{what}: {actual}, not {limit}");
+        assert!((limit * 0.85..=limit * 1.05).contains(&actual), "{what}: {actual}, not {limit}");
     };
-    close("reads a second", rate(reads, "read", "iops"), 60.0);
-    close("bytes a second", rate(writes, "write", "bw_bytes"), f64::from(1 << 20));
-    close("operations a second", rate(mixed, "read", "iops") + rate(mixed, "write", "iops"), 60.0);
-    close("of those, reads", rate(mixed, "read", "iops"), 30.0);
-    let total = rate(burst, "read", "total_ios");
+    close("reads a second", rate(apart, "read", "iops"), 60.0);
+    close("bytes written a second", rate(apart, "write", "bw_bytes"), f64::from(1 << 20));
+    let (reads, writes) = (rate(mixed, "read", "iops"), rate(mixed, "write", "iops"));
+    close("operations a second", reads + writes, 60.0);
+    // fio throws a coin for each: of some 360, four standard deviations are 38.
+    let share = reads / (reads + writes);
+    assert!((0.39..=0.61).contains(&share), "{share} of the operations are reads");
     // And the queue that fio waits for at the end.
-    close("reads with a burst", total, 200.0 + 10.0 * 20.0 + 16.0);
+    close("reads with a burst", rate(burst, "read", "total_ios"), 200.0 + 4.0 * 20.0 + 4.0);
 }
 
 #[test]
@@ -286,6 +324,45 @@ fn pause_and_resume_a_thousand_times_under_load() {
     let report = finish(session);
     assert_eq!(report.number("fio"), 0, "{}", report.ended);
     assert!(report.all("complaint").is_empty(), "{}", report.ended);
+}
+
+/// The same machine, whose memory, devices and second vCPU are as new.
+#[test]
+fn a_reset_in_the_middle_of_fio_boots_again() {
+    let load = fio("--rw=randrw --bs=4k --size=8m --iodepth=16 --time_based --runtime=1000");
+    let verified = fio("--rw=randwrite --bs=4k --size=2m --iodepth=16 --verify=crc32c --verify_fatal=1");
+    let complaints = "dmesg -r | sed -n 's/^<[0-4]>[^]]*] //p' | while read -r line; do fact complaint $line; done";
+    let script = format!("fact up $(nproc)\n{complaints}\nread go\ncase $go in load)\n{load}\nesac\n{verified}");
+    let guest = guest(&script).with_disk("disk", 16 << 20, "");
+    let (mut session, mut qmp) = start(&guest);
+    let mut boots = Vec::new();
+    for paused in [false, true] {
+        boots.push(fact(&session, "up"));
+        session.send("load\n");
+        let written = |qmp: &mut Qmp| qmp.query("query-blockstats")[1]["stats"]["wr_operations"].as_u64().unwrap();
+        let before = written(&mut qmp);
+        let deadline = Instant::now() + BOOT_BOUND;
+        while written(&mut qmp) < before + 200 {
+            assert!(Instant::now() < deadline, "the guest does not write");
+        }
+        if paused {
+            qmp.query("stop");
+        }
+        qmp.query("system_reset");
+        assert_eq!(qmp.event("RESET")["reason"], "host-qmp-system-reset");
+        if paused {
+            assert_eq!(qmp.query("query-status")["status"], "prelaunch");
+            qmp.query("cont");
+        }
+    }
+    boots.push(fact(&session, "up"));
+    assert_eq!(boots, ["2", "2", "2"]);
+    session.send("end\n");
+    let report = finish(session);
+    assert_eq!(report.number("fio"), 0, "{}", report.ended);
+    let complaints = report.all("complaint");
+    let (first, others) = complaints.split_at(complaints.len() / 3);
+    assert_eq!(others, [first, first].concat(), "a boot after a reset warns of something else");
 }
 
 /// The guest's clock stands still with the guest, its watchdogs keep quiet, and its power button works.
