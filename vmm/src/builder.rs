@@ -5,7 +5,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use arch::boot::{Entry, Kernel};
+use arch::boot::{Entry, Kernel, UnpackError};
 use arch::cmdline::{self, Defaults, Root};
 use arch::layout;
 use devices::block::BlockDevice;
@@ -38,9 +38,12 @@ pub fn build(config: &VmConfig, signals: Signals) -> Result<Vm, Error> {
     // 1. The user's files, checked.
     let kernel_file = open_regular("--kernel", &config.kernel)?;
     let kernel = Kernel::identify(kernel_file).map_err(in_file("--kernel", &config.kernel))?;
+    // Each of those exits would cost a hundred times what it costs on bare metal.
+    let kernel = if kvm::is_nested() { kernel.copied() } else { kernel };
     let initrd = config.initrd.as_deref().map(|path| open_regular("--initrd", path)).transpose()?;
     let images = open_images(&config.disks)?;
     let cmdline = kernel_command_line(config)?;
+    let kernel = unpacked(kernel, config, &cmdline);
     config.timing.over("files opened");
 
     // 2. Guest memory, with the kernel in it.
@@ -111,6 +114,22 @@ fn open_regular(option: &'static str, path: &Path) -> Result<File, Error> {
         () => "a device or socket",
     };
     Err(Error::NotAFile { option, path: path.to_owned(), kind })
+}
+
+/// The kernel inside a bzImage, where all that the guest's own unpacker would do is to unpack it: told `nokaslr`, it does not
+/// move the kernel to a random address.
+fn unpacked(kernel: Kernel, config: &VmConfig, cmdline: &str) -> Kernel {
+    if !cmdline.split_whitespace().any(|word| word == "nokaslr") {
+        return kernel;
+    }
+    match kernel.unpack(config.memory) {
+        Ok(unpacked) => unpacked,
+        Err(UnpackError::NotPacked) => kernel,
+        Err(error) => {
+            tracing::debug!(%error, "the kernel is left to the guest to unpack");
+            kernel
+        }
+    }
 }
 
 fn open_images(disks: &[DiskConfig]) -> Result<Vec<Arc<dyn Disk>>, Error> {

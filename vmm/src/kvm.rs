@@ -1,7 +1,7 @@
 //! /dev/kvm: opening it, saying plainly why it cannot be used, and the empty VM.
 
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{BufRead, BufReader, ErrorKind};
 use std::sync::Arc;
 
 use arch::layout;
@@ -63,15 +63,38 @@ fn why_unavailable(kind: ErrorKind) -> String {
 /// A warning when KVM is there but the processor offers no virtualisation: such a KVM interprets every guest
 /// instruction and delivers no interrupts, so that Linux does not boot on it.
 pub fn missing_hardware_support() -> Option<&'static str> {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let flags = cpuinfo.lines().find(|line| line.starts_with("flags"))?;
-    if flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm") {
+    let flags = Flags::read()?;
+    if flags.virtualise() {
         return None;
     }
     Some(
         "this processor lends no virtualisation (no vmx or svm flag): small guests run, Linux will not boot; \
          use the lab instead (`make run`, or `make lab CMD=...`)",
     )
+}
+
+/// Whether this host is itself a guest, whose own guests exit through both hypervisors.
+pub(crate) fn is_nested() -> bool {
+    Flags::read().is_some_and(|flags| flags.virtualise() && flags.contain("hypervisor"))
+}
+
+/// The processor's features, as the host's kernel names them.
+struct Flags(String);
+
+impl Flags {
+    fn read() -> Option<Self> {
+        // One processor's are enough, and the first to come.
+        let cpuinfo = BufReader::new(fs::File::open("/proc/cpuinfo").ok()?);
+        cpuinfo.lines().map_while(Result::ok).find(|line| line.starts_with("flags")).map(Self)
+    }
+
+    fn contain(&self, flag: &str) -> bool {
+        self.0.split_whitespace().any(|word| word == flag)
+    }
+
+    fn virtualise(&self) -> bool {
+        self.contain("vmx") || self.contain("svm")
+    }
 }
 
 /// An empty VM with its interrupt controllers: two PICs, an IOAPIC of 24 pins, a LAPIC for each vCPU to come, and the PIT

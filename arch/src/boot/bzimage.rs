@@ -27,8 +27,10 @@ const ENTRY_64: u64 = 0x200;
 #[derive(Debug)]
 pub(super) struct BzImage {
     header: setup_header,
-    /// Bytes that are loaded: all behind the real-mode setup.
-    payload: u64,
+    /// Bytes of real-mode setup at the start of the file.
+    setup: u64,
+    /// Bytes that are loaded: all behind the setup.
+    loaded: u64,
 }
 
 impl BzImage {
@@ -78,7 +80,7 @@ impl BzImage {
         if header.relocatable_kernel != 0 && !alignment.is_power_of_two() {
             return Err(damaged(format!("alignment {alignment:#x}")));
         }
-        let image = Self { header, payload: size - setup };
+        let image = Self { header, setup, loaded: size - setup };
         if image.load_address() < layout::HIGH_MEMORY.0 {
             return Err(Error::TooLow { address: image.load_address() });
         }
@@ -105,6 +107,11 @@ impl BzImage {
     /// The 64-bit entry's address.
     pub(super) fn entry(&self) -> u64 {
         self.load_address().saturating_add(ENTRY_64)
+    }
+
+    /// Where in the file the compressed kernel is by the header, and its length: unchecked.
+    pub(super) fn payload(&self) -> (u64, u64) {
+        (self.setup + u64::from(self.header.payload_offset), self.header.payload_length.into())
     }
 
     /// Bytes of command line, without the NUL.
@@ -137,7 +144,7 @@ impl BzImage {
     /// Where the last byte lies that the kernel needs before it can look at the memory map, plus one.
     fn end(&self) -> Result<u64, Error> {
         let working = self.runtime_start().checked_add(self.header.init_size.into());
-        let loaded = self.load_address().checked_add(self.payload);
+        let loaded = self.load_address().checked_add(self.loaded);
         working
             .zip(loaded)
             .map(|(working, loaded)| working.max(loaded))

@@ -157,8 +157,15 @@ impl Elf {
         Ok(Self { entry, pvh_entry, segments })
     }
 
-    /// Puts the kernel into `memory`, whose RAM below the hole ends at `ram_end`; returns where the kernel is.
-    pub(super) fn load(&self, memory: &GuestMemory, file: &File, ram_end: u64) -> Result<Range<u64>, Error> {
+    /// Puts the kernel into `memory`, whose RAM below the hole ends at `ram_end`, by mapping its pages if it `may_map` them;
+    /// returns where the kernel is.
+    pub(super) fn load(
+        &self,
+        memory: &GuestMemory,
+        file: &File,
+        may_map: bool,
+        ram_end: u64,
+    ) -> Result<Range<u64>, Error> {
         let start = self.segments.iter().map(|segment| segment.start).min().unwrap_or_default();
         let needed = self.segments.iter().map(Segment::end).max().unwrap_or_default();
         super::fits(needed, ram_end)?;
@@ -166,7 +173,7 @@ impl Elf {
         for segment in &self.segments {
             zero(memory, segment.start + segment.file_size, segment.end())?;
         }
-        let held = pages::hold(file);
+        let held = may_map && pages::hold(file);
         for Segment { offset, start, file_size, .. } in &self.segments {
             pages::place(memory, file, held, *offset, *start, *file_size)?;
         }

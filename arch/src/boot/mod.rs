@@ -13,6 +13,7 @@ mod pvh;
 #[cfg(test)]
 mod tests;
 mod unknown;
+mod unpack;
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -25,6 +26,7 @@ use crate::cpu::{gdt, paging};
 use crate::{GuestMemory, cmdline, layout, memory};
 
 pub use error::Error;
+pub use unpack::UnpackError;
 
 /// Pages of the processor. An initrd starts on one, so that the guest can give all of them back.
 const PAGE_SIZE: u64 = 0x1000;
@@ -54,6 +56,8 @@ pub struct Entry {
 pub struct Kernel {
     file: File,
     image: Image,
+    /// Pages of the file may become the guest's.
+    map: bool,
 }
 
 #[derive(Debug)]
@@ -79,7 +83,14 @@ impl Kernel {
                 None => return Err(Error::NotAKernel { looks_like: unknown::describe(&file)? }),
             },
         };
-        Ok(Self { file, image })
+        Ok(Self { file, image, map: true })
+    }
+
+    /// This kernel, to be copied into guest memory in any case. Mapping its pages takes no time and shares them between
+    /// machines; but the guest then exits once for each page that it uses, where a copy lies in huge pages.
+    #[must_use]
+    pub fn copied(self) -> Self {
+        Self { map: false, ..self }
     }
 
     /// How this kernel will be entered.
@@ -88,6 +99,19 @@ impl Kernel {
             Image::Elf(elf) if elf.pvh_entry.is_some() => Protocol::Pvh,
             Image::Elf(_) | Image::BzImage(_) => Protocol::Linux64,
         }
+    }
+
+    /// The kernel inside a bzImage, if it can be entered through PVH: unpacked here, into at most `limit` bytes. The guest's own
+    /// unpacker takes longer, but would also move the kernel to a random address (KASLR) unless told `nokaslr`.
+    ///
+    /// # Errors
+    /// Why it has to be left to the guest.
+    pub fn unpack(&self, limit: u64) -> Result<Self, UnpackError> {
+        let Image::BzImage(bzimage) = &self.image else { return Err(UnpackError::NotPacked) };
+        let (offset, length) = bzimage.payload();
+        let kernel = Self::identify(unpack::unpack(&self.file, offset, length, limit)?);
+        let kernel = kernel.ok().filter(|kernel| kernel.protocol() == Protocol::Pvh).ok_or(UnpackError::NoPvhEntry)?;
+        Ok(Self { map: self.map, ..kernel })
     }
 
     /// Makes `memory`, into which this kernel was loaded, independent of the kernel's file, which somebody wants to write:
@@ -132,7 +156,7 @@ pub fn load(
 
     let (occupied, initrd_limit, ip) = match &kernel.image {
         Image::Elf(elf) => {
-            let occupied = elf.load(memory, &kernel.file, ram_end)?;
+            let occupied = elf.load(memory, &kernel.file, kernel.map, ram_end)?;
             (occupied, layout::HOLE_START.0, elf.pvh_entry.unwrap_or(elf.entry))
         }
         Image::BzImage(bzimage) => {

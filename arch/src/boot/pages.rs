@@ -15,6 +15,7 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 
+use rustix::fs::{SealFlags, fcntl_get_seals};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::{Error, PAGE_SIZE};
@@ -24,15 +25,12 @@ use crate::GuestMemory;
 const HUGE_PAGE_SIZE: usize = 2 << 20;
 
 /// Whether nobody can change `file` from now on without asking us first. SIGIO has to be blocked: it asks.
-#[expect(unsafe_code, reason = "fcntl has no safe wrapper for leases and seals")]
+#[expect(unsafe_code, reason = "fcntl has no safe wrapper for leases")]
 pub(super) fn hold(file: &File) -> bool {
-    let seals = libc::F_SEAL_WRITE | libc::F_SEAL_SHRINK;
-    // SAFETY: no call touches memory of ours.
-    unsafe {
-        let present = libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS);
-        (present >= 0 && present & seals == seals)
-            || libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK) == 0
-    }
+    let seals = SealFlags::WRITE | SealFlags::SHRINK;
+    fcntl_get_seals(file).is_ok_and(|present| present.contains(seals))
+        // SAFETY: the call touches no memory of ours.
+        || unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK) } == 0
 }
 
 /// Gives up the lease, if there is one.

@@ -8,6 +8,8 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::*;
 
+mod unpack;
+
 const MIB: u64 = 1 << 20;
 const RSDP: Option<GuestAddress> = Some(layout::ACPI_TABLES);
 

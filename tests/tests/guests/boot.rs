@@ -117,6 +117,18 @@ fn boots(system: System, acpi: bool, cpus: u64, memory: u64, disks: usize, end: 
     }
 }
 
+/// Told `nokaslr`, minivmm unpacks a bzImage itself and enters the kernel inside through PVH. The kernel says which way it
+/// came: PVH's number is 0xb0 (`arch/x86/platform/pvh/enlighten.c`).
+#[test]
+fn bzimage_unpacked_by_minivmm() {
+    for (words, loader) in [("--cmdline nokaslr", 0xb0), ("", 0xff)] {
+        let script = "fact loader $(cat /proc/sys/kernel/bootloader_type)";
+        let report = Guest::new(CLOUD_BZ, script).with(words).run(0);
+        assert_eq!(report.number("loader"), loader, "{words}");
+        assert_eq!(report.ended.errors, "");
+    }
+}
+
 /// Each disk has a size of its own.
 fn size(index: usize) -> u64 {
     (index as u64 + 1) << 20
