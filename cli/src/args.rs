@@ -12,6 +12,7 @@ use vmm::{BootTiming, ConsoleConfig, Moment, VmConfig};
 
 use crate::disk_option::{self, DiskOption, Surroundings};
 use crate::log::say;
+use crate::processors::{self, Processors};
 use crate::{EXIT_USAGE, size};
 
 /// A minimal KVM hypervisor: boots a Linux kernel with a serial console and virtio-mmio disks.
@@ -38,9 +39,21 @@ struct Arguments {
     #[arg(long, short, value_name = "SIZE", default_value = "512M", allow_negative_numbers = true, value_parser = size::memory)]
     memory: u64,
 
+    /// Take guest memory from the host's pool of huge pages, all of it at the start.
+    #[arg(long)]
+    hugepages: bool,
+
     /// Number of virtual CPUs.
     #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     cpus: u32,
+
+    /// The host's processor for each virtual CPU, in order: 0,2-3.
+    #[arg(long, value_name = "LIST", allow_hyphen_values = true, value_parser = processors::list)]
+    vcpu_affinity: Option<Processors>,
+
+    /// The host's processors for the disks' threads: 0,2-3.
+    #[arg(long, value_name = "LIST", allow_hyphen_values = true, value_parser = processors::list)]
+    io_affinity: Option<Processors>,
 
     /// Describe the machine by ACPI tables; `off` gives an MPTable and virtio_mmio.device= arguments.
     #[arg(long, value_name = "on|off", default_value = "on")]
@@ -114,13 +127,21 @@ impl Arguments {
     /// The configuration, or what is wrong with the options together.
     fn into_config(self, timing: BootTiming) -> Result<VmConfig, String> {
         let machine = Surroundings { cpus: self.cpus, control: self.qmp.is_some() };
+        let vcpu_affinity = self.vcpu_affinity.unwrap_or_default().0;
+        if !vcpu_affinity.is_empty() && vcpu_affinity.len() != self.cpus as usize {
+            let (named, cpus) = (vcpu_affinity.len(), self.cpus);
+            return Err(format!("--vcpu-affinity names {named} processors; name one for each of the --cpus {cpus}"));
+        }
         let disks = self.disks.into_iter().enumerate().map(|(index, disk)| disk.into_config(index, machine));
         Ok(VmConfig {
             kernel: self.kernel,
             initrd: self.initrd,
             cmdline: self.cmdline.join(" "),
             memory: self.memory,
+            hugepages: self.hugepages,
             cpus: self.cpus,
+            vcpu_affinity,
+            io_affinity: self.io_affinity.unwrap_or_default().0,
             acpi: self.acpi == Switch::On,
             disks: disks.collect::<Result<_, _>>()?,
             qmp: self.qmp,

@@ -4,6 +4,7 @@ mod args;
 mod ctl;
 mod disk_option;
 mod log;
+mod processors;
 mod size;
 mod terminal;
 
@@ -56,11 +57,7 @@ fn run(config: &VmConfig) -> Result<Outcome, vmm::Error> {
 /// Says how the VM ended where that is not plain from the guest's own output.
 fn status(outcome: &Outcome) -> ExitCode {
     ExitCode::from(match outcome {
-        Outcome::PowerOff
-        | Outcome::Reset
-        | Outcome::Quit
-        | Outcome::Signal(_)
-        | Outcome::ControlQuit => EXIT_CLEAN,
+        Outcome::PowerOff | Outcome::Reset | Outcome::Quit | Outcome::Signal(_) | Outcome::ControlQuit => EXIT_CLEAN,
         Outcome::DebugExit(status) => *status,
         Outcome::Panicked(how) => {
             say(&format!("the guest panicked ({how})"));

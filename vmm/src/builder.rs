@@ -26,7 +26,7 @@ use crate::machine::{Machine, MachineDisk, Parts};
 use crate::signals::Signals;
 use crate::vcpu::{VcpuHandle, VcpuSetup, prepare_kick_signal};
 use crate::vm::Vm;
-use crate::{attach, kvm, memory};
+use crate::{affinity, attach, kvm, memory};
 
 /// Builds the machine. Its vCPUs have threads but have not entered the guest: [`Vm::run`] starts them.
 ///
@@ -42,12 +42,14 @@ pub fn build(config: &VmConfig, signals: Signals) -> Result<Vm, Error> {
     let kernel = if kvm::is_nested() { kernel.copied() } else { kernel };
     let initrd = config.initrd.as_deref().map(|path| open_regular("--initrd", path)).transpose()?;
     let images = open_images(&config.disks)?;
+    affinity::check("--vcpu-affinity", &config.vcpu_affinity)?;
+    affinity::check("--io-affinity", &config.io_affinity)?;
     let cmdline = kernel_command_line(config)?;
     let kernel = unpacked(kernel, config, &cmdline);
     config.timing.over("files opened");
 
     // 2. Guest memory, with the kernel in it.
-    let memory = memory::allocate(config.memory)?;
+    let memory = memory::allocate(config.memory, config.hugepages)?;
 
     // 3. KVM: a VM with interrupt controllers and memory slots.
     let kvm_fd = kvm::open()?;
@@ -67,7 +69,9 @@ pub fn build(config: &VmConfig, signals: Signals) -> Result<Vm, Error> {
     let events = Arc::new(events);
     let (mut port_io, mut mmio) = (Bus::new(), Bus::new());
     let trap_registers = config.trap_registers || !kvm::has_read_only_memory(&kvm_fd);
-    let disks = attach_disks(&vm, &mut mmio, &memory, &events, config, &images, trap_registers)?;
+    let disks = affinity::start_on(&config.io_affinity, || {
+        attach_disks(&vm, &mut mmio, &memory, &events, config, &images, trap_registers)
+    })?;
     // Last of what may be refused, since it may empty a file.
     let console = Console::open(&config.console)?;
     let ends = attach::legacy(&vm, &mut port_io, console.output.writer(), &events, config)?;
@@ -88,7 +92,7 @@ pub fn build(config: &VmConfig, signals: Signals) -> Result<Vm, Error> {
         events,
         timing: &config.timing,
     };
-    let vcpus = start_vcpus(&setup, &entry)?;
+    let vcpus = start_vcpus(&setup, &entry, &config.vcpu_affinity)?;
     config.timing.over("vCPUs");
 
     // 7. The main loop that will hear of everything else.
@@ -175,6 +179,11 @@ fn attach_disks(
     Ok(disks)
 }
 
-fn start_vcpus(setup: &VcpuSetup<'_>, entry: &Entry) -> Result<Vec<VcpuHandle>, Error> {
-    (0..setup.count).map(|index| VcpuHandle::spawn(setup.create(index, entry)?)).collect()
+fn start_vcpus(setup: &VcpuSetup<'_>, entry: &Entry, processors: &[usize]) -> Result<Vec<VcpuHandle>, Error> {
+    let mut processors = processors.chunks(1);
+    let start = |index| {
+        let vcpu = setup.create(index, entry)?;
+        affinity::start_on(processors.next().unwrap_or_default(), || VcpuHandle::spawn(vcpu))
+    };
+    (0..setup.count).map(start).collect()
 }

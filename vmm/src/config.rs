@@ -19,8 +19,14 @@ pub struct VmConfig {
     pub cmdline: String,
     /// Guest RAM in bytes.
     pub memory: u64,
+    /// Guest RAM is huge pages of the host's pool, all of them taken at the start.
+    pub hugepages: bool,
     /// Number of vCPUs.
     pub cpus: u32,
+    /// The host's processor for each vCPU; empty: any.
+    pub vcpu_affinity: Vec<usize>,
+    /// The host's processors for the disks' threads; empty: any.
+    pub io_affinity: Vec<usize>,
     /// Describe the machine by ACPI tables; otherwise by an MPTable and command line arguments.
     pub acpi: bool,
     /// The disks in order: the first is `/dev/vda`.

@@ -61,6 +61,32 @@ pub enum Error {
         /// The host's RAM, in MiB.
         host_mib: u64,
     },
+    /// Memory that is not made of whole huge pages.
+    #[error("--memory {}K with --hugepages: give a multiple of 2M", .0 >> 10)]
+    HugePageMemory(u64),
+    /// Too few huge pages.
+    #[error(
+        "--hugepages: {wanted} pages of 2M are needed and {free} are free; make more: \
+         echo {enough} >/proc/sys/vm/nr_hugepages"
+    )]
+    HugePages {
+        /// As needed.
+        wanted: u64,
+        /// Free in the pool.
+        free: u64,
+        /// Size of a pool that would do.
+        enough: u64,
+    },
+    /// A processor that there is not, or not for us.
+    #[error("{option} {processor}: this process may use the host's processors {allowed}")]
+    Processor {
+        /// The option that named it.
+        option: &'static str,
+        /// Its number.
+        processor: usize,
+        /// Those that would do.
+        allowed: String,
+    },
     /// More vCPUs than KVM or the interrupt controller allow.
     #[error("--cpus {wanted}: this host's KVM allows 1 to {max}")]
     TooManyCpus {
@@ -139,11 +165,14 @@ impl Error {
             | Self::TooManyDisks(_)
             | Self::TooMuchMemory { .. }
             | Self::TooManyCpus { .. }
+            | Self::HugePageMemory(_)
+            | Self::Processor { .. }
             | Self::Console { .. }
             | Self::Control { .. } => true,
             Self::NoKvm(_)
             | Self::KvmLacks(_)
             | Self::Kvm { .. }
+            | Self::HugePages { .. }
             | Self::Memory { .. }
             | Self::Host { .. }
             | Self::Tables(_)

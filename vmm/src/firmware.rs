@@ -7,7 +7,7 @@ use arch::boot::{self, Entry, Kernel};
 use arch::layout::{self, MmioDevice};
 use arch::tables::{acpi, mptable};
 use rustix::mm::{Advice, madvise};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::GuestMemory;
 use crate::config::{DiskConfig, VmConfig};
@@ -74,20 +74,36 @@ fn not_loaded(config: &VmConfig) -> impl FnOnce(boot::Error) -> Error {
     }
 }
 
-/// Gives all guest RAM back to the host: what the guest finds there next is zeroes, or its kernel. No vCPU runs, and no device has
-/// anything in flight.
+/// Gives all guest RAM back to the host: what the guest finds there next is zeroes, or its kernel. No vCPU runs, and no
+/// device has anything in flight.
 ///
 /// # Errors
 /// When the host refuses.
 #[expect(unsafe_code, reason = "the content of mapped memory changes")]
 pub(crate) fn clear_memory(memory: &GuestMemory) -> Result<(), Error> {
     for region in memory.iter() {
+        if region.flags() & libc::MAP_HUGETLB != 0 {
+            // These go back to a pool from which somebody else may take them.
+            clear(memory, region.start_addr(), region.len())?;
+            continue;
+        }
         let (start, length) = (region.as_ptr().cast(), region.len() as usize);
         // SAFETY: the region is private mappings of ours, whole: anonymous memory, which reads as zeroes afterwards, and the
         // kernel's file, as which it does (madvise(2), MADV_DONTNEED). There are no Rust references into guest memory,
         // whose content may change any time.
         unsafe { madvise(start, length, Advice::LinuxDontNeed) }
             .map_err(|error| Error::Host { what: "clear guest memory", source: error.into() })?;
+    }
+    Ok(())
+}
+
+/// Writes zeroes.
+fn clear(memory: &GuestMemory, start: GuestAddress, length: u64) -> Result<(), Error> {
+    static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+    for at in (0..length).step_by(ZEROES.len()) {
+        let piece = &ZEROES[..ZEROES.len().min((length - at) as usize)];
+        let written = memory.write_slice(piece, GuestAddress(start.0 + at));
+        written.map_err(std::io::Error::other).map_err(Error::host("clear guest memory"))?;
     }
     Ok(())
 }

@@ -4,6 +4,7 @@
 //! the register images of `arch`, `vcpu::run` serves exits. *A guest write reaches the file*: `attach` registered the
 //! queue's notification and the completion's interrupt with KVM; the rest of that walk is in `devices::block`.
 
+mod affinity;
 mod attach;
 pub mod builder;
 mod chips;

@@ -1,0 +1,45 @@
+//! Which of the host's processors threads run on: `--vcpu-affinity` and `--io-affinity`.
+
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+use crate::error::Error;
+
+/// Checks that this process may use the `processors` that `option` names.
+///
+/// # Errors
+/// One line that says which it may use.
+pub(crate) fn check(option: &'static str, processors: &[usize]) -> Result<(), Error> {
+    let allowed = sched_getaffinity(None).map_err(|error| failed(error.into()))?;
+    let is_allowed = |processor: &usize| *processor < CpuSet::MAX_CPU && allowed.is_set(*processor);
+    match processors.iter().find(|processor| !is_allowed(processor)) {
+        None => Ok(()),
+        Some(&processor) => {
+            let allowed: Vec<_> =
+                (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).map(|cpu| cpu.to_string()).collect();
+            Err(Error::Processor { option, processor, allowed: allowed.join(",") })
+        }
+    }
+}
+
+/// Runs `start` so that the threads that it starts, and those that these start, stay on `processors`, which were checked.
+/// Without any they go where they like.
+///
+/// # Errors
+/// Those of `start`, or the host refuses.
+pub(crate) fn start_on<T>(processors: &[usize], start: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    if processors.is_empty() {
+        return start();
+    }
+    // A thread begins where the one that starts it may run (pthread_create(3)).
+    let before = sched_getaffinity(None).map_err(|error| failed(error.into()))?;
+    let mut set = CpuSet::new();
+    processors.iter().for_each(|processor| set.set(*processor));
+    sched_setaffinity(None, &set).map_err(|error| failed(error.into()))?;
+    let started = start();
+    sched_setaffinity(None, &before).map_err(|error| failed(error.into()))?;
+    started
+}
+
+fn failed(source: std::io::Error) -> Error {
+    Error::Host { what: "choose a thread's processors", source }
+}
