@@ -32,7 +32,7 @@ enum Command {
     Cont,
     /// Press the power button.
     Powerdown,
-    /// Reset the VM, which ends it.
+    /// Start the guest over, with devices and memory as at power-on.
     Reset,
     /// End the VM at once, with its disks flushed.
     Quit,
