@@ -51,9 +51,6 @@ test-tools:
 
 SUITE = $(CARGO) test --release -p minivmm-tests --test guests --no-run
 
-# One guest at a time in the lab: with two at once QEMU's nested SVM has lost one of them (a triple fault out of
-# nothing), and once its own kernel.
-test-guests: export RUST_TEST_THREADS := $(if $(LAB),1,$(RUST_TEST_THREADS))
 test-guests: guest build test-tools ## real Linux guests, and a stock Debian
 	$(SUITE)
 	$(call ANNOUNCE,the guests)
