@@ -15,7 +15,7 @@ LAB := resources/lab
 ANNOUNCE = @echo 'This processor lends no virtualisation (no vmx or svm flag): running $(1) in the lab, an emulated one that does.'
 endif
 
-.PHONY: help build run guest lab test test-unit test-guests test-tools fmt lint clean
+.PHONY: help build run guest lab test test-unit test-guests test-tools bench bench-compare bench-tools fmt lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -56,8 +56,25 @@ test-guests: guest build test-tools ## real Linux guests, and a stock Debian
 	$(call ANNOUNCE,the guests)
 	@$(LAB:lab=lab-tests) $$($(SUITE) --message-format=json 2>/dev/null | sed -n 's|.*"executable":"\([^"]*/guests-[^"]*\)".*|\1|p') $(TESTS)
 
-bench: build ## speed beside QEMU's microvm: a guest that polls a disk at native speed, on any /dev/kvm
-	$(CARGO) run --release -p minivmm-tests --bin bench native 5
+# QUICK=1: once, and only on a file in memory. Results, and a picture of them, are in target/bench.
+BENCH = $(CARGO_TARGET_DIR)/release/bench
+SPEED := $(if $(QUICK),--quick)
+
+bench: demo bench-tools build ## speed beside QEMU's microvm and the host: polling and Linux guests (QUICK=1: less)
+	@resources/prepare tools.img
+	$(CARGO) build --release -p minivmm-tests --bin bench
+	@mkdir -p $(CARGO_TARGET_DIR)/bench
+	$(BENCH) driver $(SPEED)
+	$(BENCH) native $(SPEED)
+	$(call ANNOUNCE,the Linux guests)
+	$(if $(LAB),$(LAB) -c 2 -o $(CARGO_TARGET_DIR)/bench -- )$(BENCH) guests $(SPEED)
+	@$(BENCH) report
+
+bench-compare: ## the last `make bench` beside the one before it, or beside WITH=results.json
+	@$(BENCH) compare $(WITH)
+
+bench-tools:
+	@bash -c '. resources/packages.sh && need e2fsprogs fio qemu-system-x86'
 
 fmt: ## format the sources
 	$(CARGO) fmt --all

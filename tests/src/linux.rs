@@ -153,11 +153,11 @@ impl Report {
     }
 }
 
-/// A newc archive of one file (Documentation/driver-api/early-userspace/buffer-format.rst); the kernel unpacks archives
+/// A newc archive of one executable file (Documentation/driver-api/early-userspace/buffer-format.rst); the kernel unpacks archives
 /// that follow each other.
 pub fn cpio(name: &str, content: &[u8]) -> Vec<u8> {
     let mut archive = Vec::new();
-    for (name, mode, content) in [(name, 0o100_644, content), ("TRAILER!!!", 0, &[])] {
+    for (name, mode, content) in [(name, 0o100_755, content), ("TRAILER!!!", 0, &[])] {
         // ino, mode, uid, gid, nlink, mtime, filesize, devmajor, devminor, rdevmajor, rdevminor, namesize, check
         let fields = [1, mode, 0, 0, 1, 0, content.len(), 0, 0, 0, 0, name.len() + 1, 0];
         archive.extend_from_slice(b"070701");

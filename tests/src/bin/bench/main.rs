@@ -1,42 +1,65 @@
 //! The benchmarks of `make bench`: minivmm beside QEMU's microvm and the host itself, in one run on one file.
 //!
-//! `bench native [REPETITIONS]`: a guest of our own that polls at native speed, on any /dev/kvm.
+//! `bench driver`: the disk's rings and engine in this process, beside fio. `bench native`: a guest of our own that polls at native speed, on any /dev/kvm. `bench guests`: Linux and fio, where the
+//! processor virtualises, or in the lab. Each saves what it measured in `target/bench`. `bench report` shows all parts as
+//! one and draws them; `bench compare [FILE]` holds them against an earlier run. `--quick`: less of everything, once.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a benchmark reports by panicking")]
 
+mod chart;
+mod counters;
+mod driver;
+mod fio;
+mod guests;
 mod monitors;
 mod native;
+mod process;
+mod report;
+mod results;
+mod table;
 
 use std::path::{Path, PathBuf};
+
+use results::Results;
 
 /// Bytes of the file under test.
 const FILE_SIZE: u64 = 256 << 20;
 
-fn main() {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let repetitions = arguments.get(1).map_or(5, |text| text.parse().expect("a number of repetitions"));
-    match arguments.first().map(String::as_str) {
-        Some("native") => native::run(repetitions),
-        _ => panic!("usage: bench native [REPETITIONS]"),
+/// How much to measure.
+struct Options {
+    quick: bool,
+    repetitions: usize,
+}
+
+impl Options {
+    /// How long a job of fio runs.
+    fn milliseconds(&self) -> u32 {
+        if self.quick || std::env::var_os("MINIVMM_LAB").is_some() { 1000 } else { 2000 }
     }
 }
 
-/// Where files under test go: one in memory, one on disk.
-fn places() -> [(&'static str, PathBuf); 2] {
-    let on_disk = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| PathBuf::from("target"), PathBuf::from);
-    [("memory", PathBuf::from("/dev/shm")), ("disk", on_disk)]
+fn main() {
+    let mut words: Vec<String> = std::env::args().skip(1).collect();
+    let quick = words.iter().any(|word| word == "--quick");
+    words.retain(|word| word != "--quick");
+    let options = Options { quick, repetitions: if quick { 1 } else { 3 } };
+    let save = |part: &str, run: fn(&Options, &mut Results)| {
+        let mut results = Results::new();
+        run(&options, &mut results);
+        results.save(&results::directory().join(part));
+    };
+    match &words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["driver"] => save("driver.json", driver::run),
+        ["native"] => save("native.json", native::run),
+        ["guests"] => save("guests.json", guests::run),
+        ["report"] => report::run(),
+        ["compare"] => report::compare(&results::directory().join("previous.json")),
+        ["compare", path] => report::compare(&PathBuf::from(path)),
+        _ => panic!("usage: bench driver|native|guests|report|compare [FILE] [--quick]"),
+    }
 }
 
 /// Real data everywhere: reading holes would cheat.
 fn fill(path: &Path) {
     let data: Vec<u8> = (0..1 << 20).map(|i: u32| (i >> 3) as u8 | 1).collect();
     std::fs::write(path, data.repeat((FILE_SIZE >> 20) as usize)).unwrap();
-}
-
-/// The middle one, and half the distance between the extremes in percent of it.
-fn median(values: &[f64]) -> (f64, f64) {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let (Some(first), Some(last)) = (sorted.first(), sorted.last()) else { return (f64::NAN, f64::NAN) };
-    let median = sorted[sorted.len() / 2];
-    (median, (last - first) / 2.0 / median * 100.0)
 }

@@ -4,19 +4,24 @@
 #![expect(unsafe_code, reason = "the time stamp counter has no safe wrapper")]
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use minivmm_tests::polling::{self, Job};
-use rustix::process::{Pid, Signal, kill_process};
 
-use crate::monitors::Monitor;
-use crate::{FILE_SIZE, fill, median, places};
+use crate::monitors::{DiskSetup, Monitor, Setup};
+use crate::process::Process;
+use crate::results::{Key, Results};
+use crate::table::Target;
+use crate::{FILE_SIZE, Options, fill};
 
 /// MiB.
 const MEMORY: u32 = 64;
+/// How long a job may take, on the most loaded of machines.
+const SILENCE: Duration = Duration::from_secs(60);
+
+pub(crate) const IOPS: &str = "thousands of requests a second";
 
 const fn job(write: bool, random: bool, block: u32, depth: u32, requests: u64) -> Job {
     Job { write, random, block, depth, requests }
@@ -31,93 +36,92 @@ const JOBS: [(&str, Job); 6] = [
     ("128k write, depth 4", job(true, false, 128 << 10, 4, 12_000)),
 ];
 
-/// One run of one monitor.
-struct Run {
-    /// Thousands of requests a second, and notifications a request, by job.
-    jobs: Vec<(f64, f64)>,
-    /// From exec to the guest's first instruction.
-    to_guest: Duration,
-    /// Peak resident memory, the guest's included.
-    peak_kib: f64,
+/// What minivmm has to reach with the file in memory.
+pub(crate) fn target(row: &str) -> Option<Target> {
+    Some(match row {
+        "4k random read, depth 1" => Target::AtLeast(170.0),
+        "4k random read, depth 32" => Target::AtLeast(600.0),
+        "4k random write, depth 1" => Target::AtLeast(130.0),
+        "4k random write, depth 32" => Target::AtLeast(520.0),
+        "128k read, depth 4" => Target::AtLeast(55.0),
+        "exec to the guest's first instruction" => Target::AtMost(15.0),
+        "peak RSS with the guest's pages" => Target::AtMost(4.9 * 1024.0),
+        _ => return None,
+    })
 }
 
-pub(crate) fn run(repetitions: usize) {
+pub(crate) fn group(place: &str) -> String {
+    format!("polling guest, file {place}")
+}
+
+pub(crate) fn run(options: &Options, results: &mut Results) {
     let hz = tsc_hz();
-    let monitors = Monitor::all();
-    let directory = tempfile::tempdir().unwrap();
-    for (place, on) in places() {
-        let image = tempfile::NamedTempFile::new_in(&on).unwrap();
+    let on_disk = crate::results::directory();
+    for (place, directory) in [("in memory", Path::new("/dev/shm")), ("on disk", &on_disk)] {
+        if options.quick && place != "in memory" {
+            continue;
+        }
+        let image = tempfile::NamedTempFile::new_in(directory).unwrap();
         fill(image.path());
-        let mut runs: Vec<Vec<Run>> = monitors.iter().map(|_| Vec::new()).collect();
-        let mut host: Vec<[f64; 2]> = Vec::new();
-        for _ in 0..repetitions {
-            for (monitor, runs) in monitors.iter().zip(&mut runs) {
-                runs.push(once(*monitor, directory.path(), image.path(), hz));
+        for _ in 0..options.repetitions {
+            if place == "in memory" {
+                boot_phases(image.path(), results);
+            }
+            for monitor in Monitor::all() {
+                once(monitor, place, image.path(), hz, results);
+            }
+            for (row, engine, depth) in [(JOBS[0].0, "psync", 1), (JOBS[1].0, "io_uring", 32)] {
+                results.add(Key::new(&group(place), row, "host's fio", IOPS), fio(image.path(), engine, depth));
             }
         }
-        host.extend((0..repetitions.min(3)).filter_map(|_| fio(image.path())));
-        table(place, &monitors, &runs, &host);
     }
 }
 
-fn table(place: &str, monitors: &[Monitor], runs: &[Vec<Run>], host: &[[f64; 2]]) {
-    println!("\nFile in {place}: thousands of IOPS (spread; notifications a request)");
-    print!("{:<28}", "");
-    monitors.iter().for_each(|monitor| print!("{:>26}", monitor.name()));
-    println!("{:>10}", "ratio");
-    for (index, (name, _)) in JOBS.iter().enumerate() {
-        print!("{name:<28}");
-        let rows: Vec<_> =
-            runs.iter().map(|runs| runs.iter().map(|run| run.jobs[index].0).collect::<Vec<_>>()).collect();
-        for (row, runs) in rows.iter().zip(runs) {
-            let ((median, spread), kicks) =
-                (median(row), self::median(&runs.iter().map(|run| run.jobs[index].1).collect::<Vec<_>>()).0);
-            print!("{:>26}", format!("{median:.1} (±{spread:.0}%; {kicks:.2})"));
-        }
-        let best = rows.iter().skip(1).map(|row| median(row).0).fold(f64::NAN, f64::max);
-        println!("{:>10.2}", median(&rows[0]).0 / best);
-    }
-    print!("{:<28}", "exec to guest, ms");
-    for runs in runs {
-        let (median, spread) = median(&runs.iter().map(|run| run.to_guest.as_secs_f64() * 1e3).collect::<Vec<_>>());
-        print!("{:>26}", format!("{median:.1} (±{spread:.0}%)"));
-    }
-    print!("\n{:<28}", "peak RSS, KiB");
-    for runs in runs {
-        print!("{:>26.0}", median(&runs.iter().map(|run| run.peak_kib).collect::<Vec<_>>()).0);
-    }
-    println!();
-    for (engine, depth, at) in [("psync", 1, 0), ("io_uring", 32, 1)] {
-        let (median, spread) = median(&host.iter().map(|host| host[at]).collect::<Vec<_>>());
-        println!("the host's fio, {engine}, 4k random read, depth {depth}: {median:.0} (±{spread:.0}%)");
-    }
-}
-
-fn once(monitor: Monitor, directory: &Path, image: &Path, hz: f64) -> Run {
+fn command(monitor: Monitor, directory: &Path, image: &Path) -> Command {
     let kernel = directory.join("polling.elf");
     fs::write(&kernel, polling::kernel(monitor.windows(), &JOBS.map(|(_, job)| job), FILE_SIZE)).unwrap();
-    let mut command = monitor.command(&kernel, image, MEMORY);
-    let started = Instant::now();
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-    let mut output = BufReader::new(child.stdout.take().unwrap());
-    let mut mark = [0];
-    output.read_exact(&mut mark).unwrap_or_else(|why| panic!("{command:?}: {why}"));
-    let to_guest = started.elapsed();
-    let mut lines = output.lines().map(Result::unwrap);
-    let mut jobs = Vec::new();
-    for (_, job) in JOBS {
-        let line = lines.next().unwrap_or_default();
+    let disks = &[DiskSetup { path: image, serial: "test", read_only: false, direct: false }];
+    monitor.command(&Setup { kernel: &kernel, initrd: None, cmdline: "", memory: MEMORY, cpus: 1, disks })
+}
+
+/// Where minivmm's time to the guest goes, as it says itself.
+fn boot_phases(image: &Path, results: &mut Results) {
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = command(Monitor::Minivmm, directory.path(), image);
+    let process = Process::start_on_errors(command.arg("--boot-timing"));
+    while let Ok((_, line)) = process.line(SILENCE) {
+        // boot: PHASE  1.23 ms, 0.45 ms of CPU
+        let Some(row) = line.split("boot: ").nth(1) else { continue };
+        let (row, rest) = row.split_at(row.find("  ").unwrap_or(row.len()));
+        let wall = rest.trim().split(' ').next().and_then(|number| number.parse().ok()).unwrap_or(f64::NAN);
+        results.add(Key::new(&group("in memory"), row, "minivmm", "ms of --boot-timing"), wall);
+        if row == "first console byte" {
+            return;
+        }
+    }
+}
+
+fn once(monitor: Monitor, place: &str, image: &Path, hz: f64, results: &mut Results) {
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = command(monitor, directory.path(), image);
+    let process = Process::start(&mut command);
+    let line = || process.line(SILENCE).unwrap_or_else(|why| panic!("{command:?}: {why}"));
+    let mut add = |row: &str, metric: &str, value| {
+        results.add(Key::new(&group(place), row, &monitor.name(), metric), value);
+    };
+    let mut to_guest = Duration::ZERO;
+    for (row, job) in JOBS {
+        let (time, line) = line();
+        // The first line begins with the guest's sign of life.
+        let line = line.strip_prefix('R').inspect(|_| to_guest = time).unwrap_or(&line);
         let numbers = line.split_once(' ').and_then(|(ticks, kicks)| Some((hexadecimal(ticks)?, hexadecimal(kicks)?)));
         let (ticks, kicks) = numbers.unwrap_or_else(|| panic!("{command:?}: {line:?}"));
         let requests = job.requests as f64;
-        jobs.push((requests / (ticks / hz) / 1e3, kicks / requests));
+        add(row, IOPS, requests / (ticks / hz) / 1e3);
+        add(row, "notifications a request", kicks / requests);
     }
-    let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    let peak_kib = peak.trim().trim_end_matches(" kB").parse().unwrap();
-    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
-    child.wait().unwrap();
-    Run { jobs, to_guest, peak_kib }
+    add("exec to the guest's first instruction", "ms", to_guest.as_secs_f64() * 1e3);
+    add("peak RSS with the guest's pages", "KiB", process.peak_kib());
 }
 
 fn hexadecimal(text: &str) -> Option<f64> {
@@ -136,23 +140,13 @@ fn tsc_hz() -> f64 {
     (to - from) as f64 / (end - start).as_secs_f64()
 }
 
-/// The host's own fio on the same file, 4k random reads, thousands of IOPS: psync at depth 1, io_uring at depth 32.
-fn fio(image: &Path) -> Option<[f64; 2]> {
-    let one = |engine: &str, depth: u32| {
-        let mut command = Command::new("fio");
-        command.args([
-            "--name=host",
-            "--rw=randread",
-            "--bs=4k",
-            "--time_based",
-            "--runtime=1",
-            "--output-format=json",
-        ]);
-        command.arg(format!("--ioengine={engine}")).arg(format!("--iodepth={depth}"));
-        command.arg(format!("--filename={}", image.display()));
-        let output = command.output().ok()?;
-        let report: serde_json::Value = serde_json::from_slice(&output.stdout).ok()?;
-        Some(report["jobs"][0]["read"]["iops"].as_f64()? / 1e3)
-    };
-    Some([one("psync", 1)?, one("io_uring", 32)?])
+/// The host's own fio on the same file, 4k random reads, thousands a second.
+fn fio(image: &Path, engine: &str, depth: u32) -> f64 {
+    let mut command = Command::new("fio");
+    command.args(["--name=host", "--rw=randread", "--bs=4k", "--time_based", "--runtime=1", "--output-format=json"]);
+    command.arg(format!("--ioengine={engine}")).arg(format!("--iodepth={depth}"));
+    command.arg(format!("--filename={}", image.display()));
+    let output = command.stderr(Stdio::null()).output().map(|output| output.stdout).unwrap_or_default();
+    let report: serde_json::Value = serde_json::from_slice(&output).unwrap_or_default();
+    report["jobs"][0]["read"]["iops"].as_f64().map_or(f64::NAN, |iops| iops / 1e3)
 }
