@@ -4,6 +4,7 @@
 mod boot;
 mod control;
 mod debian;
+mod demo;
 mod disk;
 mod ends;
 mod fio;
