@@ -5,6 +5,9 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// How many times `bound` a program may go on talking without saying what it should.
+const PATIENCE: u32 = 3;
+
 /// The output of one program, one pipe or one socket.
 #[derive(Clone, Debug)]
 pub struct Transcript {
@@ -42,10 +45,11 @@ impl Transcript {
         Self { shared }
     }
 
-    /// Waits for `text` after what was found before, and returns everything up to and including it.
+    /// Waits for `text` after what was found before, and returns everything up to and including it. A program that says
+    /// something meanwhile is slow, not stuck, and gets up to [`PATIENCE`] times as long.
     ///
     /// # Errors
-    /// The end of the output, or `bound`, came first; the text says which, with the last of what there was.
+    /// The end of the output, or `bound` without any, came first; the text says which, with the last of what there was.
     pub fn expect(&self, text: &str, bound: Duration) -> Result<String, String> {
         let found = self.wait(bound, |state| {
             let new = &state.bytes[state.seen..];
@@ -92,18 +96,21 @@ impl Transcript {
         look: impl Fn(&State) -> Option<T>,
     ) -> Result<(std::sync::MutexGuard<'_, State>, T), String> {
         let (state, changed) = &*self.shared;
-        let deadline = Instant::now() + bound;
+        let last_word = Instant::now() + PATIENCE * bound;
         let mut state = state.lock().unwrap();
         loop {
             if let Some(found) = look(&state) {
                 return Ok((state, found));
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if state.ended || left.is_zero() {
+            let left = bound.min(last_word.saturating_duration_since(Instant::now()));
+            let count = state.bytes.len();
+            let silent = |state: &mut State| state.bytes.len() == count && !state.ended;
+            let timeout;
+            (state, timeout) = changed.wait_timeout_while(state, left, silent).unwrap();
+            if state.ended && look(&state).is_none() || timeout.timed_out() {
                 let why = if state.ended { "the output ended" } else { "the time is up" };
                 return Err(format!("{why}\n{}", tail(&state.bytes)));
             }
-            state = changed.wait_timeout(state, left).unwrap().0;
         }
     }
 }
