@@ -171,8 +171,8 @@ impl Bench<'_> {
                 disk(&reports, "reports", false, false),
             ],
         };
-        let process = Process::start(&mut monitor.command(&setup));
-        let mut life = self.watch(&process)?;
+        let mut process = Process::start(&mut monitor.command(&setup));
+        let mut life = self.watch(&mut process)?;
         let reports = fs::read(&reports).map_err(|why| why.to_string())?;
         life.scores = fio::scores(&reports[..REPORT_SIZE], self.jobs)?;
         if let Some((scores, _)) = &mut life.counted {
@@ -198,7 +198,7 @@ impl Bench<'_> {
     }
 
     /// Follows what the guest says, from its start to the end of its jobs.
-    fn watch(&self, process: &Process) -> Result<Life, String> {
+    fn watch(&self, process: &mut Process) -> Result<Life, String> {
         let mut life = Life {
             to_init: f64::NAN,
             overhead: (0.0, 0.0),
@@ -227,6 +227,8 @@ impl Bench<'_> {
                         counters = Some(Counters::open(&process.threads()));
                         life.counted = Some((Vec::new(), vec![[f64::NAN; EVENTS.len()]; self.jobs.len()]));
                     }
+                    // The guest waits for it: to begin to count takes a while.
+                    process.enter();
                 }
                 // With two jobs the first begin and the last end count.
                 ("BEGIN", Some(job)) => match &counters {

@@ -1,7 +1,7 @@
 //! What a running monitor uses: processor time and memory, from /proc; and the one way to start and end one.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::ops::Range;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -29,7 +29,7 @@ impl Process {
 
     fn spawn(command: &mut Command) -> Self {
         let started = Instant::now();
-        let child = command.stdin(Stdio::null()).spawn();
+        let child = command.stdin(Stdio::piped()).spawn();
         let mut child = child.unwrap_or_else(|why| panic!("cannot start {command:?}: {why}"));
         let (console, errors) = (child.stdout.take(), child.stderr.take());
         let output: Box<dyn Read + Send> = match console {
@@ -52,6 +52,12 @@ impl Process {
             Err(mpsc::RecvTimeoutError::Timeout) => Err(format!("silent for {bound:?}")),
             Err(mpsc::RecvTimeoutError::Disconnected) => Err("ended early".to_owned()),
         }
+    }
+
+    /// Presses Enter on its console.
+    pub(crate) fn enter(&mut self) {
+        // Fails only when it has ended, which the next line tells.
+        let _ = self.child.stdin.as_mut().map(|input| input.write_all(b"\n"));
     }
 
     pub(crate) fn id(&self) -> u32 {
