@@ -24,6 +24,7 @@ pub(crate) const HELP: &str = "Disk keys, with QEMU's names:
   werror=report|ignore|stop|enospc    the same for writes; enospc stops when the host is full and reports all else
                                 [enospc with --qmp, report without]
   backing=on|off                a qcow2 image may open its backing files [off]
+  scsi=on|off                   pass the guest's SCSI commands on to the host's SCSI disk at PATH [off]
   num-queues=N                  request queues [one for each vCPU]
   queue-size=N                  descriptors in each queue [256]
   logical-block-size=, physical-block-size=, min-io-size=, opt-io-size=BYTES    [the host's]
@@ -143,6 +144,7 @@ impl DiskOption {
             "detect-zeroes" => self.image.detect_zeroes = word(value)?,
             "locking" => self.image.locking = switch(value)?,
             "backing" => self.image.backing = switch(value)?,
+            "scsi" => self.image.scsi = switch(value)?,
             "id" if value.is_empty() => return Err("write a name".to_owned()),
             "id" => self.id = Some(value.to_owned()),
             "rerror" => self.read_errors = Some(policy(value, false)?),
@@ -241,15 +243,14 @@ mod tests {
 
     #[test]
     fn keys_reach_their_places() {
-        let text =
-            "d,,1.img,format=qcow2,readonly=on,cache=directsync,serial=a,,b,num-queues=2,cyls=10,heads=16,secs=63";
+        let text = "d,,1.img,format=qcow2,readonly=on,cache=directsync,serial=a,,b,num-queues=2,scsi=on,cyls=9,heads=16,secs=63";
         let config = text.parse::<DiskOption>().unwrap().into_config(27, MACHINE).unwrap();
         assert_eq!(config.image.path.to_str(), Some("d,1.img"));
         assert_eq!((config.image.format, config.image.cache), (Format::Qcow2, CacheMode::DirectSync));
-        assert!(config.image.read_only && !config.device.write_cache);
+        assert!(config.image.read_only && config.image.scsi && !config.device.write_cache);
         assert_eq!(config.device.serial.as_deref(), Some("a,b"));
         assert_eq!((config.device.name.as_str(), config.device.num_queues), ("vdab", 2));
-        assert_eq!(config.device.geometry, Some(Geometry { cylinders: 10, heads: 16, sectors: 63 }));
+        assert_eq!(config.device.geometry, Some(Geometry { cylinders: 9, heads: 16, sectors: 63 }));
     }
 
     #[test]
@@ -268,6 +269,7 @@ mod tests {
             ("a,throttling.bps-total=1,throttling.bps-read=1", "throttling.bps-total"),
             ("a,throttling.iops-read-max=1", "throttling.iops-read-max"),
             ("a,id=", "id="),
+            ("a,scsi=yes", "scsi=yes"),
             ("a,cyls=1,heads=300,secs=1", "heads=300"),
         ] {
             let error = text.parse::<DiskOption>().unwrap_err();

@@ -102,6 +102,7 @@ const CASES: &[(&str, &[&str])] = &[
     ("--kernel good.elf --disk good.img,queue-size=3", &["--disk", "queue-size"]),
     ("--kernel good.elf --disk good.img,logical-block-size=1000", &["--disk", "logical-block-size"]),
     ("--kernel good.elf --disk ,readonly=on", &["--disk"]),
+    ("--kernel good.elf --disk good.img,scsi=on", &["good.img", "scsi=on", "/dev/sda"]),
 ];
 
 #[test]

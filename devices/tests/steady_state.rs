@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use devices::GuestMemory;
 use devices::block::Kind;
-use devices::disk::{self, Aio, Completion, Disk, Engine, Limits, OpenOptions, Transfer};
+use devices::disk::{
+    self, Aio, Completion, Disk, Engine, GuestRange, Limits, OpenOptions, ScsiCommand, Transfer,
+};
 
 mod support;
 
@@ -77,6 +79,10 @@ impl Engine for CountedEngine {
     fn submit(&mut self, transfer: Transfer<'_>) {
         self.submitted = true;
         self.engine.submit(transfer);
+    }
+
+    fn submit_scsi(&mut self, tag: u32, command: Arc<ScsiCommand>, data: &[GuestRange]) {
+        self.engine.submit_scsi(tag, command, data);
     }
 
     fn commit(&mut self) {

@@ -122,11 +122,12 @@ impl Chain {
             return Some(value);
         }
         let mut value = T::zeroed();
-        self.read_split(memory, value.as_mut_slice())?;
+        self.read_bytes(memory, value.as_mut_slice())?;
         Some(value)
     }
 
-    fn read_split(&mut self, memory: &GuestMemory, bytes: &mut [u8]) -> Option<()> {
+    /// Fills `bytes` with the next device-readable bytes and consumes them. `None`: the chain has fewer.
+    pub(super) fn read_bytes(&mut self, memory: &GuestMemory, bytes: &mut [u8]) -> Option<()> {
         let mut filled = 0;
         while filled < bytes.len() {
             let range = self.readable.get_mut(self.consumed)?;
@@ -151,6 +152,23 @@ impl Chain {
             self.writable.pop();
         }
         Some(address)
+    }
+
+    /// Cuts the last `length` device-writable bytes off and returns where they are. `None`: there are fewer.
+    pub(super) fn take_tail(&mut self, length: u64) -> Option<Vec<GuestRange>> {
+        let mut left = total(&self.writable).checked_sub(length)?;
+        let mut tail = Vec::new();
+        for range in &mut self.writable {
+            let kept = left.min(range.length.into()) as u32;
+            left -= u64::from(kept);
+            if kept < range.length {
+                let address = GuestAddress(range.address.0 + u64::from(kept));
+                tail.push(GuestRange { address, length: range.length - kept });
+                range.length = kept;
+            }
+        }
+        self.writable.retain(|range| range.length > 0);
+        Some(tail)
     }
 
     fn add(&mut self, memory: &GuestMemory, descriptor: &Descriptor) -> Result<(), ChainError> {

@@ -10,7 +10,7 @@
 //!
 //! Beside the path: `device` is the transport's view, `config` the configuration space, `slots` the requests in
 //! flight, `policy` what happens after a host I/O error, `throttle` how fast the disk may be and `delayed` what waits
-//! for that, `stats` the accounts.
+//! for that, `scsi` the requests that are no transfers, `stats` the accounts.
 
 mod batch;
 mod chain;
@@ -25,6 +25,7 @@ mod policy;
 mod poll;
 mod request;
 mod ring;
+mod scsi;
 mod slots;
 mod stats;
 mod thread;

@@ -48,6 +48,10 @@ impl Worker {
     }
 
     fn fail_one(&mut self, slot: Slot, error: DiskError) {
+        if slot.scsi.is_some() {
+            tracing::debug!(disk = self.shared.options.name, %error, "the host refused a SCSI command");
+            return self.answer_scsi(slot);
+        }
         let code = match error {
             DiskError::Unsupported => return self.answer(slot, blk::S_UNSUPP),
             // The image shrank under a request that was in bounds when it was parsed: the driver's to know.

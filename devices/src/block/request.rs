@@ -5,8 +5,9 @@
 
 use vm_memory::GuestAddress;
 
-use super::chain::{self, Chain, total};
+use super::chain::{Chain, total};
 use super::config::{MAX_SEGMENT_SECTORS, MAX_SEGMENTS};
+use super::scsi::Packet;
 use super::stats::Kind;
 use crate::GuestMemory;
 use crate::disk::{GuestRange, Operation};
@@ -27,6 +28,8 @@ pub(super) struct Rules {
     pub(super) read_only: bool,
     /// Writes are durable before they complete.
     pub(super) write_through: bool,
+    /// SCSI commands are served.
+    pub(super) scsi: bool,
 }
 
 /// A request that passed every check.
@@ -51,6 +54,8 @@ pub(super) enum Action {
     GetId,
     /// Write how worn the disk is into [`Parser::data`].
     GetLifetime,
+    /// Send [`Parser::packet`] to the host device.
+    Scsi,
 }
 
 /// One stretch of the disk in a discard, write-zeroes or secure-erase request, in bytes.
@@ -77,13 +82,17 @@ pub(super) struct Parser {
     pub(super) chain: Chain,
     /// The stretches of the discard, write-zeroes or secure-erase request parsed last.
     pub(super) pieces: Vec<Piece>,
+    /// The SCSI command parsed last.
+    pub(super) packet: Option<Packet>,
 }
 
 impl Parser {
-    /// The data ranges of the request parsed last: where a write comes from, or where a read or a name goes.
+    /// The data ranges of the request parsed last: where a write comes from, or where a read or a name goes; for a SCSI
+    /// command either.
     pub(super) fn data(&self, action: &Action) -> &[GuestRange] {
         match action {
             Action::Transfer { operation: Operation::Write { .. }, .. } => self.chain.readable(),
+            Action::Scsi if !self.chain.readable().is_empty() => self.chain.readable(),
             _ => self.chain.writable(),
         }
     }
@@ -107,10 +116,12 @@ impl Parser {
             blk::T_DISCARD => (Kind::Discard, self.segments(memory, Kind::Discard, rules)),
             blk::T_WRITE_ZEROES => (Kind::WriteZeroes, self.segments(memory, Kind::WriteZeroes, rules)),
             blk::T_SECURE_ERASE => (Kind::SecureErase, self.segments(memory, Kind::SecureErase, rules)),
-            blk::T_SCSI_CMD => {
-                let written = self.refuse_scsi(memory);
-                return Err(Refusal::Status { kind: Kind::Other, address: status, code: blk::S_UNSUPP, written });
-            }
+            blk::T_SCSI_CMD | blk::T_SCSI_CMD_OUT => match self.scsi(memory, rules) {
+                Ok(action) => (Kind::Other, Ok(action)),
+                Err((code, written)) => {
+                    return Err(Refusal::Status { kind: Kind::Other, address: status, code, written });
+                }
+            },
             blk::T_GET_LIFETIME if rules.features & blk::F_LIFETIME != 0 => (Kind::Other, Ok(Action::GetLifetime)),
             // Zones too (§5.2.6.2): the feature is never offered.
             _ => (Kind::Other, Err(blk::S_UNSUPP)),
@@ -178,18 +189,6 @@ impl Parser {
             }
         }
         if sound { Ok(Action::Pieces) } else { Err(blk::S_IOERR) }
-    }
-
-    /// SCSI is off: where the trailer of a SCSI command fits before the status, its `errors` becomes 255 as in the
-    /// classic device. Returns the bytes written.
-    fn refuse_scsi(&self, memory: &GuestMemory) -> u32 {
-        let data = self.chain.writable();
-        let mut trailer = [0; blk::SCSI_TRAILER_SIZE];
-        trailer[0] = 255;
-        match total(data).checked_sub(trailer.len() as u64) {
-            Some(before) => chain::write_at(memory, data, before, &trailer) as u32,
-            None => 0,
-        }
     }
 }
 

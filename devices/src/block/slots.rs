@@ -6,6 +6,7 @@ use vm_memory::GuestAddress;
 
 use super::request::Piece;
 use super::ring::Popped;
+use super::scsi::Packet;
 use super::stats::Kind;
 
 /// A request on its way through the engine.
@@ -32,6 +33,8 @@ pub(super) struct Slot {
     pub(super) next: Option<u32>,
     /// It travelled in another request's transfer.
     pub(super) merged: bool,
+    /// It is this SCSI command.
+    pub(super) scsi: Option<Box<Packet>>,
 }
 
 /// What follows a finished transfer.

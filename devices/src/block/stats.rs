@@ -23,7 +23,7 @@ pub enum Kind {
     WriteZeroes,
     /// Secure erasures.
     SecureErase,
-    /// GET_ID, and whatever the device does not know.
+    /// GET_ID, SCSI commands, and whatever the device does not know.
     Other,
 }
 

@@ -198,6 +198,10 @@ impl Worker {
         Ok(())
     }
 
+    pub(super) fn memory(&self) -> &GuestMemory {
+        &self.agreement.memory
+    }
+
     pub(super) fn rules(&self) -> Rules {
         let Agreement { features, .. } = self.agreement;
         Rules {
@@ -207,6 +211,7 @@ impl Worker {
             size_max: self.shared.facts.size_max(features),
             read_only: self.shared.disk.read_only(),
             write_through: !self.shared.writeback(features),
+            scsi: self.shared.disk.scsi(),
         }
     }
 
@@ -252,6 +257,7 @@ impl Worker {
             then: Then::Answer,
             next: None,
             merged: false,
+            scsi: None,
         };
         match action {
             Action::GetId => {
@@ -262,6 +268,7 @@ impl Worker {
                 slot.written = self.put_data(&action, &self.shared.lifetime().to_le_bytes());
                 self.answer(slot, blk::S_OK);
             }
+            Action::Scsi => self.start_scsi(slot),
             Action::Transfer { length: 0, .. } => self.answer(slot, blk::S_OK),
             Action::Transfer { operation, offset, length } => {
                 (slot.length, slot.end) = (length, offset + length);
@@ -366,19 +373,23 @@ impl Worker {
             return self.engine.submit(Transfer { tag, operation, offset, length, ranges: &[] });
         }
         let slot = self.slots.remove(tag);
-        self.answer(slot, blk::S_OK);
+        match slot.scsi {
+            Some(_) => self.answer_scsi(slot),
+            None => self.answer(slot, blk::S_OK),
+        }
     }
 
     /// Writes the status and settles the debt.
     pub(super) fn answer(&mut self, slot: Slot, code: u8) {
-        let Slot { popped, ring: position, kind, status, length, end, written, started, merged, .. } = slot;
+        let Slot { popped, ring: position, kind, status, length, end, written, started, merged, scsi, .. } = slot;
         tracing::trace!(disk = self.shared.options.name, head = popped.head(), ?kind, code, "answer");
         let time = self.now.saturating_duration_since(started);
         match code {
             blk::S_OK => self.counters.done(kind, length, end, merged, time),
             _ => self.counters.failed(kind, time),
         }
-        let written = if code == blk::S_OK { written } else { 0 };
+        // A SCSI command that was not carried out has a trailer all the same.
+        let written = if code == blk::S_OK || scsi.is_some() { written } else { 0 };
         put_status(&self.agreement.memory, status, code);
         let Some(ring) = &mut self.rings[position] else {
             unreachable!("a ring stays until its requests are answered")

@@ -9,12 +9,14 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::bounce::Bounce;
 use super::image::{Image, Job};
 use super::inline::Inline;
 use super::pool::Pool;
 use super::ring::{self, Ring};
 use super::{
-    Aio, Completion, DetectZeroes, Disk, DiskError, Engine, Lifetime, Limits, OpenOptions, Operation, SECTOR, Transfer,
+    Aio, Completion, DetectZeroes, Disk, DiskError, Engine, GuestRange, Lifetime, Limits, OpenOptions, Operation, SECTOR,
+    ScsiCommand, Transfer,
 };
 use crate::GuestMemory;
 
@@ -27,6 +29,8 @@ pub(super) struct ImageDisk {
     ring: bool,
     /// Nobody wants durability (`cache=unsafe`, `snapshot=on`).
     ignore_flush: bool,
+    /// The guest may send SCSI commands.
+    scsi: bool,
     /// Keep others from the image, and from what it builds on, as long as they are open.
     _locks: Vec<File>,
 }
@@ -40,7 +44,17 @@ impl ImageDisk {
             detect_zeroes: options.detect_zeroes,
             ring,
             ignore_flush: options.cache.ignores_flush() || options.snapshot,
+            scsi: options.scsi,
             _locks: locks,
+        }
+    }
+
+    /// Does what is left of `job`, on the calling thread, which may have to wait. `bounce` is that thread's.
+    pub(super) fn execute(&self, job: &mut Job, bounce: &mut Bounce) -> Result<(), DiskError> {
+        match (job.scsi.take(), self.image.raw_file()) {
+            (None, _) => self.image.execute(job, bounce),
+            (Some(command), Some(file)) if self.scsi => command.execute(file, &job.buffers),
+            (Some(_), _) => Err(DiskError::Unsupported),
         }
     }
 }
@@ -60,6 +74,10 @@ impl Disk for ImageDisk {
 
     fn lifetime(&self) -> Option<Lifetime> {
         self.image.lifetime()
+    }
+
+    fn scsi(&self) -> bool {
+        self.scsi
     }
 
     fn refresh_capacity(&self) -> io::Result<u64> {
@@ -220,6 +238,19 @@ impl Engine for QueueEngine {
         let mut job = self.spare.pop().unwrap_or_else(Job::empty);
         match self.prepare(&mut job, &transfer) {
             Ok(()) => self.start(job),
+            Err(error) => self.finish(job, Err(error)),
+        }
+    }
+
+    fn submit_scsi(&mut self, tag: u32, command: Arc<ScsiCommand>, data: &[GuestRange]) {
+        let mut job = self.spare.pop().unwrap_or_else(Job::empty);
+        job.tag = tag;
+        // SAFETY: as in `prepare`.
+        match unsafe { job.buffers.resolve(&self.memory, data) } {
+            Ok(()) => {
+                job.scsi = Some(command);
+                self.pool.submit(job);
+            }
             Err(error) => self.finish(job, Err(error)),
         }
     }

@@ -1,11 +1,12 @@
 //! What every kind of image can do, one blocking call at a time. Engines decide who makes the call, and when.
 
 use std::io;
+use std::sync::Arc;
 
 use super::bounce::Bounce;
 use super::buffers::IoBuffers;
 use super::raw::RawFile;
-use super::{DiskError, Lifetime, Limits, Operation};
+use super::{DiskError, Lifetime, Limits, Operation, ScsiCommand};
 
 /// One transfer under way: a `Transfer` whose guest ranges are host addresses now, and which shrinks as data moves.
 pub(super) struct Job {
@@ -19,12 +20,14 @@ pub(super) struct Job {
     pub(super) length: u64,
     /// Where the rest is in guest memory, for reads and writes.
     pub(super) buffers: IoBuffers,
+    /// Not a transfer at all, but this command with data in `buffers`.
+    pub(super) scsi: Option<Arc<ScsiCommand>>,
 }
 
 impl Job {
     /// A job that does nothing yet, to be filled in and used again and again.
     pub(super) fn empty() -> Self {
-        Self { tag: 0, operation: Operation::Flush, offset: 0, length: 0, buffers: IoBuffers::default() }
+        Self { tag: 0, operation: Operation::Flush, offset: 0, length: 0, buffers: IoBuffers::default(), scsi: None }
     }
 
     /// The first `count` bytes of a read or write are done.

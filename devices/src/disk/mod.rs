@@ -28,11 +28,13 @@ mod pool;
 mod qcow2;
 mod raw;
 mod ring;
+mod scsi;
 #[cfg(test)]
 mod tests;
 
 pub use open::{OpenError, OpenReason, open};
 pub use options::{Aio, CacheMode, DetectZeroes, DiscardMode, Format, OpenOptions, UnknownWord};
+pub use scsi::{CDB_MAX, SENSE_MAX, ScsiCommand, ScsiDirection, ScsiReply};
 
 /// Bytes of a sector, the unit of capacities and of every transfer's offset and length.
 pub const SECTOR: u64 = 512;
@@ -96,7 +98,7 @@ pub struct Completion {
     pub result: Result<(), DiskError>,
 }
 
-/// Why a transfer failed, in terms that know neither virtio nor SCSI.
+/// Why a transfer failed, in terms that do not know virtio.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DiskError {
     /// The host reports an error (an errno).
@@ -159,6 +161,11 @@ pub trait Disk: Send + Sync {
         None
     }
 
+    /// It is a SCSI disk of the host, and the user lets the guest talk to it: engines take SCSI commands.
+    fn scsi(&self) -> bool {
+        false
+    }
+
     /// Looks at the host file or device again and returns the capacity from now on: somebody else may have resized it.
     ///
     /// # Errors
@@ -185,6 +192,10 @@ pub trait Engine: Send {
     /// The caller keeps at most `depth` in flight. Bounds were checked against `capacity` by the caller, but the image may
     /// have shrunk since: that is an error completion, not a panic.
     fn submit(&mut self, transfer: Transfer<'_>);
+
+    /// Accepts a SCSI command, as `submit` does a transfer. Its completion says whether there is a reply; one that reports a
+    /// failure is a reply. `data`: where its data is in guest memory, or goes. Fails unless the disk says `scsi`.
+    fn submit_scsi(&mut self, tag: u32, command: Arc<ScsiCommand>, data: &[GuestRange]);
 
     /// Hands everything submitted so far to the host, once per batch.
     fn commit(&mut self);

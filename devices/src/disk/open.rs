@@ -12,7 +12,7 @@ use super::file::HostFile;
 use super::image::Image;
 use super::qcow2::Qcow2Image;
 use super::raw::{Policy, RawFile};
-use super::{DiscardMode, Disk, Format, OpenOptions, SECTOR};
+use super::{DiscardMode, Disk, Format, OpenOptions, SECTOR, scsi};
 
 /// Why an image cannot be a disk: one line with the path, the reason, and what would work. The line already quotes its
 /// cause, so print it alone, without walking the chain.
@@ -74,6 +74,11 @@ pub enum OpenReason {
         /// Alignment of direct I/O, in bytes.
         unit: u32,
     },
+    /// SCSI commands were asked for where there is nobody to take them.
+    #[error(
+        "cannot take SCSI commands; scsi=on needs a whole SCSI disk of the host (such as /dev/sda, not a partition or volume), format=raw, and no snapshot=on"
+    )]
+    NotScsi,
     /// A qcow2 image that builds on another file, which nobody has allowed.
     #[error("builds on the backing file {0:?}; use backing=on if you trust the image to choose files of this host")]
     Backing(String),
@@ -144,6 +149,7 @@ pub fn open(options: &OpenOptions) -> Result<Arc<dyn Disk>, OpenError> {
             let raw = open_raw(options, &mut locks);
             Box::new(raw.map_err(|reason| OpenError { path: options.path.clone(), reason })?)
         }
+        _ if options.scsi => return Err(OpenError { path: options.path.clone(), reason: OpenReason::NotScsi }),
         (_, snapshot) => Box::new(Qcow2Image::open(options, snapshot, &mut locks)?),
     };
     Ok(Arc::new(ImageDisk::new(image, options, locks)))
@@ -152,6 +158,9 @@ pub fn open(options: &OpenOptions) -> Result<Arc<dyn Disk>, OpenError> {
 fn open_raw(options: &OpenOptions, locks: &mut Vec<File>) -> Result<RawFile, OpenReason> {
     let HostFile { file, kind, direct, lock } = HostFile::open(&options.path, !options.read_only, options)?;
     locks.extend(lock);
+    if options.scsi && !scsi::is_scsi_disk(&file) {
+        return Err(OpenReason::NotScsi);
+    }
     let length = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0))?;
     check_length(&options.path, length)?;
     match direct {
@@ -224,6 +233,11 @@ mod tests {
             }
         }
         assert!(!directory.path().join("missing").exists());
+        let plain = OpenOptions { scsi: true, ..OpenOptions::new(image(directory.path(), "plain", 512)) };
+        for snapshot in [false, true] {
+            let error = open(&OpenOptions { snapshot, ..plain.clone() }).err().unwrap().to_string();
+            assert!(error.contains("scsi=on needs a whole SCSI disk") && !error.contains('\n'), "{error}");
+        }
     }
 
     #[test]

@@ -27,6 +27,8 @@ pub struct OpenOptions {
     pub locking: bool,
     /// `backing=on`: a qcow2 image may name further files, which are then opened too.
     pub backing: bool,
+    /// `scsi=on`: the guest may send SCSI commands to the image, which is a SCSI disk of the host.
+    pub scsi: bool,
 }
 
 impl OpenOptions {
@@ -43,6 +45,7 @@ impl OpenOptions {
             detect_zeroes: DetectZeroes::default(),
             locking: true,
             backing: false,
+            scsi: false,
         }
     }
 }

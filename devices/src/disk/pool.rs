@@ -1,4 +1,5 @@
-//! Blocking calls on threads of our own: all of `aio=threads` and of formats that block, and whatever io_uring does not do.
+//! Blocking calls on threads of our own: all of `aio=threads` and of formats that block, and whatever io_uring does not do,
+//! SCSI commands among it.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -152,7 +153,7 @@ fn work(shared: &Shared) {
             continue;
         };
         drop(state);
-        let outcome = catch_unwind(AssertUnwindSafe(|| shared.disk.image.execute(&mut job, &mut bounce)));
+        let outcome = catch_unwind(AssertUnwindSafe(|| shared.disk.execute(&mut job, &mut bounce)));
         state = shared.lock();
         state.finished.push((job, outcome));
         if state.finished.len() == 1 {

@@ -9,7 +9,10 @@ use vm_memory::Bytes;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::GuestMemory;
-use crate::disk::{Completion, Disk, DiskError, Engine, GuestRange, Lifetime, Limits, Operation, Transfer};
+use crate::disk::{
+    Completion, Disk, DiskError, Engine, GuestRange, Lifetime, Limits, Operation, ScsiCommand, ScsiDirection,
+    ScsiReply, Transfer,
+};
 
 /// A transfer as the engine got it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,6 +24,15 @@ pub(super) struct Seen {
     pub(super) offset: u64,
     pub(super) length: u64,
     pub(super) ranges: Vec<GuestRange>,
+}
+
+/// A SCSI command as the engine got it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct SeenCommand {
+    pub(super) cdb: Vec<u8>,
+    pub(super) direction: ScsiDirection,
+    /// What it sends, or what was where its answer goes.
+    pub(super) data: Vec<u8>,
 }
 
 type Judge = Box<dyn FnMut(&Seen) -> Result<(), DiskError> + Send>;
@@ -36,6 +48,9 @@ struct State {
     held: VecDeque<Seen>,
     done: Vec<(usize, Completion)>,
     judge: Option<Judge>,
+    commands: Vec<SeenCommand>,
+    /// What becomes of every SCSI command; without it all are refused.
+    reply: Option<ScsiReply>,
     /// Engines alive, and made altogether.
     engines: usize,
     engines_made: usize,
@@ -52,6 +67,7 @@ pub(in crate::block) struct TestDisk {
     pub(in crate::block) read_only: bool,
     pub(in crate::block) limits: Limits,
     pub(in crate::block) lifetime: Option<Lifetime>,
+    pub(in crate::block) scsi: bool,
     completion: EventFd,
 }
 
@@ -66,6 +82,9 @@ impl TestDisk {
         secure_erase: true,
     };
 
+    /// What SCSI commands that ask for data get.
+    pub(super) const ANSWER: u8 = 0x5c;
+
     /// A disk of `sectors` sectors, each filled with the low byte of its number.
     pub(in crate::block) fn new(sectors: u64) -> Self {
         let data = (0..sectors).flat_map(|sector| [sector as u8; 512]).collect();
@@ -76,6 +95,7 @@ impl TestDisk {
             read_only: false,
             limits: Self::LIMITS,
             lifetime: None,
+            scsi: false,
             completion: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap(),
         }
     }
@@ -177,6 +197,16 @@ impl TestDisk {
         self.judge(move |_| Err(error));
     }
 
+    /// Every SCSI command fares like this from now on.
+    pub(super) fn reply(&self, reply: Option<ScsiReply>) {
+        self.state().reply = reply;
+    }
+
+    /// The SCSI commands since the last call.
+    pub(super) fn commands(&self) -> Vec<SeenCommand> {
+        std::mem::take(&mut self.state().commands)
+    }
+
     /// Nothing fails any more.
     pub(super) fn heal(&self) {
         self.state().judge = None;
@@ -208,6 +238,10 @@ impl Disk for TestDisk {
         self.lifetime
     }
 
+    fn scsi(&self) -> bool {
+        self.scsi
+    }
+
     fn refresh_capacity(&self) -> std::io::Result<u64> {
         Ok(self.capacity())
     }
@@ -226,7 +260,7 @@ impl Disk for TestDisk {
         state.engines_made += 1;
         let number = state.engines_made;
         drop(state);
-        Ok(Box::new(TestEngine { disk: self, number, memory, depth, in_flight: 0 }))
+        Ok(Box::new(TestEngine { disk: self, number, memory, depth, in_flight: 0, replied: Vec::new() }))
     }
 }
 
@@ -236,11 +270,14 @@ struct TestEngine {
     memory: GuestMemory,
     depth: u32,
     in_flight: u32,
+    /// SCSI commands, which finish at once.
+    replied: Vec<Completion>,
 }
 
 impl TestEngine {
     /// Moves the data of everything that was finished without an error.
     fn collect(&mut self, done: &mut Vec<Completion>) {
+        done.append(&mut self.replied);
         let mut state = self.disk.state();
         let State { data, done: finished, log, .. } = &mut *state;
         for (engine, completion) in finished.extract_if(.., |(engine, _)| *engine == self.number) {
@@ -274,6 +311,22 @@ impl Engine for TestEngine {
         }
         drop(state);
         self.disk.changed.notify_all();
+    }
+
+    fn submit_scsi(&mut self, tag: u32, command: Arc<ScsiCommand>, data: &[GuestRange]) {
+        let mut state = self.disk.state();
+        let mut seen = Vec::new();
+        for range in data {
+            let mut part = vec![0; range.length as usize];
+            self.memory.read_slice(&mut part, range.address).unwrap();
+            seen.append(&mut part);
+            if command.direction() == ScsiDirection::FromDevice {
+                self.memory.write_slice(&vec![TestDisk::ANSWER; range.length as usize], range.address).unwrap();
+            }
+        }
+        state.commands.push(SeenCommand { cdb: command.cdb().to_vec(), direction: command.direction(), data: seen });
+        let result = state.reply.map(|reply| command.set_reply(reply)).ok_or(DiskError::Host(libc::EPERM));
+        self.replied.push(Completion { tag, result });
     }
 
     fn commit(&mut self) {

@@ -10,6 +10,7 @@ mod properties;
 mod requests;
 mod rig;
 mod rings;
+mod scsi;
 mod segments;
 mod threshold;
 mod throttling;

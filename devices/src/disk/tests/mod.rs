@@ -5,4 +5,5 @@ mod faults;
 mod model;
 mod qcow2;
 pub(super) mod rig;
+mod scsi;
 mod transfers;

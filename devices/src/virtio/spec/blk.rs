@@ -56,6 +56,8 @@ pub const T_IN: u32 = 0;
 pub const T_OUT: u32 = 1;
 /// Request type, legacy (§5.2.6.3), with [`F_SCSI`]: a SCSI command in `virtio_scsi_pc_req` framing.
 pub const T_SCSI_CMD: u32 = 2;
+/// The same (§5.2.6.3): what Linux's driver said when the command sends data.
+pub const T_SCSI_CMD_OUT: u32 = 3;
 /// Request type, with [`F_FLUSH`]: completed writes become durable.
 pub const T_FLUSH: u32 = 4;
 /// Request type: the device's name, [`ID_SIZE`] bytes.
