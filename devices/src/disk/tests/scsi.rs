@@ -33,8 +33,10 @@ impl ScsiDebug {
             let parameters: &[&str] = if name == "scsi_debug" { &options } else { &[] };
             rig::run(Command::new("modprobe").arg(name).args(parameters)).is_ok_and(|output| output.status.success())
         };
-        if !loaded("sd_mod") || !loaded("scsi_debug") {
-            eprintln!("no scsi_debug here, not tested");
+        // One that is there already is somebody else's.
+        let taken = Path::new("/sys/module/scsi_debug").exists();
+        if taken || !loaded("sd_mod") || !loaded("scsi_debug") {
+            eprintln!("no scsi_debug to be had here, not tested");
             return None;
         }
         // The disk comes when the kernel has scanned the bus, and the partition when it has read the table.
