@@ -2,7 +2,7 @@
 //! §5.2.6.3).
 //!
 //! F_SCSI is never offered: it is a bit of the legacy interface (§5.2.3.1), and the transport has only the modern one, with
-//! VERSION_1, where a classic device withdraws the bit. So `scsi=on` is the word that counts: the operator gives it for a
+//! VERSION_1, where QEMU withdraws the bit. So `scsi=on` is the word that counts: the operator gives it for a
 //! driver that sends such requests unasked, and with it they are served.
 
 use std::sync::Arc;
