@@ -14,7 +14,7 @@ use crate::counters::{Counters, EVENTS};
 use crate::fio::{self, Job, Score};
 use crate::monitors::{DiskSetup, Monitor, Setup};
 use crate::process::Process;
-use crate::results::{Key, Results};
+use crate::results::{self, Key, Results};
 use crate::{FILE_SIZE, Options, fill};
 
 /// MiB.
@@ -26,6 +26,8 @@ const COUNTED: u32 = 700;
 const REPORT_SIZE: usize = 1 << 20;
 const INIT: &[u8] = include_bytes!("../../../../resources/guest/bench-init");
 
+/// What the results are saved as.
+pub(crate) const PART: &str = "guests.json";
 pub(crate) const IOPS: &str = "requests a second";
 
 /// A directory for the file under test.
@@ -47,6 +49,8 @@ pub(crate) fn run(options: &Options, results: &mut Results) {
             bench.host(results);
             for monitor in Monitor::all() {
                 bench.guest(monitor, repetition == 0, results);
+                // Should the lab not live to see the end.
+                results.save(&results::directory().join(PART));
             }
         }
     }

@@ -50,7 +50,7 @@ fn main() {
     match &words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["driver"] => save("driver.json", driver::run),
         ["native"] => save("native.json", native::run),
-        ["guests"] => save("guests.json", guests::run),
+        ["guests"] => save(guests::PART, guests::run),
         ["report"] => report::run(),
         ["compare"] => report::compare(&results::directory().join("previous.json")),
         ["compare", path] => report::compare(&PathBuf::from(path)),
