@@ -9,7 +9,9 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use devices::GuestMemory;
-use devices::disk::{self, Aio, CacheMode, Engine, GuestRange, OpenOptions, OpenReason, Operation, Transfer};
+use devices::disk::{
+    self, Aio, CacheMode, Completion, Engine, GuestRange, OpenOptions, OpenReason, Operation, Transfer,
+};
 use vm_memory::GuestAddress;
 
 struct Counting;
@@ -38,8 +40,7 @@ const DEPTH: u32 = 32;
 const ROUNDS: u32 = 40;
 
 /// Some rounds of `DEPTH` transfers each: two pieces of memory, the first of which starts at `skew` bytes.
-fn rounds(engine: &mut dyn Engine, operation: Operation, skew: u64) {
-    let mut done = Vec::with_capacity(DEPTH as usize);
+fn rounds(engine: &mut dyn Engine, done: &mut Vec<Completion>, operation: Operation, skew: u64) {
     for round in 0..ROUNDS {
         for tag in 0..DEPTH {
             let base = u64::from(tag) * 16384 + skew;
@@ -48,7 +49,7 @@ fn rounds(engine: &mut dyn Engine, operation: Operation, skew: u64) {
             engine.submit(Transfer { tag, operation, offset, length: 4096, ranges: &[piece(0), piece(8192)] });
         }
         engine.commit();
-        engine.drain(&mut done);
+        engine.drain(done);
         assert_eq!(done.len(), DEPTH as usize);
         for completion in done.drain(..) {
             completion.result.unwrap();
@@ -68,19 +69,23 @@ fn steady_load_allocates_nothing() {
             };
             let memory = GuestMemory::from_ranges(&[(GuestAddress(0), DEPTH as usize * 16384 + 4096)]).unwrap();
             let mut engine = disk.engine(memory, DEPTH).unwrap();
+            let mut done = Vec::with_capacity(DEPTH as usize);
             for operation in [Operation::Read, Operation::Write { durable: !cache.writeback() }] {
                 // Odd addresses are nothing to the page cache, and need a bounce buffer without it.
                 for skew in [0, 1] {
                     // Lists grow to the size that they need, threads start, bounce buffers come into being.
-                    rounds(&mut *engine, operation, skew);
-                    let before = ALLOCATIONS.load(Ordering::Relaxed);
-                    rounds(&mut *engine, operation, skew);
-                    let count = ALLOCATIONS.load(Ordering::Relaxed) - before;
-                    // A thread that starts late may cost a few, whatever the number of requests.
-                    let requests = u64::from(ROUNDS * DEPTH);
-                    assert!(
-                        count < 100,
-                        "{count} allocations for {requests} requests: {aio}, {cache}, {operation:?}, skew {skew}"
+                    rounds(&mut *engine, &mut done, operation, skew);
+                    // What starts or grows late on a loaded machine does so once; what is a request's own comes back.
+                    let count = (0..5).map(|_| {
+                        let before = ALLOCATIONS.load(Ordering::Relaxed);
+                        rounds(&mut *engine, &mut done, operation, skew);
+                        ALLOCATIONS.load(Ordering::Relaxed) - before
+                    });
+                    let count = count.min().unwrap();
+                    let requests = ROUNDS * DEPTH;
+                    assert_eq!(
+                        count, 0,
+                        "allocations for {requests} requests: {aio}, {cache}, {operation:?}, skew {skew}"
                     );
                 }
             }
