@@ -8,9 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use devices::GuestMemory;
 use devices::block::Kind;
-use devices::disk::{
-    self, Aio, Completion, Disk, Engine, GuestRange, Limits, OpenOptions, ScsiCommand, Transfer,
-};
+use devices::disk::{self, Aio, Completion, Disk, Engine, GuestRange, Limits, OpenOptions, ScsiCommand, Transfer};
 
 mod support;
 

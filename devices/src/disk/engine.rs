@@ -15,8 +15,8 @@ use super::inline::Inline;
 use super::pool::Pool;
 use super::ring::{self, Ring};
 use super::{
-    Aio, Completion, DetectZeroes, Disk, DiskError, Engine, GuestRange, Lifetime, Limits, OpenOptions, Operation, SECTOR,
-    ScsiCommand, Transfer,
+    Aio, Completion, DetectZeroes, Disk, DiskError, Engine, GuestRange, Lifetime, Limits, OpenOptions, Operation,
+    SECTOR, ScsiCommand, Transfer,
 };
 use crate::GuestMemory;
 
