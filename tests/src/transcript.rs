@@ -46,7 +46,7 @@ impl Transcript {
     }
 
     /// Waits for `text` after what was found before, and returns everything up to and including it. A program that says
-    /// something meanwhile is slow, not stuck, and gets up to [`PATIENCE`] times as long.
+    /// something meanwhile is slow, not stuck, and gets up to `PATIENCE` times as long.
     ///
     /// # Errors
     /// The end of the output, or `bound` without any, came first; the text says which, with the last of what there was.
