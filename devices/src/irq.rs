@@ -10,7 +10,7 @@ use crate::virtio::mmio::{CONFIG_SIZE, RegisterPage};
 use crate::virtio::spec::STATUS_DEVICE_NEEDS_RESET;
 use crate::virtio::spec::mmio::{self, Register};
 
-/// The wire of one interrupt line. In a VM it is an eventfd that KVM turns into an edge (an irqfd); a test counts.
+/// The wire of one interrupt line. In a VM it leads to KVM's interrupt controllers; a test counts.
 pub trait Trigger: Send + Sync {
     /// Asserts the line once.
     ///

@@ -1,10 +1,12 @@
 //! Connects devices to the machine: addresses to the buses, interrupts to KVM, notifications to the disks' own threads.
 
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arch::layout::{self, MmioDevice};
 use devices::block::BlockDevice;
 use devices::bus::{Bus, BusDevice};
+use devices::irq::Trigger;
 use devices::legacy::{DebugExit, EventSink, GuestEvent, I8042, Pvpanic, ResetRegister, SerialDevice, SleepRegisters};
 use devices::virtio::mmio::MmioTransport;
 use devices::virtio::spec::mmio::{INTERRUPT_ACK_OFFSET, INTERRUPT_USED_BUFFER, QUEUE_NOTIFY_OFFSET};
@@ -69,14 +71,14 @@ pub(crate) fn legacy(
 /// # Errors
 /// When the host or KVM refuses a resource.
 pub(crate) fn disk(
-    vm: &VmFd,
+    vm: &Arc<VmFd>,
     mmio: &mut Bus,
     memory: &GuestMemory,
     window: MmioDevice,
     device: BlockDevice,
     trap_registers: bool,
 ) -> Result<Arc<Mutex<MmioTransport>>, Error> {
-    let interrupt = irqfd(vm, window.gsi)?;
+    let interrupt = InterruptLine { vm: Arc::clone(vm), gsi: window.gsi, pulse: Mutex::new(()) };
     let transport = MmioTransport::new(Box::new(device), memory.clone(), Arc::new(interrupt))
         .map_err(Error::host("make a virtio-mmio device"))?;
     for (queue, kick) in (0u32..).zip(transport.kicks()) {
@@ -111,6 +113,26 @@ pub(crate) fn map_registers(vm: &VmFd, disks: &[MachineDisk]) -> Result<(), Erro
 
 fn insert(bus: &mut Bus, base: u64, size: u64, device: Arc<Mutex<dyn BusDevice>>) -> Result<(), Error> {
     bus.insert(base, size, device).map_err(Error::from)
+}
+
+/// An interrupt line that the disk's own thread pulls. An irqfd would do the same two steps, but not at once: KVM can inject
+/// only message-signalled interrupts where an eventfd is written, and hands wired ones to a kernel thread
+/// (virt/kvm/eventfd.c, `irqfd_wakeup`), which has to be woken and takes the disk's processor.
+struct InterruptLine {
+    vm: Arc<VmFd>,
+    gsi: u32,
+    /// Held during a pulse: the disk's queues share the line, and while it is up another pulse is no edge.
+    pulse: Mutex<()>,
+}
+
+impl Trigger for InterruptLine {
+    fn trigger(&self) -> io::Result<()> {
+        let _pulse = self.pulse.lock().unwrap_or_else(PoisonError::into_inner);
+        for level in [true, false] {
+            self.vm.set_irq_line(self.gsi, level).map_err(io::Error::from)?;
+        }
+        Ok(())
+    }
 }
 
 /// An eventfd that KVM turns into an edge on interrupt line `gsi`.

@@ -4,11 +4,12 @@ use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arch::boot::{Entry, Kernel, UnpackError};
 use arch::cmdline::{self, Defaults, Root};
 use arch::layout;
-use devices::block::BlockDevice;
+use devices::block::{BlockDevice, BlockOptions};
 use devices::bus::Bus;
 use devices::disk::{self, Disk};
 use kvm_ioctls::{Kvm, VmFd};
@@ -54,7 +55,7 @@ pub fn build(config: &VmConfig, signals: Signals) -> Result<Vm, Error> {
     // 3. KVM: a VM with interrupt controllers and memory slots.
     let kvm_fd = kvm::open()?;
     check_cpus(&kvm_fd, config.cpus)?;
-    let vm = kvm::create_vm(&kvm_fd)?;
+    let vm = Arc::new(kvm::create_vm(&kvm_fd)?);
     let chips = Chips::of(&vm)?;
     kvm::register_memory(&vm, &memory)?;
     config.timing.over("VM and memory");
@@ -69,8 +70,9 @@ pub fn build(config: &VmConfig, signals: Signals) -> Result<Vm, Error> {
     let events = Arc::new(events);
     let (mut port_io, mut mmio) = (Bus::new(), Bus::new());
     let trap_registers = config.trap_registers || !kvm::has_read_only_memory(&kvm_fd);
+    let poll = polling_window();
     let disks = affinity::start_on(&config.io_affinity, || {
-        attach_disks(&vm, &mut mmio, &memory, &events, config, &images, trap_registers)
+        attach_disks(&vm, &mut mmio, &memory, &events, config, &images, trap_registers, poll)
     })?;
     // Last of what may be refused, since it may empty a file.
     let console = Console::open(&config.console)?;
@@ -157,20 +159,33 @@ fn check_cpus(kvm: &Kvm, wanted: u32) -> Result<(), Error> {
     if wanted > max { Err(Error::TooManyCpus { wanted, max }) } else { Ok(()) }
 }
 
+/// How long a disk may wait awake for the guest's next request: as long as KVM itself by default waits for a vCPU's
+/// interrupt (`halt_poll_ns`), and twenty times that where an exit costs so much more.
+fn polling_window() -> Duration {
+    match std::thread::available_parallelism().map_or(1, usize::from) {
+        1 => Duration::ZERO,
+        _ if kvm::is_nested() => Duration::from_millis(4),
+        _ => Duration::from_micros(200),
+    }
+}
+
+#[expect(clippy::too_many_arguments, reason = "all that a disk is made of")]
 fn attach_disks(
-    vm: &VmFd,
+    vm: &Arc<VmFd>,
     mmio: &mut Bus,
     memory: &GuestMemory,
     events: &Arc<EventSender>,
     config: &VmConfig,
     images: &[Arc<dyn Disk>],
     trap_registers: bool,
+    poll: Duration,
 ) -> Result<Vec<MachineDisk>, Error> {
     let mut disks = Vec::with_capacity(config.disks.len());
     for ((config, image), window) in config.disks.iter().zip(images).zip(windows(&config.disks)) {
         let events = Arc::clone(events);
         let sink = Arc::new(move |event| events.report(event));
-        let device = BlockDevice::new(config.device.clone(), Arc::clone(image), sink)
+        let options = BlockOptions { poll, ..config.device.clone() };
+        let device = BlockDevice::new(options, Arc::clone(image), sink)
             .map_err(|source| Error::DiskOptions { path: config.image.path.clone(), source })?;
         let handle = device.handle();
         let transport = attach::disk(vm, mmio, memory, window, device, trap_registers)?;

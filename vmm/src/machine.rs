@@ -55,7 +55,7 @@ pub(crate) struct Parts {
     /// Guest RAM.
     pub memory: GuestMemory,
     /// KVM's side of the VM, which lives as long as its descriptors.
-    pub vm: VmFd,
+    pub vm: Arc<VmFd>,
     /// Its chips' state at power-on.
     pub chips: Chips,
     /// What the guest starts from.

@@ -20,6 +20,7 @@ mod device;
 mod events;
 mod histogram;
 mod memory;
+mod moderation;
 mod options;
 mod policy;
 mod poll;

@@ -1,5 +1,7 @@
 //! What the user may say about a disk, and what is refused.
 
+use std::time::Duration;
+
 use std::io;
 
 use super::throttle::Throttling;
@@ -42,6 +44,9 @@ pub struct BlockOptions {
     pub read_errors: ErrorPolicy,
     /// `werror`: after a failed write, flush, discard, write-zeroes or secure erase.
     pub write_errors: ErrorPolicy,
+    /// The longest that a worker waits awake for the driver's next request; zero where that would keep a processor from the
+    /// guest. It is worth about what a kick, sleep and waking up cost.
+    pub poll: Duration,
 }
 
 impl BlockOptions {
@@ -61,6 +66,7 @@ impl BlockOptions {
             throttling: Throttling::default(),
             read_errors: ErrorPolicy::Report,
             write_errors: ErrorPolicy::Enospc,
+            poll: Duration::from_micros(200),
         }
     }
 

@@ -6,34 +6,48 @@
 
 use std::time::{Duration, Instant};
 
-/// The longest wait. It has to cover what a driver does between an answer and its next request.
-const WINDOW: Duration = Duration::from_micros(50);
-/// How often in a row work must have come within the window.
+/// A wait is not worth being shorter: clocks and schedulers are not more exact.
+const SHORTEST: Duration = Duration::from_micros(50);
+/// How often in a row work must have come within the longest wait.
 const CONFIDENCE: u8 = 4;
 
 #[derive(Debug)]
 pub(super) struct Polling {
-    /// Work that came within the window, in a row, up to `CONFIDENCE`.
+    /// The longest wait. It has to cover what a driver does between an answer and its next request.
+    longest: Duration,
+    /// Work that came soon, in a row, up to `CONFIDENCE`.
     soon: u8,
+    /// How long it took to come, smoothed, in nanoseconds.
+    gap: u64,
     /// When the last work was finished.
     idle_since: Instant,
 }
 
 impl Polling {
-    pub(super) fn new() -> Self {
-        Self { soon: 0, idle_since: Instant::now() }
+    pub(super) fn new(longest: Duration) -> Self {
+        Self { longest, soon: 0, gap: longest.as_nanos() as u64, idle_since: Instant::now() }
     }
 
     /// There is nothing to do at `now`. Gives the end of the wait, when it is worth one.
     pub(super) fn idle(&mut self, now: Instant) -> Option<Instant> {
         self.idle_since = now;
-        (self.soon == CONFIDENCE).then(|| now + WINDOW)
+        (self.soon == CONFIDENCE).then(|| now + Duration::from_nanos(self.gap * 4).max(SHORTEST).min(self.longest))
+    }
+
+    /// When a driver that can add requests would have done so, since there was nothing to do.
+    pub(super) fn expected(&self) -> Instant {
+        self.idle_since + Duration::from_nanos(self.gap * 2).min(self.longest)
     }
 
     /// Work came at `now`, whether the worker was awake or had to be woken.
     pub(super) fn work(&mut self, now: Instant) {
-        let soon = now.saturating_duration_since(self.idle_since) <= WINDOW;
-        self.soon = if soon { CONFIDENCE.min(self.soon + 1) } else { 0 };
+        let gap = now.saturating_duration_since(self.idle_since);
+        if gap > self.longest {
+            self.soon = 0;
+        } else {
+            self.soon = CONFIDENCE.min(self.soon + 1);
+            self.gap = (self.gap * 3 + gap.as_nanos() as u64) / 4;
+        }
     }
 
     /// The wait was in vain.
@@ -46,33 +60,52 @@ impl Polling {
 mod tests {
     use super::*;
 
+    const LONGEST: Duration = Duration::from_millis(1);
+
+    /// Goes idle, and has work after `gap`. Gives how long the worker would have waited for it.
+    fn round(polling: &mut Polling, gap: Duration) -> Option<Duration> {
+        let now = Instant::now();
+        let end = polling.idle(now);
+        polling.work(now + gap);
+        end.map(|end| end - now)
+    }
+
     #[test]
     fn a_busy_disk_is_waited_for_and_an_idle_one_is_not() {
-        let mut polling = Polling::new();
-        let mut now = Instant::now();
-        let mut round = |gap| {
-            let wait = polling.idle(now);
-            now += gap;
-            polling.work(now);
-            wait.is_some()
-        };
-        let rounds: Vec<bool> = (0..6).map(|_| round(WINDOW / 2)).collect();
-        assert_eq!(rounds, [false, false, false, false, true, true]);
-        assert!(round(WINDOW * 2), "nobody can know in advance");
-        assert!(!round(WINDOW * 2));
-        assert!(!round(WINDOW / 2));
+        let mut polling = Polling::new(LONGEST);
+        let waits: Vec<bool> = (0..6).map(|_| round(&mut polling, SHORTEST).is_some()).collect();
+        assert_eq!(waits, [false, false, false, false, true, true]);
+        assert!(round(&mut polling, LONGEST * 2).is_some(), "nobody can know in advance");
+        assert_eq!(round(&mut polling, LONGEST * 2), None);
+        assert_eq!(round(&mut polling, SHORTEST), None);
+    }
+
+    #[test]
+    fn a_wait_is_as_long_as_it_takes_and_bounded() {
+        let mut polling = Polling::new(LONGEST);
+        for (gap, wait) in [(1, SHORTEST), (100, Duration::from_micros(400)), (900, LONGEST)] {
+            for _ in 0..50 {
+                round(&mut polling, Duration::from_micros(gap));
+            }
+            let found = round(&mut polling, Duration::from_micros(gap)).unwrap();
+            assert!(found.abs_diff(wait) < Duration::from_micros(5), "{gap}: {found:?}");
+        }
     }
 
     #[test]
     fn a_wait_in_vain_is_the_last() {
-        let mut polling = Polling::new();
-        let now = Instant::now();
+        let mut polling = Polling::new(LONGEST);
         for _ in 0..CONFIDENCE {
-            polling.idle(now);
-            polling.work(now);
+            round(&mut polling, SHORTEST);
         }
-        assert_eq!(polling.idle(now), Some(now + WINDOW));
+        assert!(polling.idle(Instant::now()).is_some());
         polling.in_vain();
-        assert_eq!(polling.idle(now), None);
+        assert_eq!(polling.idle(Instant::now()), None);
+    }
+
+    #[test]
+    fn a_worker_may_be_told_not_to() {
+        let mut polling = Polling::new(Duration::ZERO);
+        assert!((0..10).all(|_| round(&mut polling, SHORTEST).is_none()));
     }
 }

@@ -193,12 +193,13 @@ impl Ring {
         memory::store_atomic(memory, address, flags.to_le(), Ordering::Relaxed).ok_or(RingError::Memory)
     }
 
-    /// Shows the driver the answers since the last call. `true`: it wants an interrupt for them (virtio 1.2 §2.7.7).
-    pub(super) fn publish(&mut self, memory: &GuestMemory) -> bool {
+    /// Shows the driver the answers since the last call. Gives their number, and whether it wants an interrupt for them
+    /// (virtio 1.2 §2.7.7).
+    pub(super) fn publish(&mut self, memory: &GuestMemory) -> (u16, bool) {
         let (old, new) = (self.published, self.queue.next_used());
         let restored = std::mem::take(&mut self.restored);
         if old == new && !restored {
-            return false;
+            return (0, false);
         }
         self.published = new;
         let index = GuestAddress(self.queue.used_ring() + 2);
@@ -208,7 +209,7 @@ impl Ring {
         // used_event follows the available ring's entries (§2.7.6).
         let wish = self.queue.avail_ring() + if self.event_index { 4 + 2 * u64::from(self.queue.size()) } else { 0 };
         let wish = memory::load_atomic(memory, GuestAddress(wish), Ordering::Relaxed).map(u16::from_le);
-        match (shown, wish) {
+        let wanted = match (shown, wish) {
             // Rather one interrupt too many than one too few.
             _ if restored => true,
             (Some(()), Some(event)) if self.event_index => {
@@ -217,6 +218,7 @@ impl Ring {
             }
             (Some(()), Some(flags)) => u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0,
             _ => true,
-        }
+        };
+        (new.wrapping_sub(old), wanted)
     }
 }

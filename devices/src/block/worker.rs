@@ -15,6 +15,7 @@ use super::chain::write_at;
 use super::delayed::Delayed;
 use super::device::Shared;
 use super::memory;
+use super::moderation::Moderation;
 use super::poll::Polling;
 use super::request::{Action, Parser, Piece, Refusal, Request, Rules};
 use super::ring::{Popped, Ring, RingError};
@@ -58,6 +59,8 @@ pub(super) struct Worker {
     /// Requests that the disk's limits keep waiting.
     pub(super) delayed: Delayed,
     polling: Polling,
+    /// What the driver is yet to hear of. Nothing is held back outside of `serve`.
+    moderation: Moderation,
     /// The VM is paused: nothing is taken from the rings.
     pub(super) paused: bool,
 }
@@ -74,6 +77,7 @@ impl Worker {
         positions: usize,
         paused: bool,
     ) -> io::Result<Self> {
+        let polling = Polling::new(shared.options.poll);
         let depth = u32::from(shared.options.queue_size) * positions as u32;
         let engine = Arc::clone(&shared.disk).engine(agreement.memory.clone(), depth)?;
         Ok(Self {
@@ -90,7 +94,8 @@ impl Worker {
             delayed: Delayed::default(),
             paused,
             now: Instant::now(),
-            polling: Polling::new(),
+            polling,
+            moderation: Moderation::new(),
         })
     }
 
@@ -117,15 +122,18 @@ impl Worker {
 
     /// Serves what waits in the ring at `position`, until it is empty or has had its share.
     pub(super) fn serve(&mut self, position: usize) {
-        for _ in 0..PASSES {
-            match self.pass(position) {
-                Ok(true) => {}
-                Ok(false) => return,
-                Err(error) => return self.give_up(position, error),
-            }
+        let mut more = Ok(true);
+        let mut passes = 0..PASSES;
+        while more == Ok(true) && passes.next().is_some() {
+            more = self.pass(position);
+        }
+        self.interrupt();
+        if let Err(error) = more {
+            return self.give_up(position, error);
         }
         // Let the event loop come back here after everyone else's turn.
-        if let Some(ring) = self.ring(position)
+        if more == Ok(true)
+            && let Some(ring) = self.ring(position)
             && let Err(error) = ring.kick().write(1)
         {
             tracing::error!(disk = self.shared.options.name, %error, "cannot kick a queue again");
@@ -140,11 +148,12 @@ impl Worker {
         }
         let taken = self.take_all(position);
         // Whatever became of the rest, the chains taken so far go on.
-        self.submit();
+        self.hand_over();
         taken?;
         if self.more_soon(position) {
             return Ok(true);
         }
+        self.interrupt();
         match &mut self.rings[position] {
             Some(ring) => ring.want_kicks(&self.agreement.memory),
             None => Ok(false),
@@ -153,9 +162,15 @@ impl Worker {
 
     /// Hands the host what was gathered, and answers what is finished.
     pub(super) fn submit(&mut self) {
+        self.hand_over();
+        self.interrupt();
+    }
+
+    /// As `submit`, but the driver may have to wait for its interrupt.
+    fn hand_over(&mut self) {
         self.batch.submit(&mut *self.engine, &mut self.slots);
         self.engine.commit();
-        self.reap();
+        self.collect();
     }
 
     /// Waits awake for chains or completions, if that is promising: the driver has been asked not to kick. `true` when
@@ -164,7 +179,10 @@ impl Worker {
         let Some(end) = self.polling.idle(Instant::now()) else { return false };
         loop {
             if self.slots.in_flight() > 0 {
-                self.reap();
+                self.collect();
+            }
+            if self.moderation.is_full() {
+                self.interrupt();
             }
             let memory = &self.agreement.memory;
             // A ring that cannot be read has work, too: to find out why.
@@ -172,7 +190,12 @@ impl Worker {
             if let Some(found) = self.rings.iter().position(|ring| ring.as_ref().is_some_and(waiting)) {
                 return found == position;
             }
-            if Instant::now() >= end {
+            let now = Instant::now();
+            if self.moderation.is_owed() && now >= self.polling.expected() {
+                self.moderation.in_vain();
+                self.interrupt();
+            }
+            if now >= end {
                 self.polling.in_vain();
                 return false;
             }
@@ -331,6 +354,12 @@ impl Worker {
 
     /// Handles everything the engine has finished, then interrupts the driver if it wants to know.
     pub(super) fn reap(&mut self) {
+        self.collect();
+        self.interrupt();
+    }
+
+    /// Handles everything the engine has finished, and shows the driver the answers.
+    fn collect(&mut self) {
         let mut done = std::mem::take(&mut self.done);
         loop {
             self.engine.reap(&mut done);
@@ -340,7 +369,7 @@ impl Worker {
             self.complete_all(&mut done);
         }
         self.done = done;
-        self.publish();
+        self.show();
     }
 
     fn complete_all(&mut self, done: &mut Vec<Completion>) {
@@ -414,13 +443,17 @@ impl Worker {
         self.agreement.interrupt.device_needs_reset();
     }
 
-    /// Shows the driver all that was answered, with at most one interrupt.
-    fn publish(&mut self) {
-        let mut wanted = false;
+    /// Shows the driver all that was answered.
+    fn show(&mut self) {
         for ring in self.rings.iter_mut().flatten() {
-            wanted |= ring.publish(&self.agreement.memory);
+            let (answers, wanted) = ring.publish(&self.agreement.memory);
+            self.moderation.shown(answers.into(), wanted);
         }
-        if wanted {
+    }
+
+    /// Interrupts the driver, if it wants to hear of what it was shown.
+    fn interrupt(&mut self) {
+        if self.moderation.take() {
             self.counters.interrupt();
             self.agreement.interrupt.used_buffer();
         }
@@ -442,7 +475,8 @@ impl Worker {
             self.complete_all(&mut done);
         }
         self.done = done;
-        self.publish();
+        self.show();
+        self.interrupt();
     }
 
     /// Drains, and gives the queue at `position` back, with an answer to everything but what the error policy keeps: the

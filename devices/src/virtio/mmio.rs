@@ -2,7 +2,7 @@
 //! over any [`VirtioDevice`].
 //!
 //! It is not on the data path once the driver is up: the driver's notification hits an ioeventfd that the queue's
-//! worker waits for, and the worker raises the interrupt through an irqfd. The driver reads why it was interrupted in the
+//! worker waits for, and the worker pulls the interrupt line itself. The driver reads why it was interrupted in the
 //! [register page](RegisterPage), and acknowledges into another ioeventfd. What still arrives here are changes of
 //! configuration, and resets.
 //!

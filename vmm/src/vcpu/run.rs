@@ -1,6 +1,7 @@
 //! The vCPU's loop: enter the guest, serve the exit, enter again.
 //!
-//! Once a disk's driver is up, its requests do not come this way: notify is an ioeventfd and completion an irqfd.
+//! Once a disk's driver is up, its requests do not come this way: notify is an ioeventfd, and completion
+//! an interrupt that the disk's thread injects.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

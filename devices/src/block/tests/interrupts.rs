@@ -1,5 +1,7 @@
 //! Who wakes whom, and when not (virtio 1.2 §2.7.7, §2.7.10).
 
+use std::sync::{Arc, Mutex};
+
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 
 use super::rig::Rig;
@@ -140,6 +142,38 @@ fn a_driver_that_never_stops_gives_others_their_turn() {
     rig.serve();
     assert!(!rig.driver.used(0).is_empty());
     assert!(kick.read().is_err());
+}
+
+#[test]
+fn no_interrupt_is_held_back_for_longer_than_a_turn() {
+    for event_index in [false, true] {
+        let mut rig = Rig::with(|setup| setup.accepted = if event_index { u64::MAX } else { !spec::F_EVENT_IDX });
+        let mut first = rig.driver.late_flush(0);
+        let others = Arc::new(Mutex::new((rig.driver.late_flush(0), 0)));
+        let added = Arc::clone(&others);
+        rig.disk.judge(move |_| {
+            let (late, more) = &mut *added.lock().unwrap();
+            if *more > 0 {
+                *more -= 1;
+                late.publish();
+            }
+            Ok(())
+        });
+        let mut answers = 0_u16;
+        // Enough turns for the worker to wait awake and to try one interrupt for many answers, of which there then are more
+        // or fewer than it would like.
+        for turn in 0..600 {
+            others.lock().unwrap().1 = turn % 12;
+            rig.driver.set_used_event(0, answers);
+            let interrupts = rig.driver.line.count();
+            first.publish();
+            rig.serve();
+            let answered = rig.driver.used(0).len();
+            assert_eq!(answered, turn % 12 + 1);
+            assert!(rig.driver.line.count() > interrupts, "turn {turn}: {answered} answers and no interrupt");
+            answers = answers.wrapping_add(answered as u16);
+        }
+    }
 }
 
 #[test]
