@@ -35,7 +35,9 @@ need() {
     done
     ((${#missing[@]})) || return 0
     say "installing ${missing[*]}"
-    apt as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install "${missing[@]}"
+    # Debian's own upgrades, or another of these scripts, may be installing something.
+    apt as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 --no-install-recommends \
+        install "${missing[@]}"
 }
 
 # fetch PACKAGE DIRECTORY: unpack a package there, without installing it
