@@ -1,43 +1,50 @@
-//! How many answers one interrupt tells the driver of. An interrupt costs a guest several exits. A driver that has more
+//! How many answers one interrupt tells a ring's driver of. An interrupt costs a guest several exits. A driver that has more
 //! requests in flight than the disk takes time for goes on adding them while it does not know of the answers before; then
 //! one interrupt for many answers saves most of that cost, and costs no time.
 //!
-//! Nobody says how many requests a driver would add. So the limit is found by trying: it doubles as long as requests come
-//! before it is reached, and is halved when the driver had nothing more to add and waited for us. A driver that always
-//! waits for its only request has a limit of one, which is tried more and more rarely.
+//! The driver itself shows whether it is such a one: it adds requests while there are answers that it has not looked at.
+//! One that waits for its only request never does. Each time that it does with as many as an interrupt tells it of now is
+//! evidence that it could have been left alone for longer; each time that it has nothing to add, and waits for what is held
+//! back, is stronger evidence to the contrary.
 
-/// Answers that an interrupt may wait for.
-const MOST: u32 = 16;
-/// Interrupts between two attempts at a higher limit: at least, and at most.
-const PATIENCE: (u32, u32) = (32, 256);
+/// Answers that an interrupt may wait for: half of what drivers that go for throughput keep in flight.
+const MOST: u16 = 16;
+/// How much evidence doubles the limit, and what a wait in vain weighs.
+const ENOUGH: u8 = 8;
+const IN_VAIN: u8 = 3;
 
 #[derive(Debug)]
 pub(super) struct Moderation {
     /// Answers since the last interrupt that are to be waited for before the next.
-    limit: u32,
+    limit: u16,
     /// Answers since the last interrupt.
-    answers: u32,
+    answers: u16,
     /// The driver wants to hear of them.
     wanted: bool,
-    /// Interrupts since the limit was last changed, and how many it takes to raise it.
-    interrupts: u32,
-    patience: u32,
+    /// For a higher limit.
+    evidence: u8,
 }
 
 impl Moderation {
     pub(super) fn new() -> Self {
-        Self { limit: 1, answers: 0, wanted: false, interrupts: 0, patience: PATIENCE.0 }
+        Self { limit: 1, answers: 0, wanted: false, evidence: 0 }
+    }
+
+    /// The driver added requests, with `unseen` answers that it has not looked at.
+    pub(super) fn added(&mut self, unseen: u16) {
+        if unseen < self.limit {
+            return;
+        }
+        self.evidence = ENOUGH.min(self.evidence + 1);
+        if self.evidence == ENOUGH && self.limit < MOST {
+            (self.limit, self.evidence) = (self.limit * 2, 0);
+        }
     }
 
     /// Answers were shown to the driver; `wanted`: it asked for an interrupt when it has so many.
-    pub(super) fn shown(&mut self, answers: u32, wanted: bool) {
+    pub(super) fn shown(&mut self, answers: u16, wanted: bool) {
         self.answers = self.answers.saturating_add(answers);
         self.wanted |= wanted;
-    }
-
-    /// The driver waits for an interrupt.
-    pub(super) fn is_owed(&self) -> bool {
-        self.wanted
     }
 
     /// As many answers as one interrupt may be for.
@@ -45,29 +52,21 @@ impl Moderation {
         self.wanted && self.answers >= self.limit
     }
 
-    /// The driver has nothing to add: it waits for what is held back.
+    /// The driver has nothing to add: if an answer is held back, it may be waiting for that.
     pub(super) fn in_vain(&mut self) {
-        self.limit = (self.answers / 2).clamp(1, self.limit);
-        self.interrupts = 0;
-        self.patience = (self.patience * 2).min(PATIENCE.1);
+        if !self.wanted {
+            return;
+        }
+        match self.evidence.checked_sub(IN_VAIN) {
+            Some(rest) => self.evidence = rest,
+            None => (self.limit, self.evidence) = ((self.limit / 2).max(1), 0),
+        }
     }
 
     /// The interrupt is about to be sent. `false`: none is owed.
     pub(super) fn take(&mut self) -> bool {
-        if !std::mem::take(&mut self.wanted) {
-            return false;
-        }
-        // More at once than the limit says nothing about what would come after.
-        if self.answers >= self.limit {
-            self.interrupts += 1;
-        }
         self.answers = 0;
-        if self.interrupts >= self.patience && self.limit < MOST {
-            // It went well, if it was an attempt.
-            self.patience = if self.limit > 1 { PATIENCE.0 } else { self.patience };
-            (self.limit, self.interrupts) = (self.limit * 2, 0);
-        }
-        true
+        std::mem::take(&mut self.wanted)
     }
 }
 
@@ -75,23 +74,33 @@ impl Moderation {
 mod tests {
     use super::*;
 
-    /// A driver that keeps `depth` requests in flight, told of its answers as the worker does it, for `rounds` interrupts.
-    /// Gives answers an interrupt, and waits in vain an interrupt.
-    fn drive(moderation: &mut Moderation, depth: u32, rounds: u32) -> (f64, f64) {
-        let (mut answers, mut in_vain) = (0, 0);
+    /// A driver that keeps `depth` requests in flight, and learns of answers only by interrupts, each of which reaches it
+    /// after it added another `late` requests. Gives answers an interrupt, and waits in vain an interrupt.
+    fn drive(moderation: &mut Moderation, depth: u16, late: u16, rounds: u32) -> (f64, f64) {
+        let (mut unseen, mut answers, mut in_vain) = (0, 0, 0);
         for _ in 0..rounds {
-            for held in 1..=depth {
-                answers += 1;
+            // Until the interrupt is sent.
+            loop {
+                if unseen == depth {
+                    moderation.in_vain();
+                    in_vain += 1;
+                    break;
+                }
+                moderation.added(unseen);
                 moderation.shown(1, true);
+                (unseen, answers) = (unseen + 1, answers + 1);
                 if moderation.is_full() {
                     break;
                 }
-                if held == depth {
-                    moderation.in_vain();
-                    in_vain += 1;
-                }
             }
             assert!(moderation.take());
+            // Until it has arrived.
+            for _ in 0..late.min(depth - unseen) {
+                moderation.added(unseen);
+                moderation.shown(1, true);
+                (unseen, answers) = (unseen + 1, answers + 1);
+            }
+            unseen = 0;
         }
         (f64::from(answers) / f64::from(rounds), f64::from(in_vain) / f64::from(rounds))
     }
@@ -99,26 +108,29 @@ mod tests {
     #[test]
     fn a_deep_queue_is_told_of_many_answers_at_once() {
         let mut moderation = Moderation::new();
-        drive(&mut moderation, 32, 200);
-        assert_eq!(drive(&mut moderation, 32, 100), (16.0, 0.0));
+        drive(&mut moderation, 32, 1, 200);
+        let (answers, in_vain) = drive(&mut moderation, 32, 1, 100);
+        assert!(answers >= f64::from(MOST) && in_vain == 0.0, "{answers} {in_vain}");
     }
 
     #[test]
     fn a_shallow_queue_is_not_kept_waiting() {
-        for depth in [1, 2, 4, 8] {
-            let (_, in_vain) = drive(&mut Moderation::new(), depth, 10_000);
-            assert!(in_vain < 0.02, "depth {depth}: {in_vain}");
+        assert_eq!(drive(&mut Moderation::new(), 1, 1, 10_000), (1.0, 0.0));
+        for depth in [2, 4, 8] {
+            let (answers, in_vain) = drive(&mut Moderation::new(), depth, 1, 10_000);
+            assert!(answers <= f64::from(depth) && in_vain < 0.2, "depth {depth}: {answers} {in_vain}");
         }
         let mut moderation = Moderation::new();
-        drive(&mut moderation, 32, 200);
-        let (answers, in_vain) = drive(&mut moderation, 1, 10_000);
-        assert!(answers < 1.01 && in_vain < 0.02, "{answers} {in_vain}");
+        drive(&mut moderation, 32, 1, 200);
+        drive(&mut moderation, 1, 1, 20);
+        assert_eq!(drive(&mut moderation, 1, 1, 100), (1.0, 0.0));
     }
 
     #[test]
     fn a_driver_that_does_not_want_interrupts_gets_none() {
         let mut moderation = Moderation::new();
         moderation.shown(40, false);
-        assert!(!moderation.is_owed() && !moderation.is_full() && !moderation.take());
+        moderation.in_vain();
+        assert!(!moderation.is_full() && !moderation.take());
     }
 }

@@ -2,20 +2,23 @@
 //! driver's kick costs the guest an exit; but a worker that waits awake takes a processor from others.
 //!
 //! So a worker waits awake, for a short while, only where that was right lately: where work keeps coming soon after the
-//! work before it. One wait in vain turns it off, and an idle disk never turns it on.
+//! work before it. A few waits in vain turn it off, and an idle disk never turns it on.
 
 use std::time::{Duration, Instant};
 
 /// A wait is not worth being shorter: clocks and schedulers are not more exact.
 const SHORTEST: Duration = Duration::from_micros(50);
-/// How often in a row work must have come within the longest wait.
+/// How often in a row work must have come within the longest wait before one is worth it, how much of that is remembered,
+/// and what a wait in vain costs of it: the guest's timer makes a busy driver late now and then.
 const CONFIDENCE: u8 = 4;
+const MOST_CONFIDENCE: u8 = 8;
+const IN_VAIN: u8 = 2;
 
 #[derive(Debug)]
 pub(super) struct Polling {
     /// The longest wait. It has to cover what a driver does between an answer and its next request.
     longest: Duration,
-    /// Work that came soon, in a row, up to `CONFIDENCE`.
+    /// Work that came soon, in a row, up to `MOST_CONFIDENCE`.
     soon: u8,
     /// How long it took to come, smoothed, in nanoseconds.
     gap: u64,
@@ -31,12 +34,7 @@ impl Polling {
     /// There is nothing to do at `now`. Gives the end of the wait, when it is worth one.
     pub(super) fn idle(&mut self, now: Instant) -> Option<Instant> {
         self.idle_since = now;
-        (self.soon == CONFIDENCE).then(|| now + Duration::from_nanos(self.gap * 4).max(SHORTEST).min(self.longest))
-    }
-
-    /// When a driver that can add requests would have done so, since there was nothing to do.
-    pub(super) fn expected(&self) -> Instant {
-        self.idle_since + Duration::from_nanos(self.gap * 2).min(self.longest)
+        (self.soon >= CONFIDENCE).then(|| now + Duration::from_nanos(self.gap * 4).max(SHORTEST).min(self.longest))
     }
 
     /// Work came at `now`, whether the worker was awake or had to be woken.
@@ -45,14 +43,14 @@ impl Polling {
         if gap > self.longest {
             self.soon = 0;
         } else {
-            self.soon = CONFIDENCE.min(self.soon + 1);
+            self.soon = MOST_CONFIDENCE.min(self.soon + 1);
             self.gap = (self.gap * 3 + gap.as_nanos() as u64) / 4;
         }
     }
 
     /// The wait was in vain.
     pub(super) fn in_vain(&mut self) {
-        self.soon = 0;
+        self.soon = self.soon.saturating_sub(IN_VAIN);
     }
 }
 
@@ -93,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_in_vain_is_the_last() {
+    fn waits_in_vain_do_not_go_on() {
         let mut polling = Polling::new(LONGEST);
         for _ in 0..CONFIDENCE {
             round(&mut polling, SHORTEST);
@@ -101,6 +99,11 @@ mod tests {
         assert!(polling.idle(Instant::now()).is_some());
         polling.in_vain();
         assert_eq!(polling.idle(Instant::now()), None);
+        for _ in 0..100 {
+            round(&mut polling, SHORTEST);
+        }
+        let waits = std::iter::from_fn(|| polling.idle(Instant::now()).map(|_| polling.in_vain()));
+        assert_eq!(waits.count(), 3);
     }
 
     #[test]

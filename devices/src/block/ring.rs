@@ -13,6 +13,7 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::memory;
+use super::moderation::Moderation;
 use crate::GuestMemory;
 use crate::virtio::device::ActiveQueue;
 
@@ -76,13 +77,17 @@ pub(super) struct Ring {
     restored: bool,
     /// Set once the driver broke the ring; no more chains are taken from it.
     broken: bool,
+    /// What the driver is yet to hear of.
+    pub(super) moderation: Moderation,
 }
 
 impl Ring {
     pub(super) fn new(active: ActiveQueue, event_index: bool) -> Self {
         let ActiveQueue { index, queue, kick } = active;
         let published = queue.next_used();
-        Self { index, queue, kick, outstanding: 0, event_index, published, restored: published != 0, broken: false }
+        let restored = published != 0;
+        let moderation = Moderation::new();
+        Self { index, queue, kick, outstanding: 0, event_index, published, restored, broken: false, moderation }
     }
 
     /// Hands the queue back. Nothing may be outstanding.
@@ -193,23 +198,37 @@ impl Ring {
         memory::store_atomic(memory, address, flags.to_le(), Ordering::Relaxed).ok_or(RingError::Memory)
     }
 
-    /// Shows the driver the answers since the last call. Gives their number, and whether it wants an interrupt for them
-    /// (virtio 1.2 §2.7.7).
-    pub(super) fn publish(&mut self, memory: &GuestMemory) -> (u16, bool) {
+    /// Where the driver says what it wants to hear of: `used_event` follows the available ring's entries, and without
+    /// EVENT_IDX the flags come first (§2.7.6).
+    fn wish(&self, memory: &GuestMemory) -> Option<u16> {
+        let offset = if self.event_index { 4 + 2 * u64::from(self.queue.size()) } else { 0 };
+        let wish = GuestAddress(self.queue.avail_ring() + offset);
+        memory::load_atomic(memory, wish, Ordering::Relaxed).map(u16::from_le)
+    }
+
+    /// The driver added chains. How many answers it had not looked at tells whether it can do without hearing of them.
+    pub(super) fn added(&mut self, memory: &GuestMemory) {
+        // `used_event` is where a driver that wants to hear of the next answer has got to.
+        if self.event_index
+            && let Some(seen) = self.wish(memory)
+        {
+            self.moderation.added(self.published.wrapping_sub(seen));
+        }
+    }
+
+    /// Shows the driver the answers since the last call.
+    pub(super) fn publish(&mut self, memory: &GuestMemory) {
         let (old, new) = (self.published, self.queue.next_used());
         let restored = std::mem::take(&mut self.restored);
         if old == new && !restored {
-            return (0, false);
+            return;
         }
         self.published = new;
         let index = GuestAddress(self.queue.used_ring() + 2);
         let shown = memory::store_atomic(memory, index, new.to_le(), Ordering::Release);
         // The index must be visible before the driver's wish is read, or both sides could miss each other.
         fence(Ordering::SeqCst);
-        // used_event follows the available ring's entries (§2.7.6).
-        let wish = self.queue.avail_ring() + if self.event_index { 4 + 2 * u64::from(self.queue.size()) } else { 0 };
-        let wish = memory::load_atomic(memory, GuestAddress(wish), Ordering::Relaxed).map(u16::from_le);
-        let wanted = match (shown, wish) {
+        let wanted = match (shown, self.wish(memory)) {
             // Rather one interrupt too many than one too few.
             _ if restored => true,
             (Some(()), Some(event)) if self.event_index => {
@@ -219,6 +238,6 @@ impl Ring {
             (Some(()), Some(flags)) => u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0,
             _ => true,
         };
-        (new.wrapping_sub(old), wanted)
+        self.moderation.shown(new.wrapping_sub(old), wanted);
     }
 }

@@ -15,7 +15,6 @@ use super::chain::write_at;
 use super::delayed::Delayed;
 use super::device::Shared;
 use super::memory;
-use super::moderation::Moderation;
 use super::poll::Polling;
 use super::request::{Action, Parser, Piece, Refusal, Request, Rules};
 use super::ring::{Popped, Ring, RingError};
@@ -59,8 +58,6 @@ pub(super) struct Worker {
     /// Requests that the disk's limits keep waiting.
     pub(super) delayed: Delayed,
     polling: Polling,
-    /// What the driver is yet to hear of. Nothing is held back outside of `serve`.
-    moderation: Moderation,
     /// The VM is paused: nothing is taken from the rings.
     pub(super) paused: bool,
 }
@@ -95,7 +92,6 @@ impl Worker {
             paused,
             now: Instant::now(),
             polling,
-            moderation: Moderation::new(),
         })
     }
 
@@ -181,7 +177,7 @@ impl Worker {
             if self.slots.in_flight() > 0 {
                 self.collect();
             }
-            if self.moderation.is_full() {
+            if self.rings.iter().flatten().any(|ring| ring.moderation.is_full()) {
                 self.interrupt();
             }
             let memory = &self.agreement.memory;
@@ -190,13 +186,9 @@ impl Worker {
             if let Some(found) = self.rings.iter().position(|ring| ring.as_ref().is_some_and(waiting)) {
                 return found == position;
             }
-            let now = Instant::now();
-            if self.moderation.is_owed() && now >= self.polling.expected() {
-                self.moderation.in_vain();
-                self.interrupt();
-            }
-            if now >= end {
+            if Instant::now() >= end {
                 self.polling.in_vain();
+                self.rings.iter_mut().flatten().for_each(|ring| ring.moderation.in_vain());
                 return false;
             }
             std::hint::spin_loop();
@@ -207,6 +199,9 @@ impl Worker {
         let Some(ring) = &mut self.rings[position] else { return Ok(()) };
         ring.suppress_kicks(&self.agreement.memory)?;
         let available = ring.available(&self.agreement.memory)?;
+        if available > 0 {
+            ring.added(&self.agreement.memory);
+        }
         // Read after the available index: a change that the driver made before it added these chains counts for them.
         let rules = self.rules();
         self.now = Instant::now();
@@ -445,15 +440,13 @@ impl Worker {
 
     /// Shows the driver all that was answered.
     fn show(&mut self) {
-        for ring in self.rings.iter_mut().flatten() {
-            let (answers, wanted) = ring.publish(&self.agreement.memory);
-            self.moderation.shown(answers.into(), wanted);
-        }
+        self.rings.iter_mut().flatten().for_each(|ring| ring.publish(&self.agreement.memory));
     }
 
-    /// Interrupts the driver, if it wants to hear of what it was shown.
+    /// Interrupts the driver, if it wants to hear of what it was shown. Nothing is held back outside of `serve`.
     fn interrupt(&mut self) {
-        if self.moderation.take() {
+        // The rings share the line, and the driver looks at all of them. No short cut: each starts to count anew.
+        if self.rings.iter_mut().flatten().fold(false, |owed, ring| ring.moderation.take() | owed) {
             self.counters.interrupt();
             self.agreement.interrupt.used_buffer();
         }
