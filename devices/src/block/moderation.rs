@@ -15,11 +15,11 @@ const IN_VAIN: u8 = 3;
 
 #[derive(Debug)]
 pub(super) struct Moderation {
-    /// Answers since the last interrupt that are to be waited for before the next.
+    /// Answers that are to be waited for before the next interrupt.
     limit: u16,
-    /// Answers since the last interrupt.
-    answers: u16,
-    /// The driver wants to hear of them.
+    /// Answers that the driver has not looked at.
+    unseen: u16,
+    /// It wants to hear of them.
     wanted: bool,
     /// For a higher limit.
     evidence: u8,
@@ -27,7 +27,7 @@ pub(super) struct Moderation {
 
 impl Moderation {
     pub(super) fn new() -> Self {
-        Self { limit: 1, answers: 0, wanted: false, evidence: 0 }
+        Self { limit: 1, unseen: 0, wanted: false, evidence: 0 }
     }
 
     /// The driver added requests, with `unseen` answers that it has not looked at.
@@ -41,15 +41,15 @@ impl Moderation {
         }
     }
 
-    /// Answers were shown to the driver; `wanted`: it asked for an interrupt when it has so many.
-    pub(super) fn shown(&mut self, answers: u16, wanted: bool) {
-        self.answers = self.answers.saturating_add(answers);
+    /// The driver has been shown more answers, and now there are `unseen`; `wanted`: it asked for an interrupt here.
+    pub(super) fn shown(&mut self, unseen: u16, wanted: bool) {
+        self.unseen = unseen;
         self.wanted |= wanted;
     }
 
     /// As many answers as one interrupt may be for.
     pub(super) fn is_full(&self) -> bool {
-        self.wanted && self.answers >= self.limit
+        self.wanted && self.unseen >= self.limit
     }
 
     /// The driver has nothing to add: if an answer is held back, it may be waiting for that.
@@ -65,7 +65,6 @@ impl Moderation {
 
     /// The interrupt is about to be sent. `false`: none is owed.
     pub(super) fn take(&mut self) -> bool {
-        self.answers = 0;
         std::mem::take(&mut self.wanted)
     }
 }
@@ -87,8 +86,8 @@ mod tests {
                     break;
                 }
                 moderation.added(unseen);
-                moderation.shown(1, true);
                 (unseen, answers) = (unseen + 1, answers + 1);
+                moderation.shown(unseen, true);
                 if moderation.is_full() {
                     break;
                 }
@@ -97,8 +96,8 @@ mod tests {
             // Until it has arrived.
             for _ in 0..late.min(depth - unseen) {
                 moderation.added(unseen);
-                moderation.shown(1, true);
                 (unseen, answers) = (unseen + 1, answers + 1);
+                moderation.shown(unseen, false);
             }
             unseen = 0;
         }

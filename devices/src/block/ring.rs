@@ -228,16 +228,16 @@ impl Ring {
         let shown = memory::store_atomic(memory, index, new.to_le(), Ordering::Release);
         // The index must be visible before the driver's wish is read, or both sides could miss each other.
         fence(Ordering::SeqCst);
-        let wanted = match (shown, self.wish(memory)) {
-            // Rather one interrupt too many than one too few.
-            _ if restored => true,
+        let answers = new.wrapping_sub(old);
+        let (unseen, wanted) = match (shown, self.wish(memory)) {
             (Some(()), Some(event)) if self.event_index => {
                 // Did the index pass the event (§2.7.7.2)?
-                new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+                (new.wrapping_sub(event), new.wrapping_sub(event).wrapping_sub(1) < answers)
             }
-            (Some(()), Some(flags)) => u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0,
-            _ => true,
+            (Some(()), Some(flags)) => (answers, u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0),
+            // Rather one interrupt too many than one too few.
+            _ => (answers, true),
         };
-        self.moderation.shown(new.wrapping_sub(old), wanted);
+        self.moderation.shown(unseen, wanted || restored);
     }
 }
