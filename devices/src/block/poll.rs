@@ -20,21 +20,30 @@ pub(super) struct Polling {
     longest: Duration,
     /// Work that came soon, in a row, up to `MOST_CONFIDENCE`.
     soon: u8,
-    /// How long it took to come, smoothed, in nanoseconds.
+    /// The longest that it lately took to come, in nanoseconds. A driver that is told of many answers at once adds many
+    /// requests in a row, and is silent in between: an average of its gaps would not cover that.
     gap: u64,
+    /// And how long it takes as a rule, smoothed.
+    usual_gap: u64,
     /// When the last work was finished.
     idle_since: Instant,
 }
 
 impl Polling {
     pub(super) fn new(longest: Duration) -> Self {
-        Self { longest, soon: 0, gap: longest.as_nanos() as u64, idle_since: Instant::now() }
+        let gap = longest.as_nanos() as u64;
+        Self { longest, soon: 0, gap, usual_gap: gap, idle_since: Instant::now() }
     }
 
     /// There is nothing to do at `now`. Gives the end of the wait, when it is worth one.
     pub(super) fn idle(&mut self, now: Instant) -> Option<Instant> {
         self.idle_since = now;
-        (self.soon >= CONFIDENCE).then(|| now + Duration::from_nanos(self.gap * 4).max(SHORTEST).min(self.longest))
+        (self.soon >= CONFIDENCE).then(|| now + Duration::from_nanos(self.gap * 2).max(SHORTEST).min(self.longest))
+    }
+
+    /// When a driver that has more requests would have added one, since there was nothing to do.
+    pub(super) fn expected(&self) -> Instant {
+        self.idle_since + Duration::from_nanos(self.usual_gap * 4).min(self.longest)
     }
 
     /// Work came at `now`, whether the worker was awake or had to be woken.
@@ -44,7 +53,10 @@ impl Polling {
             self.soon = 0;
         } else {
             self.soon = MOST_CONFIDENCE.min(self.soon + 1);
-            self.gap = (self.gap * 3 + gap.as_nanos() as u64) / 4;
+            let gap = gap.as_nanos() as u64;
+            // A long one is forgotten over a few dozen others.
+            self.gap = gap.max(self.gap - self.gap / 32);
+            self.usual_gap = (self.usual_gap * 3 + gap) / 4;
         }
     }
 
@@ -81,13 +93,17 @@ mod tests {
     #[test]
     fn a_wait_is_as_long_as_it_takes_and_bounded() {
         let mut polling = Polling::new(LONGEST);
-        for (gap, wait) in [(1, SHORTEST), (100, Duration::from_micros(400)), (900, LONGEST)] {
-            for _ in 0..50 {
+        for (gap, wait) in [(1, SHORTEST), (100, Duration::from_micros(200)), (900, LONGEST)] {
+            for _ in 0..300 {
                 round(&mut polling, Duration::from_micros(gap));
             }
             let found = round(&mut polling, Duration::from_micros(gap)).unwrap();
             assert!(found.abs_diff(wait) < Duration::from_micros(5), "{gap}: {found:?}");
         }
+        // One silence in sixteen is covered, too.
+        let mut waits =
+            (0..160).map(|turn| round(&mut polling, Duration::from_micros(if turn % 16 == 0 { 300 } else { 10 })));
+        assert!(waits.all(|wait| wait.unwrap() > Duration::from_micros(300)));
     }
 
     #[test]

@@ -186,9 +186,13 @@ impl Worker {
             if let Some(found) = self.rings.iter().position(|ring| ring.as_ref().is_some_and(waiting)) {
                 return found == position;
             }
-            if Instant::now() >= end {
-                self.polling.in_vain();
+            let now = Instant::now();
+            if now >= self.polling.expected() {
                 self.rings.iter_mut().flatten().for_each(|ring| ring.moderation.in_vain());
+                self.interrupt();
+            }
+            if now >= end {
+                self.polling.in_vain();
                 return false;
             }
             std::hint::spin_loop();
