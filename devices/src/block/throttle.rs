@@ -171,7 +171,7 @@ impl Throttle {
         let concerned = Limit::ALL.into_iter().zip(&buckets.buckets).filter(|(limit, _)| limit.concerns(direction));
         let seconds = concerned.map(|(_, bucket)| bucket.wait()).fold(0.0, f64::max);
         // No timer is finer than that, and the arithmetic is not exact.
-        if seconds < 1e-6 { Duration::ZERO } else { Duration::from_secs_f64(seconds) }
+        if seconds < 1e-6 { Duration::ZERO } else { Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX) }
     }
 
     /// A request of so many `bytes` starts.
@@ -310,6 +310,15 @@ mod tests {
         throttle.charge(Direction::Read, 10 << 20);
         let wait = throttle.wait(Direction::Write, start).as_secs_f64();
         assert!((9.8..10.0).contains(&wait), "{wait}");
+    }
+
+    /// A drain lets through what waits, so that a driver that resets the device again and again runs up any debt.
+    #[test]
+    fn no_debt_is_too_large() {
+        let start = Instant::now();
+        let throttle = Throttle::new(limited(Limit::BytesTotal, 1, 0, 1), start);
+        (0..2).for_each(|_| throttle.charge(Direction::Write, u64::MAX));
+        assert_eq!(throttle.wait(Direction::Read, start), Duration::MAX);
     }
 
     #[test]
