@@ -54,12 +54,12 @@ impl Interrupt {
     }
 
     /// Puts the configuration space that `fill` makes where the driver reads it. `fill` gets zeroes, and is called by one
-    /// thread at a time, so that the last one to look is the last one to write. True when anything is different now.
-    pub fn show_config(&self, fill: impl FnOnce(&mut [u8])) -> bool {
+    /// thread at a time, so that the last one to look is the last one to write.
+    pub fn show_config(&self, fill: impl FnOnce(&mut [u8])) {
         let _writer = self.registers.config_writer.lock().unwrap_or_else(PoisonError::into_inner);
         let mut config = [0; CONFIG_SIZE];
         fill(&mut config);
-        self.registers.page.set_config(&config)
+        self.registers.page.set_config(&config);
     }
 
     /// Tells the driver that a used ring moved. The caller has already honoured the driver's suppression.

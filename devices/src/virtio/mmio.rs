@@ -52,6 +52,8 @@ pub struct MmioTransport {
     device_features_sel: u32,
     driver_features_sel: u32,
     queue_sel: u32,
+    /// ConfigGeneration when the driver could first look, at FEATURES_OK.
+    generation: u32,
     log_limit: LogLimit,
 }
 
@@ -80,6 +82,7 @@ impl MmioTransport {
             device_features_sel: 0,
             driver_features_sel: 0,
             queue_sel: 0,
+            generation: 0,
             log_limit: LogLimit::new(),
         };
         transport.publish_constants();
@@ -122,15 +125,14 @@ impl MmioTransport {
     }
 
     /// What depends on the state: the registers of what the driver selected, and the configuration space. QueueReset is
-    /// not among them: a reset is over when the write that asked for it returns, so it always reads 0. True when the
-    /// configuration space is another now.
-    fn publish(&self) -> bool {
+    /// not among them: a reset is over when the write that asked for it returns, so it always reads 0.
+    fn publish(&self) {
         let queue = self.selected();
         let ready = queue.is_some_and(|queue| queue.phase == Phase::Enabled);
         self.page().store(Register::DeviceFeatures, half(self.offered, self.device_features_sel));
         self.page().store(Register::QueueNumMax, queue.map_or(0, |queue| u32::from(queue.max_size())));
         self.page().store(Register::QueueReady, ready.into());
-        self.interrupt.show_config(|config| self.device.read_config(0, config, self.features()))
+        self.interrupt.show_config(|config| self.device.read_config(0, config, self.features()));
     }
 
     fn write_register(&mut self, register: Register, value: u32) {
@@ -229,8 +231,13 @@ impl MmioTransport {
                 return self.complain("the driver wants features that are not on offer, or not VERSION_1");
             }
             self.set_status(bit);
-            if bit == STATUS_DRIVER_OK {
-                self.start();
+            match bit {
+                STATUS_FEATURES_OK => {
+                    self.publish();
+                    self.generation = self.page().load(Register::ConfigGeneration);
+                }
+                STATUS_DRIVER_OK => self.start(),
+                _ => {}
             }
         }
     }
@@ -244,8 +251,9 @@ impl MmioTransport {
         match self.try_start() {
             Ok(()) => {
                 self.running = true;
-                // Changed after the driver had looked, but before the device could tell it.
-                if self.publish() {
+                self.publish();
+                // Changed after the driver had looked, but before the device could tell it: shown since, but not reported.
+                if self.page().load(Register::ConfigGeneration) != self.generation {
                     self.interrupt.config_changed();
                 }
             }

@@ -57,23 +57,22 @@ impl RegisterPage {
         self.word(register).fetch_and(!bits.to_le(), Ordering::AcqRel);
     }
 
-    /// Replaces the configuration space; called by one thread at a time. True when that changed anything.
+    /// Replaces the configuration space; called by one thread at a time.
     ///
     /// ConfigGeneration moves before and after, and a field changes whole, so that a driver that reads a field in two
     /// halves around the change finds out (§2.5.1). Without a trap nothing can hold up a driver whose whole attempt falls
     /// between the last two stores: it is the configuration interrupt that makes it read again.
-    pub(crate) fn set_config(&self, config: &[u8; CONFIG_SIZE]) -> bool {
+    pub(crate) fn set_config(&self, config: &[u8; CONFIG_SIZE]) {
         let (fields, _) = config.as_chunks::<8>();
         let fields = || self.config.iter().zip(fields).map(|(word, field)| (word, u64::from_ne_bytes(*field)));
         if fields().all(|(word, field)| word.load(Ordering::Relaxed) == field) {
-            return false;
+            return;
         }
         let generation = self.load(Register::ConfigGeneration);
         self.store(Register::ConfigGeneration, generation.wrapping_add(1));
         fence(Ordering::Release);
         fields().for_each(|(word, field)| word.store(field, Ordering::Relaxed));
         self.store(Register::ConfigGeneration, generation.wrapping_add(2));
-        true
     }
 
     /// Reads as the guest does where the page is mapped: any width, any alignment. Past the end there are zeroes.

@@ -704,6 +704,12 @@ fn a_change_that_nobody_could_report_is_shown_and_reported_once_the_driver_is_up
     driver.add_status(STATUS_DRIVER_OK);
     assert_eq!((driver.read_config(0), driver.interrupts()), ([1], 1));
     assert_eq!(driver.read(Register::InterruptStatus), INTERRUPT_CONFIG_CHANGE);
+    // The driver may have looked before it set up its queues: each of its writes shows a change, and none reports it.
+    let mut driver = Driver::at(Progress::FeaturesOk, GOOD);
+    driver.shared.config.store(1, Ordering::Relaxed);
+    driver.enable_queue(0);
+    driver.add_status(STATUS_DRIVER_OK);
+    assert_eq!((driver.read_config(0), driver.interrupts()), ([1], 1));
     // What the driver itself changes is no news to it, but shows.
     driver.shared.config.store(2, Ordering::Relaxed);
     driver.transport.write(CONFIG_OFFSET, &[2]);
