@@ -54,7 +54,9 @@ pub struct MmioTransport {
     queue_sel: u32,
     /// ConfigGeneration when the driver could first look, at FEATURES_OK.
     generation: u32,
+    /// One for what the driver does wrong and one for what the host does, so that neither hides the other.
     log_limit: LogLimit,
+    failure_limit: LogLimit,
 }
 
 impl MmioTransport {
@@ -84,6 +86,7 @@ impl MmioTransport {
             queue_sel: 0,
             generation: 0,
             log_limit: LogLimit::new(),
+            failure_limit: LogLimit::new(),
         };
         transport.publish_constants();
         transport.publish();
@@ -273,7 +276,9 @@ impl MmioTransport {
     }
 
     fn fail(&self, what: &str, error: &io::Error) {
-        tracing::error!(device_id = self.device.device_id(), %error, "{what}");
+        if let Some(suppressed) = self.failure_limit.admit() {
+            tracing::error!(device_id = self.device.device_id(), %error, suppressed, "{what}");
+        }
         self.interrupt.device_needs_reset();
     }
 

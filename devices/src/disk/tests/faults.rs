@@ -2,13 +2,14 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
 
 use super::rig::{self, DEPTH, Request, Rig, WRITE, directories, every_way};
 use crate::disk::engine::ImageDisk;
 use crate::disk::raw::{Kind, Policy, RawFile};
 use crate::disk::{CacheMode, DetectZeroes, Disk, DiskError, OpenOptions, OpenReason, Operation, open};
+use crate::log_limit::tests::Log;
 
 /// The image is cut short behind our back: reads past its end fail, and the rest goes on.
 #[test]
@@ -98,37 +99,6 @@ fn forbid_io_uring() {
     }
 }
 
-/// A log that a test can read.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<String>>>);
-
-impl tracing::Subscriber for Log {
-    fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
-        true
-    }
-
-    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
-        tracing::span::Id::from_u64(1)
-    }
-
-    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
-    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
-    fn enter(&self, _: &tracing::span::Id) {}
-    fn exit(&self, _: &tracing::span::Id) {}
-
-    fn event(&self, event: &tracing::Event<'_>) {
-        struct Text(String);
-        impl tracing::field::Visit for Text {
-            fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
-                self.0 += &format!("{}={value:?} ", field.name());
-            }
-        }
-        let mut text = Text(event.metadata().level().to_string());
-        event.record(&mut text);
-        self.0.lock().unwrap().push(text.0);
-    }
-}
-
 /// Threads serve the disk then, which is said once.
 #[test]
 fn a_host_without_io_uring() {
@@ -150,7 +120,7 @@ fn a_host_without_io_uring() {
         rig.ok(Request::plain(Operation::Read, 4096, 0, 4096));
         assert_eq!(rig.get(0, 4096), [1; 4096], "{name}");
     }
-    let lines = log.0.lock().unwrap();
+    let lines = log.lines();
     let about_io_uring: Vec<_> = lines.iter().filter(|line| line.contains("io_uring")).collect();
     assert_eq!(about_io_uring.len(), 1, "{lines:?}");
     assert!(about_io_uring[0].starts_with("WARN") && about_io_uring[0].contains("disks use threads"), "{lines:?}");

@@ -8,6 +8,7 @@ use virtio_queue::QueueT;
 use vm_memory::GuestAddress;
 
 use super::*;
+use crate::log_limit::tests::Log;
 use crate::virtio::device::ActiveQueue;
 use crate::virtio::spec::mmio::{INTERRUPT_CONFIG_CHANGE, INTERRUPT_USED_BUFFER};
 use crate::virtio::spec::{F_EVENT_IDX, F_INDIRECT_DESC, F_NOTIFICATION_DATA, STATUS_DEVICE_NEEDS_RESET};
@@ -592,6 +593,22 @@ fn a_device_that_does_not_start_needs_a_reset() {
     driver.initialize(Progress::DriverOk, GOOD);
     assert_eq!(driver.diary(), [started(GOOD)]);
     assert_eq!(driver.status() & STATUS_DEVICE_NEEDS_RESET, 0);
+}
+
+#[test]
+fn a_driver_that_starts_a_device_in_vain_again_and_again_fills_no_log() {
+    let log = Log::default();
+    let _logging = tracing::subscriber::set_default(log.clone());
+    let mut driver = Driver::new();
+    driver.shared.refuse_to_start.store(true, Ordering::Relaxed);
+    for _ in 0..1000 {
+        driver.initialize(Progress::DriverOk, GOOD);
+        driver.write(Register::Status, 0);
+    }
+    // One a second.
+    let lines = log.lines();
+    assert!((1..100).contains(&lines.len()), "{} lines", lines.len());
+    assert!(lines[0].contains("the device did not start"), "{}", lines[0]);
 }
 
 #[test]
