@@ -60,8 +60,8 @@ test-guests: guest build test-tools ## real Linux guests, and a stock Debian
 BENCH = $(CARGO_TARGET_DIR)/release/bench
 SPEED := $(if $(QUICK),--quick)
 
-bench: demo bench-tools build ## speed beside QEMU's microvm and the host: polling and Linux guests (QUICK=1: less)
-	@resources/prepare tools.img
+bench: bench-tools build ## speed beside QEMU's microvm and the host: polling and Linux guests (QUICK=1: less)
+	@resources/prepare linux-small initrd-small.cpio tools.img
 	$(CARGO) build --release -p minivmm-tests --bin bench
 	@mkdir -p $(CARGO_TARGET_DIR)/bench
 	$(BENCH) driver $(SPEED)

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use minivmm_tests::linux::{CLOUD, artefact, cpio};
+use minivmm_tests::linux::{SMALL, artefact, cpio};
 
 use crate::counters::{Counters, EVENTS};
 use crate::fio::{self, Job, Score};
@@ -161,7 +161,7 @@ impl Bench<'_> {
         self.write_initrd(&initrd, count);
         fs::write(&reports, vec![0; 2 * REPORT_SIZE]).unwrap();
         let disk = |path, serial, read_only, direct| DiskSetup { path, serial, read_only, direct };
-        let (kernel, tools) = (artefact(CLOUD.kernel), artefact("tools.img"));
+        let (kernel, tools) = (artefact(SMALL.kernel), artefact("tools.img"));
         let setup = Setup {
             kernel: &kernel,
             initrd: Some(&initrd),
@@ -185,9 +185,9 @@ impl Bench<'_> {
         Ok(life)
     }
 
-    /// The tests' initrd, with an init of ours and the job files.
+    /// The system's initrd, with an init of ours and the job files.
     fn write_initrd(&self, path: &Path, count: bool) {
-        let mut initrd = fs::read(artefact(CLOUD.initrd)).unwrap();
+        let mut initrd = fs::read(artefact(SMALL.initrd)).unwrap();
         let mut append = |name: &str, content: &[u8]| {
             initrd.resize(initrd.len().next_multiple_of(4), 0);
             initrd.extend_from_slice(&cpio(name, content));
