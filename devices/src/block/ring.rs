@@ -6,6 +6,7 @@
 //! NO_INTERRUPT, and it shows each answer on its own where a batch can share one write and one barrier.
 
 use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
 
 use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 use virtio_queue::{Queue, QueueT};
@@ -82,11 +83,12 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    pub(super) fn new(active: ActiveQueue, event_index: bool) -> Self {
+    /// `hold`: the longest that the driver may wait for an interrupt.
+    pub(super) fn new(active: ActiveQueue, event_index: bool, hold: Duration) -> Self {
         let ActiveQueue { index, queue, kick } = active;
         let published = queue.next_used();
         let restored = published != 0;
-        let moderation = Moderation::new();
+        let moderation = Moderation::new(hold);
         Self { index, queue, kick, outstanding: 0, event_index, published, restored, broken: false, moderation }
     }
 
@@ -217,7 +219,7 @@ impl Ring {
     }
 
     /// Shows the driver the answers since the last call.
-    pub(super) fn publish(&mut self, memory: &GuestMemory) {
+    pub(super) fn publish(&mut self, memory: &GuestMemory, now: Instant) {
         let (old, new) = (self.published, self.queue.next_used());
         let restored = std::mem::take(&mut self.restored);
         if old == new && !restored {
@@ -238,6 +240,6 @@ impl Ring {
             // Rather one interrupt too many than one too few.
             _ => (answers, true),
         };
-        self.moderation.shown(unseen, wanted || restored);
+        self.moderation.shown(unseen, wanted || restored, now);
     }
 }

@@ -30,6 +30,9 @@ use crate::virtio::spec::{self, blk};
 /// adding chains must not keep the worker from them.
 const PASSES: u32 = 16;
 
+/// The part of the longest wait for requests that an answer may wait for its interrupt.
+const HOLD: u32 = 4;
+
 /// What the driver and the transport agreed on, as every worker gets it.
 #[derive(Clone)]
 pub(super) struct Agreement {
@@ -107,7 +110,8 @@ impl Worker {
     pub(super) fn add_ring(&mut self, position: usize, active: ActiveQueue) -> io::Result<()> {
         let place = self.rings.get_mut(position).filter(|_| active.queue.size() <= self.shared.options.queue_size);
         let event_index = self.agreement.features & spec::F_EVENT_IDX != 0;
-        *place.ok_or(io::ErrorKind::InvalidInput)? = Some(Ring::new(active, event_index));
+        let hold = self.shared.options.poll / HOLD;
+        *place.ok_or(io::ErrorKind::InvalidInput)? = Some(Ring::new(active, event_index, hold));
         Ok(())
     }
 
@@ -172,12 +176,14 @@ impl Worker {
     /// Waits awake for chains or completions, if that is promising: the driver has been asked not to kick. `true` when
     /// the ring at `position` has chains.
     fn more_soon(&mut self, position: usize) -> bool {
-        let Some(end) = self.polling.idle(Instant::now()) else { return false };
+        let mut now = Instant::now();
+        let Some(end) = self.polling.idle(now) else { return false };
         loop {
             if self.slots.in_flight() > 0 {
                 self.collect();
             }
-            if self.rings.iter().flatten().any(|ring| ring.moderation.is_full()) {
+            let expected = self.polling.expected();
+            if self.rings.iter_mut().flatten().any(|ring| ring.moderation.is_due(now, expected)) {
                 self.interrupt();
             }
             let memory = &self.agreement.memory;
@@ -186,11 +192,7 @@ impl Worker {
             if let Some(found) = self.rings.iter().position(|ring| ring.as_ref().is_some_and(waiting)) {
                 return found == position;
             }
-            let now = Instant::now();
-            if now >= self.polling.expected() {
-                self.rings.iter_mut().flatten().for_each(|ring| ring.moderation.in_vain());
-                self.interrupt();
-            }
+            now = Instant::now();
             if now >= end {
                 self.polling.in_vain();
                 return false;
@@ -444,7 +446,7 @@ impl Worker {
 
     /// Shows the driver all that was answered.
     fn show(&mut self) {
-        self.rings.iter_mut().flatten().for_each(|ring| ring.publish(&self.agreement.memory));
+        self.rings.iter_mut().flatten().for_each(|ring| ring.publish(&self.agreement.memory, self.now));
     }
 
     /// Interrupts the driver, if it wants to hear of what it was shown. Nothing is held back outside of `serve`.
@@ -499,8 +501,10 @@ impl Worker {
         self.engine.submit(Transfer { tag: 0, operation: Operation::Flush, offset: 0, length: 0, ranges: &[] });
         self.engine.commit();
         self.engine.drain(&mut self.done);
-        if let Some(Completion { result: Err(error), .. }) = self.done.pop() {
-            tracing::error!(disk = self.shared.options.name, %error, "the disk's last flush failed");
+        if let Some(Completion { result: Err(error), .. }) = self.done.pop()
+            && let Some(suppressed) = self.shared.limits.host_error.admit()
+        {
+            tracing::error!(disk = self.shared.options.name, %error, suppressed, "the disk's last flush failed");
         }
     }
 }
