@@ -1,7 +1,12 @@
 //! Cuts a client's bytes into JSON values. QMP puts nothing between them: a value ends where its brackets close.
+//!
+//! A client that wants a new start, whatever it or another has sent before, sends a byte that no JSON has, such as a control
+//! character or 0xff (QEMU, docs/interop/qmp-spec.rst, "Forcing the JSON parser into known-good state").
 
 /// Longest value in bytes. QMP's longest sensible command is a few hundred.
 const LENGTH_MAX: usize = 1 << 20;
+/// Most brackets in brackets, as in QEMU.
+const DEPTH_MAX: usize = 1024;
 
 /// A client's bytes that were not yet understood. Each byte is looked at once, however slowly they arrive.
 #[derive(Debug, Default)]
@@ -13,19 +18,33 @@ pub(super) struct Framer {
     scanned: usize,
     /// Open brackets.
     depth: usize,
-    in_string: bool,
+    /// The quote that ends the string.
+    quote: Option<u8>,
     escaped: bool,
+    /// There was garbage: what follows is part of it up to the end of the line, or to an opening bracket.
+    skipping: bool,
 }
 
 /// A piece of the stream.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Frame<'a> {
-    /// From an opening bracket to the one that closes it: probably a JSON value.
+    /// From an opening bracket or quote to the one that closes it: probably a JSON value.
     Value(&'a [u8]),
-    /// Something else, now forgotten up to the end of its line.
+    /// Something else, now forgotten with all that was not complete before it.
     Garbage,
     /// More than any value may have: the stream cannot be followed any further.
     TooLong,
+}
+
+/// What a byte means after those before it.
+enum Meaning {
+    /// Nothing, between values.
+    Space,
+    /// A part of a value.
+    Part,
+    /// The end of a value.
+    End,
+    Garbage,
 }
 
 impl Framer {
@@ -39,47 +58,57 @@ impl Framer {
 
     /// The next piece, if it is there in full.
     pub(super) fn next(&mut self) -> Option<Frame<'_>> {
-        if self.depth == 0 {
-            let rest = &self.bytes[self.start..];
-            let skipped = rest.iter().position(|byte| !byte.is_ascii_whitespace()).unwrap_or(rest.len());
-            self.start += skipped;
-            self.scanned = self.start;
-            if !matches!(self.bytes.get(self.start)?, b'{' | b'[') {
-                let rest = &self.bytes[self.start..];
-                self.start += rest.iter().position(|byte| *byte == b'\n').unwrap_or(rest.len());
-                self.scanned = self.start;
-                return Some(Frame::Garbage);
-            }
-        }
         while let Some(&byte) = self.bytes.get(self.scanned) {
             self.scanned += 1;
-            if self.closes(byte) {
-                let frame = self.start..self.scanned;
-                self.start = self.scanned;
-                return Some(Frame::Value(&self.bytes[frame]));
+            self.skipping &= !matches!(byte, b'{' | b'[' | b'\n');
+            match if self.skipping { Meaning::Space } else { self.meaning(byte) } {
+                Meaning::Part => {}
+                Meaning::Space => self.start = self.scanned,
+                Meaning::End => {
+                    let frame = self.start..self.scanned;
+                    self.start = self.scanned;
+                    return Some(Frame::Value(&self.bytes[frame]));
+                }
+                Meaning::Garbage => {
+                    self.start = self.scanned;
+                    (self.depth, self.quote, self.escaped) = (0, None, false);
+                    self.skipping = byte != b'\n';
+                    return Some(Frame::Garbage);
+                }
             }
         }
         (self.scanned - self.start > LENGTH_MAX).then_some(Frame::TooLong)
     }
 
-    /// Follows the brackets. `true`: `byte` closes the last one.
-    fn closes(&mut self, byte: u8) -> bool {
-        if self.in_string {
+    /// Follows the brackets and quotes.
+    fn meaning(&mut self, byte: u8) -> Meaning {
+        if let Some(quote) = self.quote {
             match byte {
+                // A string has these as escapes, or not at all.
+                0..0x20 | 0xfe | 0xff => return Meaning::Garbage,
                 _ if self.escaped => self.escaped = false,
                 b'\\' => self.escaped = true,
-                b'"' => self.in_string = false,
+                _ if byte == quote => self.quote = None,
                 _ => {}
             }
-            return false;
+            return if self.quote.is_none() && self.depth == 0 { Meaning::End } else { Meaning::Part };
         }
         match byte {
-            b'"' => self.in_string = true,
-            b'{' | b'[' => self.depth += 1,
-            b'}' | b']' => self.depth -= 1,
+            b'"' | b'\'' => self.quote = Some(byte),
+            b'{' | b'[' if self.depth < DEPTH_MAX => self.depth += 1,
+            b' ' | b'\t' | b'\r' | b'\n' if self.depth == 0 => return Meaning::Space,
+            b'\t' | b'\r' | b'\n' => {}
+            _ if self.depth == 0 => return Meaning::Garbage,
+            b'}' | b']' => {
+                self.depth -= 1;
+                if self.depth == 0 {
+                    return Meaning::End;
+                }
+            }
+            b'{' | b'[' | 0..0x20 | 0x7f.. => return Meaning::Garbage,
             _ => {}
         }
-        self.depth == 0
+        Meaning::Part
     }
 }
 
@@ -102,27 +131,57 @@ mod tests {
         frames
     }
 
-    const STREAM: &str = "{\"a\":1}{\"b\":\"}\\\"{\"} \r\n[{}, [\"\\\\\"]]\n junk {\"not\": 1}\n{}";
-    const EXPECTED: [&str; 5] = ["{\"a\":1}", "{\"b\":\"}\\\"{\"}", "[{}, [\"\\\\\"]]", "garbage", "{}"];
+    fn all(stream: &[u8]) -> Vec<String> {
+        let mut framer = Framer::default();
+        framer.push(stream);
+        let frames = frames(&mut framer);
+        assert_eq!(framer.next(), None);
+        frames
+    }
+
+    const STREAMS: &[(&[u8], &[&str])] = &[
+        (
+            b"{\"a\":1}{\"b\":\"}\\\"{\"} \r\n[{}, [\"\\\\\"]]\n{'c': '\"}\\''}",
+            &["{\"a\":1}", "{\"b\":\"}\\\"{\"}", "[{}, [\"\\\\\"]]", "{'c': '\"}\\''}"],
+        ),
+        (b"\"a {\" {}", &["\"a {\"", "{}"]),
+        // Garbage takes nothing with it that may be a value, and is told of once a line.
+        (b"GET / HTTP/1.1\r\n\r\n junk, 1 {} more\n{}", &["garbage", "garbage", "{}", "garbage", "{}"]),
+        (b"}]\n}{}", &["garbage", "garbage", "{}"]),
+        (b"\xef\xbb\xbf{}\0{}", &["garbage", "{}", "garbage", "{}"]),
+        // What no JSON has begins anew, wherever it comes.
+        (b"{\"a\n{}", &["garbage", "{}"]),
+        (b"{\"a\\\xff{}", &["garbage", "{}"]),
+        (b"[[[{\"a\": \x01\"{}", &["garbage", "{}"]),
+        (b"[ 'a\xfe } ] {}", &["garbage", "{}"]),
+    ];
 
     #[test]
     fn values_need_nothing_between_them() {
-        let mut framer = Framer::default();
-        framer.push(STREAM.as_bytes());
-        assert_eq!(frames(&mut framer), EXPECTED);
-        assert_eq!(framer.next(), None);
+        for (stream, expected) in STREAMS {
+            assert_eq!(all(stream), *expected, "{}", String::from_utf8_lossy(stream));
+        }
     }
 
     #[test]
     fn bytes_may_come_one_by_one() {
-        let mut framer = Framer::default();
-        let mut all = Vec::new();
-        // Without the line that is not JSON: how much of that is dropped depends on how much is there.
-        for byte in STREAM.replace("junk {\"not\": 1}\n", "").bytes() {
-            framer.push(&[byte]);
-            all.extend(frames(&mut framer));
+        for (stream, expected) in STREAMS {
+            let mut framer = Framer::default();
+            let mut all = Vec::new();
+            for byte in *stream {
+                framer.push(&[*byte]);
+                all.extend(frames(&mut framer));
+            }
+            assert_eq!(all, *expected, "{}", String::from_utf8_lossy(stream));
         }
-        assert_eq!(all, ["{\"a\":1}", "{\"b\":\"}\\\"{\"}", "[{}, [\"\\\\\"]]", "{}"]);
+    }
+
+    #[test]
+    fn brackets_in_brackets_have_an_end() {
+        let nested = |depth: usize| [b"[".repeat(depth), b"]".repeat(depth)].concat();
+        assert_eq!(all(&nested(DEPTH_MAX)).len(), 1);
+        let endless = b"[".repeat(DEPTH_MAX + 1);
+        assert_eq!(all(&[&endless[..], b"\n{}"].concat()), ["garbage", "{}"]);
     }
 
     #[test]
@@ -142,14 +201,12 @@ mod tests {
     #[test]
     fn garbage_is_forgotten() {
         let mut framer = Framer::default();
+        framer.push(b"x");
+        assert_eq!(frames(&mut framer), ["garbage"]);
         for _ in 0..1000 {
             framer.push(&[b'x'; 4096]);
-            assert_eq!(frames(&mut framer), ["garbage"]);
+            assert!(frames(&mut framer).is_empty());
         }
         assert!(framer.bytes.capacity() < 3 * 4096);
-        framer.push(b"}]{}");
-        assert_eq!(frames(&mut framer), ["garbage"]);
-        framer.push(b"{}");
-        assert_eq!(frames(&mut framer), ["{}"]);
     }
 }

@@ -56,7 +56,7 @@ pub(super) struct Request {
 impl Request {
     /// Makes a request of a JSON value; or gives the `id` that the failure is to be answered with.
     pub(super) fn parse(bytes: &[u8]) -> Result<Self, (Option<Value>, Failure)> {
-        let value = serde_json::from_slice(bytes)
+        let value = super::json::parse(bytes)
             .map_err(|error| (None, Failure::generic(format!("JSON parse error, {error}"))))?;
         let Value::Object(mut members) = value else {
             return Err((None, Failure::generic("QMP input must be a JSON object")));
@@ -66,7 +66,11 @@ impl Request {
         let command = match members.remove("execute") {
             Some(Value::String(command)) => command,
             Some(_) => return fail(id, "QMP input member 'execute' must be a string".to_owned()),
-            None => return fail(id, "QMP input lacks member 'execute'".to_owned()),
+            None if members.keys().all(|member| member == "arguments") => {
+                return fail(id, "QMP input lacks member 'execute'".to_owned());
+            }
+            // Such as `exec-oob`: the unexpected member says more than the missing one.
+            None => String::new(),
         };
         let arguments = match members.remove("arguments") {
             Some(Value::Object(arguments)) => arguments,
@@ -231,6 +235,8 @@ mod tests {
             (r#"{"execute": 1}"#, "'execute' must be a string"),
             (r#"{"execute": "a", "arguments": []}"#, "'arguments' must be an object"),
             (r#"{"execute": "a", "control": {}}"#, "'control' is unexpected"),
+            (r#"{"exec-oob": "a", "arguments": {}}"#, "'exec-oob' is unexpected"),
+            (r#"{"execute": "a", "execute": "b"}"#, "duplicate key"),
             (&format!("{}{}", "[".repeat(4000), "]".repeat(4000)), "JSON parse error"),
         ] {
             let error = parse(bad).unwrap_err();
