@@ -225,11 +225,10 @@ fn errors_have_qemus_classes() {
     assert_eq!(fails("block_resize", json!({"device": "sda", "size": 512})).0, "DeviceNotFound");
     for (arguments, says) in [
         (json!({"device": "root"}), "'size' is missing"),
-        (json!({"device": "root", "size": "1M"}), "'size', expected: non-negative integer"),
-        (json!({"device": "root", "size": -512}), "'size', expected: non-negative integer"),
+        (json!({"device": "root", "size": "1M"}), "'size', expected: integer"),
+        (json!({"device": "root", "size": -512}), "'size' expects a non-negative integer"),
         (json!({"device": "root", "size": 512, "force": true}), "'force' is unexpected"),
-        (json!({"size": 512}), "device, node-name"),
-        (json!({"device": "root", "node-name": "root", "size": 512}), "device, node-name"),
+        (json!({"size": 512}), "'device' and 'node-name'"),
         (json!({"device": "root", "size": 513}), "multiple of 512"),
         (json!({"device": "root", "size": 0}), "multiple of 512"),
     ] {
@@ -237,10 +236,30 @@ fn errors_have_qemus_classes() {
         assert_eq!(class, "GenericError", "{arguments}");
         assert!(description.contains(says), "{arguments}: {description}");
     }
-    // Both names of the disk do.
-    for name in ["root", "vda"] {
-        qmp.execute("block_resize", json!({"device": name, "size": 2 << 20})).unwrap();
+    // Both names of the disk do, as either argument or both, and so does what `query-block` calls its device.
+    for mut arguments in [
+        json!({"device": "root"}),
+        json!({"device": "vda"}),
+        json!({"node-name": "root"}),
+        json!({"device": "root", "node-name": "root"}),
+        json!({"device": "", "node-name": "root"}),
+    ] {
+        arguments["size"] = (2 << 20).into();
+        qmp.execute("block_resize", arguments).unwrap();
     }
+    let device = qmp.query("query-block")[0]["qdev"].clone();
+    for (id, group) in [(device, "root"), (json!("/machine/peripheral/root"), "root"), (json!("root"), "shared")] {
+        let mut limits = json!({"id": id, "group": group});
+        for name in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"] {
+            limits[name] = (1000 * i32::from(name == "iops")).into();
+        }
+        let result = qmp.execute("block_set_io_throttle", limits);
+        assert_eq!(result.is_err(), group == "shared", "{result:?}");
+    }
+    let nodes = qmp.query("query-named-block-nodes");
+    assert_eq!((&nodes[0]["group"], &nodes), (&json!("root"), &json!([qmp.query("query-block")[0]["inserted"]])));
+    let stats = qmp.execute("query-blockstats", json!({"query-nodes": true})).unwrap();
+    assert_eq!((&stats[0]["node-name"], stats[0].get("device")), (&json!("root"), None));
     let disks = qmp.query("query-block");
     assert_eq!(disks[0]["inserted"]["image"]["virtual-size"], 2 << 20);
     assert_eq!((&disks[0]["device"], &disks[0]["io-status"]), (&json!("root"), &json!("ok")));

@@ -53,6 +53,7 @@ async def main(path):
         assert await execute("query-memory-size-summary") == {"base-memory": 32 << 20, "plugged-memory": 0}
 
         (disk,) = await execute("query-block")
+        assert await execute("query-named-block-nodes", flat=True) == [disk["inserted"]]
         assert disk["device"] == "data" and disk["io-status"] == "ok"
         assert disk["inserted"]["drv"] == "raw" and not disk["inserted"]["ro"]
         size = disk["inserted"]["image"]["virtual-size"]

@@ -10,6 +10,7 @@ use super::protocol::Failure;
 use crate::machine::{Machine, MachineDisk};
 
 pub(super) const BLOCKSTATS: &[Argument] = &[optional("query-nodes", ArgumentKind::Boolean)];
+pub(super) const NODES: &[Argument] = &[optional("flat", ArgumentKind::Boolean)];
 pub(super) const RESIZE: &[Argument] = &[
     optional("device", ArgumentKind::Text),
     optional("node-name", ArgumentKind::Text),
@@ -46,21 +47,25 @@ pub(super) const THROTTLE: &[Argument] = &[
     optional("iops_rd_max_length", ArgumentKind::Integer),
     optional("iops_wr_max_length", ArgumentKind::Integer),
     optional("iops_size", ArgumentKind::Integer),
+    optional("group", ArgumentKind::Text),
 ];
 
-/// The disk that one of the arguments `keys` names: by its `id=`, or by the name that the guest gives it.
-fn find<'a>(machine: &'a Machine, arguments: &Arguments<'_>, keys: &[&str]) -> Result<&'a MachineDisk, Failure> {
-    let mut given = keys.iter().filter_map(|key| arguments.text(key));
-    let (Some(name), None) = (given.next(), given.next()) else {
-        return Err(Failure::generic(format!("Give one of: {}", keys.join(", "))));
-    };
-    let named = |disk: &&MachineDisk| disk.config.id == name || disk.handle.name() == name;
+/// The disk `name`: by its `id=`, by that as a path of QEMU's object tree, or by the name that the guest gives it.
+fn find<'a>(machine: &'a Machine, name: &str) -> Result<&'a MachineDisk, Failure> {
+    let id = name.strip_prefix("/machine/peripheral/").unwrap_or(name);
+    let named = |disk: &&MachineDisk| disk.config.id == id || disk.handle.name() == name;
     machine.parts.disks.iter().find(named).ok_or_else(|| Failure::device_not_found(name))
 }
 
 /// `block_resize`: the disk gets another size, and the guest hears of it.
 pub(super) fn resize(machine: &mut Machine, arguments: &Arguments<'_>) -> Result<Value, Failure> {
-    let disk = find(machine, arguments, &["device", "node-name"])?;
+    // As in QEMU, the one that names a disk counts, the device first.
+    let (device, node) = (arguments.text("device"), arguments.text("node-name"));
+    let disk = match (device.map(|name| find(machine, name)), node.map(|name| find(machine, name))) {
+        (Some(Ok(disk)), _) | (_, Some(Ok(disk))) => disk,
+        (Some(Err(failure)), _) | (_, Some(Err(failure))) => return Err(failure),
+        (None, None) => return Err(Failure::generic("Need one of 'device' and 'node-name'")),
+    };
     let size = arguments.integer("size").unwrap_or_default();
     disk.handle.resize(size).map_err(|error| Failure::generic(error.to_string()))?;
     Ok(json!({}))
@@ -68,14 +73,20 @@ pub(super) fn resize(machine: &mut Machine, arguments: &Arguments<'_>) -> Result
 
 /// `block-set-write-threshold`: an event once the guest changes something past an offset; 0 for none.
 pub(super) fn set_write_threshold(machine: &mut Machine, arguments: &Arguments<'_>) -> Result<Value, Failure> {
-    let disk = find(machine, arguments, &["node-name"])?;
+    let disk = find(machine, arguments.text("node-name").unwrap_or_default())?;
     disk.handle.set_write_threshold(arguments.integer("write-threshold").filter(|offset| *offset > 0));
     Ok(json!({}))
 }
 
 /// `block_set_io_throttle`: all limits at once; what is not named is lifted.
 pub(super) fn throttle(machine: &mut Machine, arguments: &Arguments<'_>) -> Result<Value, Failure> {
-    let disk = find(machine, arguments, &["device", "id"])?;
+    let ((Some(name), None) | (None, Some(name))) = (arguments.text("device"), arguments.text("id")) else {
+        return Err(Failure::generic("Need exactly one of 'device' and 'id'"));
+    };
+    let disk = find(machine, name)?;
+    if arguments.text("group").is_some_and(|group| group != disk.config.id) {
+        return Err(Failure::generic("Parameter 'group' must be the disk's own name: disks do not share their limits"));
+    }
     let integer = |name: String| arguments.integer(&name);
     let rates = Limit::ALL.map(|limit| {
         let name = limit.qmp();
@@ -92,7 +103,7 @@ pub(super) fn throttle(machine: &mut Machine, arguments: &Arguments<'_>) -> Resu
 
 /// `block-latency-histogram-set`: bins for the kinds that are named, or for all; without any boundaries, none.
 pub(super) fn set_histogram(machine: &mut Machine, arguments: &Arguments<'_>) -> Result<Value, Failure> {
-    let disk = find(machine, arguments, &["id"])?;
+    let disk = find(machine, arguments.text("id").unwrap_or_default())?;
     let all = arguments.integers("boundaries");
     let own = HISTOGRAMS.map(|(_, name)| arguments.integers(&format!("boundaries-{name}")));
     let remove = all.is_none() && own.iter().all(Option::is_none);
@@ -119,7 +130,12 @@ pub(super) fn query_block(machine: &Machine) -> Value {
     machine.parts.disks.iter().map(block_info).collect()
 }
 
-fn block_info(disk: &MachineDisk) -> Value {
+/// `query-named-block-nodes`: each disk is one node.
+pub(super) fn query_nodes(machine: &Machine) -> Value {
+    machine.parts.disks.iter().map(node_info).collect()
+}
+
+fn node_info(disk: &MachineDisk) -> Value {
     let MachineDisk { config, handle, image, .. } = disk;
     let path = config.image.path.to_string_lossy();
     // Best effort: the path may lead elsewhere by now.
@@ -155,13 +171,21 @@ fn block_info(disk: &MachineDisk) -> Value {
     if throttling.operation_size > 0 {
         inserted["iops_size"] = throttling.operation_size.into();
     }
+    if throttling.rates.iter().any(|rate| rate.average > 0) {
+        inserted["group"] = config.id.as_str().into();
+    }
+    inserted
+}
+
+fn block_info(disk: &MachineDisk) -> Value {
+    let MachineDisk { config, handle, .. } = disk;
     let mut info = json!({
         "device": config.id,
-        "qdev": format!("/machine/peripheral/{}", config.id),
+        "qdev": config.id,
         "type": "unknown",
         "removable": false,
         "locked": false,
-        "inserted": inserted,
+        "inserted": node_info(disk),
     });
     // As in QEMU: a disk whose errors never stop the VM has no such status.
     let stops = |policy| matches!(policy, ErrorPolicy::Stop | ErrorPolicy::Enospc);
@@ -176,21 +200,18 @@ fn block_info(disk: &MachineDisk) -> Value {
     info
 }
 
-/// `query-blockstats`.
-pub(super) fn query_blockstats(machine: &Machine) -> Value {
-    machine
-        .parts
-        .disks
-        .iter()
-        .map(|disk| {
-            json!({
-                "device": disk.config.id,
-                "node-name": disk.config.id,
-                "qdev": format!("/machine/peripheral/{}", disk.config.id),
-                "stats": device_stats(&disk.handle),
-            })
-        })
-        .collect()
+/// `query-blockstats`: of the devices, or of the nodes behind them, which here count the same.
+pub(super) fn query_blockstats(machine: &Machine, arguments: &Arguments<'_>) -> Value {
+    let of_nodes = arguments.boolean("query-nodes").unwrap_or_default();
+    let stats = |MachineDisk { config, handle, .. }: &MachineDisk| {
+        let mut stats = json!({ "node-name": config.id, "stats": device_stats(handle) });
+        if !of_nodes {
+            stats["device"] = config.id.as_str().into();
+            stats["qdev"] = config.id.as_str().into();
+        }
+        stats
+    };
+    machine.parts.disks.iter().map(stats).collect()
 }
 
 /// QEMU's four kinds: write-zeroes are writes, and a secure erasure unmaps.

@@ -74,8 +74,11 @@ pub(super) const COMMANDS: &[Command] = &[
     command("query-cpus-fast", &[], "[CpuInfoFast]", |operator, _| operator.query_cpus_fast()),
     command("query-memory-size-summary", &[], "MemoryInfo", |operator, _| operator.query_memory_size_summary()),
     command("query-block", &[], "[BlockInfo]", |operator, _| Ok(block::query_block(operator.machine))),
-    command("query-blockstats", block::BLOCKSTATS, "[BlockStats]", |operator, _| {
-        Ok(block::query_blockstats(operator.machine))
+    command("query-named-block-nodes", block::NODES, "[BlockDeviceInfo]", |operator, _| {
+        Ok(block::query_nodes(operator.machine))
+    }),
+    command("query-blockstats", block::BLOCKSTATS, "[BlockStats]", |operator, arguments| {
+        Ok(block::query_blockstats(operator.machine, arguments))
     }),
     command("x-query-metrics", &[], "HumanReadableText", |operator, _| Ok(metrics::query(operator.machine))),
     command("block_resize", block::RESIZE, "", |operator, arguments| block::resize(operator.machine, arguments)),
@@ -113,7 +116,10 @@ impl<'a> Arguments<'a> {
                 (Some(value), ArgumentKind::Boolean) if value.is_boolean() => continue,
                 (Some(Value::Array(items)), ArgumentKind::Integers) if items.iter().all(Value::is_u64) => continue,
                 (_, ArgumentKind::Text) => "string",
-                (_, ArgumentKind::Integer) => "non-negative integer",
+                (Some(value), ArgumentKind::Integer) if value.is_i64() => {
+                    return Err(Failure::generic(format!("Parameter '{name}' expects a non-negative integer")));
+                }
+                (_, ArgumentKind::Integer) => "integer",
                 (_, ArgumentKind::Boolean) => "boolean",
                 (_, ArgumentKind::Integers) => "array of non-negative integers",
             };
@@ -128,6 +134,10 @@ impl<'a> Arguments<'a> {
 
     pub(super) fn integer(&self, name: &str) -> Option<u64> {
         self.0.get(name)?.as_u64()
+    }
+
+    pub(super) fn boolean(&self, name: &str) -> Option<bool> {
+        self.0.get(name)?.as_bool()
     }
 
     pub(super) fn integers(&self, name: &str) -> Option<Vec<u64>> {

@@ -20,7 +20,7 @@ pub(super) const OBJECTS: &[(&str, &str)] = &[
     ("MemoryInfo", "base-memory:int plugged-memory:int"),
     (
         "BlockInfo",
-        "device:str qdev:str type:str removable:bool locked:bool inserted:BlockDeviceInfo io-status?:BlockDeviceIoStatus",
+        "device:str qdev?:str type:str removable:bool locked:bool inserted?:BlockDeviceInfo io-status?:BlockDeviceIoStatus",
     ),
     (
         "BlockDeviceInfo",
@@ -28,11 +28,11 @@ pub(super) const OBJECTS: &[(&str, &str)] = &[
          cache:BlockdevCacheInfo write_threshold:int image:ImageInfo bps:int bps_rd:int bps_wr:int iops:int iops_rd:int \
          iops_wr:int bps_max?:int bps_rd_max?:int bps_wr_max?:int iops_max?:int iops_rd_max?:int iops_wr_max?:int \
          bps_max_length?:int bps_rd_max_length?:int bps_wr_max_length?:int iops_max_length?:int \
-         iops_rd_max_length?:int iops_wr_max_length?:int iops_size?:int",
+         iops_rd_max_length?:int iops_wr_max_length?:int iops_size?:int group?:str",
     ),
     ("BlockdevCacheInfo", "writeback:bool direct:bool no-flush:bool"),
     ("ImageInfo", "filename:str format:str virtual-size:int actual-size:int dirty-flag:bool"),
-    ("BlockStats", "device:str node-name:str qdev:str stats:BlockDeviceStats"),
+    ("BlockStats", "device?:str node-name?:str qdev?:str stats:BlockDeviceStats"),
     (
         "BlockDeviceStats",
         "account_invalid:bool account_failed:bool timed_stats:[any] wr_highest_offset:int \
