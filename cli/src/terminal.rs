@@ -12,6 +12,26 @@ use vmm::{ConsoleConfig, VmConfig};
 /// The settings to restore, for the guard, the panic hook and the handler of fatal signals.
 static ORIGINAL: OnceLock<Termios> = OnceLock::new();
 
+/// Signals that end a process that does nothing about them (signal(7)), but for those of the main loop: crashes, limits on the
+/// processor's time, and those that only a person sends.
+const FATAL: [libc::c_int; 15] = [
+    libc::SIGSEGV,
+    libc::SIGBUS,
+    libc::SIGILL,
+    libc::SIGFPE,
+    libc::SIGABRT,
+    libc::SIGTRAP,
+    libc::SIGSYS,
+    libc::SIGXCPU,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGALRM,
+    libc::SIGVTALRM,
+    libc::SIGPROF,
+    libc::SIGPWR,
+    libc::SIGSTKFLT,
+];
+
 /// Raw mode; dropping it restores the terminal.
 pub(crate) struct RawMode(());
 
@@ -66,9 +86,7 @@ fn restore_on_crash() {
         restore();
         report(info);
     }));
-    for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT] {
-        handle_fatal(signal);
-    }
+    FATAL.into_iter().for_each(handle_fatal);
 }
 
 #[expect(unsafe_code, reason = "sigaction has no safe wrapper")]

@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use minivmm_tests::files::sparse;
 use minivmm_tests::guest::{self, CHATTER, Program};
 use minivmm_tests::session::Session;
 use minivmm_tests::transcript::Transcript;
@@ -186,4 +187,25 @@ fn a_socket_keeps_early_output_for_the_first_client_and_takes_another_one_later(
     let ended = session.wait(BOUND).must_be(guest::SUCCESS);
     assert_eq!(unexpected_lines(&ended.errors).len(), 1, "{ended}");
     assert!(!socket.exists(), "the socket is left behind");
+}
+
+/// Also where the guest does not read what the last client sent.
+#[test]
+fn a_socket_takes_another_client_though_the_guest_is_deaf() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let socket = directory.path().join("socket");
+    sparse(&directory.path().join("disk.img"), 1 << 30);
+    let mut command = vm(directory.path(), Program::DiskLoad, "unix:socket");
+    let session = Session::start(command.args(["--disk", "disk.img,throttling.iops-total=100"]));
+    for _ in 0..3 {
+        let mut client = connect(&socket);
+        client.write_all(&pasted()).unwrap();
+        Transcript::of(client.try_clone().unwrap()).expect("..", BOUND).unwrap();
+        client.shutdown(std::net::Shutdown::Both).unwrap();
+    }
+    session.signal(rustix::process::Signal::TERM);
+    session.wait(BOUND).must_be(0);
 }

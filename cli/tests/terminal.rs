@@ -1,6 +1,9 @@
 //! The user's terminal: raw while the guest has it, and as it was on every way out.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
+use std::thread;
+use std::time::{Duration, Instant};
+
 use minivmm_tests::guest::{self, Program};
 use minivmm_tests::session::{Session, Terminal};
 use minivmm_tests::{BOUND, kvm_is_usable, minivmm, small_guest};
@@ -19,6 +22,12 @@ const WAYS_OUT: &[WayOut] = &[
     ("a crash by SIGSEGV", |vm| vm.signal(Signal::SEGV), 128 + 11),
     ("a crash by SIGBUS", |vm| vm.signal(Signal::BUS), 128 + 7),
     ("SIGABRT", |vm| vm.signal(Signal::ABORT), 128 + 6),
+    ("SIGQUIT", |vm| vm.signal(Signal::QUIT), 0),
+    ("SIGUSR1", |vm| vm.signal(Signal::USR1), 128 + 10),
+    ("SIGUSR2", |vm| vm.signal(Signal::USR2), 128 + 12),
+    ("SIGALRM", |vm| vm.signal(Signal::ALARM), 128 + 14),
+    ("SIGXCPU", |vm| vm.signal(Signal::XCPU), 128 + 24),
+    ("SIGSYS", |vm| vm.signal(Signal::SYS), 128 + 31),
 ];
 
 #[test]
@@ -58,6 +67,26 @@ fn keys_go_to_the_guest_but_for_ctrl_a() {
     assert!(help.contains("Ctrl-A x"), "{help}");
     vm.send([4]);
     vm.wait(BOUND).must_be(guest::SUCCESS);
+}
+
+/// The way out is open also when the guest has stopped reading what is typed.
+#[test]
+fn a_guest_that_does_not_listen_can_be_left() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let mut command = small_guest(directory.path(), Program::Spin);
+    let (mut vm, terminal, before) = Session::start_on_terminal(&mut command);
+    let deadline = Instant::now() + BOUND;
+    while terminal.settings() == before {
+        assert!(Instant::now() < deadline, "it never becomes raw");
+        thread::sleep(Duration::from_millis(5));
+    }
+    vm.send([b'?'; 1000]);
+    vm.send(b"\x01x");
+    vm.wait(BOUND).must_be(0);
+    assert_eq!(terminal.settings(), before);
 }
 
 #[test]

@@ -111,7 +111,7 @@ enum InputState {
     Absent,
     /// Polled: read when readable.
     Polled,
-    /// Not polled until the guest makes room in the UART's FIFO.
+    /// Polled for its end only, until the guest makes room in the UART's FIFO.
     Full,
     /// A regular file, which epoll refuses (EPERM): always readable.
     AlwaysReady,
@@ -232,22 +232,19 @@ impl MainLoop {
     /// Moves input to the guest until the UART is full or the input has nothing more for now.
     fn input(&mut self, ops: &mut EventOps<'_>) {
         loop {
-            let mut serial = self.serial.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            let room = serial.input_room();
-            if room == 0 {
-                drop(serial);
+            let room = self.feed();
+            let appetite = self.console.input.appetite(room);
+            if appetite == 0 {
                 self.pause_input(ops);
                 return;
             }
             let (mut quit, mut help) = (false, false);
-            let open = self.console.input.read(room, |typed| match typed {
-                Typed::Byte(byte) => {
-                    serial.enqueue(&[byte]);
-                }
+            let open = self.console.input.read(appetite, |typed| match typed {
+                Typed::Byte(_) => {}
                 Typed::Help => help = true,
                 Typed::Quit => quit = true,
             });
-            drop(serial);
+            self.feed();
             if help {
                 let _ = io::Write::write_all(&mut self.console.output.writer(), HELP.as_bytes());
             }
@@ -265,17 +262,42 @@ impl MainLoop {
         }
     }
 
+    /// Gives the UART what waits for it, as far as it has room. Returns how much more it would take; when that is 0, it says
+    /// when to come again.
+    fn feed(&mut self) -> usize {
+        let mut serial = self.serial.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let room = serial.input_room();
+        serial.enqueue(&self.console.input.take(room));
+        serial.input_room()
+    }
+
     fn pause_input(&mut self, ops: &mut EventOps<'_>) {
         if self.input == InputState::Polled
             && let Some(fd) = self.console.input.fd()
         {
-            let _ = ops.remove(Events::empty_raw(fd));
+            let _ = ops.modify(Events::with_data_raw(fd, Source::Input as u32, EventSet::empty()));
             self.input = InputState::Full;
+        }
+    }
+
+    /// The other end was closed while the guest takes no input: what it sent is kept, but a next client may come.
+    fn input_hung_up(&mut self, ops: &mut EventOps<'_>) {
+        if let Some(fd) = self.console.input.fd() {
+            let _ = ops.remove(Events::empty_raw(fd));
+        }
+        self.listen(ops);
+    }
+
+    fn listen(&self, ops: &mut EventOps<'_>) {
+        if let Some(listener) = &self.console.listener {
+            self.console.output.disconnect();
+            let _ = ops.add(events(listener.as_raw_fd(), Source::Listener));
         }
     }
 
     fn input_drained(&mut self, ops: &mut EventOps<'_>) {
         let _ = self.input_drained.read();
+        self.feed();
         match self.input {
             InputState::Full => self.open_input(ops),
             InputState::AlwaysReady => self.input(ops),
@@ -285,7 +307,8 @@ impl MainLoop {
 
     fn open_input(&mut self, ops: &mut EventOps<'_>) {
         let Some(fd) = self.console.input.fd() else { return };
-        match ops.add(events(fd, Source::Input)) {
+        // It may still be polled for its end.
+        match ops.add(events(fd, Source::Input)).or_else(|_| ops.modify(events(fd, Source::Input))) {
             Ok(()) => self.input = InputState::Polled,
             Err(_) => {
                 self.input = InputState::AlwaysReady;
@@ -295,17 +318,17 @@ impl MainLoop {
     }
 
     fn close_input(&mut self, ops: &mut EventOps<'_>) {
-        if self.input == InputState::Polled
-            && let Some(fd) = self.console.input.fd()
-        {
+        self.forget_input(ops);
+        self.listen(ops);
+    }
+
+    fn forget_input(&mut self, ops: &mut EventOps<'_>) {
+        // Fails where nothing is polled: after its end, or a regular file.
+        if let Some(fd) = self.console.input.fd() {
             let _ = ops.remove(Events::empty_raw(fd));
         }
         self.input = InputState::Absent;
         self.console.input.disconnect();
-        if let Some(listener) = &self.console.listener {
-            self.console.output.disconnect();
-            let _ = ops.add(events(listener.as_raw_fd(), Source::Listener));
-        }
     }
 
     /// One client at a time: the next one waits in the socket's backlog.
@@ -314,6 +337,8 @@ impl MainLoop {
         let Some(client) = listener.accept().map(OwnedFd::from) else { return };
         let Ok(output) = client.try_clone() else { return };
         let _ = ops.remove(Events::empty_raw(listener.as_raw_fd()));
+        // The last one may have left behind what the guest did not want.
+        self.forget_input(ops);
         self.console.output.connect(output);
         self.console.input.connect(File::from(client));
         self.open_input(ops);
@@ -378,6 +403,7 @@ impl MutEventSubscriber for MainLoop {
             },
             Some(Source::Timer) => self.end(Outcome::Timeout),
             Some(Source::VmEvent) => self.vm_events(),
+            Some(Source::Input) if self.input == InputState::Full => self.input_hung_up(ops),
             Some(Source::Input) => self.input(ops),
             Some(Source::InputDrained) => self.input_drained(ops),
             Some(Source::Listener) => self.accept(ops),
