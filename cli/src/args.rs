@@ -36,7 +36,7 @@ struct Arguments {
     disks: Vec<DiskOption>,
 
     /// Guest memory: 512M, 2G, 65536K; a plain number counts MiB.
-    #[arg(long, short, value_name = "SIZE", default_value = "512M", allow_negative_numbers = true, value_parser = size::memory)]
+    #[arg(long, short, value_name = "SIZE", default_value = "512M", allow_hyphen_values = true, value_parser = size::memory)]
     memory: u64,
 
     /// Take guest memory from the host's pool of huge pages, all of it at the start.
@@ -44,7 +44,7 @@ struct Arguments {
     hugepages: bool,
 
     /// Number of virtual CPUs.
-    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 1, allow_hyphen_values = true, value_parser = clap::value_parser!(u32).range(1..))]
     cpus: u32,
 
     /// The host's processor for each virtual CPU, in order: 0,2-3.
@@ -72,7 +72,7 @@ struct Arguments {
     paused: bool,
 
     /// End the VM after this long with exit status 124: 60s, 5m, 1h.
-    #[arg(long, value_name = "TIME", allow_negative_numbers = true, value_parser = size::duration)]
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = size::duration)]
     timeout: Option<Duration>,
 
     /// Open I/O port 0xf4: a byte that the guest writes there becomes the exit status.
@@ -133,6 +133,13 @@ impl Arguments {
             return Err(format!("--vcpu-affinity names {named} processors; name one for each of the --cpus {cpus}"));
         }
         let disks = self.disks.into_iter().enumerate().map(|(index, disk)| disk.into_config(index, machine));
+        let disks = disks.collect::<Result<Vec<_>, _>>()?;
+        for (index, disk) in disks.iter().enumerate() {
+            if disks[..index].iter().any(|other| other.id == disk.id) {
+                let (path, id) = (disk.image.path.display(), &disk.id);
+                return Err(format!("--disk {path}: id={id} is another disk's; give each its own id="));
+            }
+        }
         Ok(VmConfig {
             kernel: self.kernel,
             initrd: self.initrd,
@@ -143,7 +150,7 @@ impl Arguments {
             vcpu_affinity,
             io_affinity: self.io_affinity.unwrap_or_default().0,
             acpi: self.acpi == Switch::On,
-            disks: disks.collect::<Result<_, _>>()?,
+            disks,
             qmp: self.qmp,
             paused: self.paused,
             console: self.console,

@@ -7,12 +7,14 @@ use devices::block::{BlockOptions, ErrorPolicy, Geometry, Limit};
 use devices::disk::OpenOptions;
 use vmm::DiskConfig;
 
+use crate::size;
+
 /// What `--help` says about the keys.
 pub(crate) const HELP: &str = "Disk keys, with QEMU's names:
   format=raw|qcow2              never guessed from the content [raw]
   readonly=on|off               the guest cannot write [off]
   snapshot=on|off               writes go to a temporary overlay and vanish [off]
-  id=NAME                       what control clients call the disk [vda, vdb, ...]
+  id=NAME                       what control clients call the disk, and no other [vda, vdb, ...]
   serial=TEXT                   up to 20 characters, in the guest's /sys/block/vda/serial
   cache=writeback|none|writethrough|directsync|unsafe    [writeback]
   aio=io_uring|threads          how requests reach the host [io_uring]
@@ -140,6 +142,8 @@ impl DiskOption {
             "snapshot" => self.image.snapshot = switch(value)?,
             "cache" => self.image.cache = word(value)?,
             "aio" => self.image.aio = word(value)?,
+            "discard" if value == "on" => self.image.discard = word("unmap")?,
+            "discard" if value == "off" => self.image.discard = word("ignore")?,
             "discard" => self.image.discard = word(value)?,
             "detect-zeroes" => self.image.detect_zeroes = word(value)?,
             "locking" => self.image.locking = switch(value)?,
@@ -152,15 +156,17 @@ impl DiskOption {
             "serial" => self.device.serial = Some(value.to_owned()),
             "num-queues" => self.num_queues = Some(number(value)?),
             "queue-size" => self.device.queue_size = number(value)?,
-            "logical-block-size" => self.device.logical_block_size = Some(number(value)?),
-            "physical-block-size" => self.device.physical_block_size = Some(number(value)?),
-            "min-io-size" => self.device.min_io_size = Some(number(value)?),
-            "opt-io-size" => self.device.opt_io_size = Some(number(value)?),
+            "logical-block-size" => self.device.logical_block_size = Some(bytes(value)?),
+            "physical-block-size" => self.device.physical_block_size = Some(bytes(value)?),
+            "min-io-size" => self.device.min_io_size = Some(bytes(value)?),
+            "opt-io-size" => self.device.opt_io_size = Some(bytes(value)?),
             "cyls" => geometry[0] = Some(number(value)?),
             "heads" => geometry[1] = Some(number(value)?),
             "secs" => geometry[2] = Some(number(value)?),
-            _ if key.starts_with("throttling.") => *self.limit(&key["throttling.".len()..])? = number(value)?,
-            _ => return Err("unknown key; minivmm --help lists them".to_owned()),
+            _ => match key.strip_prefix("throttling.").and_then(|limit| self.limit(limit)) {
+                Some(limit) => *limit = if in_bytes(key) { bytes(value)? } else { number(value)? },
+                None => return Err(unknown(key)),
+            },
         }
         Ok(())
     }
@@ -168,21 +174,66 @@ impl DiskOption {
 
 impl DiskOption {
     /// The number behind `throttling.KEY`.
-    fn limit(&mut self, key: &str) -> Result<&mut u64, String> {
+    fn limit(&mut self, key: &str) -> Option<&mut u64> {
         let throttling = &mut self.device.throttling;
         if key == "iops-size" {
-            return Ok(&mut throttling.operation_size);
+            return Some(&mut throttling.operation_size);
         }
         for (limit, rate) in Limit::ALL.into_iter().zip(&mut throttling.rates) {
             match key.strip_prefix(limit.option()) {
-                Some("") => return Ok(&mut rate.average),
-                Some("-max") => return Ok(&mut rate.max),
-                Some("-max-length") => return Ok(&mut rate.max_length),
+                Some("") => return Some(&mut rate.average),
+                Some("-max") => return Some(&mut rate.max),
+                Some("-max-length") => return Some(&mut rate.max_length),
                 _ => {}
             }
         }
-        Err("unknown limit; minivmm --help lists them".to_owned())
+        None
     }
+}
+
+/// Keys that people mistype, for a suggestion.
+const KEYS: [&str; 23] = [
+    "format",
+    "readonly",
+    "snapshot",
+    "id",
+    "serial",
+    "cache",
+    "aio",
+    "discard",
+    "detect-zeroes",
+    "locking",
+    "rerror",
+    "werror",
+    "backing",
+    "scsi",
+    "num-queues",
+    "queue-size",
+    "logical-block-size",
+    "physical-block-size",
+    "min-io-size",
+    "opt-io-size",
+    "cyls",
+    "heads",
+    "secs",
+];
+
+/// As clap does it for options.
+fn unknown(key: &str) -> String {
+    let limits = Limit::ALL
+        .into_iter()
+        .flat_map(|limit| ["", "-max", "-max-length"].map(|suffix| format!("throttling.{}{suffix}", limit.option())));
+    let known = KEYS.into_iter().map(str::to_owned).chain(limits).chain(["throttling.iops-size".to_owned()]);
+    let scored = known.map(|known| (strsim::jaro(key, &known), known)).filter(|(score, _)| *score > 0.7);
+    match scored.max_by(|(one, _), (other, _)| one.total_cmp(other)) {
+        Some((_, meant)) => format!("unknown key; did you mean '{meant}'?"),
+        None => "unknown key; minivmm --help lists them".to_owned(),
+    }
+}
+
+/// Whether the limit `key` counts bytes.
+fn in_bytes(key: &str) -> bool {
+    (key.contains(".bps") && !key.ends_with("-length")) || key.ends_with("-size")
 }
 
 /// Splits at commas; a doubled comma stands for one.
@@ -201,8 +252,8 @@ fn split(text: &str) -> Vec<String> {
 
 fn switch(value: &str) -> Result<bool, String> {
     match value {
-        "on" => Ok(true),
-        "off" => Ok(false),
+        "on" | "yes" | "true" | "y" => Ok(true),
+        "off" | "no" | "false" | "n" => Ok(false),
         _ => Err("write on or off".to_owned()),
     }
 }
@@ -223,6 +274,12 @@ fn word<T: FromStr<Err: Display>>(value: &str) -> Result<T, String> {
 
 fn number<T: FromStr>(value: &str) -> Result<T, String> {
     value.parse().map_err(|_| "not a number in range".to_owned())
+}
+
+/// `4K`, `10M`, or plain bytes.
+fn bytes<T: TryFrom<u64>>(value: &str) -> Result<T, String> {
+    let bytes = size::bytes(value).and_then(|bytes| T::try_from(bytes).ok());
+    bytes.ok_or_else(|| "not a size in range; write 4K or a number of bytes".to_owned())
 }
 
 #[cfg(test)]
@@ -253,14 +310,45 @@ mod tests {
         assert_eq!(config.device.geometry, Some(Geometry { cylinders: 9, heads: 16, sectors: 63 }));
     }
 
+    /// QEMU takes them, too.
+    #[test]
+    fn words_and_units_that_people_use() {
+        let text =
+            "a,readonly=yes,scsi=true,backing=y,locking=no,discard=off,logical-block-size=4k,throttling.bps-read=1M";
+        let DiskOption { image, device, .. } = text.parse().unwrap();
+        assert!(image.read_only && image.scsi && image.backing && !image.locking);
+        assert_eq!(image.discard, "ignore".parse().unwrap());
+        assert_eq!(device.logical_block_size, Some(4096));
+        assert!(device.throttling.rates.iter().any(|rate| rate.average == 1 << 20));
+        for (word, same) in [("on", "unmap"), ("off", "ignore")] {
+            let discard = |word| format!("a,discard={word}").parse::<DiskOption>().unwrap().image.discard;
+            assert_eq!(discard(word), discard(same));
+        }
+    }
+
+    #[test]
+    fn suggestions_are_keys() {
+        for key in KEYS {
+            let error = format!("a,{key}=").parse::<DiskOption>().map(|_| ()).err().unwrap_or_default();
+            assert!(!error.contains("unknown"), "{error}");
+            assert!(HELP.contains(&format!("{key}=")), "{key}");
+        }
+    }
+
     #[test]
     fn bad_keys_are_named() {
         for (text, named) in [
             ("", "path"),
             (",readonly=on", "path"),
             ("a,readonly", "readonly"),
-            ("a,readonly=yes", "readonly=yes"),
-            ("a,chache=none", "chache"),
+            ("a,readonly=maybe", "readonly=maybe"),
+            ("a,chache=none", "chache=none: unknown key; did you mean 'cache'?"),
+            ("a,sreial=x", "did you mean 'serial'?"),
+            ("a,throttling.bps-totle-max=1", "did you mean 'throttling.bps-total-max'?"),
+            ("a,xyzzy=1", "unknown key; minivmm --help lists them"),
+            ("a,logical-block-size=8G", "logical-block-size=8G"),
+            ("a,throttling.iops-total=1k", "throttling.iops-total=1k"),
+            ("a,throttling.bps-total=1M,throttling.bps-total-max-length=1k", "throttling.bps-total-max-length=1k"),
             ("a,cache=fast", "cache=fast"),
             ("a,queue-size=-1", "queue-size=-1"),
             ("a,cyls=1", "cyls"),
@@ -269,7 +357,7 @@ mod tests {
             ("a,throttling.bps-total=1,throttling.bps-read=1", "throttling.bps-total"),
             ("a,throttling.iops-read-max=1", "throttling.iops-read-max"),
             ("a,id=", "id="),
-            ("a,scsi=yes", "scsi=yes"),
+            ("a,scsi=Yes", "scsi=Yes"),
             ("a,cyls=1,heads=300,secs=1", "heads=300"),
         ] {
             let error = text.parse::<DiskOption>().unwrap_err();

@@ -53,8 +53,11 @@ pub(super) const THROTTLE: &[Argument] = &[
 /// The disk `name`: by its `id=`, by that as a path of QEMU's object tree, or by the name that the guest gives it.
 fn find<'a>(machine: &'a Machine, name: &str) -> Result<&'a MachineDisk, Failure> {
     let id = name.strip_prefix("/machine/peripheral/").unwrap_or(name);
-    let named = |disk: &&MachineDisk| disk.config.id == id || disk.handle.name() == name;
-    machine.parts.disks.iter().find(named).ok_or_else(|| Failure::device_not_found(name))
+    let disks = &machine.parts.disks;
+    let by_id = disks.iter().find(|disk| disk.config.id == id);
+    // The guest's `vda` may be another disk's id.
+    let found = by_id.or_else(|| disks.iter().find(|disk| disk.handle.name() == name));
+    found.ok_or_else(|| Failure::device_not_found(name))
 }
 
 /// `block_resize`: the disk gets another size, and the guest hears of it.
