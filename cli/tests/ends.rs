@@ -2,6 +2,10 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
 use std::fs;
+use std::io::Write;
+use std::process::Stdio;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use minivmm_tests::files::sparse;
 use minivmm_tests::guest::{self, DISK_SECTORS, Program, words};
@@ -36,6 +40,50 @@ fn by_the_guest_or_the_clock() {
             [] => assert!(says.is_empty(), "{program:?} says nothing"),
             [line] => assert!(!says.is_empty() && line.contains(says), "{program:?}: {line}"),
             _ => panic!("{program:?}: more than one line: {lines:?}"),
+        }
+    }
+}
+
+/// As under `2>&1 | head`, and under `2>&1 | less`.
+#[test]
+fn nobody_reads_what_is_said() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let (reader, gone) = std::io::pipe().unwrap();
+    drop(reader);
+    let (_reader, mut full) = std::io::pipe().unwrap();
+    rustix::pipe::fcntl_setpipe_size(&full, 4096).unwrap();
+    full.write_all(&[b'x'; 4096]).unwrap();
+    let table: &[(Program, &[&str], i32)] = &[
+        (Program::PowerOff, &["--verbose"], 0),
+        (Program::PowerOff, &["--console", "pty", "--boot-timing"], 0),
+        (Program::PowerOff, &["--cpus", "0"], 2),
+        (Program::Panic, &[], 3),
+        (Program::Spin, &["--timeout", "200ms"], 124),
+    ];
+    for (stderr, pty) in [(gone, true), (full, false)] {
+        for (program, options, status) in table {
+            // The pty's name is a line that its user waits for.
+            if !pty && options.contains(&"pty") {
+                continue;
+            }
+            let mut command = small_guest(directory.path(), *program);
+            command.args(*options).stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr.try_clone().unwrap());
+            let mut child = command.spawn().unwrap();
+            let deadline = Instant::now() + BOUND;
+            let ended = loop {
+                match child.try_wait().unwrap() {
+                    Some(ended) => break ended,
+                    None if Instant::now() < deadline => thread::sleep(Duration::from_millis(5)),
+                    None => {
+                        child.kill().unwrap();
+                        panic!("{program:?} {options:?}: it does not end");
+                    }
+                }
+            };
+            assert_eq!(ended.code(), Some(*status), "{program:?} {options:?}");
         }
     }
 }

@@ -8,7 +8,7 @@ mod input;
 mod output;
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
@@ -57,7 +57,8 @@ impl Console {
             }
             ConsoleConfig::Pty => {
                 let (master, slave, name) = open_pty().map_err(failed("pty".to_owned()))?;
-                eprintln!("minivmm: the console is at {name}");
+                // Fails only when nobody reads it.
+                let _ = writeln!(io::stderr(), "minivmm: the console is at {name}");
                 let input = Input::new(Some(master.try_clone().map_err(failed("pty".to_owned()))?), false);
                 Ok(Self { _pty: Some(slave), ..Self::new(Some(master.into()), false, input)? })
             }
