@@ -101,8 +101,8 @@ fn ends_are_announced() {
     let table = [
         (Program::PowerOff, 0, &[("SHUTDOWN", "guest-shutdown")][..]),
         (Program::Reset, 0, &[("RESET", "guest-reset"), ("SHUTDOWN", "guest-reset")]),
-        (Program::Panic, 3, &[("GUEST_PANICKED", ""), ("SHUTDOWN", "guest-panic")]),
-        (Program::TripleFault, 3, &[("GUEST_PANICKED", ""), ("SHUTDOWN", "guest-panic")]),
+        (Program::Panic, 3, &[("GUEST_PANICKED", ""), ("STOP", ""), ("SHUTDOWN", "guest-panic")]),
+        (Program::TripleFault, 3, &[("GUEST_PANICKED", ""), ("STOP", ""), ("SHUTDOWN", "guest-panic")]),
     ];
     for (program, exit, events) in table {
         // The guest waits until we are there to listen.

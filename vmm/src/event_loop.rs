@@ -177,7 +177,11 @@ impl MainLoop {
             return;
         }
         match outcome {
-            Outcome::Panicked(_) => self.machine.announce(&Event::GuestPanicked),
+            Outcome::Panicked(_) => {
+                self.machine.announce(&Event::GuestPanicked);
+                // As in QEMU, which says STOP here. A vCPU that does not leave the guest is reported at the end.
+                let _ = self.machine.pause(Life::Paused);
+            }
             Outcome::Reset => self.machine.announce(&Event::Reset(outcome.cause())),
             _ => {}
         }
