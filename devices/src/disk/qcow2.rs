@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use imago::format::PreallocateMode;
 use imago::qcow2::Qcow2;
@@ -21,10 +21,11 @@ use super::bounce::Bounce;
 use super::file::HostFile;
 use super::image::{Image, Job};
 use super::open::check_length;
+use super::qcow2_tables::{Tables, in_place};
 use super::{DiscardMode, DiskError, Format, Limits, OpenError, OpenOptions, OpenReason, Operation, SECTOR};
 
 /// One layer of a chain, with all below it.
-type Layer = FormatAccess<imago::file::File>;
+pub(super) type Layer = FormatAccess<imago::file::File>;
 
 /// Most backing files one below the other.
 const MAX_CHAIN: usize = 64;
@@ -33,6 +34,8 @@ const MAX_CHAIN: usize = 64;
 pub(super) struct Qcow2Image {
     /// Shared for transfers, exclusive for what may free clusters under a transfer's feet.
     top: RwLock<Layer>,
+    /// Held, below `top`, by those who take clusters and by those who write the tables back.
+    tables: Mutex<Tables>,
     /// Bytes, a multiple of the sector size.
     capacity: AtomicU64,
     /// What can be zeroed without writing zeroes, in bytes.
@@ -63,7 +66,9 @@ impl Qcow2Image {
             discard_granularity: cluster.filter(|_| discard).unwrap_or(0) as u32,
             secure_erase: false,
         };
-        Ok(Self { capacity: AtomicU64::new(sectors(top.size())), top: RwLock::new(top), cluster, limits, discard })
+        let capacity = AtomicU64::new(sectors(top.size()));
+        let tables = Mutex::new(Tables::new(cluster));
+        Ok(Self { top: RwLock::new(top), tables, capacity, cluster, limits, discard })
     }
 
     fn shared(&self) -> RwLockReadGuard<'_, Layer> {
@@ -72,6 +77,10 @@ impl Qcow2Image {
 
     fn exclusive(&self) -> RwLockWriteGuard<'_, Layer> {
         self.top.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tables(&self) -> MutexGuard<'_, Tables> {
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn read(&self, job: &mut Job, bounce: &mut Bounce) -> io::Result<()> {
@@ -87,9 +96,20 @@ impl Qcow2Image {
         while job.length > 0 {
             let (buffer, offset) = (piece(bounce, job), job.offset);
             job.take(buffer);
-            self.shared().write(&*buffer, offset)?;
+            self.put(buffer, offset)?;
         }
         Ok(())
+    }
+
+    /// Writes `data`: beside others where the image has clusters for it, in turn with them where it has not.
+    fn put(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        let (top, range) = (self.shared(), offset..offset + data.len() as u64);
+        if in_place(&top, &range)? {
+            return top.write(data, offset);
+        }
+        let mut tables = self.tables();
+        let result = top.write(data, offset);
+        tables.settle(&top, range).and(result)
     }
 
     /// Zeroes that keep their clusters, or give them back.
@@ -103,8 +123,16 @@ impl Qcow2Image {
         self.write_plain_zeroes(start..from, bounce)?;
         let result = match unmap && self.discard {
             _ if from == to => Ok(()),
-            true => self.exclusive().discard_to_zero(from, to - from),
-            false => self.shared().write_zeroes(from, to - from),
+            true => {
+                let mut top = self.exclusive();
+                let result = top.discard_to_zero(from, to - from);
+                self.tables().settle(&top, from..to).and(result)
+            }
+            false => {
+                let (top, mut tables) = (self.shared(), self.tables());
+                let result = top.write_zeroes(from, to - from);
+                tables.settle(&top, from..to).and(result)
+            }
         };
         match result {
             Err(error) if error.kind() == io::ErrorKind::Unsupported => self.write_plain_zeroes(from..to, bounce)?,
@@ -119,7 +147,7 @@ impl Qcow2Image {
         let mut at = range.start;
         while at < range.end {
             let length = (range.end - at).min(buffer.len() as u64);
-            self.shared().write(&buffer[..length as usize], at)?;
+            self.put(&buffer[..length as usize], at)?;
             at += length;
         }
         Ok(())
@@ -128,10 +156,12 @@ impl Qcow2Image {
     fn discard(&self, job: &Job) -> io::Result<()> {
         match self.discard {
             // A hint: what cannot be given back stays.
-            true => match self.exclusive().discard_to_any(job.offset, job.length) {
-                Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
-                result => result,
-            },
+            true => {
+                let mut top = self.exclusive();
+                let result = top.discard_to_any(job.offset, job.length);
+                self.tables().settle(&top, job.offset..job.end())?;
+                result.or_else(|error| if error.kind() == io::ErrorKind::Unsupported { Ok(()) } else { Err(error) })
+            }
             false => Ok(()),
         }
     }
@@ -139,7 +169,9 @@ impl Qcow2Image {
     /// Metadata that imago still holds goes to the file, and the file to the medium.
     fn flush(&self) -> io::Result<()> {
         let top = self.shared();
+        let tables = self.tables();
         top.flush()?;
+        drop(tables);
         top.sync()
     }
 }
@@ -174,7 +206,12 @@ impl Image for Qcow2Image {
         if bytes == 0 || !bytes.is_multiple_of(SECTOR) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the size must be a multiple of 512 bytes"));
         }
-        self.exclusive().resize(bytes, PreallocateMode::Zero)?;
+        let mut top = self.exclusive();
+        let result = top.resize(bytes, PreallocateMode::Zero);
+        // The first-level table may be new, and second-level ones gone.
+        *self.tables() = Tables::new(self.cluster);
+        top.flush().and(result)?;
+        drop(top);
         self.refresh_capacity().map(drop)
     }
 
