@@ -26,6 +26,7 @@ mod open;
 mod options;
 mod pool;
 mod qcow2;
+mod qcow2_header;
 mod qcow2_tables;
 mod raw;
 mod ring;

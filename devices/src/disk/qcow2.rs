@@ -6,7 +6,6 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -22,7 +21,9 @@ use super::file::HostFile;
 use super::image::{Image, Job};
 use super::open::check_length;
 use super::qcow2_tables::{Tables, in_place};
-use super::{DiscardMode, DiskError, Format, Limits, OpenError, OpenOptions, OpenReason, Operation, SECTOR};
+use super::{
+    DiscardMode, DiskError, Format, Limits, OpenError, OpenOptions, OpenReason, Operation, SECTOR, qcow2_header,
+};
 
 /// One layer of a chain, with all below it.
 pub(super) type Layer = FormatAccess<imago::file::File>;
@@ -258,7 +259,7 @@ fn open_layer(
     if format == Format::Raw {
         return Ok(Layer::new(Raw::open_image(storage(file)?, writable).map_err(|error| refused(error.into()))?));
     }
-    check_header(&file, direct.is_some()).map_err(refused)?;
+    qcow2_header::check(&file, direct).map_err(refused)?;
     // Opening for writing may write, so look first whether the image will do.
     let second = file.try_clone().map_err(|error| refused(error.into()))?;
     let mut image = Qcow2::open_image(storage(second)?, false).map_err(unusable)?;
@@ -283,25 +284,6 @@ fn open_layer(
     image.set_data_file(None);
     image.set_backing(backing);
     Ok(Layer::new(image))
-}
-
-/// What imago does not look at: encryption, and (to say it more clearly) the magic number. The header is read as
-/// `docs/interop/qcow2.txt` of QEMU describes it.
-fn check_header(file: &File, direct: bool) -> Result<(), OpenReason> {
-    const MAGIC: [u8; 4] = *b"QFI\xfb";
-    let mut bounce = Bounce::default();
-    let buffer = bounce.buffer();
-    // Direct I/O reads whole blocks only.
-    let length = if direct { buffer.len() } else { SECTOR as usize };
-    let length = file.read_at(&mut buffer[..length], 0)?;
-    // Bytes 32 to 35: the encryption method, 0 for none.
-    if length < 72 || buffer[..4] != MAGIC {
-        return Err(OpenReason::NotQcow2);
-    }
-    if buffer[32..36] != [0; 4] {
-        return Err(OpenReason::Qcow2Feature("is encrypted"));
-    }
-    Ok(())
 }
 
 /// A qcow2 image over `base` in a file that has no name, so that it goes when it is closed, however that happens.

@@ -241,6 +241,13 @@ fn unsuitable_qcow2_images_are_refused_in_one_line() {
         variant("version", &|image| image[7] = 9);
         variant("cut", &|image| image.truncate(100));
         variant("huge-l1", &|image| image[36..40].fill(0xff));
+        variant("huge-size", &|image| image[24] = 0x40);
+        variant("huge-refcounts", &|image| image[56] = 1);
+        variant("no-refcounts", &|image| image[56..60].fill(0));
+        variant("wild-refcounts", &|image| image[48] = 0x40);
+        variant("wilder-refcounts", &|image| image[48..56].fill(0xff));
+        variant("zstd", &|image| image[79] |= 8);
+        variant("extended-l2", &|image| image[79] |= 16);
         variant("wild-l1", &|image| image[40..48].fill(0x7f));
         let small = ["create", "-f", "qcow2"];
         qemu_img_ok(&[&small[..], &[text(&path("no-size")), "0"]].concat());
@@ -262,7 +269,14 @@ fn unsuitable_qcow2_images_are_refused_in_one_line() {
             (path("future"), "is not usable as qcow2"),
             (path("version"), "is not usable as qcow2"),
             (path("cut"), "is not usable as qcow2"),
-            (path("huge-l1"), "is not usable as qcow2"),
+            (path("huge-l1"), "is not usable as qcow2 (its L1 table is larger than 32 MiB"),
+            (path("huge-size"), "is not usable as qcow2 (its L1 table is larger than 32 MiB"),
+            (path("huge-refcounts"), "its refcount table is larger than 8 MiB"),
+            (path("no-refcounts"), "it has no refcount table"),
+            (path("wild-refcounts"), "its refcount table does not count the header"),
+            (path("wilder-refcounts"), "its refcount table does not count the header"),
+            (path("zstd"), "has clusters that zstd compressed, which is not supported; convert it"),
+            (path("extended-l2"), "has extended L2 entries, which is not supported; convert it"),
             (path("wild-l1"), "is not usable as qcow2"),
             (path("no-size"), "is 0 bytes long"),
             (path("split"), "keeps its data in another file"),
