@@ -147,12 +147,10 @@ impl Elf {
         if segments.is_empty() {
             return Err(damaged("nothing to load".to_owned()));
         }
-        for (name, entry) in [("entry point", Some(entry)), ("PVH entry point", pvh_entry)] {
-            if let Some(entry) = entry
-                && !segments.iter().any(|segment| (segment.start..segment.end()).contains(&entry))
-            {
-                return Err(damaged(format!("its {name} {entry:#x} is not in a loaded segment")));
-            }
+        // Where there is a PVH entry, the other is not used: the BSDs give a virtual address there.
+        let (name, used) = pvh_entry.map_or(("entry point", entry), |entry| ("PVH entry point", entry));
+        if !segments.iter().any(|segment| (segment.start..segment.end()).contains(&used)) {
+            return Err(damaged(format!("its {name} {used:#x} is not in a loaded segment")));
         }
         Ok(Self { entry, pvh_entry, segments })
     }
