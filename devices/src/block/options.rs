@@ -12,6 +12,8 @@ use crate::virtio::spec::blk;
 pub(super) const QUEUE_SIZE_MAX: u16 = 1024;
 /// Smallest queue: a header, two data segments and a status byte.
 pub(super) const QUEUE_SIZE_MIN: u16 = 4;
+/// Most queues; QEMU's.
+const QUEUES_MAX: u16 = 1024;
 /// Largest logical block in bytes.
 const LOGICAL_BLOCK_MAX: u32 = 32768;
 
@@ -22,7 +24,7 @@ pub struct BlockOptions {
     pub name: String,
     /// `serial`: the answer to GET_ID, at most 20 ASCII bytes.
     pub serial: Option<String>,
-    /// `num-queues`: at least 1. Worker threads: one a queue, at most one a host CPU.
+    /// `num-queues`: 1 to 1024. Worker threads: one a queue, at most one a host CPU.
     pub num_queues: u16,
     /// `queue-size`: descriptors a queue, a power of two from 4 to 1024.
     pub queue_size: u16,
@@ -104,7 +106,7 @@ impl BlockOptions {
         )?;
         let opt_io = self.opt_io_size.unwrap_or(limits.opt_io_size / logical * logical);
         require(opt_io.is_multiple_of(logical), "opt-io-size", opt_io, "must be a multiple of the logical block size")?;
-        require(self.num_queues >= 1, "num-queues", self.num_queues, "must be at least 1")?;
+        require((1..=QUEUES_MAX).contains(&self.num_queues), "num-queues", self.num_queues, "must be from 1 to 1024")?;
         require(
             self.queue_size.is_power_of_two() && (QUEUE_SIZE_MIN..=QUEUE_SIZE_MAX).contains(&self.queue_size),
             "queue-size",
@@ -237,6 +239,7 @@ mod tests {
             ("min-io-size=33554432", |o| o.min_io_size = Some(32 << 20)),
             ("opt-io-size=513", |o| o.opt_io_size = Some(513)),
             ("num-queues=0", |o| o.num_queues = 0),
+            ("num-queues=1025", |o| o.num_queues = 1025),
             ("queue-size=0", |o| o.queue_size = 0),
             ("queue-size=2", |o| o.queue_size = 2),
             ("queue-size=100", |o| o.queue_size = 100),

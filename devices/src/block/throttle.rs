@@ -111,6 +111,9 @@ impl Throttling {
                 return Err(format!("{total} cannot be used together with {read} or {write}"));
             }
         }
+        if self.operation_size > 0 && self.rates[3..].iter().all(|rate| rate.average == 0) {
+            return Err("iops-size needs iops-total, iops-read or iops-write".to_owned());
+        }
         for (limit, rate) in Limit::ALL.into_iter().zip(&self.rates) {
             let name = limit.option();
             let Rate { average, max, max_length } = *rate;
@@ -358,5 +361,10 @@ mod tests {
         ] {
             assert_eq!(check(rates), Err(named.to_owned()));
         }
+        let mut sized = limited(BytesTotal, 1, 0, 1);
+        sized.operation_size = 4096;
+        assert!(sized.check().unwrap_err().starts_with("iops-size needs iops-total"));
+        sized.rates[OperationsRead as usize].average = 1;
+        assert_eq!(sized.check(), Ok(()));
     }
 }
