@@ -67,12 +67,15 @@ fn open(path: &Path, writable: bool, direct: bool) -> Result<(File, Kind), OpenR
     Ok((file.into(), kind))
 }
 
-/// Locks an open image for as long as the returned description of it is open. It is one of its own, used for nothing
-/// else: what an io_uring has registered stays open for a moment after its process has ended, and whoever starts the same
+/// Locks an open image for as long as the returned description of it is open. It is one of its own, which no
+/// io_uring gets: what that has registered stays open for a moment after its process has ended, and whoever starts the same
 /// machine again would find its disk in use.
 fn lock(path: &Path, file: &File, kind: Kind, writable: bool) -> Result<File, OpenReason> {
+    // Of a device that is to be written, ranges are discarded and zeroed by it.
+    let claims = kind == Kind::BlockDevice && writable;
+    let access = if claims { OFlags::RDWR } else { OFlags::RDONLY };
     let describe = |flags| {
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK | flags;
+        let flags = access | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK | flags;
         rustix::fs::open(path, flags, Mode::empty())
     };
     let exclude = |description: &OwnedFd| {
@@ -82,7 +85,7 @@ fn lock(path: &Path, file: &File, kind: Kind, writable: bool) -> Result<File, Op
         })
     };
     // Not while the host has the device mounted (open(2), O_EXCL without O_CREAT).
-    let alone = if kind == Kind::BlockDevice && writable { OFlags::EXCL } else { OFlags::empty() };
+    let alone = if claims { OFlags::EXCL } else { OFlags::empty() };
     let description = describe(alone).or_else(|error| match error {
         // Or is it another of our kind that has it?
         Errno::BUSY => exclude(&describe(OFlags::empty())?).and(Err(OpenReason::Mounted)),

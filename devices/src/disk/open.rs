@@ -11,7 +11,7 @@ use super::engine::ImageDisk;
 use super::file::HostFile;
 use super::image::Image;
 use super::qcow2::Qcow2Image;
-use super::raw::{Policy, RawFile};
+use super::raw::{Kind, Policy, RawFile};
 use super::{DiscardMode, Disk, Format, OpenOptions, SECTOR, scsi};
 
 /// Why an image cannot be a disk: one line with the path, the reason, and what would work. The line already quotes its
@@ -157,6 +157,10 @@ pub fn open(options: &OpenOptions) -> Result<Arc<dyn Disk>, OpenError> {
 
 fn open_raw(options: &OpenOptions, locks: &mut Vec<File>) -> Result<RawFile, OpenReason> {
     let HostFile { file, kind, direct, lock } = HostFile::open(&options.path, !options.read_only, options)?;
+    let claimed = match &lock {
+        Some(lock) if kind == Kind::BlockDevice && !options.read_only => Some(lock.try_clone()?),
+        _ => None,
+    };
     locks.extend(lock);
     if options.scsi && !scsi::is_scsi_disk(&file) {
         return Err(OpenReason::NotScsi);
@@ -169,7 +173,8 @@ fn open_raw(options: &OpenOptions, locks: &mut Vec<File>) -> Result<RawFile, Ope
         }
         _ => {}
     }
-    Ok(RawFile::new(file, kind, Policy { discard: options.discard == DiscardMode::Unmap, direct })?)
+    let policy = Policy { discard: options.discard == DiscardMode::Unmap, direct };
+    Ok(RawFile::new(file, kind, policy)?.claimed(claimed))
 }
 
 /// Refuses a disk without a whole sector, and says what a guest will see of one with a broken sector.

@@ -32,6 +32,9 @@ pub(super) struct Policy {
 /// An open raw image.
 pub(super) struct RawFile {
     file: File,
+    /// A block device that is claimed (O_EXCL), by which its ranges are discarded and zeroed. Linux takes their pages out of the
+    /// cache on the claimant's word alone, and fails the calls of others with EBUSY where a page is dirty.
+    claimed: Option<File>,
     kind: Kind,
     policy: Policy,
     limits: Limits,
@@ -55,6 +58,7 @@ impl RawFile {
         let image = Self {
             in_memory: kind == Kind::Regular && limits::in_memory(&file)?,
             file,
+            claimed: None,
             kind,
             policy,
             limits,
@@ -65,6 +69,16 @@ impl RawFile {
         };
         image.refresh_capacity()?;
         Ok(image)
+    }
+
+    /// With another descriptor of the same device, claimed and open for writing.
+    pub(super) fn claimed(self, device: Option<File>) -> Self {
+        Self { claimed: device, ..self }
+    }
+
+    /// What to discard and zero ranges by.
+    fn by_range(&self) -> &File {
+        self.claimed.as_ref().unwrap_or(&self.file)
     }
 
     /// Whether `job`, a read or write, can go to the file as it is.
@@ -171,7 +185,7 @@ impl RawFile {
                 // A device takes whole blocks; what a hint covers only in part stays.
                 let unit = u64::from(self.limits.logical_block_size);
                 let (start, end) = (job.offset.next_multiple_of(unit), job.end() - job.end() % unit);
-                if start < end { block::discard(&self.file, start, end - start) } else { Ok(()) }
+                if start < end { block::discard(self.by_range(), start, end - start) } else { Ok(()) }
             }
         };
         // A hint that cannot be followed is no error.
@@ -203,7 +217,7 @@ impl RawFile {
     /// The file keeps its size: past its end, a punched hole is nothing and a zeroed range is preallocation.
     fn fallocate(&self, mode: FallocateFlags, job: &Job) -> io::Result<()> {
         loop {
-            match rustix::fs::fallocate(&self.file, mode | FallocateFlags::KEEP_SIZE, job.offset, job.length) {
+            match rustix::fs::fallocate(self.by_range(), mode | FallocateFlags::KEEP_SIZE, job.offset, job.length) {
                 Err(Errno::INTR) => {}
                 result => return Ok(result?),
             }
@@ -276,7 +290,7 @@ impl Image for RawFile {
             Operation::Discard => self.discard(job),
             Operation::WriteZeroes { unmap, durable } => self.write_zeroes(job, unmap, durable, bounce),
             Operation::SecureErase => match self.kind {
-                Kind::BlockDevice => block::secure_erase(&self.file, job.offset, job.length),
+                Kind::BlockDevice => block::secure_erase(self.by_range(), job.offset, job.length),
                 Kind::Regular => Err(Errno::OPNOTSUPP.into()),
             },
         };

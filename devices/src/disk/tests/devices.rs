@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::model::{self, Discarded, SECTORS};
-use super::rig::{self, Request, Rig, every_way};
+use super::rig::{self, Request, Rig, WRITE, every_way};
 use crate::disk::{DetectZeroes, DiskError, OpenOptions, OpenReason, Operation, SECTOR, open};
 
 const SIZE: u64 = SECTORS * SECTOR;
@@ -58,6 +58,28 @@ fn a_block_device_is_a_disk() {
             model::run(4, Discarded::ZeroOrOld, image, || disk.clone(), |model| assert!(image() == model));
             let mut rig = Rig::new(disk);
             assert_eq!(rig.error(Request::bare(Operation::SecureErase, 0, 4096)), DiskError::Unsupported);
+        }
+    }
+}
+
+/// Ranges go while the host's cache holds what the guest has just written there, claimed or not.
+#[test]
+fn what_is_not_yet_on_the_device_can_be_discarded() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(4 << 20).unwrap();
+    let Some(device) = Loop::new(file.path(), 4096) else { return };
+    let length = 256 << 10;
+    for locking in [true, false] {
+        let mut rig = Rig::new(open(&OpenOptions { locking, ..OpenOptions::new(&device.0) }).unwrap());
+        rig.put(0, &vec![7; length]);
+        for round in 0..20 {
+            let zeroes = |unmap| Operation::WriteZeroes { unmap, durable: false };
+            for operation in [Operation::Discard, zeroes(true), zeroes(false)] {
+                rig.ok(Request::plain(WRITE, 0, 0, length as u32));
+                rig.ok(Request::bare(operation, 0, length as u64));
+                rig.ok(Request::plain(Operation::Read, 0, 1 << 20, length as u32));
+                assert_eq!(rig.get(1 << 20, length), vec![0; length], "{operation:?}, round {round}");
+            }
         }
     }
 }
