@@ -27,6 +27,7 @@ mod options;
 mod pool;
 mod qcow2;
 mod qcow2_header;
+mod qcow2_storage;
 mod qcow2_tables;
 mod raw;
 mod ring;

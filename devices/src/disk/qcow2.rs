@@ -13,20 +13,21 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockW
 use imago::format::PreallocateMode;
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, StorageOpenOptions};
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder};
 use rustix::fs::{Mode, OFlags};
 
 use super::bounce::Bounce;
 use super::file::HostFile;
 use super::image::{Image, Job};
 use super::open::check_length;
+use super::qcow2_storage::HostStorage;
 use super::qcow2_tables::{Tables, in_place};
 use super::{
     DiscardMode, DiskError, Format, Limits, OpenError, OpenOptions, OpenReason, Operation, SECTOR, qcow2_header,
 };
 
 /// One layer of a chain, with all below it.
-pub(super) type Layer = FormatAccess<imago::file::File>;
+pub(super) type Layer = FormatAccess<HostStorage>;
 
 /// Most backing files one below the other.
 const MAX_CHAIN: usize = 64;
@@ -251,11 +252,7 @@ fn open_layer(
     }
     let HostFile { file, direct, lock, .. } = HostFile::open(path, writable, options).map_err(refused)?;
     locks.extend(lock);
-    // Without `write`, imago does not try writing to find out what direct I/O wants.
-    let storage = |file: File| {
-        let options = StorageOpenOptions::new().direct(direct.is_some()).write(writable && direct.is_none());
-        imago::file::File::from_open_file(file, options).map_err(|error| refused(error.into()))
-    };
+    let storage = |file: File| HostStorage::new(file, writable, direct).map_err(|error| refused(error.into()));
     if format == Format::Raw {
         return Ok(Layer::new(Raw::open_image(storage(file)?, writable).map_err(|error| refused(error.into()))?));
     }
@@ -293,7 +290,7 @@ fn temporary_overlay(base: Layer) -> Result<Layer, OpenReason> {
     let create = || -> io::Result<Layer> {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         let file = File::from(rustix::fs::open(&directory, flags, Mode::RUSR | Mode::WUSR)?);
-        let storage = imago::file::File::from_open_file(file, StorageOpenOptions::new().write(true))?;
+        let storage = HostStorage::new(file, true, None)?;
         let size = sectors(base.size());
         let overlay = Qcow2::create_builder(storage)
             .size(size)

@@ -141,6 +141,31 @@ fn a_snapshot_leaves_the_image_alone() {
     }
 }
 
+/// Holes take direct I/O of any alignment, and data does not.
+#[test]
+fn direct_io_of_a_sparse_image_is_aligned() {
+    for directory in directories() {
+        let path = directory.path().join("sparse");
+        fs::write(&path, vec![0x77; 1 << 20]).unwrap();
+        let file = fs::File::options().write(true).open(&path).unwrap();
+        let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&file, punch, 0, 65536).unwrap();
+        drop(file);
+        let options = OpenOptions { snapshot: true, cache: CacheMode::None, ..OpenOptions::new(&path) };
+        let mut rig = match open(&options) {
+            Err(error) if matches!(error.reason, OpenReason::NoDirect) => continue,
+            result => Rig::new(result.unwrap()),
+        };
+        // Each leaves the rest of a cluster to be copied from the image.
+        for n in 1..16 {
+            rig.ok(Request::plain(WRITE, n * 65536 + n * 512, 0, 1024));
+            rig.ok(Request::plain(Operation::Read, n * 65536, 4096, 65536));
+            assert_eq!(rig.get(4096 + 512 * n, 1024), [0; 1024]);
+            assert_eq!(rig.get(4096 + 512 * n + 1024, 512), [0x77; 512]);
+        }
+    }
+}
+
 #[test]
 fn a_read_only_qcow2_writes_nothing() {
     let directory = tempfile::tempdir().unwrap();
