@@ -1,12 +1,13 @@
-//! What keeps a qcow2 image sound in its file at every moment, so that a process that is killed leaves clusters unused at
-//! worst.
+//! What keeps a qcow2 image sound in its file, so that a process that is killed leaves clusters unused at worst.
 //!
 //! A cluster has to be counted in the file before anything in the file refers to it: whoever opens the image next takes one
 //! that is not counted for free, and gives it away a second time. imago 0.2.6 keeps tables in memory and writes them back
 //! in the right order, with two gaps, which this closes:
 //! - It writes the tables one after the other. A cluster that another thread takes meanwhile may be referred to by a table
 //!   written later, while its count was written before. So these two never happen at the same time.
-//! - A new table is referred to in the file at once, and counted at the next flush. So that follows at once.
+//! - A new table is referred to in the file at once, and counted at the next flush. So that follows at once, after
+//!   the rest of the write that made the table. This is short, and rare: a table maps 512 MiB with clusters of 64 KiB. But it
+//!   maps 32 KiB with clusters of 512 bytes, so such an image may still suffer when it grows under direct I/O.
 
 use std::io;
 use std::ops::Range;
