@@ -78,6 +78,8 @@ pub(super) struct Ring {
     restored: bool,
     /// Set once the driver broke the ring; no more chains are taken from it.
     broken: bool,
+    /// The driver is taking the ring back: what has not begun need not be done.
+    pub(super) leaving: bool,
     /// What the driver is yet to hear of.
     pub(super) moderation: Moderation,
 }
@@ -89,7 +91,18 @@ impl Ring {
         let published = queue.next_used();
         let restored = published != 0;
         let moderation = Moderation::new(hold);
-        Self { index, queue, kick, outstanding: 0, event_index, published, restored, broken: false, moderation }
+        Self {
+            index,
+            queue,
+            kick,
+            outstanding: 0,
+            event_index,
+            published,
+            restored,
+            broken: false,
+            leaving: false,
+            moderation,
+        }
     }
 
     /// Hands the queue back. Nothing may be outstanding.

@@ -399,7 +399,13 @@ impl Worker {
         if let Then::Piece(index) = self.slots.get(tag).then
             && let Some(Piece { operation, offset, length }) = self.slots.piece(tag, index)
         {
-            self.slots.get(tag).then = Then::Piece(index + 1);
+            let slot = self.slots.get(tag);
+            // A reset need not wait for gigabytes of zeroes.
+            if self.rings[slot.ring].as_ref().is_some_and(|ring| ring.leaving) {
+                let slot = self.slots.remove(tag);
+                return self.answer(slot, blk::S_IOERR);
+            }
+            slot.then = Then::Piece(index + 1);
             return self.engine.submit(Transfer { tag, operation, offset, length, ranges: &[] });
         }
         let slot = self.slots.remove(tag);
@@ -479,8 +485,11 @@ impl Worker {
     }
 
     /// Drains, and gives the queue at `position` back, with an answer to everything but what the error policy keeps: the
-    /// driver has given that up.
+    /// driver has given that up. Requests of several segments end where they are.
     pub(super) fn remove_ring(&mut self, position: usize) -> Option<ActiveQueue> {
+        if let Some(ring) = self.rings.get_mut(position)?.as_mut() {
+            ring.leaving = true;
+        }
         self.let_through(position);
         self.drain();
         self.forget_kept(position);
@@ -489,6 +498,7 @@ impl Worker {
 
     /// Drains, and gives all queues back.
     pub(super) fn stop(mut self) -> Vec<ActiveQueue> {
+        self.rings.iter_mut().flatten().for_each(|ring| ring.leaving = true);
         let queues = (0..self.rings.len()).filter_map(|position| self.remove_ring(position)).collect();
         if !self.shared.disk.read_only() {
             self.last_flush();

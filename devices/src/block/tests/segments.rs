@@ -180,3 +180,24 @@ fn segments_one_after_the_other_when_the_disk_is_slow() {
     assert_eq!((rig.driver.used(0), rig.driver.line.count()), (vec![(sent.head, 1)], 1));
     assert_eq!(rig.driver.status(&sent), blk::S_OK);
 }
+
+#[test]
+fn a_reset_does_not_wait_for_segments_that_have_not_begun() {
+    for whole_device in [false, true] {
+        let mut rig = Rig::new();
+        rig.disk.hold();
+        let data = list(&mut rig, &[(0, 8, 0), (8, 8, 0), (16, 8, 0)]);
+        let sent = rig.driver.send(0, blk::T_DISCARD, 0, Some(data));
+        rig.serve();
+        rig.disk.let_go();
+        if whole_device {
+            rig.reset();
+        } else {
+            assert!(rig.worker().remove_ring(0).is_some());
+            assert_eq!(rig.driver.used(0), [(sent.head, 1)]);
+        }
+        assert_eq!(rig.driver.status(&sent), blk::S_IOERR);
+        let discards = rig.disk.operations().into_iter().filter(|operation| *operation == Operation::Discard);
+        assert_eq!(discards.count(), 1);
+    }
+}
