@@ -65,7 +65,7 @@ impl Moderation {
         }
         match self.evidence.checked_sub(IN_VAIN) {
             Some(rest) => self.evidence = rest,
-            None => (self.limit, self.evidence) = (self.limit / 2, 0),
+            None => (self.limit, self.evidence) = ((self.limit / 2).max(1), 0),
         }
         true
     }
@@ -158,6 +158,18 @@ mod tests {
         drive(&mut moderation, 32, pace, 0, 100);
         let (answers, _) = drive(&mut moderation, 32, pace, 0, 100);
         assert!(answers <= 4.0, "{answers}");
+    }
+
+    #[test]
+    fn an_interrupt_for_no_answer_changes_nothing_for_good() {
+        // As after a restore: one is owed, and the driver has seen all.
+        let mut moderation = Moderation::new(LONGEST);
+        let now = Instant::now();
+        moderation.shown(0, true, now);
+        assert!(moderation.is_due(now + LONGEST, now) && moderation.take());
+        drive(&mut moderation, 32, FAST, 1, 200);
+        let (answers, _) = drive(&mut moderation, 32, FAST, 1, 100);
+        assert!(answers >= f64::from(MOST), "{answers}");
     }
 
     #[test]

@@ -3,6 +3,10 @@
 //! Data goes through the calling thread's bounce buffer. imago would make Rust slices of guest memory otherwise, which
 //! the guest may write to at any time.
 
+mod header;
+mod storage;
+mod tables;
+
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -16,18 +20,16 @@ use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder};
 use rustix::fs::{Mode, OFlags};
 
+use self::storage::HostStorage;
+use self::tables::{Tables, in_place};
 use super::bounce::Bounce;
 use super::file::HostFile;
 use super::image::{Image, Job};
 use super::open::check_length;
-use super::qcow2_storage::HostStorage;
-use super::qcow2_tables::{Tables, in_place};
-use super::{
-    DiscardMode, DiskError, Format, Limits, OpenError, OpenOptions, OpenReason, Operation, SECTOR, qcow2_header,
-};
+use super::{DiscardMode, DiskError, Format, Limits, OpenError, OpenOptions, OpenReason, Operation, SECTOR};
 
 /// One layer of a chain, with all below it.
-pub(super) type Layer = FormatAccess<HostStorage>;
+type Layer = FormatAccess<HostStorage>;
 
 /// Most backing files one below the other.
 const MAX_CHAIN: usize = 64;
@@ -256,7 +258,7 @@ fn open_layer(
     if format == Format::Raw {
         return Ok(Layer::new(Raw::open_image(storage(file)?, writable).map_err(|error| refused(error.into()))?));
     }
-    qcow2_header::check(&file, direct).map_err(refused)?;
+    header::check(&file, direct).map_err(refused)?;
     // Opening for writing may write, so look first whether the image will do.
     let second = file.try_clone().map_err(|error| refused(error.into()))?;
     let mut image = Qcow2::open_image(storage(second)?, false).map_err(unusable)?;

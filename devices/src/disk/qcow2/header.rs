@@ -5,8 +5,8 @@
 use std::fs::File;
 use std::io;
 
-use super::bounce::{Alignment, Bounce};
-use super::{OpenReason, SECTOR};
+use crate::disk::bounce::{Alignment, Bounce};
+use crate::disk::{OpenReason, SECTOR};
 
 const MAGIC: [u8; 4] = *b"QFI\xfb";
 /// Bytes of a version 2 header; version 3 has more.

@@ -15,7 +15,7 @@ use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
 use imago::{Storage, StorageOpenOptions};
 
-use super::bounce::Alignment;
+use crate::disk::bounce::Alignment;
 
 /// A host file, and what it asks of a transfer.
 #[derive(Debug)]

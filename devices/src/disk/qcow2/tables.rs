@@ -14,8 +14,8 @@ use std::ops::Range;
 
 use imago::Mapping;
 
-use super::SECTOR;
-use super::qcow2::Layer;
+use super::Layer;
+use crate::disk::SECTOR;
 
 /// Which tables of an image may be new. Whoever holds it is alone in taking clusters.
 pub(super) struct Tables {
