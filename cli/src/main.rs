@@ -1,75 +1,162 @@
-//! The minivmm command: arguments in, a machine run, an exit status out.
+//! The minivmm command: parses the arguments, runs a machine, and turns its end into an exit status.
+//!
+//! [`arguments`] makes a [`VmConfig`], `vmm` builds and runs the machine, [`terminal`] makes the user's terminal raw
+//! meanwhile. [`messages`] is the only place that prints. `minivmm ctl` is a program of its own, in [`ctl`]: a client of the
+//! control socket that shares nothing with the machine.
 
-mod args;
+mod arguments;
+mod boot_timing;
 mod ctl;
-mod disk_option;
-mod log;
-mod processors;
-mod size;
+mod directory_disk;
+mod exit_codes;
+mod inherited;
+mod messages;
+mod required_calls;
+mod saved;
+mod service;
 mod terminal;
 
+use std::fs::File;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::process::ExitCode;
 
-use log::say;
-use vmm::{Moment, Outcome, VmConfig};
-
-/// A clean end: poweroff, reboot, `Ctrl-A x`, SIGTERM, SIGINT.
-const EXIT_CLEAN: u8 = 0;
-/// The host failed us.
-const EXIT_HOST: u8 = 1;
-/// The arguments are at fault; nothing was created or changed.
-const EXIT_USAGE: u8 = 2;
-/// The guest panicked.
-const EXIT_GUEST_PANIC: u8 = 3;
-/// `--timeout` passed: the status that timeout(1) uses.
-const EXIT_TIMEOUT: u8 = 124;
+use arguments::Parsed;
+use arguments::incoming::IncomingOption;
+use boot_timing::Moment;
+use exit_codes::{
+    EXIT_CLEAN, EXIT_GUEST_PANIC, EXIT_HOST, EXIT_NO_STATUS, EXIT_TIMEOUT, EXIT_USAGE,
+};
+use messages::{print_message, print_text};
+use vmm::{Awaited, Incoming, Outcome, VmConfig};
 
 fn main() -> ExitCode {
+    inherited::reset();
+    if let Err((call, error)) = required_calls::check() {
+        print_message(&format!(
+            "the host refuses {call}(2), which every VM needs: {error}; allow it in the container or service"
+        ));
+        return ExitCode::from(EXIT_HOST);
+    }
     let started = Moment::now();
     if std::env::args_os().nth(1).is_some_and(|word| word == "ctl") {
-        return ctl::main(std::env::args_os().skip(2));
+        return ctl::main(std::env::args_os().skip(2).collect());
     }
-    let (config, verbose) = match args::parse(started) {
+    for word in ["show", "check"] {
+        if std::env::args_os().nth(1).is_some_and(|given| given == word) {
+            return saved::main(word, std::env::args_os().skip(2).collect());
+        }
+    }
+    let Parsed { mut config, incoming, verbose, boot_timing, explain } = match arguments::parse() {
         Ok(parsed) => parsed,
         Err(status) => return status,
     };
-    log::start(verbose);
-    match run(&config) {
-        Ok(outcome) => status(&outcome),
-        Err(error) => {
-            say(&error.to_string());
-            ExitCode::from(if error.is_usage() { EXIT_USAGE } else { EXIT_HOST })
-        }
+    messages::start_log(verbose, boot_timing.then_some(started));
+    tracing::info!(target: boot_timing::TARGET, "arguments");
+    // The disks are opened by the files' numbers.
+    let _images = match directory_disk::make(&mut config) {
+        Ok(images) => images,
+        Err(error) => return fail(&error, error.is_usage()),
+    };
+    if explain {
+        return match vmm::explain(&config) {
+            Ok(text) => {
+                print_text(&text);
+                ExitCode::from(EXIT_CLEAN)
+            }
+            Err(error) => fail(&error, error.is_usage()),
+        };
+    }
+    match run(&mut config, incoming) {
+        Ok(outcome) => ExitCode::from(exit_status(&outcome, &config)),
+        Err(error) => fail(&error, error.is_usage()),
     }
 }
 
-fn run(config: &VmConfig) -> Result<Outcome, vmm::Error> {
+/// Prints the error with its causes. Returns the exit status for the user's mistake or the host's fault.
+fn fail(error: &(dyn std::error::Error + 'static), is_usage: bool) -> ExitCode {
+    print_message(&vmm::WithCauses(error).to_string());
+    ExitCode::from(if is_usage { EXIT_USAGE } else { EXIT_HOST })
+}
+
+fn run(config: &mut VmConfig, incoming: Option<IncomingOption>) -> Result<Outcome, vmm::Error> {
+    wait_for_storage(config, incoming.as_ref());
     let signals = vmm::Signals::block()?;
-    let vm = vmm::build(config, signals)?;
+    let incoming = match incoming {
+        None => None,
+        Some(IncomingOption::File(options)) => Some(Incoming::open(options, config)?),
+        Some(IncomingOption::Defer(options)) => {
+            match vmm::wait_for_incoming(config, &options, &signals)? {
+                Awaited::Incoming(incoming) => Some(*incoming),
+                Awaited::Quit => return Ok(Outcome::ControlQuit),
+                Awaited::Signal(signal) => return Ok(Outcome::Signal(signal)),
+            }
+        }
+    };
+    let vm = vmm::build(config, incoming, signals)?;
     if let Some(warning) = vmm::missing_hardware_support() {
         tracing::warn!("{warning}");
     }
     // Only now: a machine that could not be built leaves the terminal alone.
     let _raw = terminal::RawMode::enter(config);
+    service::ready();
     vm.run()
 }
 
-/// Says how the VM ended where that is not plain from the guest's own output.
-fn status(outcome: &Outcome) -> ExitCode {
-    ExitCode::from(match outcome {
-        Outcome::PowerOff | Outcome::Reset | Outcome::Quit | Outcome::Signal(_) | Outcome::ControlQuit => EXIT_CLEAN,
+/// Reads from each file while signals still have their default action: on storage that does not answer, the read waits in the
+/// kernel, and the user can end it. Whatever else is wrong with a file is found when it is opened.
+fn wait_for_storage(config: &VmConfig, incoming: Option<&IncomingOption>) {
+    let incoming = match incoming {
+        Some(IncomingOption::File(options)) => Some(&options.path),
+        _ => None,
+    };
+    let disks = config.disks.iter().map(|disk| &disk.image.path);
+    for path in [&config.kernel].into_iter().chain(&config.initrd).chain(incoming).chain(disks) {
+        if path.is_file()
+            && let Ok(file) = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)
+        {
+            let _ = file.read_at(&mut [0], 0);
+        }
+    }
+}
+
+/// The exit status. Prints how the VM ended where the guest's own output does not tell.
+fn exit_status(outcome: &Outcome, config: &VmConfig) -> u8 {
+    match outcome {
+        Outcome::PowerOff | Outcome::Reset if config.debug_exit => {
+            print_message("--debug-exit: the guest ended without writing a byte to I/O port 0xf4");
+            EXIT_NO_STATUS
+        }
+        Outcome::PowerOff | Outcome::Reset if config.exec.is_some() => {
+            let how = if *outcome == Outcome::Reset { "rebooted" } else { "powered off" };
+            print_message(&format!(
+                "--exec: the guest {how} before the command's status was known"
+            ));
+            EXIT_NO_STATUS
+        }
+        // Unlike `quit`, a signal comes from a program that was not asked to judge the guest: a CI runner that cancels a job.
+        Outcome::Signal(_) if config.debug_exit => {
+            print_message(
+                "--debug-exit: a signal ended the VM before the guest wrote a byte to I/O port 0xf4",
+            );
+            EXIT_NO_STATUS
+        }
+        Outcome::Quit | Outcome::ControlQuit | Outcome::Signal(_) if config.exec.is_some() => {
+            print_message("--exec: the VM was ended before the command's status was known");
+            EXIT_NO_STATUS
+        }
+        Outcome::PowerOff
+        | Outcome::Reset
+        | Outcome::Quit
+        | Outcome::Signal(_)
+        | Outcome::ControlQuit => EXIT_CLEAN,
         Outcome::DebugExit(status) => *status,
         Outcome::Panicked(how) => {
-            say(&format!("the guest panicked ({how})"));
+            print_message(&format!("the guest panicked ({how})"));
             EXIT_GUEST_PANIC
         }
         Outcome::Timeout => {
-            say("--timeout: the time is up; the VM was stopped");
+            print_message("--timeout: the time is up; the VM was stopped");
             EXIT_TIMEOUT
         }
-        Outcome::Failed(why) => {
-            say(&format!("the VM was stopped: {why}"));
-            EXIT_HOST
-        }
-    })
+    }
 }

@@ -1,19 +1,23 @@
 //! The user's terminal: raw while the guest has it, and as it was before on every way out.
+//!
+//! `main` enters [`RawMode`] when the machine is built. The settings come back when it is dropped, before a panic prints its
+//! message, and before a fatal signal ends the process; SIGKILL alone leaves the terminal raw. A shell takes the terminal
+//! while the process is stopped (SIGSTOP, SIGTSTP), so that SIGCONT makes it raw again.
 
-use std::io;
-use std::os::fd::AsFd;
 use std::sync::OnceLock;
 
-use rustix::termios::{
-    InputModes, LocalModes, OptionalActions, SpecialCodeIndex, Termios, isatty, tcgetattr, tcsetattr,
-};
+use rustix::stdio;
+use rustix::termios::{OptionalActions, OutputModes, Termios, isatty, tcgetattr, tcsetattr};
 use vmm::{ConsoleConfig, VmConfig};
 
-/// The settings to restore, for the guard, the panic hook and the handler of fatal signals.
-static ORIGINAL: OnceLock<Termios> = OnceLock::new();
+static SETTINGS: OnceLock<Settings> = OnceLock::new();
 
-/// Signals that end a process that does nothing about them (signal(7)), but for those of the main loop: crashes, limits on the
-/// processor's time, and those that only a person sends.
+struct Settings {
+    original: Termios,
+    raw: Termios,
+}
+
+/// Signals whose default action ends the process (signal(7)), without those that the main loop reads.
 const FATAL: [libc::c_int; 15] = [
     libc::SIGSEGV,
     libc::SIGBUS,
@@ -32,75 +36,73 @@ const FATAL: [libc::c_int; 15] = [
     libc::SIGSTKFLT,
 ];
 
-/// Raw mode; dropping it restores the terminal.
 pub(crate) struct RawMode(());
 
 impl RawMode {
-    /// Makes standard input raw, if it is a terminal and the console is there.
+    /// Makes standard input raw, if it is a terminal and the console uses it.
     pub(crate) fn enter(config: &VmConfig) -> Option<Self> {
-        let stdin = io::stdin();
-        if config.console != ConsoleConfig::Stdio || !isatty(stdin.as_fd()) {
+        let stdin = stdio::stdin();
+        if !config.consoles.contains(&ConsoleConfig::Stdio) || !isatty(stdin) {
             return None;
         }
-        let original = tcgetattr(stdin.as_fd()).ok()?;
+        let original = tcgetattr(stdin).ok()?;
         let mut raw = original.clone();
-        // As cfmakeraw(3), but output processing stays: our own lines end in a bare newline.
-        raw.input_modes.remove(
-            InputModes::IGNBRK
-                | InputModes::BRKINT
-                | InputModes::PARMRK
-                | InputModes::ISTRIP
-                | InputModes::INLCR
-                | InputModes::IGNCR
-                | InputModes::ICRNL
-                | InputModes::IXON,
-        );
-        raw.local_modes
-            .remove(LocalModes::ECHO | LocalModes::ECHONL | LocalModes::ICANON | LocalModes::ISIG | LocalModes::IEXTEN);
-        raw.special_codes[SpecialCodeIndex::VMIN] = 1;
-        raw.special_codes[SpecialCodeIndex::VTIME] = 0;
-        ORIGINAL.set(original).ok()?;
-        restore_on_crash();
-        tcsetattr(stdin.as_fd(), OptionalActions::Now, &raw).ok()?;
-        Some(Self(()))
+        raw.make_raw();
+        // minivmm's own messages end in a bare newline.
+        raw.output_modes |= original.output_modes & OutputModes::OPOST;
+        vmm::on_violation(restore);
+        let settings = SETTINGS.get_or_init(|| Settings { original, raw });
+        let report = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            restore();
+            report(info);
+        }));
+        FATAL.into_iter().for_each(|signal| handle(signal, restore_and_die, libc::SA_RESETHAND));
+        handle(libc::SIGCONT, make_raw_again, libc::SA_RESTART);
+        apply(&settings.raw).then_some(Self(()))
     }
 }
 
 impl Drop for RawMode {
     fn drop(&mut self) {
+        handle(libc::SIGCONT, do_nothing, libc::SA_RESTART);
         restore();
     }
+}
+
+fn apply(settings: &Termios) -> bool {
+    tcsetattr(stdio::stdin(), OptionalActions::Now, settings).is_ok()
 }
 
 fn restore() {
-    if let Some(original) = ORIGINAL.get() {
-        let _ = tcsetattr(io::stdin().as_fd(), OptionalActions::Now, original);
+    if let Some(settings) = SETTINGS.get() {
+        apply(&settings.original);
     }
 }
 
-/// A panic prints its message on a sane terminal, and a fatal signal dies on one. Signals that ask us to end come
-/// through the main loop instead and end in `drop`; SIGKILL alone cannot be helped.
-fn restore_on_crash() {
-    let report = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        restore();
-        report(info);
-    }));
-    FATAL.into_iter().for_each(handle_fatal);
+extern "C" fn make_raw_again(_: libc::c_int) {
+    if let Some(settings) = SETTINGS.get() {
+        apply(&settings.raw);
+    }
 }
 
+extern "C" fn do_nothing(_: libc::c_int) {}
+
+#[expect(unsafe_code, reason = "raise has no safe wrapper")]
+extern "C" fn restore_and_die(signal: libc::c_int) {
+    restore();
+    // SAFETY: raise(3) is async-signal-safe; SA_RESETHAND has put the default action back, so this ends the process.
+    unsafe { libc::raise(signal) };
+}
+
+/// Installs a handler, which may only make async-signal-safe calls; tcsetattr is one.
 #[expect(unsafe_code, reason = "sigaction has no safe wrapper")]
-fn handle_fatal(signal: libc::c_int) {
-    extern "C" fn fatal(signal: libc::c_int) {
-        restore();
-        // SAFETY: raise(3) is async-signal-safe; SA_RESETHAND has put the default action back, so this ends the process.
-        unsafe { libc::raise(signal) };
-    }
-    // SAFETY: all-zero bytes are a valid sigaction; the handler only makes async-signal-safe calls (tcsetattr is one).
+fn handle(signal: libc::c_int, handler: extern "C" fn(libc::c_int), flags: libc::c_int) {
+    // SAFETY: all-zero bytes are a valid sigaction, and the handlers of this file make async-signal-safe calls only.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = fatal as extern "C" fn(libc::c_int) as libc::sighandler_t;
-        action.sa_flags = libc::SA_RESETHAND;
+        action.sa_sigaction = handler as libc::sighandler_t;
+        action.sa_flags = flags;
         libc::sigaction(signal, &action, std::ptr::null_mut());
     }
 }

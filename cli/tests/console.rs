@@ -19,6 +19,9 @@ use tempfile::tempdir;
 /// `^D`, by which the echoing guest ends.
 const END: u8 = 4;
 
+/// The exit status of a VM with `--debug-exit` that a signal ends.
+const NO_BYTE: i32 = 4;
+
 fn vm(directory: &Path, program: Program, console: &str) -> Command {
     let mut command = small_guest(directory, program);
     command.args(["--debug-exit", "--console", console]);
@@ -65,7 +68,7 @@ fn a_guest_outlives_the_end_of_its_input() {
     session.close_input();
     session.expect("ready\n", BOUND);
     session.signal(rustix::process::Signal::TERM);
-    session.wait(BOUND).must_be(0);
+    session.wait(BOUND).must_be(NO_BYTE);
 }
 
 /// A reader that has stopped stops nothing else: the guest goes on to its end.
@@ -75,7 +78,7 @@ fn a_blocked_output_does_not_stall_the_guest() {
         return;
     }
     let directory = tempdir().unwrap();
-    let (_nobody_reads, full) = std::io::pipe().unwrap();
+    let (_unread, full) = std::io::pipe().unwrap();
     rustix::pipe::fcntl_setpipe_size(&full, 4096).unwrap();
     let mut command = vm(directory.path(), Program::Chatter, "stdio");
     command.stdin(Stdio::null()).stdout(full);
@@ -105,7 +108,8 @@ fn a_file_gets_everything_and_nowhere_gets_nothing() {
     let log = directory.path().join("log");
     fs::write(&log, "something longer than what is to come ".repeat(1000)).unwrap();
     let run = |console| {
-        let ended = Session::start(&mut vm(directory.path(), Program::Chatter, console)).wait(BOUND);
+        let ended =
+            Session::start(&mut vm(directory.path(), Program::Chatter, console)).wait(BOUND);
         assert!(ended.must_be(guest::SUCCESS).output.is_empty());
     };
     run("file:log");
@@ -207,5 +211,5 @@ fn a_socket_takes_another_client_though_the_guest_is_deaf() {
         client.shutdown(std::net::Shutdown::Both).unwrap();
     }
     session.signal(rustix::process::Signal::TERM);
-    session.wait(BOUND).must_be(0);
+    session.wait(BOUND).must_be(NO_BYTE);
 }

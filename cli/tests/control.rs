@@ -3,38 +3,23 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::process::Command;
-use std::time::Instant;
 
 use minivmm_tests::files::sparse;
 use minivmm_tests::guest::{self, Program};
-use minivmm_tests::qmp::Qmp;
+use minivmm_tests::qmp::{Qmp, SOCKET, start};
 use minivmm_tests::session::Session;
-use minivmm_tests::{BOUND, kvm_is_usable, minivmm, small_guest, unexpected_lines};
-use rustix::process::Signal;
+use minivmm_tests::{BOUND, kvm_is_usable, minivmm, skip, small_guest, unexpected_lines};
 use serde_json::{Value, json};
 use tempfile::tempdir;
 
-const SOCKET: &str = "control.sock";
 /// Bytes of a disk that `Program::DiskLoad` does not fill before the test is over.
 const PLENTY: u64 = 1 << 30;
-
-fn start(directory: &Path, program: Program, options: &[&str]) -> (Session, Qmp) {
-    let session =
-        Session::start(small_guest(directory, program).args(["--qmp", &format!("unix:{SOCKET}")]).args(options));
-    let qmp = Qmp::connect(&directory.join(SOCKET));
-    (session, qmp)
-}
 
 fn status(qmp: &mut Qmp) -> String {
     let status = qmp.query("query-status");
     assert_eq!(status["running"], status["status"] == "running");
     status["status"].as_str().unwrap().to_owned()
-}
-
-fn writes(qmp: &mut Qmp) -> u64 {
-    qmp.query("query-blockstats")[0]["stats"]["wr_operations"].as_u64().unwrap()
 }
 
 #[test]
@@ -47,9 +32,11 @@ fn the_socket_is_private_and_goes_with_the_vm() {
     let (session, mut qmp) = start(directory.path(), Program::Spin, &[]);
     assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
     // Another VM does not take it over.
-    let ended = Session::start(small_guest(directory.path(), Program::Spin).args(["--qmp", "unix:control.sock"]))
-        .wait(BOUND)
-        .must_be(2);
+    let ended = Session::start(
+        small_guest(directory.path(), Program::Spin).args(["--qmp", "unix:control.sock"]),
+    )
+    .wait(BOUND)
+    .must_be(2);
     assert!(ended.errors.contains("control.sock"), "{ended}");
     qmp.query("quit");
     assert_eq!(qmp.event("SHUTDOWN"), json!({"guest": false, "reason": "host-qmp-quit"}));
@@ -66,13 +53,14 @@ fn pause_and_resume_under_load() {
     }
     let directory = tempdir().unwrap();
     sparse(&directory.path().join("disk.img"), PLENTY);
-    let (session, mut qmp) = start(directory.path(), Program::DiskLoad, &["--disk", "disk.img", "--cpus", "2"]);
+    let (session, mut qmp) =
+        start(directory.path(), Program::DiskLoad, &["--disk", "disk.img", "--cpus", "2"]);
     let mut before = 0;
     for _ in 0..100 {
         qmp.query("stop");
         assert_eq!(status(&mut qmp), "paused");
         qmp.event("STOP");
-        let (first, second) = (writes(&mut qmp), writes(&mut qmp));
+        let (first, second) = (qmp.writes(), qmp.writes());
         assert_eq!(first, second, "the guest writes while the VM is paused");
         assert!(first >= before);
         before = first;
@@ -102,7 +90,11 @@ fn ends_are_announced() {
         (Program::PowerOff, 0, &[("SHUTDOWN", "guest-shutdown")][..]),
         (Program::Reset, 0, &[("RESET", "guest-reset"), ("SHUTDOWN", "guest-reset")]),
         (Program::Panic, 3, &[("GUEST_PANICKED", ""), ("STOP", ""), ("SHUTDOWN", "guest-panic")]),
-        (Program::TripleFault, 3, &[("GUEST_PANICKED", ""), ("STOP", ""), ("SHUTDOWN", "guest-panic")]),
+        (
+            Program::TripleFault,
+            3,
+            &[("GUEST_PANICKED", ""), ("STOP", ""), ("SHUTDOWN", "guest-panic")],
+        ),
     ];
     for (program, exit, events) in table {
         // The guest waits until we are there to listen.
@@ -147,7 +139,7 @@ fn a_reset_starts_the_guest_over() {
         qmp.query("system_reset");
         assert_eq!(status(&mut qmp), "prelaunch");
     }
-    let written = writes(&mut qmp);
+    let written = qmp.writes();
     assert!(written >= 42, "the accounts go on: {written}");
     assert_eq!(qmp.query("query-cpus-fast"), threads);
     qmp.query("cont");
@@ -158,6 +150,79 @@ fn a_reset_starts_the_guest_over() {
     qmp.query("quit");
     let ended = session.wait(BOUND).must_be(0);
     assert!(unexpected_lines(&ended.errors).is_empty(), "{ended}");
+}
+
+/// A reset loads both files again, to places that were planned for the old content.
+#[test]
+fn a_reset_is_refused_if_kernel_or_initrd_was_changed_in_place() {
+    if !kvm_is_usable() {
+        return;
+    }
+    for (file, option) in [("guest.elf", "--kernel"), ("initrd", "--initrd")] {
+        let directory = tempdir().unwrap();
+        fs::write(directory.path().join("initrd"), "070701").unwrap();
+        let options = ["--initrd", "initrd", "--debug-exit"];
+        let (mut session, mut qmp) = start(directory.path(), Program::Echo, &options);
+        session.expect("ready\n", BOUND);
+        qmp.query("system_reset");
+        session.expect("ready\n", BOUND);
+        fs::write(directory.path().join(file), "other content").unwrap();
+        let (class, description) = qmp.execute("system_reset", json!({})).unwrap_err();
+        assert_eq!(class, "GenericError");
+        assert!(
+            description.starts_with(&format!("{option} {file}: the file was changed")),
+            "{description}"
+        );
+        // The machine goes on as it was.
+        assert_eq!(status(&mut qmp), "running");
+        session.send(b"still here");
+        session.expect("still here", BOUND);
+        session.send([4]);
+        session.wait(BOUND).must_be(guest::SUCCESS);
+    }
+}
+
+/// As QEMU reports it, before the errors that it causes.
+#[test]
+fn a_corrupt_image_is_reported_once() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let image = directory.path().join("disk.img");
+    fs::write(directory.path().join("raw"), [7; 64 << 10]).unwrap();
+    let convert = ["convert", "-f", "raw", "-O", "qcow2", "raw", "disk.img"];
+    if !Command::new("qemu-img")
+        .args(convert)
+        .current_dir(directory.path())
+        .status()
+        .is_ok_and(|status| status.success())
+    {
+        return skip("no qemu-img here (Debian: qemu-utils)");
+    }
+    // The guest's first cluster is said to be where the L1 table is.
+    let mut bytes = fs::read(&image).unwrap();
+    let long = |at: u64| u64::from_be_bytes(*bytes[at as usize..].first_chunk().unwrap());
+    let l1 = long(40);
+    let l2 = long(l1) & 0xff_ffff_ffff_fe00;
+    bytes[l2 as usize..][..8].copy_from_slice(&(1 << 63 | l1).to_be_bytes());
+    fs::write(&image, bytes).unwrap();
+    let disk = ["--disk", "disk.img,format=qcow2,id=data,werror=report", "--paused"];
+    let (session, mut qmp) = start(directory.path(), Program::DiskLoad, &disk);
+    qmp.query("cont");
+    let event = qmp.event("BLOCK_IMAGE_CORRUPTED");
+    let message = format!("an L2 table refers to cluster {}", l1 >> 16);
+    assert_eq!(
+        event,
+        json!({
+            "device": "data", "node-name": "data", "msg": message, "offset": l2, "size": 64 << 10, "fatal": true,
+        })
+    );
+    assert_eq!(qmp.event("BLOCK_IO_ERROR")["action"], "report");
+    qmp.query("quit");
+    assert!(qmp.events.iter().all(|event| event["event"] != "BLOCK_IMAGE_CORRUPTED"));
+    session.wait(BOUND);
+    assert_eq!(fs::read(&image).unwrap()[79], 2, "it is not marked corrupt");
 }
 
 /// The operator's disks are full: writing stops at a limit of our own on the size of files.
@@ -218,7 +283,8 @@ fn errors_have_qemus_classes() {
     }
     let directory = tempdir().unwrap();
     sparse(&directory.path().join("disk.img"), 1 << 20);
-    let (_session, mut qmp) = start(directory.path(), Program::Spin, &["--disk", "disk.img,id=root"]);
+    let (_session, mut qmp) =
+        start(directory.path(), Program::Spin, &["--disk", "disk.img,id=root"]);
     let mut fails = |command: &str, arguments: Value| qmp.execute(command, arguments).unwrap_err();
     assert_eq!(fails("human-monitor-command", json!({})).0, "CommandNotFound");
     assert_eq!(fails("qmp_capabilities", json!({})).0, "CommandNotFound");
@@ -248,7 +314,9 @@ fn errors_have_qemus_classes() {
         qmp.execute("block_resize", arguments).unwrap();
     }
     let device = qmp.query("query-block")[0]["qdev"].clone();
-    for (id, group) in [(device, "root"), (json!("/machine/peripheral/root"), "root"), (json!("root"), "shared")] {
+    for (id, group) in
+        [(device, "root"), (json!("/machine/peripheral/root"), "root"), (json!("root"), "shared")]
+    {
         let mut limits = json!({"id": id, "group": group});
         for name in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"] {
             limits[name] = (1000 * i32::from(name == "iops")).into();
@@ -257,7 +325,10 @@ fn errors_have_qemus_classes() {
         assert_eq!(result.is_err(), group == "shared", "{result:?}");
     }
     let nodes = qmp.query("query-named-block-nodes");
-    assert_eq!((&nodes[0]["group"], &nodes), (&json!("root"), &json!([qmp.query("query-block")[0]["inserted"]])));
+    assert_eq!(
+        (&nodes[0]["group"], &nodes),
+        (&json!("root"), &json!([qmp.query("query-block")[0]["inserted"]]))
+    );
     let stats = qmp.execute("query-blockstats", json!({"query-nodes": true})).unwrap();
     assert_eq!((&stats[0]["node-name"], stats[0].get("device")), (&json!("root"), None));
     let disks = qmp.query("query-block");
@@ -273,115 +344,54 @@ fn people_control_it_too() {
     }
     let directory = tempdir().unwrap();
     sparse(&directory.path().join("disk.img"), PLENTY);
-    let (session, _qmp) = start(directory.path(), Program::DiskLoad, &["--disk", "disk.img,id=data", "--cpus", "3"]);
+    let (session, _qmp) =
+        start(directory.path(), Program::DiskLoad, &["--disk", "disk.img,id=data", "--cpus", "3"]);
     let ctl = |arguments: &str, status: i32| {
         let words = ["ctl", SOCKET].into_iter().chain(arguments.split(' '));
-        let ended = Session::start(minivmm(words).current_dir(directory.path())).wait(BOUND).must_be(status);
+        let ended = Session::start(minivmm(words).current_dir(directory.path()))
+            .wait(BOUND)
+            .must_be(status);
         assert_eq!(ended.errors.is_empty(), status == 0, "{ended}");
         String::from_utf8(ended.output).unwrap() + &ended.errors
     };
     let status = ctl("status", 0);
     assert!(status.starts_with("running, 3 vCPUs, 32M of memory\nDISK "), "{status}");
     assert!(status.contains("\ndata  1G "), "{status}");
-    for (command, says) in [("stop", "paused"), ("cont", "running")] {
+    for (command, says) in
+        [("stop", "paused"), ("cont", "running"), ("pause", "paused"), ("resume", "running")]
+    {
         assert_eq!(ctl(command, 0), "");
         assert!(ctl("status", 0).starts_with(says));
     }
     assert_eq!(ctl("resize data 2G", 0), "");
     assert_eq!(ctl("reset", 0), "");
     assert!(ctl("resize vdb 2G", 1).contains("'vdb' not found"));
-    assert!(ctl("resize data big", 2).contains("'big' is not a size"));
+    assert!(ctl("resize data big", 2).contains("SIZE big: not a size in range"));
+    assert!(
+        ctl("resize data 1.5G", 2).contains("the disk has 2G and would lose its end; add --shrink")
+    );
     assert!(ctl("status", 0).contains("\ndata  2G "));
+    assert_eq!(ctl("resize data 1.5G --shrink", 0), "");
+    assert!(ctl("status", 0).contains("\ndata  1.5G "));
     ctl("throttle data iops=1000 iops_max=2000", 0);
-    assert!(ctl("throttle data iops=1000 iops_rd=1000", 1).contains("iops-total cannot be used together with"));
+    assert!(
+        ctl("throttle data iops=1000 iops_rd=1000", 1)
+            .contains("iops-total cannot be used together with")
+    );
     session.output.expect_bytes(10, BOUND).unwrap();
     assert!(ctl("disks", 0).contains("write"));
     let metrics = ctl("metrics", 0);
-    for line in ["minivmm_running 1", "minivmm_vcpu_exits_total{vcpu=\"2\",reason=\"mmio_read\"} "] {
+    for line in ["minivmm_running 1", "minivmm_vcpu_exits_total{vcpu=\"2\",reason=\"mmio_read\"} "]
+    {
         assert!(metrics.contains(line), "{metrics}");
     }
-    assert!(!metrics.contains("minivmm_disk_operations_total{disk=\"data\",kind=\"write\"} 0\n"), "{metrics}");
+    assert!(
+        !metrics.contains("minivmm_disk_operations_total{disk=\"data\",kind=\"write\"} 0\n"),
+        "{metrics}"
+    );
     ctl("quit", 0);
     session.wait(BOUND).must_be(0);
     assert!(ctl("status", 1).contains(SOCKET));
-}
-
-#[test]
-fn limits_and_histograms() {
-    if !kvm_is_usable() {
-        return;
-    }
-    let directory = tempdir().unwrap();
-    sparse(&directory.path().join("disk.img"), PLENTY);
-    let disk = "disk.img,throttling.iops-write=1,throttling.bps-total=1000000,throttling.bps-total-max=2000000";
-    let (session, mut qmp) = start(directory.path(), Program::DiskLoad, &["--disk", disk]);
-    let shown = qmp.query("query-block")[0]["inserted"].clone();
-    assert_eq!(
-        (&shown["iops_wr"], &shown["bps"], &shown["bps_max"]),
-        (&json!(1), &json!(1_000_000), &json!(2_000_000))
-    );
-    // One write a second, or so, until the limit is lifted; also for the one that waits.
-    session.output.expect_bytes(1, BOUND).unwrap();
-    assert!(writes(&mut qmp) <= 10);
-    let none = json!({"device": "vda", "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
-    let mut bad = none.clone();
-    bad["bps_max"] = 1.into();
-    let (class, description) = qmp.execute("block_set_io_throttle", bad).unwrap_err();
-    assert!(class == "GenericError" && description.contains("bps-total-max"), "{class}: {description}");
-    qmp.execute("block-latency-histogram-set", json!({"id": "vda", "boundaries": [1_000_000_000_u64]})).unwrap();
-    qmp.execute("block_set_io_throttle", none).unwrap();
-    session.output.expect_bytes(1000, BOUND).unwrap();
-    qmp.query("stop");
-    let stats = qmp.query("query-blockstats")[0]["stats"].clone();
-    let counted: u64 = stats["wr_latency_histogram"]["bins"].as_array().unwrap().iter().filter_map(Value::as_u64).sum();
-    let writes = stats["wr_operations"].as_u64().unwrap();
-    assert!(counted > 900 && counted <= writes, "{stats}");
-    assert_eq!((&stats["wr_bytes"], &stats["wr_highest_offset"]), (&json!(writes * 512), &json!(writes * 512)));
-    assert_eq!(stats["rd_latency_histogram"]["bins"], json!([0, 0]));
-    qmp.execute("block-latency-histogram-set", json!({"id": "vda"})).unwrap();
-    assert_eq!(qmp.query("query-blockstats")[0]["stats"].get("wr_latency_histogram"), None);
-    let bad = json!({"id": "vda", "boundaries-write": [2, 1]});
-    assert_eq!(qmp.execute("block-latency-histogram-set", bad).unwrap_err().0, "GenericError");
-    qmp.query("quit");
-    session.wait(BOUND).must_be(0);
-}
-
-/// As in QEMU what the limits hold back is done before the machine stands still, restarts or ends. The first write starts at
-/// once; the next may start after eight minutes.
-#[test]
-fn who_drains_does_not_wait_for_the_limits() {
-    if !kvm_is_usable() {
-        return;
-    }
-    let directory = tempdir().unwrap();
-    let image = directory.path().join("disk.img");
-    sparse(&image, PLENTY);
-    let options = ["--disk", "disk.img,throttling.bps-write=1", "--debug-exit"];
-    for end in ["quit", "system_reset", "SIGTERM"] {
-        let (session, mut qmp) = start(directory.path(), Program::Reborn, &options);
-        session.expect(".", BOUND);
-        // Again and again, until the guest was caught with a write that waits.
-        let deadline = Instant::now() + BOUND;
-        while writes(&mut qmp) < 2 {
-            assert!(Instant::now() < deadline, "no write was let through");
-            qmp.query("stop");
-            qmp.query("cont");
-        }
-        session.expect(".", BOUND);
-        match end {
-            "SIGTERM" => session.signal(Signal::TERM),
-            "quit" => drop(qmp.query("quit")),
-            _ => {
-                qmp.query("system_reset");
-                session.expect("ready\n", BOUND);
-                qmp.query("quit");
-            }
-        }
-        let dots = session.wait(BOUND).must_be(0).output.iter().filter(|byte| **byte == b'.').count();
-        let content = fs::read(&image).map(|content| content[..dots * 512].to_vec()).unwrap();
-        let expected: Vec<u8> = (0..dots as u32).flat_map(|sector| guest::words(sector, 128)).collect();
-        assert!(dots >= 2 && content == expected, "{end}");
-    }
 }
 
 #[test]
@@ -391,7 +401,8 @@ fn a_write_past_the_threshold_is_reported() {
     }
     let directory = tempdir().unwrap();
     sparse(&directory.path().join("disk.img"), PLENTY);
-    let (session, mut qmp) = start(directory.path(), Program::DiskLoad, &["--disk", "disk.img,id=data", "--paused"]);
+    let (session, mut qmp) =
+        start(directory.path(), Program::DiskLoad, &["--disk", "disk.img,id=data", "--paused"]);
     let set = |qmp: &mut Qmp, offset: u64| {
         let arguments = json!({"node-name": "data", "write-threshold": offset});
         qmp.execute("block-set-write-threshold", arguments).unwrap();
@@ -407,10 +418,32 @@ fn a_write_past_the_threshold_is_reported() {
     qmp.query("cont");
     // The guest writes sector after sector: the tenth is the first that reaches past it.
     let event = qmp.event("BLOCK_WRITE_THRESHOLD");
-    assert_eq!(event, json!({"node-name": "data", "amount-exceeded": 120, "write-threshold": 5000}));
+    assert_eq!(
+        event,
+        json!({"node-name": "data", "amount-exceeded": 120, "write-threshold": 5000})
+    );
     assert_eq!(shown(&mut qmp), 0);
     let unknown = json!({"node-name": "floppy", "write-threshold": 1});
     assert_eq!(qmp.execute("block-set-write-threshold", unknown).unwrap_err().0, "DeviceNotFound");
     qmp.query("quit");
     session.wait(BOUND).must_be(0);
+}
+
+/// Tools written for QEMU ask this before anything else.
+#[test]
+fn what_clients_of_qemu_ask_first_has_an_answer() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let (_session, mut qmp) = start(directory.path(), Program::Spin, &[]);
+    assert_eq!(qmp.query("query-name"), json!({}));
+    assert_eq!(qmp.query("query-uuid"), json!({ "UUID": "00000000-0000-0000-0000-000000000000" }));
+    assert_eq!(qmp.query("query-kvm"), json!({ "enabled": true, "present": true }));
+    let machines = qmp.query("query-machines");
+    assert_eq!(machines[0]["name"], "minivmm");
+    assert_eq!(machines[0]["cpu-max"], 255);
+    for none in ["query-iothreads", "query-block-jobs", "query-jobs"] {
+        assert_eq!(qmp.query(none), json!([]), "{none}");
+    }
 }

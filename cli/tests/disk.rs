@@ -35,7 +35,11 @@ fn run(directory: &Path, disk: &str, serial: &str) {
         let mut command = small_guest(directory, Program::Disk);
         let ended = Session::start(command.args(["--debug-exit", "--disk", disk]).args(registers));
         let ended = ended.wait(BOUND).must_be(guest::SUCCESS);
-        assert_eq!(String::from_utf8_lossy(&ended.output), format!("{serial}\n"), "{disk} {registers:?}");
+        assert_eq!(
+            String::from_utf8_lossy(&ended.output),
+            format!("{serial}\n"),
+            "{disk} {registers:?}"
+        );
         assert!(unexpected_lines(&ended.errors).is_empty(), "{ended}");
     }
 }
@@ -60,7 +64,11 @@ fn reads_writes_flushes_and_errors() {
         ",locking=off",
     ] {
         fs::write(&image, before()).unwrap();
-        run(directory.path(), &format!("disk.img,serial=the-serial-number{options}"), "the-serial-number");
+        run(
+            directory.path(),
+            &format!("disk.img,serial=the-serial-number{options}"),
+            "the-serial-number",
+        );
         assert!(fs::read(&image).unwrap() == after(), "{options}: the image has other content");
     }
 }
@@ -83,10 +91,13 @@ fn an_image_with_an_odd_end_keeps_it() {
     let directory = tempdir().unwrap();
     let image = directory.path().join("disk.img");
     fs::write(&image, [before(), b"odd end".to_vec()].concat()).unwrap();
-    let ended =
-        Session::start(small_guest(directory.path(), Program::Disk).args(["--debug-exit", "--disk", "disk.img"]))
-            .wait(BOUND)
-            .must_be(guest::SUCCESS);
+    let ended = Session::start(small_guest(directory.path(), Program::Disk).args([
+        "--debug-exit",
+        "--disk",
+        "disk.img",
+    ]))
+    .wait(BOUND)
+    .must_be(guest::SUCCESS);
     let says = unexpected_lines(&ended.errors).join("\n");
     for part in ["disk.img", "32775 bytes", "64 sectors", "7 bytes"] {
         assert!(says.contains(part), "does not say {part:?}: {says}");

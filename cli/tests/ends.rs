@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use minivmm_tests::files::sparse;
 use minivmm_tests::guest::{self, DISK_SECTORS, Program, words};
+use minivmm_tests::qmp::Qmp;
 use minivmm_tests::session::Session;
 use minivmm_tests::{BOUND, kvm_is_usable, small_guest, unexpected_lines};
 use rustix::process::Signal;
@@ -26,15 +27,32 @@ fn by_the_guest_or_the_clock() {
         (Program::ResetI8042, &[], 0, ""),
         (Program::Panic, &[], 3, "the guest panicked (it said so at the pvpanic port)"),
         (Program::TripleFault, &[], 3, "the guest panicked (triple fault)"),
+        (Program::RebootTripleFault, &[], 0, ""),
+        (Program::RebootBios, &[], 0, ""),
         (Program::Exit, &["--debug-exit"], guest::SUCCESS, ""),
         (Program::Unmapped, &["--debug-exit"], guest::SUCCESS, ""),
+        (
+            Program::PowerOff,
+            &["--debug-exit"],
+            4,
+            "--debug-exit: the guest ended without writing a byte",
+        ),
+        (
+            Program::Reset,
+            &["--debug-exit"],
+            4,
+            "--debug-exit: the guest ended without writing a byte",
+        ),
+        (Program::Panic, &["--debug-exit"], 3, "the guest panicked"),
         // The port is closed unless asked for.
         (Program::Exit, &["--timeout", "200ms"], 124, "--timeout"),
         (Program::Spin, &["--timeout", "200ms"], 124, "--timeout"),
         (Program::Spin, &["--timeout", "200ms", "--cpus", "4"], 124, "--timeout"),
     ];
     for (program, options, status, says) in table {
-        let ended = Session::start(small_guest(directory.path(), *program).args(*options)).wait(BOUND).must_be(*status);
+        let ended = Session::start(small_guest(directory.path(), *program).args(*options))
+            .wait(BOUND)
+            .must_be(*status);
         let lines = unexpected_lines(&ended.errors);
         match lines[..] {
             [] => assert!(says.is_empty(), "{program:?} says nothing"),
@@ -46,7 +64,7 @@ fn by_the_guest_or_the_clock() {
 
 /// As under `2>&1 | head`, and under `2>&1 | less`.
 #[test]
-fn nobody_reads_what_is_said() {
+fn messages_without_a_reader_do_not_delay_the_end() {
     if !kvm_is_usable() {
         return;
     }
@@ -70,7 +88,11 @@ fn nobody_reads_what_is_said() {
                 continue;
             }
             let mut command = small_guest(directory.path(), *program);
-            command.args(*options).stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr.try_clone().unwrap());
+            command
+                .args(*options)
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(stderr.try_clone().unwrap());
             let mut child = command.spawn().unwrap();
             let deadline = Instant::now() + BOUND;
             let ended = loop {
@@ -88,20 +110,66 @@ fn nobody_reads_what_is_said() {
     }
 }
 
+/// As `halt -f` does: without a word the user would wait for the end of a machine that only looks alive.
+#[test]
+fn a_guest_that_halted_for_good_is_reported_once_until_a_reset() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let mut command = small_guest(directory.path(), Program::Halt);
+    let session = Session::start(command.args(["--cpus", "2", "--qmp", "unix:socket"]));
+    let mut qmp = Qmp::connect(&directory.path().join("socket"));
+    let line =
+        "the guest has halted for good: every vCPU waits with interrupts disabled; end the VM";
+    session.expect_error(line, BOUND);
+    qmp.query("system_reset");
+    session.expect_error(line, BOUND);
+    assert_eq!(qmp.query("query-status")["status"], "running");
+    session.signal(Signal::TERM);
+    let ended = session.wait(BOUND).must_be(0);
+    assert_eq!(ended.errors.matches(line).count(), 2, "{ended}");
+}
+
 #[test]
 fn by_a_signal() {
     if !kvm_is_usable() {
         return;
     }
     let directory = tempdir().unwrap();
-    for (signal, status) in
-        [(Signal::TERM, 0), (Signal::INT, 0), (Signal::HUP, 0), (Signal::QUIT, 0), (Signal::KILL, 128 + 9)]
-    {
+    for (signal, status) in [
+        (Signal::TERM, 0),
+        (Signal::INT, 0),
+        (Signal::HUP, 0),
+        (Signal::QUIT, 0),
+        (Signal::KILL, 128 + 9),
+    ] {
         let session = Session::start(&mut small_guest(directory.path(), Program::Echo));
         session.expect("ready\n", BOUND);
         session.signal(signal);
         let ended = session.wait(BOUND).must_be(status);
         assert!(unexpected_lines(&ended.errors).is_empty(), "{ended}");
+    }
+}
+
+/// A program that waits for the guest's byte must not take the VM's end for the guest's success.
+#[test]
+fn by_a_signal_instead_of_the_guests_byte() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut command = small_guest(directory.path(), Program::Echo);
+        let session = Session::start(command.arg("--debug-exit"));
+        session.expect("ready\n", BOUND);
+        session.signal(signal);
+        let ended = session.wait(BOUND).must_be(4);
+        let lines = unexpected_lines(&ended.errors);
+        assert!(
+            matches!(lines[..], [line] if line.contains("--debug-exit: a signal ended the VM")),
+            "{ended}"
+        );
     }
 }
 
@@ -116,11 +184,8 @@ fn by_a_signal_while_the_guest_writes() {
     let image = directory.path().join("disk.img");
     for (signal, status, acknowledged) in [(Signal::TERM, 0, 50), (Signal::KILL, 128 + 9, 75)] {
         sparse(&image, 64 << 20);
-        let session = Session::start(small_guest(directory.path(), Program::DiskLoad).args([
-            "--disk",
-            "disk.img",
-            "--debug-exit",
-        ]));
+        let mut command = small_guest(directory.path(), Program::DiskLoad);
+        let session = Session::start(command.args(["--disk", "disk.img"]));
         session.output.expect_bytes(acknowledged, BOUND).unwrap();
         session.signal(signal);
         let ended = session.wait(BOUND).must_be(status);
@@ -128,7 +193,10 @@ fn by_a_signal_while_the_guest_writes() {
         let dots = u32::try_from(ended.output.len()).unwrap();
         for sector in 0..dots {
             let at = sector as usize * 512;
-            assert!(content[at..at + 512] == words(sector, 128), "sector {sector} of {dots} is not in the image");
+            assert!(
+                content[at..at + 512] == words(sector, 128),
+                "sector {sector} of {dots} is not in the image"
+            );
         }
     }
 }
@@ -142,7 +210,25 @@ fn a_disk_of_the_same_name_can_be_used_right_after() {
     sparse(&directory.path().join("disk.img"), DISK_SECTORS * 512);
     for _ in 0..3 {
         let options = ["--disk", "disk.img", "--debug-exit"];
-        let ended = Session::start(small_guest(directory.path(), Program::DiskLoad).args(options)).wait(BOUND);
+        let ended = Session::start(small_guest(directory.path(), Program::DiskLoad).args(options))
+            .wait(BOUND);
         assert_eq!(ended.must_be(guest::SUCCESS).output.len(), DISK_SECTORS as usize);
     }
+}
+
+/// As systemd's `Type=notify` waits for it.
+#[test]
+fn a_service_manager_is_told_when_the_guest_runs() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let socket = std::os::unix::net::UnixDatagram::bind(directory.path().join("notify")).unwrap();
+    socket.set_read_timeout(Some(BOUND)).unwrap();
+    let mut command = small_guest(directory.path(), Program::PowerOff);
+    let session = Session::start(command.env("NOTIFY_SOCKET", "notify"));
+    let mut message = [0; 64];
+    let length = socket.recv(&mut message).unwrap();
+    assert_eq!(&message[..length], b"READY=1");
+    session.wait(BOUND).must_be(0);
 }

@@ -7,57 +7,134 @@ use std::process::Command;
 use minivmm_tests::files::sparse;
 use minivmm_tests::guest::Program;
 use minivmm_tests::session::Session;
-use minivmm_tests::{BOUND, image, kvm_is_usable, minivmm, small_guest};
+use minivmm_tests::{BOUND, image, kvm_is_usable, minivmm, skip, small_guest, unexpected_lines};
 use tempfile::tempdir;
 
 /// Whether the means to hide a file from a process are there; says why not.
 fn can_hide_devices() -> bool {
-    let probe = Command::new("unshare").args(["-rm", "mount", "--bind", "/dev/null", "/dev/kvm"]).output();
+    let probe =
+        Command::new("unshare").args(["-rm", "mount", "--bind", "/dev/null", "/dev/kvm"]).output();
     match probe {
         Ok(output) if output.status.success() => true,
         Ok(output) => {
-            println!("skipped: no mount namespace here: {}", String::from_utf8_lossy(&output.stderr).trim());
+            let why = String::from_utf8_lossy(&output.stderr);
+            skip(&format!("no mount namespace here: {}", why.trim()));
             false
         }
         Err(error) => {
-            println!("skipped: unshare(1): {error}");
+            skip(&format!("unshare(1): {error}"));
             false
         }
     }
 }
 
+/// What the host lacks, by a shell that takes it away and then runs minivmm; minivmm's arguments; and its line. In a user
+/// namespace, root may do everything but what `setpriv` gives up.
+const ROWS: &[(&str, &str, i32, &str)] = &[
+    (
+        "mount -t tmpfs none /dev && exec \"$@\"",
+        "",
+        1,
+        "cannot use /dev/kvm: No such file or directory (os error 2); load the kvm_intel or kvm_amd module, or enable \
+         virtualization in the firmware (in a virtual machine: nested virtualization), or use the lab (`make lab`)",
+    ),
+    (
+        ": >forbidden && chmod 000 forbidden && mount --bind forbidden /dev/kvm && \
+         exec setpriv --bounding-set=-all --inh-caps=-all -- \"$@\"",
+        "",
+        1,
+        "cannot use /dev/kvm: Permission denied (os error 13); add yourself to the group kvm and log in again",
+    ),
+    (
+        "mount --bind /dev/null /dev/kvm && exec \"$@\"",
+        "",
+        1,
+        "cannot use /dev/kvm: Inappropriate ioctl for device (os error 25); it is not a working KVM device; check the \
+         kvm_intel or kvm_amd module",
+    ),
+    (
+        "ulimit -v 300000; exec \"$@\"",
+        "--memory 512M",
+        1,
+        "cannot map 512M of guest memory: Cannot allocate memory (os error 12); ask for less with --memory",
+    ),
+    (
+        "ulimit -n 4; exec \"$@\"",
+        "",
+        1,
+        "--kernel guest.elf: Too many open files (os error 24); raise the limit on open files (`ulimit -n`)",
+    ),
+    (
+        "TMPDIR=/proc exec \"$@\"",
+        "--disk disk.img,snapshot=on",
+        2,
+        "--disk disk.img: cannot keep the writes of snapshot=on in /proc: No such file or directory (os error 2); set TMPDIR to a directory with space",
+    ),
+    (
+        "TMPDIR=missing exec \"$@\"",
+        "--disk disk.img,snapshot=on",
+        2,
+        "--disk disk.img: cannot keep the writes of snapshot=on in missing: No such file or directory (os error 2); \
+         set TMPDIR to a directory with space",
+    ),
+];
+
 #[test]
-fn no_usable_kvm() {
+fn each_line_is_pinned_and_no_console_is_created() {
     if !kvm_is_usable() || !can_hide_devices() {
         return;
     }
     let directory = tempdir().unwrap();
-    // Root in the namespace may do everything but what its last command gives up.
-    let table = [
-        ("mount -t tmpfs none /dev && exec \"$@\"", &["/dev/kvm", "does not exist", "kvm_intel", "lab"][..]),
-        (
-            ": >forbidden && chmod 000 forbidden && mount --bind forbidden /dev/kvm && \
-             exec setpriv --bounding-set=-all --inh-caps=-all -- \"$@\"",
-            &["/dev/kvm", "permission denied", "group kvm"],
-        ),
-        ("mount --bind /dev/null /dev/kvm && exec \"$@\"", &["/dev/kvm", "cannot be opened as a KVM device"]),
-    ];
-    for (hide, says) in table {
+    sparse(&directory.path().join("disk.img"), 1 << 20);
+    let mut complaints = String::new();
+    for (shell, arguments, status, line) in ROWS {
         let vm = small_guest(directory.path(), Program::PowerOff);
         let mut command = Command::new("unshare");
-        command.args(["-rm", "sh", "-c", hide, "sh"]).arg(vm.get_program()).args(vm.get_args());
-        command.args(["--console", "file:log"]).current_dir(directory.path());
-        let ended = Session::start(&mut command).wait(BOUND).must_be(1);
-        let lines: Vec<_> = ended.errors.lines().collect();
-        assert_eq!(lines.len(), 1, "{ended}");
-        for text in says {
-            assert!(lines[0].contains(text), "does not say {text:?}: {}", lines[0]);
+        command.args(["-rm", "sh", "-c", shell, "sh"]).arg(vm.get_program());
+        command.args(["--kernel", "guest.elf", "--console", "file:log"]);
+        command.args(arguments.split_whitespace()).current_dir(directory.path());
+        let ended = Session::start(&mut command).wait(BOUND);
+        if (ended.code(), ended.errors.as_str()) != (*status, &format!("minivmm: {line}\n")) {
+            complaints += &format!("{shell}\n  - {line}\n  + {ended}\n");
         }
-        assert!(!directory.path().join("log").exists(), "the console's file was created all the same");
+        assert!(!directory.path().join("log").exists(), "{shell}: the console's file was created");
     }
+    assert!(complaints.is_empty(), "{complaints}");
 }
 
-/// A KVM without hardware support runs small guests; whoever wants Linux hears about the lab.
+/// With any limit on open files, either the guest runs or one line with exit status 1 says which limit to raise.
+#[test]
+fn too_few_descriptors_are_the_hosts_fault_at_every_step() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    sparse(&directory.path().join("disk.img"), 1 << 20);
+    let mut refusals = 0;
+    // The dynamic loader needs one itself.
+    for limit in 4.. {
+        let vm = small_guest(directory.path(), Program::PowerOff);
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("ulimit -n {limit}; exec \"$@\""), "sh"]);
+        command.arg(vm.get_program()).args(vm.get_args()).current_dir(directory.path());
+        command.args(["--disk", "disk.img", "--cpus", "2", "--qmp", "unix:socket"]);
+        let ended = Session::start(command.args(["--console", "file:log"])).wait(BOUND);
+        if ended.code() == 0 {
+            break;
+        }
+        refusals += 1;
+        let mut lines = unexpected_lines(&ended.errors);
+        lines.retain(|line| !line.contains("warning: this host does not allow io_uring"));
+        let cause =
+            "Too many open files (os error 24); raise the limit on open files (`ulimit -n`)";
+        assert!(matches!(lines[..], [line] if line.ends_with(cause)), "{limit}: {ended}");
+        assert_eq!(ended.code(), 1, "{limit}: {ended}");
+        assert!(!directory.path().join("socket").exists(), "{limit}");
+    }
+    assert!(refusals > 20, "{refusals}");
+}
+
+/// A KVM without hardware support runs small guests only: a line names the lab, where Linux runs.
 #[test]
 fn kvm_without_hardware_support_names_the_lab() {
     if !kvm_is_usable() {
@@ -67,20 +144,28 @@ fn kvm_without_hardware_support_names_the_lab() {
     let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap();
     let supported = flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm");
     let directory = tempdir().unwrap();
-    let ended = Session::start(&mut small_guest(directory.path(), Program::PowerOff)).wait(BOUND).must_be(0);
+    let ended = Session::start(&mut small_guest(directory.path(), Program::PowerOff))
+        .wait(BOUND)
+        .must_be(0);
     let lines: Vec<_> = ended.errors.lines().collect();
     if supported {
         assert!(lines.is_empty(), "{lines:?}");
     } else {
-        assert!(matches!(lines[..], [line] if line.contains("lab") && line.contains("Linux")), "{lines:?}");
+        assert!(
+            matches!(lines[..], [line] if line.contains("lab") && line.contains("Linux")),
+            "{lines:?}"
+        );
     }
 }
 
 /// The processors that the thread `name` of the process may run on, as /proc lists them.
 fn processors_of(process: u32, name: &str) -> String {
-    let tasks = fs::read_dir(format!("/proc/{process}/task")).unwrap().map(|task| task.unwrap().path());
-    let mut named = tasks.filter(|task| fs::read_to_string(task.join("comm")).unwrap().trim() == name);
-    let status = fs::read_to_string(named.next().expect("there is such a thread").join("status")).unwrap();
+    let tasks =
+        fs::read_dir(format!("/proc/{process}/task")).unwrap().map(|task| task.unwrap().path());
+    let mut named =
+        tasks.filter(|task| fs::read_to_string(task.join("comm")).unwrap().trim() == name);
+    let status =
+        fs::read_to_string(named.next().expect("the thread exists").join("status")).unwrap();
     let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap();
     list.trim().to_owned()
 }
@@ -92,23 +177,34 @@ fn threads_stay_on_their_processors() {
     }
     let directory = tempdir().unwrap();
     sparse(&directory.path().join("disk.img"), 1 << 20);
-    let all = processors_of(std::process::id(), fs::read_to_string("/proc/self/comm").unwrap().trim());
-    let (first, last) = (all.split([',', '-']).next().unwrap(), all.rsplit([',', '-']).next().unwrap());
+    let all =
+        processors_of(std::process::id(), fs::read_to_string("/proc/self/comm").unwrap().trim());
+    let (first, last) =
+        (all.split([',', '-']).next().unwrap(), all.rsplit([',', '-']).next().unwrap());
     let mut command = small_guest(directory.path(), Program::Echo);
     command.args(["--cpus", "2", "--disk", "disk.img"]);
-    let session = Session::start(command.args(["--vcpu-affinity", &format!("{last},{first}"), "--io-affinity", last]));
+    let session = Session::start(command.args([
+        "--vcpu-affinity",
+        &format!("{last},{first}"),
+        "--io-affinity",
+        last,
+    ]));
     session.expect("ready\n", BOUND);
-    for (thread, processors) in
-        [("vcpu-0", last), ("vcpu-1", first), ("disk-vda-0", last), ("console", &all), ("minivmm", &all)]
-    {
+    for (thread, processors) in [
+        ("vcpu-0", last),
+        ("vcpu-1", first),
+        ("disk-vda-0", last),
+        ("console", &all),
+        ("minivmm", &all),
+    ] {
         assert_eq!(processors_of(session.id(), thread), processors, "{thread}");
     }
     drop(session);
 
     for (option, list, says) in [
-        ("--vcpu-affinity", "4000", "may use the host's processors"),
-        ("--io-affinity", "0-1023", "may use the host's processors"),
-        ("--io-affinity", "0-", "write numbers and ranges"),
+        ("--vcpu-affinity", "4000", "may use the host's CPUs"),
+        ("--io-affinity", "0-1023", "may use the host's CPUs"),
+        ("--io-affinity", "0-", "not a list of CPUs"),
         ("--vcpu-affinity", "0,0", "name one for each of the --cpus 1"),
     ] {
         let mut command = small_guest(directory.path(), Program::PowerOff);
@@ -135,9 +231,12 @@ fn huge_pages() {
     assert!(ended.errors.contains("a multiple of 2M"), "{ended}");
     let ended = run("32M");
     if ended.code() != 0 {
-        assert!(ended.errors.contains("echo ") && ended.errors.contains(">/proc/sys/vm/nr_hugepages"), "{ended}");
+        assert!(
+            ended.errors.contains("echo ") && ended.errors.contains(">/proc/sys/vm/nr_hugepages"),
+            "{ended}"
+        );
         assert_eq!((ended.code(), ended.errors.lines().count()), (1, 1), "{ended}");
-        println!("skipped: too few huge pages here");
+        skip("too few huge pages here");
         return;
     }
     assert!(String::from_utf8_lossy(&ended.output).contains("RSD PTR"), "{ended}");

@@ -91,6 +91,12 @@ async def main(path):
         metrics = (await execute("x-query-metrics"))["human-readable-text"]
         assert 'minivmm_disk_operations_total{disk="data",kind="write"}' in metrics
 
+        assert await execute("query-name") == {}
+        for query in ["query-uuid", "query-kvm", "query-machines"]:
+            assert await execute(query)
+        for none in ["query-iothreads", "query-block-jobs", "query-jobs"]:
+            assert await execute(none) == []
+
         commands = {command["name"] for command in await execute("query-commands")}
         known_events = {event["name"] for event in await execute("query-events")}
         schema = await execute("query-qmp-schema")
@@ -100,6 +106,48 @@ async def main(path):
         assert described[described["block_resize"]["arg-type"]]["meta-type"] == "object"
         await fails("CommandNotFound", "blockdev-add")
         executed.remove("blockdev-add")
+
+        # A save, after which the guest goes on.
+        events_on = [{"capability": "events", "state": True}]
+        await execute("migrate-set-capabilities", capabilities=events_on)
+        capabilities = await execute("query-migrate-capabilities")
+        assert {"capability": "events", "state": True} in capabilities
+        await execute("migrate", uri=f"file:{path}.saved")
+        for status in ["setup", "active"]:
+            assert await event("MIGRATION") == {"status": status}
+        await event("STOP")
+        assert await event("MIGRATION") == {"status": "completed"}
+        saved = await execute("query-migrate")
+        assert saved["status"] == "completed" and saved["ram"]["total"] == 32 << 20
+        assert (await execute("query-status"))["status"] == "postmigrate"
+        await execute("migrate_cancel")
+        await execute("cont")
+        await event("RESUME")
+        await fails("GenericError", "migrate", uri="tcp:localhost:4444")
+        await fails("GenericError", "migrate-incoming", uri=f"file:{path}.saved")
+        # A dump, which stops the guest only meanwhile.
+        await execute("dump-guest-memory", paging=False, protocol=f"file:{path}.dump")
+        await event("STOP")
+        await event("RESUME")
+        assert (await execute("query-status"))["status"] == "running"
+        await fails("GenericError", "dump-guest-memory", paging=True, protocol=f"file:{path}.dump")
+        # Into a file that is handed over.
+        with open(f"{path}.given", "wb+") as given:
+            for name in ["unused", "given"]:
+                client.send_fd_scm(given.fileno())
+                await execute("getfd", fdname=name)
+        await execute("closefd", fdname="unused")
+        await execute("dump-guest-memory", paging=False, protocol="fd:given")
+        await event("STOP")
+        await event("RESUME")
+        with open(f"{path}.appended", "ab") as given:
+            client.send_fd_scm(given.fileno())
+            await execute("getfd", fdname="appended")
+        await fails("GenericError", "dump-guest-memory", paging=False, protocol="fd:appended")
+        await event("STOP")
+        await event("RESUME")
+        with open(f"{path}.given", "rb") as given:
+            assert given.read(4) == b"\x7fELF"
 
         await execute("system_powerdown")
         await event("POWERDOWN")

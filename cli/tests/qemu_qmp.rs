@@ -32,7 +32,7 @@ fn python() -> Option<PathBuf> {
     };
     let made = run(Path::new("python3"), &["-m", "venv", making.to_str().unwrap()]);
     if !made {
-        println!("skipped: python3 -m venv does not work here (apt install python3-venv)");
+        minivmm_tests::skip("`python3 -m venv` does not work here (apt install python3-venv)");
         let _ = fs::remove_dir_all(&making);
         return None;
     }
@@ -53,12 +53,23 @@ fn qemus_client_library_drives_every_command() {
     let Some(python) = python() else { return };
     let directory = tempdir().unwrap();
     sparse(&directory.path().join("disk.img"), 1 << 30);
-    let options = ["--qmp", "unix:socket", "--paused", "--cpus", "2", "--disk", "disk.img,id=data"];
+    let options = [
+        "--qmp",
+        "unix:socket",
+        "--paused",
+        "--cpus",
+        "2",
+        "--disk",
+        "disk.img,id=data",
+        "--save-directory",
+        ".",
+    ];
     let vm = Session::start(small_guest(directory.path(), Program::DiskLoad).args(options));
     let socket = directory.path().join("socket");
     minivmm_tests::qmp::Qmp::connect(&socket);
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/qemu_qmp.py");
-    let ended = Session::start(Command::new(python).arg(script).arg(&socket)).wait(BOUND).must_be(0);
+    let ended =
+        Session::start(Command::new(python).arg(script).arg(&socket)).wait(BOUND).must_be(0);
     assert_eq!(String::from_utf8_lossy(&ended.output), "qemu.qmp is content\n", "{ended}");
     vm.wait(BOUND).must_be(0);
 }

@@ -16,13 +16,13 @@ type WayOut = (&'static str, fn(&mut Session), i32);
 const WAYS_OUT: &[WayOut] = &[
     ("Ctrl-A x", |vm| vm.send(b"\x01x"), 0),
     ("the guest's end", |vm| vm.send([4]), guest::SUCCESS),
-    ("SIGTERM", |vm| vm.signal(Signal::TERM), 0),
-    ("SIGINT", |vm| vm.signal(Signal::INT), 0),
-    ("SIGHUP", |vm| vm.signal(Signal::HUP), 0),
+    ("SIGTERM", |vm| vm.signal(Signal::TERM), 4),
+    ("SIGINT", |vm| vm.signal(Signal::INT), 4),
+    ("SIGHUP", |vm| vm.signal(Signal::HUP), 4),
     ("a crash by SIGSEGV", |vm| vm.signal(Signal::SEGV), 128 + 11),
     ("a crash by SIGBUS", |vm| vm.signal(Signal::BUS), 128 + 7),
     ("SIGABRT", |vm| vm.signal(Signal::ABORT), 128 + 6),
-    ("SIGQUIT", |vm| vm.signal(Signal::QUIT), 0),
+    ("SIGQUIT", |vm| vm.signal(Signal::QUIT), 4),
     ("SIGUSR1", |vm| vm.signal(Signal::USR1), 128 + 10),
     ("SIGUSR2", |vm| vm.signal(Signal::USR2), 128 + 12),
     ("SIGALRM", |vm| vm.signal(Signal::ALARM), 128 + 14),
@@ -67,6 +67,35 @@ fn keys_go_to_the_guest_but_for_ctrl_a() {
     assert!(help.contains("Ctrl-A x"), "{help}");
     vm.send([4]);
     vm.wait(BOUND).must_be(guest::SUCCESS);
+}
+
+/// As under a shell, which takes the terminal while the VM is stopped, and continues it by `fg`.
+#[test]
+fn it_is_raw_again_after_a_stop() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let (mut vm, terminal, before) = start(directory.path());
+    vm.expect("ready", BOUND);
+    let raw = terminal.settings();
+    for _ in 0..3 {
+        vm.signal(Signal::STOP);
+        terminal.make_cooked();
+        assert_eq!(terminal.settings(), before);
+        vm.signal(Signal::CONT);
+        let deadline = Instant::now() + BOUND;
+        while terminal.settings() != raw {
+            assert!(Instant::now() < deadline, "it never becomes raw again");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+    // Ctrl-C is the guest's.
+    vm.send(b"\x03after");
+    vm.expect("\x03after", BOUND);
+    vm.send([4]);
+    vm.wait(BOUND).must_be(guest::SUCCESS);
+    assert_eq!(terminal.settings(), before);
 }
 
 /// The way out is open also when the guest has stopped reading what is typed.

@@ -4,7 +4,11 @@
 //! row are interleaved, so that a noisy machine is noisy to all. The table shows medians: thousands of requests a second,
 //! their ratio to fio's where it is installed, and the microseconds of CPU that a request of ours costs in all threads.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "a benchmark that cannot run has nothing better to do")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a benchmark that cannot run has nothing better to do"
+)]
 
 use std::fs::File;
 use std::path::Path;
@@ -13,7 +17,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::GuestMemory;
-use devices::disk::{self, Aio, CacheMode, Disk, GuestRange, OpenOptions, Operation, Transfer};
+use devices::disk::{
+    self, Aio, CacheMode, Disk, EngineSetup, GuestRange, OpenOptions, Operation, Transfer,
+};
 use vm_memory::GuestAddress;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -40,12 +46,16 @@ const JOBS: &[Job] = &[
 ];
 
 fn main() {
-    let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    let words: Vec<String> =
+        std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
     let fio = Command::new("fio").arg("--version").output().is_ok();
     if !fio {
         println!("fio is not installed: no ratios");
     }
-    println!("{:38} {:>26}  {:>17}  {:>17}", "", "thousands a second", "ratio to fio", "us of CPU each");
+    println!(
+        "{:38} {:>26}  {:>17}  {:>17}",
+        "", "thousands a second", "ratio to fio", "us of CPU each"
+    );
     println!(
         "{:38} {:>8} {:>8} {:>8}  {:>8} {:>8}  {:>8} {:>8}",
         "medians", "io_uring", "threads", "fio", "io_uring", "threads", "io_uring", "threads"
@@ -122,14 +132,16 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 /// Through an engine of ours, as a queue worker drives it: requests a second, and microseconds of CPU for each.
 fn ours(disk: Arc<dyn Disk>, cache: CacheMode, job: &Job) -> (f64, f64) {
-    let memory = GuestMemory::from_ranges(&[(GuestAddress(0), (job.block * job.depth) as usize)]).unwrap();
-    let mut engine = disk.engine(memory, job.depth).unwrap();
+    let memory =
+        GuestMemory::from_ranges(&[(GuestAddress(0), (job.block * job.depth) as usize)]).unwrap();
+    let mut engine = disk.engine(EngineSetup::new(memory, job.depth)).unwrap();
     let epoll = Epoll::new().unwrap();
     if let Some(fd) = engine.completion_fd() {
         let events = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
         epoll.ctl(ControlOperation::Add, fd, events).unwrap();
     }
-    let operation = if job.write { Operation::Write { durable: !cache.writeback() } } else { Operation::Read };
+    let operation =
+        if job.write { Operation::Write { durable: !cache.writeback() } } else { Operation::Read };
     let blocks = FILE_SIZE / u64::from(job.block);
     let mut next = 0x9e37_79b9_7f4a_7c15_u64;
     let mut free: Vec<u32> = (0..job.depth).collect();
@@ -142,14 +154,21 @@ fn ours(disk: Arc<dyn Disk>, cache: CacheMode, job: &Job) -> (f64, f64) {
     let (start, cpu_start) = (Instant::now(), cpu());
     while start.elapsed() < DURATION {
         while let Some(tag) = free.pop() {
-            next = if job.random { next.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1) } else { next + 1 };
+            next = if job.random {
+                next.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1)
+            } else {
+                next + 1
+            };
             let block = if job.random { (next >> 33) % blocks } else { next % blocks };
             engine.submit(Transfer {
                 tag,
                 operation,
                 offset: block * u64::from(job.block),
                 length: u64::from(job.block),
-                ranges: &[GuestRange { address: GuestAddress(u64::from(tag * job.block)), length: job.block }],
+                ranges: &[GuestRange {
+                    address: GuestAddress(u64::from(tag * job.block)),
+                    length: job.block,
+                }],
             });
         }
         engine.commit();
@@ -173,7 +192,13 @@ fn ours(disk: Arc<dyn Disk>, cache: CacheMode, job: &Job) -> (f64, f64) {
 fn fios(path: &Path, cache: CacheMode, job: &Job) -> f64 {
     let direction = if job.write { "write" } else { "read" };
     let output = Command::new("fio")
-        .args(["--name=peer", "--ioengine=io_uring", "--time_based", "--output-format=terse", "--allow_file_create=0"])
+        .args([
+            "--name=peer",
+            "--ioengine=io_uring",
+            "--time_based",
+            "--output-format=terse",
+            "--allow_file_create=0",
+        ])
         .args(["--norandommap", "--invalidate=0", "--gtod_reduce=1"])
         .arg(format!("--filename={}", path.display()))
         .arg(format!("--size={FILE_SIZE}"))
@@ -188,7 +213,9 @@ fn fios(path: &Path, cache: CacheMode, job: &Job) -> f64 {
     let text = String::from_utf8_lossy(&output.stdout);
     // Fields 8 and 49 of fio's terse format, version 3: read and write IOPS.
     let field = if job.write { 48 } else { 7 };
-    let iops =
-        text.lines().find(|line| line.starts_with("3;")).and_then(|line| line.split(';').nth(field)?.parse().ok());
+    let iops = text
+        .lines()
+        .find(|line| line.starts_with("3;"))
+        .and_then(|line| line.split(';').nth(field)?.parse().ok());
     iops.unwrap_or_else(|| panic!("fio said {text}{}", String::from_utf8_lossy(&output.stderr)))
 }

@@ -9,8 +9,10 @@ use std::sync::{Arc, mpsc};
 use devices::GuestMemory;
 use devices::block::{BlockDevice, BlockOptions};
 use devices::disk::{self, OpenOptions};
-use devices::irq::{Interrupt, Trigger};
+use devices::irq::InterruptLine;
+use devices::spawn::DiskThreads;
 use devices::virtio::device::{Activation, ActiveQueue, VirtioDevice};
+use devices::virtio::interrupt::Interrupt;
 use devices::virtio::spec::blk;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
@@ -28,11 +30,11 @@ const STATUS: GuestAddress = GuestAddress(0x6000);
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 
-/// An interrupt line with somebody at its end.
+/// An interrupt line that tells a waiting thread.
 struct Line(mpsc::Sender<()>, AtomicU32);
 
-impl Trigger for Line {
-    fn trigger(&self) -> std::io::Result<()> {
+impl InterruptLine for Line {
+    fn pulse(&self) -> std::io::Result<()> {
         self.1.fetch_add(1, Ordering::Relaxed);
         self.0.send(()).map_err(std::io::Error::other)
     }
@@ -46,9 +48,10 @@ pub(crate) fn follow() -> Vec<String> {
     let image = tempfile::NamedTempFile::new().unwrap();
     image.as_file().set_len(1 << 20).unwrap();
     let disk = disk::open(&OpenOptions::new(image.path())).unwrap();
-    let mut device =
-        BlockDevice::new(BlockOptions::new("vda"), disk, Arc::new(|event| eprintln!("{event:?}"))).unwrap();
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let (options, threads) = (BlockOptions::new("vda"), DiskThreads::default());
+    let events = Arc::new(|event| eprintln!("{event:?}"));
+    let mut device = BlockDevice::new(options, disk, &memory, events, &threads).unwrap();
     let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap();
     let (raised, interrupts) = mpsc::channel();
     let line = Arc::new(Line(raised, AtomicU32::new(0)));
@@ -59,9 +62,13 @@ pub(crate) fn follow() -> Vec<String> {
     queue.try_set_avail_ring_address(AVAILABLE).unwrap();
     queue.try_set_used_ring_address(USED).unwrap();
     queue.set_ready(true);
-    let queues = vec![ActiveQueue { index: 0, queue, kick: kick.try_clone().unwrap() }];
-    let interrupt = Interrupt::new(Arc::clone(&line) as Arc<dyn Trigger>);
-    device.start(Activation { memory: memory.clone(), features: blk::F_FLUSH, queues, interrupt }).unwrap();
+    let kick_of_queue = kick.try_clone().unwrap();
+    let queues =
+        vec![ActiveQueue { index: 0, queue, kick: Arc::new(kick_of_queue), restored: false }];
+    let interrupt = Interrupt::new(Arc::clone(&line) as Arc<dyn InterruptLine>);
+    device
+        .start(Activation { memory: memory.clone(), features: blk::F_FLUSH, queues, interrupt })
+        .unwrap();
 
     // What a driver does: a request in three pieces, a chain of three descriptors, its head in the available ring.
     memory.write_obj(blk::T_OUT.to_le(), HEADER).unwrap();
@@ -78,15 +85,21 @@ pub(crate) fn follow() -> Vec<String> {
     }
     memory.write_obj(0_u16.to_le(), GuestAddress(AVAILABLE.0 + 4)).unwrap();
     memory.store(1_u16.to_le(), GuestAddress(AVAILABLE.0 + 2), Ordering::Release).unwrap();
-    seen.push("driver: OUT at sector 3, 512 bytes; descriptors 0 -> 1 -> 2; available index 1".to_owned());
+    seen.push(
+        "driver: OUT at sector 3, 512 bytes; descriptors 0 -> 1 -> 2; available index 1".to_owned(),
+    );
+    tracing::trace!(target: "waypoint", "the driver kicks");
     kick.write(1).unwrap();
 
     // What it sees once the interrupt comes.
     interrupts.recv().unwrap();
+    tracing::trace!(target: "waypoint", "the driver was interrupted");
     let index: u16 = memory.load(GuestAddress(USED.0 + 2), Ordering::Acquire).unwrap();
     let [head, length]: [u32; 2] = memory.read_obj(GuestAddress(USED.0 + 4)).unwrap();
     let status: u8 = memory.read_obj(STATUS).unwrap();
-    seen.push(format!("device: used index {index}: head {head}, {length} byte written, status {status}"));
+    seen.push(format!(
+        "device: used index {index}: head {head}, {length} byte written, status {status}"
+    ));
     seen.push(format!("line:   raised {} time", line.1.load(Ordering::Relaxed)));
     let mut sector = [0; 512];
     image.as_file().read_exact_at(&mut sector, 3 * 512).unwrap();

@@ -1,18 +1,22 @@
 //! Address range -> device, for port I/O and for MMIO: what a vCPU consults when the guest leaves KVM.
 //!
-//! A bus is built once and then shared by all vCPU threads as `Arc<Bus>`: looking up takes no lock, only the device
-//! that is hit has one.
+//! A bus is built once and then shared by all vCPU threads as `Arc<Bus>`. Finding a device takes no lock; each device has one
+//! of its own, held for the length of one access.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Instant;
 
 use thiserror::Error;
 
+use crate::virtio::drain::Drain;
+
 /// A device that answers reads and writes inside its address range.
 ///
-/// Both calls come from whichever vCPU thread the guest chose, one at a time, and must not block on anything but host
-/// work that is sure to end. `offset` is in bytes from the start of the range; the access lies inside the range, and is
-/// 1 to 8 bytes wide, but not otherwise sane: a guest may use any width and alignment anywhere.
+/// All calls come from whichever vCPU thread the guest chose, one at a time, and return without waiting for the host.
+/// `offset` is in bytes from the start of the range. The access lies inside the range and is 1 to 8 bytes wide, but a guest
+/// may use any width and alignment anywhere.
 pub trait BusDevice: Send {
     /// Fills all of `data` (little-endian).
     fn read(&mut self, offset: u64, data: &mut [u8]);
@@ -20,16 +24,64 @@ pub trait BusDevice: Send {
     /// Takes `data` (little-endian).
     fn write(&mut self, offset: u64, data: &[u8]);
 
-    /// The machine is reset, with its vCPUs stopped: forgets what the guest did, as at power-on. What was under way is
-    /// finished first. A device that remembers nothing has nothing to do.
+    /// The machine is reset, with its vCPUs stopped: the device returns to its state at power-on. Stateless devices need not
+    /// implement it.
     fn reset(&mut self) {}
+
+    /// What has to end before the last write or reset has taken effect, if anything. Asked after each `write` and `reset`,
+    /// and again once the returned drain is done: the device then completes the reset and returns `None`.
+    fn draining(&mut self) -> Option<Drain> {
+        None
+    }
+}
+
+/// A write or a reset that waits for the threads of its device. Nothing is locked meanwhile.
+pub struct Unfinished {
+    device: Arc<Mutex<dyn BusDevice>>,
+    drain: Drain,
+}
+
+impl Unfinished {
+    fn of(device: &Arc<Mutex<dyn BusDevice>>) -> Option<Self> {
+        // A device whose lock is poisoned is in an unknown state; its VM is about to stop.
+        let drain = device.lock().ok()?.draining()?;
+        Some(Self { device: Arc::clone(device), drain })
+    }
+
+    /// Waits until the write has taken effect (`None`), or `called_away` says so. Whatever makes `called_away` true has to
+    /// unpark this thread afterwards.
+    pub fn wait_unless(self, called_away: impl Fn() -> bool) -> Option<Self> {
+        self.wait(|drain| {
+            let this = thread::current();
+            drain.on_done(move || this.unpark());
+            while !drain.is_done() && !called_away() {
+                thread::park();
+            }
+            drain.is_done()
+        })
+    }
+
+    /// Waits until the write has taken effect (`None`), or it is `deadline`.
+    pub fn wait_until(self, deadline: Instant) -> Option<Self> {
+        self.wait(|drain| drain.wait(deadline.saturating_duration_since(Instant::now())))
+    }
+
+    fn wait(mut self, is_done: impl Fn(&Drain) -> bool) -> Option<Self> {
+        // Another vCPU may have begun another reset of the device meanwhile.
+        while is_done(&self.drain) {
+            self = Self::of(&self.device)?;
+        }
+        Some(self)
+    }
 }
 
 /// Why a device cannot be put on a bus. Both are mistakes in the machine's address map.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum BusError {
     /// The range is empty or goes past the last address.
-    #[error("address range {base:#x}+{length:#x} is empty or wraps around; correct the machine's address map")]
+    #[error(
+        "address range {base:#x}+{length:#x} is empty or wraps around; correct the machine's address map"
+    )]
     Invalid {
         /// First address.
         base: u64,
@@ -37,7 +89,9 @@ pub enum BusError {
         length: u64,
     },
     /// The range meets that of another device.
-    #[error("address range {base:#x}+{length:#x} overlaps the device at {other:#x}; correct the machine's address map")]
+    #[error(
+        "address range {base:#x}+{length:#x} overlaps the device at {other:#x}; correct the machine's address map"
+    )]
     Overlap {
         /// First address.
         base: u64,
@@ -61,16 +115,16 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// A bus with nothing on it.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
     /// Puts `device` at `base`, `length` bytes long.
     ///
     /// # Errors
     /// When the range is not one, or is taken.
-    pub fn insert(&mut self, base: u64, length: u64, device: Arc<Mutex<dyn BusDevice>>) -> Result<(), BusError> {
+    pub fn insert(
+        &mut self,
+        base: u64,
+        length: u64,
+        device: Arc<Mutex<dyn BusDevice>>,
+    ) -> Result<(), BusError> {
         let last = match length.checked_sub(1).and_then(|rest| base.checked_add(rest)) {
             Some(last) => last,
             None => return Err(BusError::Invalid { base, length }),
@@ -85,45 +139,58 @@ impl Bus {
         Ok(())
     }
 
-    /// Reads from the device at `address`. Unclaimed addresses read as all ones, as on a PC. Tells whether a device
-    /// claimed the access.
-    pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
-        let claimed = self.with_device(address, data.len(), |device, offset| device.read(offset, data));
-        if !claimed {
+    /// Reads from the device at `address`. Without one it reads as all ones, as on a PC.
+    pub fn read(&self, address: u64, data: &mut [u8]) {
+        if self
+            .with_device(address, data.len(), |device, offset| device.read(offset, data))
+            .is_none()
+        {
             data.fill(0xff);
         }
-        claimed
     }
 
-    /// Writes to the device at `address`; without one the write is lost. Tells whether a device claimed the access.
-    pub fn write(&self, address: u64, data: &[u8]) -> bool {
-        self.with_device(address, data.len(), |device, offset| device.write(offset, data))
+    /// Writes to the device at `address`; without one, the write is lost. Returns what the write waits for before it takes
+    /// effect, if anything: the vCPU must not enter the guest before.
+    pub fn write(&self, address: u64, data: &[u8]) -> Option<Unfinished> {
+        let mut drain = None;
+        let device = self.with_device(address, data.len(), |device, offset| {
+            device.write(offset, data);
+            drain = device.draining();
+        });
+        Some(Unfinished { device: Arc::clone(device?), drain: drain? })
     }
 
-    /// Resets every device.
-    pub fn reset(&self) {
-        for entry in self.entries.values() {
+    /// Begins to reset every device, and returns the resets that wait for their device's threads.
+    pub fn reset(&self) -> Vec<Unfinished> {
+        let mut unfinished = Vec::new();
+        for Entry { device, .. } in self.entries.values() {
             // A poisoned device: as in `with_device`.
-            if let Ok(mut device) = entry.device.lock() {
-                device.reset();
+            if let Ok(mut locked) = device.lock() {
+                locked.reset();
+                let drain = locked.draining();
+                unfinished
+                    .extend(drain.map(|drain| Unfinished { device: Arc::clone(device), drain }));
             }
         }
+        unfinished
     }
 
-    /// Runs `access` on the device that has all `width` bytes at `address`. An access that straddles the end of a
-    /// device belongs to nobody.
-    fn with_device(&self, address: u64, width: usize, access: impl FnOnce(&mut dyn BusDevice, u64)) -> bool {
-        let Some((base, entry)) = self.entries.range(..=address).next_back() else { return false };
+    /// Runs `access` on the device that has all `width` bytes at `address`, and returns the device. No device claims an
+    /// access that straddles the end of its range.
+    fn with_device(
+        &self,
+        address: u64,
+        width: usize,
+        access: impl FnOnce(&mut dyn BusDevice, u64),
+    ) -> Option<&Arc<Mutex<dyn BusDevice>>> {
+        let (base, entry) = self.entries.range(..=address).next_back()?;
         let offset = address - base;
-        let fits = offset.checked_add(width as u64).is_some_and(|end| end <= entry.length);
-        if !fits {
-            return false;
-        }
+        offset.checked_add(width as u64).filter(|end| *end <= entry.length)?;
         // Poisoned: a thread panicked inside this device, which is in an unknown state and must not be touched again.
-        // That thread has said why, and its owner is about to stop the VM; until then the device is as if unplugged.
-        let Ok(mut device) = entry.device.lock() else { return false };
+        // That thread has reported it and the VM is about to stop; until then the device is as if unplugged.
+        let mut device = entry.device.lock().ok()?;
         access(&mut *device, offset);
-        true
+        Some(&entry.device)
     }
 }
 
@@ -131,10 +198,11 @@ impl Bus {
 mod tests {
     use super::*;
 
-    /// Reads as `id` in every byte; remembers the last write.
+    /// Reads as `id` in every byte; remembers the last write; drains what the test put there.
     struct Probe {
         id: u8,
         written: Option<(u64, Vec<u8>)>,
+        drains: Vec<Drain>,
     }
 
     impl BusDevice for Probe {
@@ -146,23 +214,30 @@ mod tests {
         fn write(&mut self, offset: u64, data: &[u8]) {
             self.written = Some((offset, data.to_vec()));
         }
+
+        fn draining(&mut self) -> Option<Drain> {
+            self.drains.pop_if(|drain| drain.is_done());
+            self.drains.last().cloned()
+        }
     }
 
     fn probe(id: u8) -> Arc<Mutex<Probe>> {
-        Arc::new(Mutex::new(Probe { id, written: None }))
+        Arc::new(Mutex::new(Probe { id, written: None, drains: Vec::new() }))
     }
 
     fn bus(ranges: &[(u64, u64)]) -> Bus {
-        let mut bus = Bus::new();
+        let mut bus = Bus::default();
         for (id, (base, length)) in (1..).zip(ranges) {
             bus.insert(*base, *length, probe(id)).unwrap();
         }
         bus
     }
 
+    /// `None`: all ones, which no probe answers.
     fn read_byte(bus: &Bus, address: u64) -> Option<u8> {
         let mut data = [0];
-        bus.read(address, &mut data).then_some(data[0])
+        bus.read(address, &mut data);
+        (data != [0xff]).then_some(data[0])
     }
 
     #[test]
@@ -183,38 +258,68 @@ mod tests {
     fn unclaimed_reads_are_all_ones() {
         let bus = bus(&[(0x100, 4)]);
         let mut data = [0; 8];
-        assert!(!bus.read(0x50, &mut data));
+        bus.read(0x50, &mut data);
         assert_eq!(data, [0xff; 8]);
-        assert!(!bus.write(0x50, &data));
+        assert!(bus.write(0x50, &data).is_none());
     }
 
     #[test]
-    fn an_access_that_straddles_an_end_belongs_to_nobody() {
-        let bus = bus(&[(0x100, 4), (0x104, 4), (u64::MAX - 1, 2)]);
+    fn an_access_that_straddles_an_end_is_unclaimed() {
+        let (mut bus, devices) = (Bus::default(), [1, 2, 3].map(probe));
+        for (device, (base, length)) in
+            devices.iter().zip([(0x100, 4), (0x104, 4), (u64::MAX - 1, 2)])
+        {
+            bus.insert(base, length, Arc::clone(device) as _).unwrap();
+        }
         let mut data = [0; 4];
-        assert!(bus.read(0x100, &mut data));
-        assert!(!bus.read(0x101, &mut data));
+        bus.read(0x100, &mut data);
+        assert_eq!(data, [1; 4]);
+        bus.read(0x101, &mut data);
         assert_eq!(data, [0xff; 4]);
-        assert!(!bus.write(0xfe, &data));
-        assert!(!bus.write(u64::MAX - 1, &data));
-        assert!(!bus.write(u64::MAX, &data));
+        for address in [0xfe, u64::MAX - 1, u64::MAX] {
+            assert!(bus.write(address, &data).is_none());
+        }
+        assert!(devices.iter().all(|device| device.lock().unwrap().written.is_none()));
     }
 
     #[test]
     fn a_write_arrives_with_its_offset() {
         let device = probe(1);
-        let mut bus = Bus::new();
+        let mut bus = Bus::default();
         bus.insert(0x1000, 0x100, Arc::clone(&device) as _).unwrap();
-        assert!(bus.write(0x1010, &[1, 2]));
+        assert!(bus.write(0x1010, &[1, 2]).is_none());
         assert_eq!(device.lock().unwrap().written, Some((0x10, vec![1, 2])));
+    }
+
+    #[test]
+    fn a_write_that_drains_waits_outside_of_the_devices_lock_until_all_is_done() {
+        let device = probe(1);
+        let (first, second) = (Drain::new(1), Drain::new(1));
+        device.lock().unwrap().drains = vec![second.clone(), first.clone()];
+        let mut bus = Bus::default();
+        bus.insert(0x1000, 0x100, Arc::clone(&device) as _).unwrap();
+        let unfinished = bus.write(0x1000, &[0]).expect("no drain");
+        let unfinished = unfinished.wait_unless(|| true).expect("called away");
+        assert_eq!(read_byte(&bus, 0x1000), Some(1), "another vCPU gets at the device");
+        first.finish([]);
+        let unfinished = unfinished.wait_until(Instant::now()).expect("the second drain is left");
+        second.finish([]);
+        assert!(unfinished.wait_unless(|| false).is_none());
+        assert!(bus.reset().is_empty());
     }
 
     #[test]
     fn overlaps_are_refused_on_every_side() {
         let mut bus = bus(&[(0x100, 0x10)]);
-        for (base, length) in [(0x100, 0x10), (0x0f8, 9), (0x10f, 1), (0x0, 0x1000), (0x104, 2), (0, u64::MAX)] {
+        for (base, length) in
+            [(0x100, 0x10), (0x0f8, 9), (0x10f, 1), (0x0, 0x1000), (0x104, 2), (0, u64::MAX)]
+        {
             let refused = bus.insert(base, length, probe(9));
-            assert_eq!(refused, Err(BusError::Overlap { base, length, other: 0x100 }), "{base:#x}+{length:#x}");
+            assert_eq!(
+                refused,
+                Err(BusError::Overlap { base, length, other: 0x100 }),
+                "{base:#x}+{length:#x}"
+            );
         }
         for (base, length) in [(0, 0), (0x500, 0), (u64::MAX, 2), (2, u64::MAX)] {
             assert_eq!(bus.insert(base, length, probe(9)), Err(BusError::Invalid { base, length }));
@@ -231,7 +336,7 @@ mod tests {
         let panicked = std::thread::spawn(move || vcpu.read(0x166, &mut [0])).join();
         assert!(panicked.is_err());
         assert_eq!(read_byte(&bus, 0x100), None);
-        assert!(!bus.write(0x100, &[0]));
+        assert!(bus.write(0x100, &[0]).is_none());
         assert_eq!(read_byte(&bus, 0x200), Some(2));
     }
 }

@@ -41,7 +41,12 @@ impl LogLimit {
         let due = milliseconds(now) >= next
             && self
                 .next
-                .compare_exchange(next, milliseconds(now + INTERVAL), Ordering::Relaxed, Ordering::Relaxed)
+                .compare_exchange(
+                    next,
+                    milliseconds(now + INTERVAL),
+                    Ordering::Relaxed,
+                    Ordering::Relaxed,
+                )
                 .is_ok();
         if due {
             Some(self.suppressed.swap(0, Ordering::Relaxed))
@@ -75,8 +80,8 @@ pub(crate) mod tests {
     }
 
     impl tracing::Subscriber for Log {
-        fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
-            true
+        fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+            metadata.target() != "waypoint"
         }
 
         fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
@@ -91,7 +96,11 @@ pub(crate) mod tests {
         fn event(&self, event: &tracing::Event<'_>) {
             struct Text(String);
             impl tracing::field::Visit for Text {
-                fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+                fn record_debug(
+                    &mut self,
+                    field: &tracing::field::Field,
+                    value: &dyn std::fmt::Debug,
+                ) {
                     self.0 += &format!("{}={value:?} ", field.name());
                 }
             }

@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use devices::GuestMemory;
 use devices::disk::{
-    self, Aio, CacheMode, Completion, Engine, GuestRange, OpenOptions, OpenReason, Operation, Transfer,
+    self, Aio, CacheMode, Completion, Engine, EngineSetup, GuestRange, OpenOptions, OpenReason,
+    Operation, Transfer,
 };
 use vm_memory::GuestAddress;
 
@@ -46,7 +47,13 @@ fn rounds(engine: &mut dyn Engine, done: &mut Vec<Completion>, operation: Operat
             let base = u64::from(tag) * 16384 + skew;
             let piece = |at| GuestRange { address: GuestAddress(base + at), length: 2048 };
             let offset = u64::from((round * 7 + tag) % 64) * 4096;
-            engine.submit(Transfer { tag, operation, offset, length: 4096, ranges: &[piece(0), piece(8192)] });
+            engine.submit(Transfer {
+                tag,
+                operation,
+                offset,
+                length: 4096,
+                ranges: &[piece(0), piece(8192)],
+            });
         }
         engine.commit();
         engine.drain(done);
@@ -62,13 +69,22 @@ fn steady_load_allocates_nothing() {
     for directory in [Path::new(env!("CARGO_TARGET_TMPDIR")), Path::new("/dev/shm")] {
         let Ok(image) = tempfile::NamedTempFile::new_in(directory) else { continue };
         image.as_file().set_len(64 * 4096).unwrap();
-        for (&aio, &cache) in Aio::ALL.iter().flat_map(|aio| CacheMode::ALL.iter().map(move |cache| (aio, cache))) {
-            let disk = match disk::open(&OpenOptions { aio, cache, locking: false, ..OpenOptions::new(image.path()) }) {
+        for (&aio, &cache) in
+            Aio::ALL.iter().flat_map(|aio| CacheMode::ALL.iter().map(move |cache| (aio, cache)))
+        {
+            let disk = match disk::open(&OpenOptions {
+                aio,
+                cache,
+                locking: false,
+                ..OpenOptions::new(image.path())
+            }) {
                 Err(error) if matches!(error.reason, OpenReason::NoDirect) => continue,
                 result => result.unwrap(),
             };
-            let memory = GuestMemory::from_ranges(&[(GuestAddress(0), DEPTH as usize * 16384 + 4096)]).unwrap();
-            let mut engine = disk.engine(memory, DEPTH).unwrap();
+            let memory =
+                GuestMemory::from_ranges(&[(GuestAddress(0), DEPTH as usize * 16384 + 4096)])
+                    .unwrap();
+            let mut engine = disk.engine(EngineSetup::new(memory, DEPTH)).unwrap();
             let mut done = Vec::with_capacity(DEPTH as usize);
             for operation in [Operation::Read, Operation::Write { durable: !cache.writeback() }] {
                 // Odd addresses are nothing to the page cache, and need a bounce buffer without it.

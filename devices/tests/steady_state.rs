@@ -6,9 +6,11 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use devices::GuestMemory;
 use devices::block::Kind;
-use devices::disk::{self, Aio, Completion, Disk, Engine, GuestRange, Limits, OpenOptions, ScsiCommand, Transfer};
+use devices::disk::{
+    self, Aio, Completion, DeviceCommand, Disk, DiskError, Engine, EngineSetup, GuestRange, Limits,
+    OpenOptions, Transfer,
+};
 
 mod support;
 
@@ -67,8 +69,12 @@ impl Disk for Counted {
         self.disk.resize(bytes)
     }
 
-    fn engine(self: Arc<Self>, memory: GuestMemory, depth: u32) -> std::io::Result<Box<dyn Engine>> {
-        let engine = Arc::clone(&self.disk).engine(memory, depth)?;
+    fn flush(&self) -> Result<(), DiskError> {
+        self.disk.flush()
+    }
+
+    fn engine(self: Arc<Self>, setup: EngineSetup) -> std::io::Result<Box<dyn Engine>> {
+        let engine = Arc::clone(&self.disk).engine(setup)?;
         Ok(Box::new(CountedEngine { engine, commits: Arc::clone(&self.commits), submitted: false }))
     }
 }
@@ -79,7 +85,7 @@ impl Engine for CountedEngine {
         self.engine.submit(transfer);
     }
 
-    fn submit_scsi(&mut self, tag: u32, command: Arc<ScsiCommand>, data: &[GuestRange]) {
+    fn submit_scsi(&mut self, tag: u32, command: Arc<dyn DeviceCommand>, data: &[GuestRange]) {
         self.engine.submit_scsi(tag, command, data);
     }
 
@@ -107,14 +113,18 @@ const DEPTH: u16 = 32;
 #[test]
 fn steady_load_allocates_nothing_and_travels_in_batches() {
     // In memory: a write that a device holds up goes to a thread, and starting one allocates.
-    let directory = ["/dev/shm", "."].into_iter().find(|place| std::path::Path::new(place).is_dir()).unwrap();
+    let directory =
+        ["/dev/shm", "."].into_iter().find(|place| std::path::Path::new(place).is_dir()).unwrap();
     let image = tempfile::NamedTempFile::new_in(directory).unwrap();
     image.as_file().set_len(16 << 20).unwrap();
     for aio in [Aio::IoUring, Aio::Threads] {
         let mut options = OpenOptions::new(image.path());
         options.aio = aio;
         let commits = Arc::new(AtomicU64::new(0));
-        let disk = Arc::new(Counted { disk: disk::open(&options).unwrap(), commits: Arc::clone(&commits) });
+        let disk = Arc::new(Counted {
+            disk: disk::open(&options).unwrap(),
+            commits: Arc::clone(&commits),
+        });
         let mut load = support::Load::new(disk, 4096);
         for write in [false, true] {
             (0..64).for_each(|slot| load.prepare(slot, 4096, write));

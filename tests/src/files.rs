@@ -103,12 +103,17 @@ impl Durable {
         };
         // In the lab the loop device is a module.
         let _ = run("modprobe", &["loop".as_ref()]);
-        let mounted = run("mke2fs", &["-q".as_ref(), "-text4".as_ref(), image.as_ref()])
-            .and_then(|()| run("mount", &["-oloop".as_ref(), image.as_ref(), directory.path().as_ref()]));
+        let mounted =
+            run("mke2fs", &["-q".as_ref(), "-text4".as_ref(), image.as_ref()]).and_then(|()| {
+                run("mount", &["-oloop".as_ref(), image.as_ref(), directory.path().as_ref()])
+            });
         match mounted {
             Ok(()) => Some(Self { directory, mounted: true }),
             Err(why) => {
-                println!("skipped: there is only tmpfs here, and no ext4 can be mounted: {}", why.trim());
+                let why = why.trim();
+                crate::skip(&format!(
+                    "there is only tmpfs here, and mounting an ext4 fails: {why}"
+                ));
                 None
             }
         }

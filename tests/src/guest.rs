@@ -29,11 +29,15 @@ macro_rules! programs {
             ".pushsection .rodata.minivmm_guests, \"a\", @progbits",
             ".set DEBUG_EXIT, {debug_exit}",
             ".set COM1, {com1}",
+            ".set COM2, {com2}",
             ".set PVPANIC, {pvpanic}",
             ".set SLEEP_CONTROL, {sleep_control}",
             ".set SLEEP_CONTROL_S5, {sleep_control_s5}",
             ".set RESET, {reset}",
             ".set RESET_VALUE, {reset_value}",
+            ".set RESET_VECTOR, {reset_vector}",
+            ".set WARM_RESET_FLAG, {warm_reset_flag}",
+            ".set PAGE_TABLES, {page_tables}",
             ".set I8042_COMMAND, {i8042_command}",
             ".set VIRTIO, {virtio}",
             ".globl guest_start",
@@ -41,17 +45,22 @@ macro_rules! programs {
             "guest_start:",
             $(concat!(".long guest_", $label, " - guest_start"),)+
             include_str!("guest.s"),
+            include_str!("chaos.s"),
             "guest_end:",
             ".code64",
             ".popsection",
             debug_exit = const layout::DEBUG_EXIT,
             com1 = const layout::COM1,
+            com2 = const layout::SERIAL_PORTS[1].0,
             pvpanic = const layout::PVPANIC,
             sleep_control = const layout::SLEEP_CONTROL,
             sleep_control_s5 = const layout::SLEEP_CONTROL_S5,
             reset = const layout::RESET,
             reset_value = const layout::RESET_VALUE,
+            reset_vector = const layout::RESET_VECTOR.0,
+            warm_reset_flag = const layout::WARM_RESET_FLAG.0,
             i8042_command = const layout::I8042_COMMAND,
+            page_tables = const layout::PAGE_TABLES.0,
             virtio = const layout::VIRTIO_MMIO.0,
             options(att_syntax),
         );
@@ -69,6 +78,12 @@ programs! {
     Panic = "panic",
     /// Ends in a triple fault.
     TripleFault = "triple_fault",
+    /// Reboots by a triple fault, as Linux does with `reboot=t`.
+    RebootTripleFault = "reboot_triple_fault",
+    /// Reboots by the BIOS's reset vector, as Linux does with `reboot=b`.
+    RebootBios = "reboot_bios",
+    /// Halts for good.
+    Halt = "halt",
     /// Writes [`SUCCESS`] to the debug-exit port, and waits if that has no effect.
     Exit = "exit",
     /// Runs for ever.
@@ -83,6 +98,8 @@ programs! {
     BootPvh = "boot_pvh",
     /// The same for the 64-bit Linux entry.
     BootLinux64 = "boot_linux64",
+    /// For the 64-bit Linux entry and a debugger: see [`debugger`].
+    Debugged = "debugged",
     /// Accesses ports and addresses where nothing is; ends with [`SUCCESS`].
     Unmapped = "unmapped",
     /// Drives a disk of [`DISK_SECTORS`] sectors: see the test. Prints its serial number; ends with [`SUCCESS`].
@@ -90,13 +107,56 @@ programs! {
     /// Fills the disk sector by sector with 32-bit words that count up from the sector's number, a dot for each finished write; ends with
     /// [`SUCCESS`] at the end of the disk.
     DiskLoad = "disk_load",
+    /// As [`Program::DiskLoad`], with a flush after each write: a dot means that the sector is durable.
+    DiskSync = "disk_sync",
     /// Checks that it finds the machine as at power-on and leaves it different; prints "ready" and a newline, then as
     /// [`Program::DiskLoad`].
     Reborn = "reborn",
+    /// Posts 256 reads of 4080 MiB each on a disk of at least that size, prints "ready" and a newline, and spins.
+    Flood = "flood",
+    /// Drives a disk, kicks an empty queue 64 times and resets the disk, again and again; a dot for each round.
+    ResetStorm = "reset_storm",
+    /// Writes anything to the registers, rings and ports, then is an honest driver for a moment, again and again; a dot for each
+    /// round.
+    Chaos = "chaos",
+    /// Prints "second" and a newline on the second serial port, then as [`Program::Echo`].
+    SecondPort = "second_port",
+    /// Does what `--exec`'s script does with a command that prints all byte values [`JOB_ROUNDS`] times, and has status 7.
+    Job = "job",
+    /// Writes to each page of 128 MiB, then prints lines of a dot without end.
+    Fill = "fill",
+    /// As [`Program::Flood`], then resets the disk and prints "reset" and a newline when Status reads 0.
+    FloodReset = "flood_reset",
+}
+
+/// Addresses of [`Program::Debugged`], which counts at [`COUNTER`](debugger::COUNTER) until there is an exit status at
+/// [`STATUS`](debugger::STATUS).
+pub mod debugger {
+    /// From the program's entry to its loop, whose first instruction counts.
+    pub const LOOP: u64 = 0x100;
+    /// From the loop to its second instruction.
+    pub const SECOND_INSTRUCTION: u64 = 8;
+    /// 32 bits: the rounds that have begun.
+    pub const COUNTER: u64 = 0x22_0000;
+    /// 32 bits: an exit status ends the program.
+    pub const STATUS: u64 = 0x22_0008;
+    /// 32 bits: how many of its own breakpoints the program has been given.
+    pub const TRAPS: u64 = 0x22_0010;
+    /// 32 bits: not 0 for a breakpoint of its own in each round. Not every KVM without hardware executes it.
+    pub const BREAKS: u64 = 0x22_0018;
+    /// Where the first 2 MiB of memory are mapped a second time, from the loop on.
+    pub const ALIAS: u64 = 0x4000_0000;
+    /// The loop of the second vCPU, in real mode.
+    pub const SECOND_LOOP: u64 = 0x8000;
+    /// 32 bits: its rounds.
+    pub const SECOND_COUNTER: u64 = 0x8100;
 }
 
 /// What [`Program::Chatter`] repeats.
 pub const CHATTER: &str = "fifteen letters\n";
+
+/// How often [`Program::Job`] prints the bytes from 0 to 255.
+pub const JOB_ROUNDS: usize = 0x800;
 
 /// Sectors of the image that [`Program::Disk`] expects.
 pub const DISK_SECTORS: u64 = 64;

@@ -2,7 +2,8 @@
 #
 # Entered through PVH, so in 32-bit protected mode, flat, without paging, %ebx on the start info (xen.git
 # docs/misc/pvh.pandoc). Nothing here takes an interrupt: everything polls. The assembler knows DEBUG_EXIT, COM1, PVPANIC,
-# SLEEP_CONTROL, SLEEP_CONTROL_S5, RESET, RESET_VALUE, I8042_COMMAND and VIRTIO from the machine's address map.
+# SLEEP_CONTROL, SLEEP_CONTROL_S5, RESET, RESET_VALUE, RESET_VECTOR, WARM_RESET_FLAG, I8042_COMMAND and VIRTIO from the
+# machine's address map.
 
 .set GUEST_BASE, 0x100000               # where the image is loaded
 .set STACK_TOP, 0x90000                 # conventional memory above the command line, below the EBDA
@@ -52,6 +53,18 @@ guest_triple_fault:                     # an empty interrupt table: #UD, then th
     lidt (%esp)
     ud2
     jmp guest_spin
+
+guest_reboot_triple_fault:              # as Linux with reboot=t: what it says to the BIOS about a cold reboot comes first
+    movw $0, WARM_RESET_FLAG
+    jmp guest_triple_fault
+
+guest_reboot_bios:                      # the code there is the same in this mode as in real mode
+    movl $RESET_VECTOR, %eax
+    jmp *%eax
+
+guest_halt:                             # interrupts are disabled at the entry
+    hlt
+    jmp guest_halt
 
 guest_exit:
     exit SUCCESS
@@ -112,7 +125,7 @@ echo:
     call put_char
     jmp echo
 
-guest_early_echo:                       # a line nobody may be reading yet, then a word to the monitor, then echo
+guest_early_echo:                       # a line that may come before anything reads it, then a word to the monitor, then echo
     movl $STACK_TOP, %esp
     load_address %esi, early_text
     call put_string
@@ -191,6 +204,62 @@ boot_failed:
     jmp exit_with_al
 .code32
 
+# ---- for a debugger ---------------------------------------------------------------------------------------------
+# Entered by the 64-bit Linux protocol. It starts the second vCPU, if there is one, and then counts until a debugger
+# writes an exit status. `debugger` in guest.rs knows these addresses.
+
+.set DEBUG_COUNTER, 0x220000
+.set DEBUG_STATUS, 0x220008             # not 0: the exit status
+.set DEBUG_BREAKS, 0x220018             # not 0: a breakpoint of the guest's own in each round
+.set DEBUG_TRAPS, 0x220010              # breakpoints that the guest's handler has seen
+.set DEBUG_IDT, 0x221000
+.set SECOND_CODE, 0x8000
+.set SECOND_COUNTER, 0x8100
+.set LAPIC, 0xfee00000
+
+.code64
+guest_debugged:
+    movl $0x1234, %ebx
+    addl $1, %ebx                       # for single steps
+    addl $1, %ebx
+    movl $STACK_TOP, %esp
+    movq $0x83, PAGE_TABLES + 0x3000    # the first 2 MiB again at 1 GiB: present, writable, large
+    movq %cr3, %rax
+    movq %rax, %cr3
+    load_address %eax, debugged_trap    # gate 3 of the interrupt table, in the boot GDT's code segment
+    movw %ax, DEBUG_IDT + 48
+    movw $0x10, DEBUG_IDT + 50
+    movw $0x8e00, DEBUG_IDT + 52
+    shrl $16, %eax
+    movw %ax, DEBUG_IDT + 54
+    movw $0xfff, DEBUG_IDT - 16
+    movq $DEBUG_IDT, DEBUG_IDT - 14
+    lidt DEBUG_IDT - 16
+    movl $0x0006ff66, SECOND_CODE       # incl (SECOND_COUNTER); jmp to that, in real mode
+    movl $0x90f9eb81, SECOND_CODE + 4
+    movl $LAPIC, %edi
+    movl $0x1ff, 0xf0(%rdi)             # spurious interrupt vector register: enabled
+    movl $(1 << 24), 0x310(%rdi)        # to APIC 1: INIT, then SIPI with SECOND_CODE's page
+    movl $0x4500, 0x300(%rdi)
+    movl $(1 << 24), 0x310(%rdi)
+    movl $(0x4600 | SECOND_CODE >> 12), 0x300(%rdi)
+    jmp debugged_loop
+debugged_trap:
+    addl $1, DEBUG_TRAPS
+    iretq
+    .org guest_debugged + 0x100
+debugged_loop:
+    addl $1, DEBUG_COUNTER
+    movl DEBUG_BREAKS, %eax
+    testl %eax, %eax
+    jz 0f
+    int3
+0:  movl DEBUG_STATUS, %eax
+    testl %eax, %eax
+    jz debugged_loop
+    jmp exit_with_al
+.code32
+
 # ---- nothing there ----------------------------------------------------------------------------------------------
 
 guest_unmapped:                         # reads of nothing give ones, writes to nothing do nothing
@@ -243,6 +312,7 @@ fail:                                   # %bl: which step
 
 start_device:                           # virtio 1.2 §3.1.1; leaves the register window in %ebp
     movl $VIRTIO, %ebp
+start_device_at_ebp:
     require 0x000, 0x74726976, 30       # MagicValue
     require 0x004, 2, 31                # Version
     require 0x008, 2, 32                # DeviceID: a block device
@@ -378,7 +448,7 @@ guest_disk:
     call put_line_end
 
     require 0x060, 1, 70                # InterruptStatus: used buffer
-    movl $1, 0x064(%ebp)                # InterruptACK: where the registers are mapped, nobody hears this one alone
+    movl $1, 0x064(%ebp)                # InterruptACK: where the registers are mapped, this write alone causes no exit
     movl $3, 0x064(%ebp)                # ... but any other
     require 0x060, 0, 71
     movl $0, 0x070(%ebp)                # a reset, and it works again
@@ -392,6 +462,59 @@ guest_disk:
     call check_data
     exit SUCCESS
 
+guest_job:                              # the second disk has --exec's script, which begins with "mark='", 34 bytes and "'"
+    movl $STACK_TOP, %esp
+    movl $(VIRTIO + 0x1000), %ebp
+    call start_device_at_ebp
+    submit 0, 0, FROM_DEVICE, 512, 0, 513, 90
+    movl $(DATA + 512), %edi            # all byte values, as a terminal driver prints them: a newline becomes two bytes
+    movl $0, %ecx
+0:  cmpb $'\n', %cl
+    jne 1f
+    movb $'\r', (%edi)
+    addl $1, %edi
+1:  movb %cl, (%edi)
+    addl $1, %edi
+    addl $1, %ecx
+    cmpl $256, %ecx
+    jne 0b
+    movw $COM2, %dx
+    call put_mark
+    load_address %esi, job_begin
+    movl $8, %ecx
+    rep outsb
+    movl $0x800, %ebx
+2:  movl $(DATA + 512), %esi
+    movl $257, %ecx
+    rep outsb
+    subl $1, %ebx
+    jnz 2b
+    call put_mark
+    load_address %esi, job_end
+    movl $6, %ecx
+    rep outsb
+    jmp guest_reset                     # too late: the status is known
+
+put_mark:
+    movl $(DATA + 6), %esi
+    movl $34, %ecx
+    rep outsb
+    ret
+
+job_begin: .ascii "begin;\r\n"
+job_end: .ascii "end 7;"
+
+guest_second_port:
+    movl $STACK_TOP, %esp
+    movw $COM2, %dx
+    load_address %esi, second_text
+    movl $7, %ecx
+    rep outsb
+    jmp guest_echo
+second_text: .ascii "second\n"
+
+guest_disk_sync:                        # as disk_load, with a flush after each write and before its dot
+    movl $1, flush_each - guest_start + GUEST_BASE
 guest_disk_load:                        # writes sector after sector, each full of words from its number up; a dot for each
     movl $STACK_TOP, %esp
     call start_device
@@ -405,7 +528,16 @@ guest_disk_load:                        # writes sector after sector, each full 
     movb $80, %bl
     cmpb $0, %al
     jne fail
-    movb $'.', %al
+    cmpl $0, flush_each - guest_start + GUEST_BASE
+    je 1f
+    movl $4, %eax                       # VIRTIO_BLK_T_FLUSH
+    movl $0, %edx
+    movl $NO_DATA, %ecx
+    call request
+    movb $81, %bl
+    cmpb $0, %al
+    jne fail
+1:  movb $'.', %al
     call put_char
     movl sector - guest_start + GUEST_BASE, %eax
     addl $1, %eax
@@ -415,6 +547,7 @@ guest_disk_load:                        # writes sector after sector, each full 
     exit SUCCESS
 .balign 4
 sector: .long 0
+flush_each: .long 0
 
 # Each of these has to be as at power-on, and is something else afterwards.
 guest_reborn:                           # checks that nothing is left of a life before; prints "ready"; then as disk_load
@@ -466,3 +599,128 @@ guest_reborn:                           # checks that nothing is left of a life 
     load_address %esi, ready_text
     call put_string
     jmp guest_disk_load
+
+# ---- much memory in use -----------------------------------------------------------------------------------------
+
+.set FILL_START, 0x1000000
+.set FILL_END, 0x9000000
+
+guest_fill:                             # a word that is not 0 in each page, then lines of a dot
+    movl $STACK_TOP, %esp
+    movl $FILL_START, %edi
+0:  movl %edi, (%edi)
+    addl $0x1000, %edi
+    cmpl $FILL_END, %edi
+    jne 0b
+1:  movb $'.', %al
+    call put_char
+    call put_line_end
+    jmp 1b
+
+# ---- much at once -----------------------------------------------------------------------------------------------
+# 256 reads of 4080 MiB each: every descriptor of the queue refers to one indirect table, whose 1020 data buffers are one
+# buffer of 4 MiB. What a guest with 32 MiB of RAM can ask of a device at most.
+
+.set FLOOD_SIZE, 256                    # requests, and entries of the queue
+.set FLOOD_TABLE, 0x300000              # 1022 descriptors
+.set FLOOD_BUFFERS, 1020
+.set FLOOD_BUFFER, 0x800000
+.set FLOOD_BUFFER_SIZE, 0x400000
+
+start_flood_device:                     # as start_device, with INDIRECT_DESC and a longer queue
+    movl $VIRTIO, %ebp
+    movl $0, 0x070(%ebp)                # Status: reset
+    movl $3, 0x070(%ebp)                # ACKNOWLEDGE, DRIVER
+    movl $1, 0x024(%ebp)                # DriverFeaturesSel
+    movl $1, 0x020(%ebp)                # VERSION_1
+    movl $0, 0x024(%ebp)
+    movl $(1 << 28 | 1 << 9), 0x020(%ebp)   # INDIRECT_DESC, BLK_F_FLUSH
+    movl $11, 0x070(%ebp)               # FEATURES_OK
+    require 0x070, 11, 38
+    movl $0, 0x030(%ebp)                # QueueSel
+    movl $FLOOD_SIZE, 0x038(%ebp)       # QueueNum
+    movl $DESCRIPTORS, 0x080(%ebp)
+    movl $0, 0x084(%ebp)
+    movl $AVAILABLE, 0x090(%ebp)
+    movl $0, 0x094(%ebp)
+    movl $USED, 0x0a0(%ebp)
+    movl $0, 0x0a4(%ebp)
+    movl $1, 0x044(%ebp)                # QueueReady
+    movl $15, 0x070(%ebp)               # DRIVER_OK
+    require 0x070, 15, 39
+    ret
+
+post_flood:
+    movl $0, HEADER                     # a read
+    movl $0, HEADER + 8                 # from sector 0
+    movl $0, HEADER + 12
+    movl $FLOOD_TABLE, %edi             # address, (high half), length, flags and next << 16
+    movl $HEADER, (%edi)
+    movl $16, 8(%edi)
+    movl $0x00010001, 12(%edi)
+    movl $2, %ecx
+0:  addl $16, %edi
+    movl $FLOOD_BUFFER, (%edi)
+    movl $FLOOD_BUFFER_SIZE, 8(%edi)
+    movl %ecx, %eax
+    shll $16, %eax
+    orl $(1 | FROM_DEVICE), %eax
+    movl %eax, 12(%edi)
+    addl $1, %ecx
+    cmpl $(FLOOD_BUFFERS + 2), %ecx
+    jne 0b
+    addl $16, %edi
+    movl $STATUS, (%edi)
+    movl $1, 8(%edi)
+    movl $FROM_DEVICE, 12(%edi)
+    movl $0, %ecx
+1:  movl %ecx, %edi
+    shll $4, %edi
+    movl $FLOOD_TABLE, DESCRIPTORS(%edi)
+    movl $(16 * (FLOOD_BUFFERS + 2)), DESCRIPTORS + 8(%edi)
+    movl $4, DESCRIPTORS + 12(%edi)     # VIRTQ_DESC_F_INDIRECT
+    movw %cx, AVAILABLE + 4(,%ecx,2)
+    addl $1, %ecx
+    cmpl $FLOOD_SIZE, %ecx
+    jne 1b
+    movw $FLOOD_SIZE, AVAILABLE + 2
+    movl $0, 0x050(%ebp)                # QueueNotify
+    ret
+
+guest_flood:                            # posts them, prints "ready", and spins
+    movl $STACK_TOP, %esp
+    call start_flood_device
+    call post_flood
+    load_address %esi, ready_text
+    call put_string
+    jmp guest_spin
+
+guest_flood_reset:                      # the same; then resets the device, prints "reset" when Status reads 0, and spins
+    movl $STACK_TOP, %esp
+    call start_flood_device
+    call post_flood
+    load_address %esi, ready_text
+    call put_string
+    movl $0, 0x070(%ebp)
+0:  cmpl $0, 0x070(%ebp)
+    jne 0b
+    load_address %esi, reset_text
+    call put_string
+    jmp guest_spin
+reset_text: .asciz "reset\n"
+
+guest_reset_storm:                      # a read, kicks without a chain, a reset without end; a dot for each round
+    movl $STACK_TOP, %esp
+    movl $VIRTIO, %ebp
+0:  movl $0, 0x070(%ebp)                # Status: reset, after which the rings are the guest's
+    movl $0, AVAILABLE
+    movl $0, USED
+    call start_device
+    submit 0, 0, FROM_DEVICE, 512, 0, 513, 100
+    movl $64, %ecx
+1:  movl $0, 0x050(%ebp)                # QueueNotify
+    subl $1, %ecx
+    jnz 1b
+    movb $'.', %al
+    call put_char
+    jmp 0b

@@ -50,7 +50,8 @@ fn entry(program: Program) -> u64 {
 
 fn elf(code: &[u8], entry: u64, note: Option<&[u8]>) -> Vec<u8> {
     let mut image = vec![0; CODE];
-    let mut put = |offset: usize, bytes: &[u8]| image[offset..offset + bytes.len()].copy_from_slice(bytes);
+    let mut put =
+        |offset: usize, bytes: &[u8]| image[offset..offset + bytes.len()].copy_from_slice(bytes);
     put(0, b"\x7fELF\x02\x01\x01"); // 64 bits, little-endian, version 1
     put(16, &[2, 0, 62, 0, 1]); // ET_EXEC, EM_X86_64, version 1
     put(24, &entry.to_le_bytes());
@@ -60,7 +61,9 @@ fn elf(code: &[u8], entry: u64, note: Option<&[u8]>) -> Vec<u8> {
         let at = ELF_LOAD + index * PROGRAM_HEADER;
         put(at, &kind.to_le_bytes());
         put(at + 4, &[7]); // readable, writable, executable
-        for (field, value) in [(8, offset), (16, address), (P_PADDR, address), (32, size), (P_MEMSZ, size), (48, 4)] {
+        for (field, value) in
+            [(8, offset), (16, address), (P_PADDR, address), (32, size), (P_MEMSZ, size), (48, 4)]
+        {
             put(at + field, &value.to_le_bytes());
         }
     };
@@ -97,7 +100,8 @@ pub fn bzimage(program: Program) -> Vec<u8> {
     kernel.extend_from_slice(Program::code());
     kernel.resize(kernel.len().next_multiple_of(16), 0);
 
-    let mut put = |offset: usize, bytes: &[u8]| image[offset..offset + bytes.len()].copy_from_slice(bytes);
+    let mut put =
+        |offset: usize, bytes: &[u8]| image[offset..offset + bytes.len()].copy_from_slice(bytes);
     put(0x1f1, &[u8::try_from(setup_sectors).unwrap()]);
     put(0x1f4, &u32::try_from(kernel.len() / 16).unwrap().to_le_bytes()); // syssize
     put(0x1fe, &[0x55, 0xaa]);

@@ -7,17 +7,26 @@
 //! - [`linux`]: `tests/guests`, by `make test-guests`.
 //!
 //! A harness reports by panicking; nothing here is part of minivmm.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test reports by panicking"
+)]
 
 pub mod files;
+pub mod gdb;
 pub mod guest;
+pub mod host_disk;
 pub mod image;
 pub mod linux;
 pub mod polling;
 pub mod qmp;
+pub mod refusal;
 pub mod session;
 pub mod transcript;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -43,6 +52,11 @@ fn beside_this_test() -> PathBuf {
     directory.expect("a program is in a directory").join("minivmm")
 }
 
+/// How many runs a test of random moments makes: `short` in CI, `whole` under `make soak` (`MINIVMM_SOAK=1`).
+pub fn runs(short: u32, whole: u32) -> u32 {
+    if std::env::var_os("MINIVMM_SOAK").is_some() { whole } else { short }
+}
+
 /// `minivmm ARGUMENTS...`, yet to be started.
 pub fn minivmm<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>) -> Command {
     let mut command = Command::new(binary());
@@ -58,17 +72,41 @@ pub fn small_guest(directory: &Path, program: guest::Program) -> Command {
     command
 }
 
-/// The lines that a user who knows the machine would not expect: all of standard error but the warning that this
-/// processor lends no virtualisation.
+/// Standard error without the warning that this CPU has no hardware virtualization, which every test may see.
 pub fn unexpected_lines(errors: &str) -> Vec<&str> {
-    errors.lines().filter(|line| !line.contains("lends no virtualisation")).collect()
+    errors
+        .lines()
+        .filter(|line| !line.contains("does not support hardware virtualization"))
+        .collect()
 }
 
-/// Whether guests can run here. Says so when they cannot: the test then returns early.
+/// Reports that the calling test is skipped, and why. The caller returns after it.
+///
+/// libtest knows no skipped tests, counts this one as passed and shows no output of it. The report therefore goes past
+/// libtest's capture, straight to standard error, on a line of its own that starts with `skipped: `: `.ci/run` counts
+/// those lines, and takes them off the number of passed tests. A test prints at most one.
+pub fn skip(reason: &str) {
+    let thread = std::thread::current();
+    // With one test thread, libtest runs tests on the main thread, and has printed the test's name already.
+    let test = thread.name().unwrap_or("main");
+    // One write, so that lines of tests that run at the same time do not mix.
+    let _ = std::io::stderr().write_all(format!("\nskipped: {test}: {reason}\n").as_bytes());
+}
+
+/// Whether the CPU has hardware virtualization, emulated or not. Without, KVM interprets guests and does not know every instruction.
+pub fn has_hardware_virtualization() -> bool {
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    let flags = cpu.lines().find_map(|line| line.strip_prefix("flags")).unwrap_or_default();
+    flags.split_whitespace().any(|flag| ["vmx", "svm"].contains(&flag))
+}
+
+/// Whether guests can run here. Reports the test as skipped when they cannot: it then returns early.
 pub fn kvm_is_usable() -> bool {
-    let usable = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
-    if !usable {
-        println!("skipped: /dev/kvm cannot be opened here");
+    match std::fs::File::options().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => true,
+        Err(error) => {
+            skip(&format!("cannot open /dev/kvm: {error}"));
+            false
+        }
     }
-    usable
 }

@@ -86,7 +86,8 @@ pub struct Windows {
 }
 
 /// minivmm's first disk.
-pub const MINIVMM: Windows = Windows { first: layout::VIRTIO_MMIO.0, stride: layout::VIRTIO_MMIO_SIZE, count: 1 };
+pub const MINIVMM: Windows =
+    Windows { first: layout::VIRTIO_MMIO.0, stride: layout::VIRTIO_MMIO_SIZE, count: 1 };
 /// QEMU's microvm (`hw/i386/microvm.c`).
 pub const MICROVM: Windows = Windows { first: 0xfeb0_0000, stride: 512, count: 24 };
 
@@ -98,8 +99,8 @@ pub fn kernel(windows: Windows, jobs: &[Job], capacity: u64) -> Vec<u8> {
     let length = (&raw const poll_end_of_code).addr() - start.addr();
     // SAFETY: the two labels enclose initialised, read-only bytes of this executable.
     let code = unsafe { slice::from_raw_parts(start, length) };
-    let [entry, end, fault] =
-        [0, 4, 8].map(|at| BASE + u64::from(u32::from_le_bytes(code[at..at + 4].try_into().unwrap())));
+    let [entry, end, fault] = [0, 4, 8]
+        .map(|at| BASE + u64::from(u32::from_le_bytes(code[at..at + 4].try_into().unwrap())));
 
     let mut memory = vec![0; (PML4 + 6 * 0x1000 - BASE) as usize];
     let mut put = |address: u64, bytes: &[u8]| {
@@ -119,8 +120,9 @@ pub fn kernel(windows: Windows, jobs: &[Job], capacity: u64) -> Vec<u8> {
         put(at + 4, &[if job.write { 0 } else { 2 }]);
         put(at + 8, &job.block.to_le_bytes());
         put(at + 12, &job.depth.to_le_bytes());
-        for (value, field) in
-            [job.requests, job.random.into(), capacity / block - 1, block / 512].into_iter().zip([16, 24, 32, 40])
+        for (value, field) in [job.requests, job.random.into(), capacity / block - 1, block / 512]
+            .into_iter()
+            .zip([16, 24, 32, 40])
         {
             put(at + field, &value.to_le_bytes());
         }
@@ -132,7 +134,15 @@ pub fn kernel(windows: Windows, jobs: &[Job], capacity: u64) -> Vec<u8> {
 /// 6.14, 7.7).
 fn descriptor_tables(put: &mut impl FnMut(u64, &[u8]), end: u64, fault: u64) {
     let tss = TSS << 16 | 0x89 << 40 | 103;
-    let gdt = [0, 0xaf_9b00_0000_ffff, 0xcf_9300_0000_ffff, 0xcf_f300_0000_ffff, 0xaf_fb00_0000_ffff, tss, 0];
+    let gdt = [
+        0,
+        0xaf_9b00_0000_ffff,
+        0xcf_9300_0000_ffff,
+        0xcf_f300_0000_ffff,
+        0xaf_fb00_0000_ffff,
+        tss,
+        0,
+    ];
     put(GDT, &gdt.map(u64::to_le_bytes).concat());
     put(TSS + 4, &STACK.to_le_bytes());
     for vector in 0..32 {
@@ -155,7 +165,10 @@ fn page_tables(put: &mut impl FnMut(u64, &[u8])) {
         let directory = pdpt + 0x1000 * (gib + 1);
         put(pdpt + 8 * gib, &(directory | FLAGS).to_le_bytes());
         for entry in 0..512 {
-            put(directory + 8 * entry, &((gib << 30) | (entry << 21) | FLAGS | LARGE).to_le_bytes());
+            put(
+                directory + 8 * entry,
+                &((gib << 30) | (entry << 21) | FLAGS | LARGE).to_le_bytes(),
+            );
         }
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::tcgetattr;
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
 use crate::transcript::Transcript;
 
@@ -44,12 +44,14 @@ pub struct Ended {
 #[derive(Debug)]
 pub struct Terminal {
     slave: File,
+    original: Termios,
 }
 
 impl Session {
     /// Starts `command` on pipes.
     pub fn start(command: &mut Command) -> Self {
-        let mut child = spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()));
+        let mut child =
+            spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()));
         let input = OwnedFd::from(child.stdin.take().unwrap()).into();
         let output = Transcript::of(child.stdout.take().unwrap());
         Self::watch(command, child, Some(input), output)
@@ -64,13 +66,14 @@ impl Session {
 
     /// Starts `command` on a new pseudo-terminal (standard error on a pipe). The text is the terminal's settings before.
     pub fn start_on_terminal(command: &mut Command) -> (Self, Terminal, String) {
-        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+        let master =
+            openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&master).unwrap();
         unlockpt(&master).unwrap();
         let name = ptsname(&master, Vec::new()).unwrap().into_string().unwrap();
         let slave = File::options().read(true).write(true).open(name).unwrap();
         let (input, output) = (slave.try_clone().unwrap(), slave.try_clone().unwrap());
-        let terminal = Terminal { slave };
+        let terminal = Terminal { original: tcgetattr(&slave).unwrap(), slave };
         let before = terminal.settings();
         let child = spawn(command.stdin(input).stdout(output).stderr(Stdio::piped()));
         let master = File::from(master);
@@ -83,7 +86,15 @@ impl Session {
     fn watch(command: &Command, mut child: Child, input: Option<File>, output: Transcript) -> Self {
         let errors = Transcript::of(child.stderr.take().unwrap());
         let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
-        Self { child, pidfd, command: format!("{command:?}"), input, on_terminal: false, output, errors }
+        Self {
+            child,
+            pidfd,
+            command: format!("{command:?}"),
+            input,
+            on_terminal: false,
+            output,
+            errors,
+        }
     }
 
     /// Waits for `text` in the output; returns what came since the last one.
@@ -117,17 +128,33 @@ impl Session {
     }
 
     /// Waits for the end. The input stays open until then, as a user's does.
-    pub fn wait(mut self, bound: Duration) -> Ended {
-        let limit = Timespec { tv_sec: i64::try_from(bound.as_secs()).unwrap(), tv_nsec: 0 };
-        let ready = poll(&mut [PollFd::from_borrowed_fd(self.pidfd.as_fd(), PollFlags::IN)], Some(&limit)).unwrap();
-        if ready == 0 {
+    pub fn wait(self, bound: Duration) -> Ended {
+        if !self.ends_within(bound) {
             self.fail(&format!("it did not end within {bound:?}"));
         }
+        self.collect(bound)
+    }
+
+    /// As [`Self::wait`], but a program that does not end within `bound` is killed, and there is no result.
+    pub fn wait_within(self, bound: Duration) -> Option<Ended> {
+        self.ends_within(bound).then(|| self.collect(bound))
+    }
+
+    /// Waits for the end, up to `bound`; whether it has come.
+    pub fn ends_within(&self, bound: Duration) -> bool {
+        let limit = Timespec { tv_sec: i64::try_from(bound.as_secs()).unwrap(), tv_nsec: 0 };
+        let mut pidfd = [PollFd::from_borrowed_fd(self.pidfd.as_fd(), PollFlags::IN)];
+        poll(&mut pidfd, Some(&limit)).unwrap() > 0
+    }
+
+    /// The status and all output of a program that has ended.
+    fn collect(mut self, bound: Duration) -> Ended {
         let status = self.child.wait().unwrap();
         self.input = None;
         let output = if self.on_terminal { Ok(Vec::new()) } else { self.output.to_end(bound) };
         let output = output.unwrap_or_else(|why| panic!("standard output: {why}"));
-        let errors = self.errors.to_end(bound).unwrap_or_else(|why| panic!("standard error: {why}"));
+        let errors =
+            self.errors.to_end(bound).unwrap_or_else(|why| panic!("standard error: {why}"));
         Ended { status, output, errors: String::from_utf8_lossy(&errors).into_owned() }
     }
 
@@ -141,9 +168,14 @@ impl Drop for Session {
         // Fails only when it has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
-        // Whatever went wrong, here or in a client of it: these words may tell why.
+        // A failure, here or in a client: the last output may show its cause.
         if std::thread::panicking() {
-            eprintln!("{}\n{}\nstandard error: {}", self.command, self.output.tail(), self.errors.tail());
+            eprintln!(
+                "{}\n{}\nstandard error: {}",
+                self.command,
+                self.output.tail(),
+                self.errors.tail()
+            );
         }
     }
 }
@@ -175,8 +207,18 @@ impl Terminal {
     pub fn settings(&self) -> String {
         format!("{:?}", tcgetattr(&self.slave).unwrap())
     }
+
+    /// Puts back the settings from before the program ran, as a shell does when the program is stopped.
+    pub fn make_cooked(&self) {
+        tcsetattr(&self.slave, OptionalActions::Now, &self.original).unwrap();
+    }
 }
 
+/// Starts a program with SIGHUP at its default, also where the tests run under nohup(1): a monitor leaves a signal ignored
+/// that it was started with ignored.
+#[expect(unsafe_code, reason = "a signal's disposition is set through libc")]
 fn spawn(command: &mut Command) -> Child {
+    // SAFETY: a system call that changes how this process takes SIGHUP, and no memory.
+    unsafe { libc::signal(libc::SIGHUP, libc::SIG_DFL) };
     command.spawn().unwrap_or_else(|why| panic!("cannot start {command:?}: {why}"))
 }

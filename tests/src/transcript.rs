@@ -53,7 +53,9 @@ impl Transcript {
     pub fn expect(&self, text: &str, bound: Duration) -> Result<String, String> {
         let found = self.wait(bound, |state| {
             let new = &state.bytes[state.seen..];
-            new.windows(text.len()).position(|window| window == text.as_bytes()).map(|at| at + text.len())
+            new.windows(text.len())
+                .position(|window| window == text.as_bytes())
+                .map(|at| at + text.len())
         });
         match found {
             Ok((mut state, length)) => {
@@ -81,8 +83,13 @@ impl Transcript {
     /// `bound` came first.
     pub fn to_end(&self, bound: Duration) -> Result<Vec<u8>, String> {
         let (state, changed) = &*self.shared;
-        let (state, timeout) = changed.wait_timeout_while(state.lock().unwrap(), bound, |state| !state.ended).unwrap();
-        if timeout.timed_out() { Err(format!("it goes on\n{}", tail(&state.bytes))) } else { Ok(state.bytes.clone()) }
+        let (state, timeout) =
+            changed.wait_timeout_while(state.lock().unwrap(), bound, |state| !state.ended).unwrap();
+        if timeout.timed_out() {
+            Err(format!("it goes on\n{}", tail(&state.bytes)))
+        } else {
+            Ok(state.bytes.clone())
+        }
     }
 
     /// The last lines so far, for a message.
@@ -133,7 +140,11 @@ mod tests {
         assert_eq!(transcript.expect("two", BOUND).unwrap(), "one two");
         assert_eq!(transcript.expect("three", BOUND).unwrap(), " three");
         let error = transcript.expect("one", BOUND).unwrap_err();
-        assert!(error.contains("\"one\" did not come: the output ended") && error.contains("one two three"), "{error}");
+        assert!(
+            error.contains("\"one\" did not come: the output ended")
+                && error.contains("one two three"),
+            "{error}"
+        );
         assert_eq!(transcript.to_end(BOUND).unwrap(), b"one two three");
         assert_eq!(transcript.expect_bytes(3, BOUND).unwrap().len(), 13);
     }

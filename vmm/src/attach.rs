@@ -1,67 +1,82 @@
 //! Connects devices to the machine: addresses to the buses, interrupts to KVM, notifications to the disks' own threads.
 
-use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex};
 
 use arch::layout::{self, MmioDevice};
 use devices::block::BlockDevice;
 use devices::bus::{Bus, BusDevice};
-use devices::irq::Trigger;
-use devices::legacy::{DebugExit, EventSink, GuestEvent, I8042, Pvpanic, ResetRegister, SerialDevice, SleepRegisters};
+use devices::irq::InterruptLine;
+use devices::legacy::{
+    DebugExit, EventSink, GuestEvent, I8042, Pvpanic, ResetRegister, SerialDevice, SleepRegisters,
+};
+use devices::spawn::Spawn;
 use devices::virtio::mmio::MmioTransport;
-use devices::virtio::spec::mmio::{INTERRUPT_ACK_OFFSET, INTERRUPT_USED_BUFFER, QUEUE_NOTIFY_OFFSET};
+use devices::virtio::spec::mmio::{
+    INTERRUPT_ACK_OFFSET, INTERRUPT_USED_BUFFER, QUEUE_NOTIFY_OFFSET,
+};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::GuestMemory;
-use crate::config::VmConfig;
-use crate::console::OutputWriter;
 use crate::error::Error;
 use crate::events::{EventSender, VmEvent};
 use crate::kvm;
+use crate::lock;
 use crate::machine::MachineDisk;
 
-/// The serial port's ends that the main loop uses.
-pub(crate) struct SerialEnds {
-    /// COM1.
-    pub serial: Arc<Mutex<SerialDevice>>,
-    /// Readable after the guest emptied the receive FIFO.
-    pub input_drained: EventFd,
-}
-
-/// Puts the legacy devices that `config` wants on the port I/O bus.
+/// Puts the legacy devices on the port I/O bus, except for serial ports.
 ///
 /// # Errors
 /// When the host or KVM refuses a resource.
 pub(crate) fn legacy(
-    vm: &VmFd,
     port_io: &mut Bus,
-    output: OutputWriter,
     events: &Arc<EventSender>,
-    config: &VmConfig,
-) -> Result<SerialEnds, Error> {
-    let interrupt = irqfd(vm, layout::COM1_GSI)?;
-    let input_drained = new_eventfd()?;
-    let drained = input_drained.try_clone().map_err(Error::host("duplicate an eventfd"))?;
-    let serial = Arc::new(Mutex::new(SerialDevice::new(Arc::new(interrupt), config.timing.watch(output), drained)));
-    let sink: Arc<dyn EventSink> = {
+    debug_exit: bool,
+) -> Result<(), Error> {
+    let sink: EventSink = {
         let events = Arc::clone(events);
         Arc::new(move |event: GuestEvent| events.send(VmEvent::Guest(event)))
     };
-    if config.has_serial() {
-        insert(port_io, layout::COM1.into(), SerialDevice::SIZE, Arc::clone(&serial) as _)?;
-    }
-    insert(port_io, layout::I8042_DATA.into(), I8042::SIZE, Arc::new(Mutex::new(I8042::new(Arc::clone(&sink)))))?;
-    let sleep = Arc::new(Mutex::new(SleepRegisters::new(Arc::clone(&sink))));
+    insert(
+        port_io,
+        layout::I8042_DATA.into(),
+        I8042::SIZE,
+        Arc::new(Mutex::new(I8042::new(Arc::clone(&sink)))),
+    )?;
+    let sleep = Arc::new(Mutex::new(SleepRegisters(Arc::clone(&sink))));
     insert(port_io, layout::SLEEP_CONTROL.into(), SleepRegisters::SIZE, sleep)?;
-    let reset = Arc::new(Mutex::new(ResetRegister::new(Arc::clone(&sink))));
+    let reset = Arc::new(Mutex::new(ResetRegister(Arc::clone(&sink))));
     insert(port_io, layout::RESET.into(), ResetRegister::SIZE, reset)?;
-    insert(port_io, layout::PVPANIC.into(), Pvpanic::SIZE, Arc::new(Mutex::new(Pvpanic::new(Arc::clone(&sink)))))?;
-    if config.debug_exit {
-        let device = Arc::new(Mutex::new(DebugExit::new(sink)));
+    insert(
+        port_io,
+        layout::PVPANIC.into(),
+        Pvpanic::SIZE,
+        Arc::new(Mutex::new(Pvpanic::new(Arc::clone(&sink)))),
+    )?;
+    if debug_exit {
+        let device = Arc::new(Mutex::new(DebugExit(sink)));
         insert(port_io, layout::DEBUG_EXIT.into(), DebugExit::SIZE, device)?;
     }
-    Ok(SerialEnds { serial, input_drained })
+    Ok(())
+}
+
+/// Puts a serial port on the port I/O bus. The eventfd is readable after the guest has emptied the receive FIFO.
+///
+/// # Errors
+/// When the host or KVM refuses a resource.
+pub(crate) fn serial(
+    vm: &Arc<VmFd>,
+    port_io: &mut Bus,
+    (port, gsi): (u16, u32),
+    output: impl Write + Send + 'static,
+) -> Result<(Arc<Mutex<SerialDevice>>, EventFd), Error> {
+    let input_drained = new_eventfd()?;
+    let drained = input_drained.try_clone().map_err(Error::host("duplicate an eventfd"))?;
+    let serial = SerialDevice::new(line(vm, gsi), Box::new(output), drained);
+    let serial = Arc::new(Mutex::new(serial));
+    insert(port_io, port.into(), SerialDevice::SIZE, Arc::clone(&serial) as _)?;
+    Ok((serial, input_drained))
 }
 
 /// Puts disk `index` behind its virtio-mmio window. From here on a queue notification wakes the queue's worker and
@@ -78,18 +93,17 @@ pub(crate) fn disk(
     device: BlockDevice,
     trap_registers: bool,
 ) -> Result<Arc<Mutex<MmioTransport>>, Error> {
-    let interrupt = InterruptLine { vm: Arc::clone(vm), gsi: window.gsi, pulse: Mutex::new(()) };
-    let transport = MmioTransport::new(Box::new(device), memory.clone(), Arc::new(interrupt))
+    let transport = MmioTransport::new(Box::new(device), memory.clone(), line(vm, window.gsi))
         .map_err(Error::host("make a virtio-mmio device"))?;
     for (queue, kick) in (0u32..).zip(transport.kicks()) {
         let notify = IoEventAddress::Mmio(window.base.0 + QUEUE_NOTIFY_OFFSET);
-        vm.register_ioevent(kick, &notify, queue).map_err(Error::kvm("register a queue notification"))?;
+        vm.register_ioevent(kick, &notify, queue)
+            .map_err(Error::kvm("register a queue notification"))?;
     }
     if !trap_registers {
-        // An acknowledgement of used buffers alone leads to nothing (see `Interrupt`), so nobody listens; one of a
-        // configuration change does not match, and gets to the transport.
+        // An acknowledgement of a configuration change does not match, and gets to the transport.
         let acknowledge = IoEventAddress::Mmio(window.base.0 + INTERRUPT_ACK_OFFSET);
-        vm.register_ioevent(&new_eventfd()?, &acknowledge, INTERRUPT_USED_BUFFER)
+        vm.register_ioevent(transport.acknowledgements(), &acknowledge, INTERRUPT_USED_BUFFER)
             .map_err(Error::kvm("register an interrupt's acknowledgement"))?;
     }
     let transport = Arc::new(Mutex::new(transport));
@@ -97,37 +111,59 @@ pub(crate) fn disk(
     Ok(transport)
 }
 
-/// Lets the guest read the disks' registers without an exit. For KVM that is a change of its memory map, for which it waits
-/// until no vCPU can be using the old one: milliseconds for each disk, which the guest need not wait for. Until then its
+/// Lets the guest read the disks' registers without an exit. For KVM each page is a change of its memory map, for which it waits
+/// until no vCPU can be using the old one: milliseconds, which a thread of its own spends beside the guest. Until then its
 /// reads exit, and find the same.
 ///
 /// # Errors
-/// When KVM refuses.
-pub(crate) fn map_registers(vm: &VmFd, disks: &[MachineDisk]) -> Result<(), Error> {
-    for ((index, disk), window) in (0..).zip(disks).zip((0..).map_while(layout::virtio_mmio)) {
-        let page = Arc::clone(disk.transport.lock().unwrap_or_else(PoisonError::into_inner).page());
-        kvm::register_read_only(vm, index, window.base, page)?;
-    }
+/// When the host has no thread left.
+pub(crate) fn map_registers(
+    vm: &Arc<VmFd>,
+    disks: &[MachineDisk],
+    spawn: &Spawn,
+) -> Result<(), Error> {
+    let page = |disk: &MachineDisk| (disk.window.base, Arc::clone(lock(&disk.transport).page()));
+    let (vm, pages) = (Arc::clone(vm), disks.iter().map(page).collect::<Vec<_>>());
+    let map = move || {
+        for (index, (base, page)) in (0..).zip(pages) {
+            if let Err(error) = kvm::register_read_only(&vm, index, base, page) {
+                tracing::warn!(%error, "the guest's reads of disk registers exit");
+                return;
+            }
+        }
+    };
+    spawn("registers".to_owned(), Box::new(map)).map_err(Error::host("start a thread"))?;
     Ok(())
 }
 
-fn insert(bus: &mut Bus, base: u64, size: u64, device: Arc<Mutex<dyn BusDevice>>) -> Result<(), Error> {
+pub(crate) fn insert(
+    bus: &mut Bus,
+    base: u64,
+    size: u64,
+    device: Arc<Mutex<dyn BusDevice>>,
+) -> Result<(), Error> {
     bus.insert(base, size, device).map_err(Error::from)
 }
 
-/// An interrupt line that the disk's own thread pulls. An irqfd would do the same two steps, but not at once: KVM can inject
-/// only message-signalled interrupts where an eventfd is written, and hands wired ones to a kernel thread
-/// (virt/kvm/eventfd.c, `irqfd_wakeup`), which has to be woken and takes the disk's processor.
-struct InterruptLine {
+/// An interrupt line of the guest's wired interrupt controllers: KVM_IRQ_LINE, up and down, from the calling thread.
+///
+/// An irqfd would do the same two steps, but later: KVM can inject only message-signaled interrupts where an eventfd is
+/// written, and hands wired ones to a kernel thread (virt/kvm/eventfd.c, `irqfd_wakeup`), which has to be woken first and
+/// takes the disk's CPU. Until that thread has run, an interrupt would also be missing from the saved state.
+struct KvmLine {
     vm: Arc<VmFd>,
     gsi: u32,
-    /// Held during a pulse: the disk's queues share the line, and while it is up another pulse is no edge.
+    /// Held during a pulse: a disk's queues share the line, and a second pulse while it is up would be no edge.
     pulse: Mutex<()>,
 }
 
-impl Trigger for InterruptLine {
-    fn trigger(&self) -> io::Result<()> {
-        let _pulse = self.pulse.lock().unwrap_or_else(PoisonError::into_inner);
+pub(crate) fn line(vm: &Arc<VmFd>, gsi: u32) -> Arc<dyn InterruptLine> {
+    Arc::new(KvmLine { vm: Arc::clone(vm), gsi, pulse: Mutex::new(()) })
+}
+
+impl InterruptLine for KvmLine {
+    fn pulse(&self) -> io::Result<()> {
+        let _pulse = lock(&self.pulse);
         for level in [true, false] {
             self.vm.set_irq_line(self.gsi, level).map_err(io::Error::from)?;
         }
@@ -135,16 +171,6 @@ impl Trigger for InterruptLine {
     }
 }
 
-/// An eventfd that KVM turns into an edge on interrupt line `gsi`.
-///
-/// # Errors
-/// When the host or KVM refuses.
-pub(crate) fn irqfd(vm: &VmFd, gsi: u32) -> Result<EventFd, Error> {
-    let eventfd = new_eventfd()?;
-    vm.register_irqfd(&eventfd, gsi).map_err(Error::kvm("register an interrupt line"))?;
-    Ok(eventfd)
-}
-
-fn new_eventfd() -> Result<EventFd, Error> {
+pub(crate) fn new_eventfd() -> Result<EventFd, Error> {
     EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(Error::host("make an eventfd"))
 }

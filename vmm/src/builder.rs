@@ -1,87 +1,140 @@
-//! From a configuration to a paused machine, step by step.
+//! From a configuration to a paused machine: a recipe in numbered steps.
+//!
+//! `cli` calls [`build`]. This is the only file that knows every part of the machine: all others are handed what they
+//! need.
+//!
+//! Everything that the user named is opened and checked before anything is created, and what empties or creates a file
+//! comes last of what may be refused. Each step ends with an event of the `boot` trace (`--boot-timing`).
 
-use std::fs::File;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use arch::boot::{Entry, Kernel, UnpackError};
-use arch::cmdline::{self, Defaults, Root};
+use arch::cmdline::{self, Root};
 use arch::layout;
+use arch::machine_layout::{MachineLayout, MachineSpec};
 use devices::block::{BlockDevice, BlockOptions};
 use devices::bus::Bus;
 use devices::disk::{self, Disk};
+use devices::spawn::{DiskThreads, Spawn};
 use kvm_ioctls::{Kvm, VmFd};
 
 use crate::GuestMemory;
-use crate::chips::Chips;
+use crate::background::BackgroundThread;
+use crate::boot_image::{BootFile, BootImage};
 use crate::config::{DiskConfig, VmConfig};
-use crate::console::Console;
-use crate::control::Server;
 use crate::error::Error;
-use crate::event_loop::{CONTROL_BASE, MainLoop};
+use crate::event_loop::EventLoop;
 use crate::events::{EventSender, event_channel};
-use crate::firmware::{Firmware, in_file, windows};
-use crate::machine::{Machine, MachineDisk, Parts};
+use crate::gdb::Gdb;
+use crate::halt_watch::HaltWatch;
+use crate::irq_chips::IrqChips;
+use crate::kernel_pages::lease_outlasts;
+use crate::machine::{Hardware, Machine, MachineDisk};
+use crate::sandbox::{Kind, Sandbox};
 use crate::signals::Signals;
-use crate::vcpu::{VcpuHandle, VcpuSetup, prepare_kick_signal};
-use crate::vm::Vm;
-use crate::{affinity, attach, kvm, memory};
+use crate::snapshot::{Incoming, PanicDump};
+use crate::sources::Source;
+use crate::timeout::Timeout;
+use crate::vcpu::{VcpuSetup, VcpuStart, VcpuThread, install_kick_handler};
+use crate::{affinity, attach, console, control, exec, hugepages, kvm, memory};
 
-/// Builds the machine. Its vCPUs have threads but have not entered the guest: [`Vm::run`] starts them.
-///
-/// Everything the user named is opened and checked before anything is created.
+/// Builds the machine: one that boots or, with `incoming`, one that was saved. Its vCPUs have threads but have not entered the
+/// guest: [`EventLoop::run`] starts them.
 ///
 /// # Errors
-/// One line that tells the user what to do.
-pub fn build(config: &VmConfig, signals: Signals) -> Result<Vm, Error> {
-    // 1. The user's files, checked.
-    let kernel_file = open_regular("--kernel", &config.kernel)?;
-    let kernel = Kernel::identify(kernel_file).map_err(in_file("--kernel", &config.kernel))?;
-    // Each of those exits would cost a hundred times what it costs on bare metal.
-    let kernel = if kvm::is_nested() { kernel.copied() } else { kernel };
-    let initrd = config.initrd.as_deref().map(|path| open_regular("--initrd", path)).transpose()?;
+/// What is wrong with the configuration, or what the host does not provide.
+pub fn build(
+    config: &VmConfig,
+    mut incoming: Option<Incoming>,
+    signals: Signals,
+) -> Result<EventLoop, Error> {
+    // The limit covers the building, too.
+    let timeout = config.timeout.map(Timeout::start).transpose()?;
+    let (config, job) = &exec::plan(config)?;
+
+    // 1. The user's files, opened and checked, and the place of everything.
+    let layout = MachineLayout::new(machine_spec(config));
+    let root = config
+        .disks
+        .first()
+        .map(|disk| if disk.image.read_only { Root::ReadOnly } else { Root::ReadWrite });
+    let cmdline = cmdline::build(&layout, root, &config.cmdline)?;
+    tracing::debug!(cmdline, "the kernel's command line");
+    let open = || open_boot_image(config, &layout, &cmdline);
+    let boot_image = match incoming {
+        None => Some(open()?),
+        // Only a reset needs it.
+        Some(_) if config.kernel.as_os_str().is_empty() => None,
+        Some(_) => open().inspect_err(Incoming::warn_of_reset).ok(),
+    };
+    boot_image.iter().for_each(BootImage::describe);
     let images = open_images(&config.disks)?;
+    tracing::debug!("memory: {} MiB, vCPUs: {}", config.memory >> 20, config.cpus);
     affinity::check("--vcpu-affinity", &config.vcpu_affinity)?;
     affinity::check("--io-affinity", &config.io_affinity)?;
-    let cmdline = kernel_command_line(config)?;
-    let kernel = unpacked(kernel, config, &cmdline);
-    config.timing.over("files opened");
+    tracing::info!(target: "boot", "files opened");
 
-    // 2. Guest memory, with the kernel in it.
-    let memory = memory::allocate(config.memory, config.hugepages)?;
+    // 2. Guest memory.
+    let memory =
+        if config.hugepages { hugepages::allocate(&layout)? } else { memory::allocate(&layout)? };
 
-    // 3. KVM: a VM with interrupt controllers and memory slots.
+    // 3. KVM: a VM with memory slots. Its interrupt controllers come after the disks' slots (`create_irq_chips`).
     let kvm_fd = kvm::open()?;
     check_cpus(&kvm_fd, config.cpus)?;
     let vm = Arc::new(kvm::create_vm(&kvm_fd)?);
-    let chips = Chips::of(&vm)?;
     kvm::register_memory(&vm, &memory)?;
-    config.timing.over("VM and memory");
+    tracing::info!(target: "boot", "VM and memory");
 
-    // 4. The machine described, the kernel loaded, its start structures written.
-    let firmware = Firmware { config: config.clone(), kernel, initrd, cmdline };
-    let entry = firmware.load(&memory)?;
-    config.timing.over("kernel loaded");
+    // 4. Kernel, initrd, tables and start structures in their places; or what a saved machine has there.
+    let (start, unmap_files) = match &incoming {
+        None => {
+            let image = boot_image.as_ref().ok_or(Error::NoBootImage)?;
+            (VcpuStart::Boot(image.load(&memory)?), None)
+        }
+        Some(incoming) => incoming.load(&kvm_fd, &memory)?,
+    };
+    tracing::info!(target: "boot", "kernel loaded");
 
-    // 5. Devices on their buses.
+    // 5. Devices on their buses. Threads are confined from their start.
+    let sandbox = Sandbox::prepare(config)?;
     let (events, receiver) = event_channel().map_err(Error::host("make an eventfd"))?;
     let events = Arc::new(events);
-    let (mut port_io, mut mmio) = (Bus::new(), Bus::new());
+    let (mut port_io, mut mmio) = (Bus::default(), Bus::default());
     let trap_registers = config.trap_registers || !kvm::has_read_only_memory(&kvm_fd);
     let poll = polling_window();
     let disks = affinity::start_on(&config.io_affinity, || {
-        attach_disks(&vm, &mut mmio, &memory, &events, config, &images, trap_registers, poll)
+        attach_disks(
+            &vm,
+            &mut mmio,
+            &memory,
+            &events,
+            config,
+            &layout,
+            &images,
+            trap_registers,
+            poll,
+            &sandbox,
+        )
     })?;
-    // Last of what may be refused, since it may empty a file.
-    let console = Console::open(&config.console)?;
-    let ends = attach::legacy(&vm, &mut port_io, console.output.writer(), &events, config)?;
-    let power_button = attach::irqfd(&vm, layout::POWER_BUTTON_GSI)?;
-    config.timing.over("devices");
+    kvm::create_irq_chips(&vm)?;
+    let irq_chips = IrqChips::read(&vm)?;
+    let control = match incoming.as_mut().and_then(|incoming| incoming.control.take()) {
+        None => config.qmp.as_deref().map(|path| control::listen(path, config)).transpose()?,
+        control => control,
+    };
+    attach::legacy(&mut port_io, &events, config.debug_exit)?;
+    let mut sources: Vec<Box<dyn Source>> = vec![Box::new(signals), Box::new(receiver)];
+    sources.extend(Gdb::listen(config.gdb.as_ref(), &vm, &memory, config.cpus)?);
+    // Last of what may be refused, since it may create or empty a file.
+    let spawn = sandbox.spawn(Kind::Console);
+    let serial = console::attach_ports(&vm, &mut port_io, config, &mut sources, &spawn)?;
+    sources.extend(exec::attach(job, &vm, &mut port_io, &events, &spawn)?);
+    sources.extend(PanicDump::open(config)?);
+    let power_button = attach::line(&vm, layout::POWER_BUTTON_GSI);
+    tracing::info!(target: "boot", "devices");
 
-    // 6. vCPUs, each waiting on its thread.
-    prepare_kick_signal().map_err(Error::host("install the vCPU signal"))?;
+    // 6. vCPUs, paused on their threads.
+    install_kick_handler().map_err(Error::host("install the vCPU signal"))?;
     let (port_io, mmio) = (Arc::new(port_io), Arc::new(mmio));
     let buses = [Arc::clone(&port_io), Arc::clone(&mmio)];
     let setup = VcpuSetup {
@@ -89,52 +142,75 @@ pub fn build(config: &VmConfig, signals: Signals) -> Result<Vm, Error> {
         vm: &vm,
         count: config.cpus,
         legacy_pic: !config.acpi,
+        nested: config.nested,
         port_io,
         mmio,
-        events,
-        timing: &config.timing,
+        events: Arc::clone(&events),
     };
-    let vcpus = start_vcpus(&setup, &entry, &config.vcpu_affinity)?;
-    config.timing.over("vCPUs");
-
-    // 7. The main loop that will hear of everything else.
-    let control = config.qmp.as_deref().map(listen).transpose()?;
-    let machine = Machine::new(Parts { vcpus, disks, buses, memory, vm, chips, firmware, power_button });
-    let main_loop = MainLoop::new(machine, control, signals, config.timeout, receiver, console, ends)?;
-    Ok(Vm { main_loop, paused: config.paused, map_registers: !trap_registers })
-}
-
-fn listen(path: &Path) -> Result<Server, Error> {
-    Server::bind(path, CONTROL_BASE).map_err(|source| Error::Control { path: path.to_owned(), source })
-}
-
-/// Opens a kernel or an initrd. A fifo is not waited for.
-fn open_regular(option: &'static str, path: &Path) -> Result<File, Error> {
-    let failed = |source| Error::Open { option, path: path.to_owned(), source };
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
-    let kind = file.metadata().map_err(failed)?.file_type();
-    let kind = match () {
-        () if kind.is_file() => return Ok(file),
-        () if kind.is_dir() => "a directory",
-        () if kind.is_fifo() => "a fifo",
-        () => "a device or socket",
-    };
-    Err(Error::NotAFile { option, path: path.to_owned(), kind })
-}
-
-/// The kernel inside a bzImage, where all that the guest's own unpacker would do is to unpack it: told `nokaslr`, it does not
-/// move the kernel to a random address.
-fn unpacked(kernel: Kernel, config: &VmConfig, cmdline: &str) -> Kernel {
-    if !cmdline.split_whitespace().any(|word| word == "nokaslr") {
-        return kernel;
+    let spawn = sandbox.spawn(Kind::Vcpu);
+    let vcpus = start_vcpus(&setup, &start, &config.vcpu_affinity, &spawn)?;
+    tracing::info!(target: "boot", "vCPUs");
+    // After all that changes KVM's memory map or its buses, which would wait for it.
+    if !trap_registers {
+        attach::map_registers(&vm, &disks, &sandbox.spawn(Kind::Registers))?;
     }
-    match kernel.unpack(config.memory) {
-        Ok(unpacked) => unpacked,
-        Err(UnpackError::NotPacked) => kernel,
-        Err(error) => {
-            tracing::debug!(%error, "the kernel is left to the guest to unpack");
-            kernel
-        }
+
+    // 7. The machine, and the main loop with its sources.
+    let hardware = Hardware {
+        vcpus,
+        disks,
+        buses,
+        memory,
+        vm,
+        irq_chips,
+        boot_image,
+        unmap_files,
+        serial,
+        power_button,
+    };
+    let spawn = sandbox.spawn(Kind::DiskIo);
+    let background =
+        BackgroundThread::spawn(&spawn, "machine-job".to_owned(), Arc::clone(&events))?;
+    let mut machine = Machine::new(hardware, events, background, config.stop_timeout)?;
+    machine.hold_panic = config.dump_on_panic.is_some();
+    let paused = match incoming {
+        Some(incoming) => incoming.restore(&mut machine)? && control.is_some() || config.paused,
+        None => config.paused,
+    };
+    sources.push(Box::new(HaltWatch::start()?));
+    if let Some(timeout) = timeout {
+        sources.push(Box::new(timeout));
+    }
+    // To its clients the end of the connection is the end of the VM.
+    if let Some(control) = control {
+        sources.push(Box::new(control));
+    }
+    // It confines the main thread when the loop begins, after all others watch what they need.
+    sources.extend(sandbox.source()?);
+    Ok(EventLoop::new(machine, sources, paused))
+}
+
+fn open_boot_image(
+    config: &VmConfig,
+    layout: &MachineLayout,
+    cmdline: &str,
+) -> Result<BootImage, Error> {
+    let kernel = BootFile::open("--kernel", &config.kernel)?;
+    let initrd =
+        config.initrd.as_deref().map(|path| BootFile::open("--initrd", path)).transpose()?;
+    // Nested, a page that is mapped and not copied costs an exit through two hypervisors.
+    let map_kernel = !kvm::is_nested() && lease_outlasts(config.stop_timeout);
+    BootImage::new(layout, kernel, initrd, cmdline, map_kernel)
+}
+
+/// The part of the configuration that the layout depends on.
+pub(crate) fn machine_spec(config: &VmConfig) -> MachineSpec {
+    MachineSpec {
+        memory: config.memory,
+        cpus: config.cpus,
+        serial: config.serial,
+        acpi: config.acpi,
+        disks: config.disks.len(),
     }
 }
 
@@ -142,16 +218,17 @@ fn open_images(disks: &[DiskConfig]) -> Result<Vec<Arc<dyn Disk>>, Error> {
     if disks.len() > layout::VIRTIO_MMIO_MAX {
         return Err(Error::TooManyDisks(disks.len()));
     }
-    disks.iter().map(|disk| disk::open(&disk.image).map_err(Error::from)).collect()
-}
-
-fn kernel_command_line(config: &VmConfig) -> Result<String, Error> {
-    let root = config.disks.first().map(|disk| if disk.image.read_only { Root::ReadOnly } else { Root::ReadWrite });
-    let virtio_mmio = windows(&config.disks);
-    let defaults = Defaults { serial: config.has_serial(), root, acpi: config.acpi, virtio_mmio: &virtio_mmio };
-    let cmdline = cmdline::build(&defaults, &config.cmdline)?;
-    tracing::debug!(cmdline, "the kernel's command line");
-    Ok(cmdline)
+    let open = |disk: &DiskConfig| {
+        disk::open(&disk.image).map_err(|error| Error::disk(&disk.image.path, error))
+    };
+    let images = disks.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+    for (DiskConfig { image, device, .. }, opened) in disks.iter().zip(&images) {
+        let (path, format, aio) =
+            (image.path.display(), image.format.unwrap_or_default(), image.aio);
+        let (name, size, cache) = (&device.name, opened.capacity(), image.cache);
+        tracing::debug!("disk {name}: {path}, {size} bytes, {format}, {aio}, cache={cache}");
+    }
+    Ok(images)
 }
 
 fn check_cpus(kvm: &Kvm, wanted: u32) -> Result<(), Error> {
@@ -159,13 +236,15 @@ fn check_cpus(kvm: &Kvm, wanted: u32) -> Result<(), Error> {
     if wanted > max { Err(Error::TooManyCpus { wanted, max }) } else { Ok(()) }
 }
 
-/// How long a disk may wait awake for the guest's next request: as long as KVM itself by default waits for a vCPU's
-/// interrupt (`halt_poll_ns`), and twenty times that where an exit costs so much more.
+/// A worker polls no longer for the guest's next request than this, whatever it finds that interrupts cost: 20 ms of a CPU are
+/// lost when the guest has none.
+const MAX_POLLING: Duration = Duration::from_millis(20);
+
+/// How long a disk's worker may poll before it sleeps. With one CPU that would only keep the guest from it.
 fn polling_window() -> Duration {
     match std::thread::available_parallelism().map_or(1, usize::from) {
         1 => Duration::ZERO,
-        _ if kvm::is_nested() => Duration::from_millis(4),
-        _ => Duration::from_micros(200),
+        _ => MAX_POLLING,
     }
 }
 
@@ -176,29 +255,50 @@ fn attach_disks(
     memory: &GuestMemory,
     events: &Arc<EventSender>,
     config: &VmConfig,
+    layout: &MachineLayout,
     images: &[Arc<dyn Disk>],
     trap_registers: bool,
     poll: Duration,
+    sandbox: &Sandbox,
 ) -> Result<Vec<MachineDisk>, Error> {
+    let threads =
+        DiskThreads { worker: sandbox.spawn(Kind::Disk), io: sandbox.spawn(Kind::DiskIo) };
     let mut disks = Vec::with_capacity(config.disks.len());
-    for ((config, image), window) in config.disks.iter().zip(images).zip(windows(&config.disks)) {
-        let events = Arc::clone(events);
-        let sink = Arc::new(move |event| events.report(event));
+    for ((config, image), window) in config.disks.iter().zip(images).zip(&layout.disks) {
+        let reports = Arc::clone(events);
+        let sink = Arc::new(move |event| reports.report(event));
         let options = BlockOptions { poll, ..config.device.clone() };
-        let device = BlockDevice::new(options, Arc::clone(image), sink)
+        let device = BlockDevice::new(options, Arc::clone(image), memory, sink, &threads)
             .map_err(|source| Error::DiskOptions { path: config.image.path.clone(), source })?;
         let handle = device.handle();
-        let transport = attach::disk(vm, mmio, memory, window, device, trap_registers)?;
-        disks.push(MachineDisk { config: config.clone(), handle, image: Arc::clone(image), transport });
+        let transport = attach::disk(vm, mmio, memory, *window, device, trap_registers)?;
+        disks.push(MachineDisk {
+            config: config.clone(),
+            handle,
+            image: Arc::clone(image),
+            window: *window,
+            transport,
+            pausing: None,
+            background: BackgroundThread::spawn(
+                &threads.io,
+                format!("disk-{}-job", config.device.name),
+                Arc::clone(events),
+            )?,
+        });
     }
     Ok(disks)
 }
 
-fn start_vcpus(setup: &VcpuSetup<'_>, entry: &Entry, processors: &[usize]) -> Result<Vec<VcpuHandle>, Error> {
+fn start_vcpus(
+    setup: &VcpuSetup<'_>,
+    start: &VcpuStart,
+    processors: &[usize],
+    spawn: &Spawn,
+) -> Result<Vec<VcpuThread>, Error> {
     let mut processors = processors.chunks(1);
     let start = |index| {
-        let vcpu = setup.create(index, entry)?;
-        affinity::start_on(processors.next().unwrap_or_default(), || VcpuHandle::spawn(vcpu))
+        let vcpu = setup.create(index, start)?;
+        affinity::start_on(processors.next().unwrap_or_default(), || VcpuThread::spawn(vcpu, spawn))
     };
     (0..setup.count).map(start).collect()
 }

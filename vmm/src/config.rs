@@ -1,61 +1,85 @@
-//! What the user asked for, validated as far as that is possible without the host.
+//! What the user asked for, validated as far as that is possible without looking at the host. `cli` makes a [`VmConfig`] of the
+//! arguments, and `builder` a machine of the [`VmConfig`].
 
+use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use devices::block::BlockOptions;
 use devices::disk::OpenOptions;
+use serde::{Deserialize, Serialize};
 
-use crate::timing::BootTiming;
-
-/// A whole machine. `cli` fills it in; [`crate::builder::build`] makes it real.
+/// A whole machine. `cli` fills it in, defaults included; [`crate::builder::build`] makes it real, and checks it
+/// against what the host has.
 #[derive(Clone, Debug)]
 pub struct VmConfig {
-    /// The kernel image: ELF vmlinux or bzImage.
+    /// The kernel image: ELF vmlinux or bzImage. It stays open for as long as the VM exists, since a reset loads it
+    /// again.
     pub kernel: PathBuf,
-    /// The initial RAM disk.
+    /// The initial RAM disk. It is copied into guest memory as it is; the guest's kernel unpacks it.
     pub initrd: Option<PathBuf>,
-    /// The user's words for the kernel command line; they follow the defaults and win over them.
+    /// Appended to the default kernel command line; later words override earlier ones.
     pub cmdline: String,
     /// Guest RAM in bytes.
     pub memory: u64,
     /// Guest RAM is huge pages of the host's pool, all of them taken at the start.
     pub hugepages: bool,
-    /// Number of vCPUs.
+    /// Number of vCPUs. The builder refuses more than KVM supports on this host, or than the layout of the guest has
+    /// room for.
     pub cpus: u32,
-    /// The host's processor for each vCPU; empty: any.
+    /// The host CPU of each vCPU, by index. Empty: any.
     pub vcpu_affinity: Vec<usize>,
-    /// The host's processors for the disks' threads; empty: any.
+    /// The host CPUs of the disks' threads. Empty: any.
     pub io_affinity: Vec<usize>,
-    /// Describe the machine by ACPI tables; otherwise by an MPTable and command line arguments.
+    /// The guest is given ACPI tables; otherwise an MPTable and command line arguments.
     pub acpi: bool,
+    /// Offer the CPU's virtualization (VMX or SVM) to the guest, for guests of its own.
+    pub nested: bool,
     /// The disks in order: the first is `/dev/vda`.
     pub disks: Vec<DiskConfig>,
-    /// Where the serial console is.
-    pub console: ConsoleConfig,
+    /// Which serial ports the guest has. Without the first one (`--console none`) its kernel loses no time on it.
+    pub serial: [bool; 2],
+    /// Where the serial ports are, ttyS0 first. The kernel's log goes to the first.
+    pub consoles: [ConsoleConfig; 2],
+    /// A shell command that the guest runs instead of its init, with its output on the second serial port.
+    pub exec: Option<OsString>,
     /// Where to listen for control clients (QMP): the path of a Unix socket.
     pub qmp: Option<PathBuf>,
-    /// The guest starts when a control client says so.
+    /// Where to listen for a debugger.
+    pub gdb: Option<GdbConfig>,
+    /// The guest starts when a control client sends `cont`, or a debugger `continue`.
     pub paused: bool,
-    /// End the VM after this long.
+    /// End the VM after this long, counted from the start of `build`. Disks are drained and flushed, as for SIGTERM.
     pub timeout: Option<Duration>,
     /// Open the debug-exit port: a byte that the guest writes there becomes the exit status.
     pub debug_exit: bool,
-    /// The guest's reads of device registers exit to us, as on a KVM without read-only memory.
+    /// The guest's reads of device registers exit, as on a KVM without read-only memory slots.
     pub trap_registers: bool,
-    /// Where the time until the guest's first sign of life goes.
-    pub timing: BootTiming,
+    /// Where the confined process may save the machine to.
+    pub save_directory: Option<PathBuf>,
+    /// A file for the machine as it is when the guest panics.
+    pub dump_on_panic: Option<PathBuf>,
+    /// How much the process confines itself.
+    pub sandbox: SandboxMode,
+    /// How long to wait for vCPUs and disks to stand still, at a stop and at the end.
+    pub stop_timeout: Duration,
 }
 
-impl VmConfig {
-    /// The guest has a serial port. With `--console none` it has not, and loses no time on one.
-    pub(crate) fn has_serial(&self) -> bool {
-        self.console != ConsoleConfig::None
-    }
+/// How much the process confines itself before the guest runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SandboxMode {
+    /// A forbidden system call ends the VM.
+    #[default]
+    On,
+    /// Not at all.
+    Off,
+    /// A forbidden system call is made, and the host's kernel logs it.
+    Log,
 }
 
 /// One disk: how to open the image and how to show it to the guest.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct DiskConfig {
     /// What control clients call the disk: `id=`, or the name that the guest gives it.
     pub id: String,
@@ -65,17 +89,33 @@ pub struct DiskConfig {
     pub device: BlockOptions,
 }
 
-/// Where the serial console is.
+/// Where a debugger connects.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GdbConfig {
+    /// A Unix socket that only this user can open.
+    Unix(PathBuf),
+    /// A port of the loopback interface, which every user of the host can reach.
+    Tcp(SocketAddr),
+}
+
+/// Where a serial port is on the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ConsoleConfig {
     /// Our own standard input and output, with `Ctrl-A` as the escape key when that is a terminal.
     Stdio,
-    /// Output only, into a file.
-    File(PathBuf),
+    /// Output only, to our standard error.
+    Stderr,
+    /// Output only, into a file, which takes no more than `max` bytes.
+    File {
+        /// The file.
+        path: PathBuf,
+        /// `None`: without a limit.
+        max: Option<u64>,
+    },
     /// A new pseudo-terminal; its name is printed.
     Pty,
     /// A Unix socket that we listen on: one client at a time.
     Unix(PathBuf),
-    /// Nowhere: the guest has no serial port.
+    /// Nowhere: the guest does not have this serial port, and its kernel loses no time on it.
     None,
 }

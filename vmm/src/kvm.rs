@@ -1,13 +1,17 @@
 //! /dev/kvm: opening it, saying plainly why it cannot be used, and the empty VM.
+//!
+//! The builder calls these functions once each. What it gets, the VM's descriptor, is then shared: vCPUs, interrupt
+//! lines and the machine's clock use it directly.
 
 use std::fs;
-use std::io::{BufRead, BufReader, ErrorKind};
+use std::io::{self, BufRead, BufReader};
 use std::sync::Arc;
 
 use arch::layout;
-use devices::virtio::mmio::RegisterPage;
+use devices::virtio::registers::RegisterPage;
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+    KVM_API_VERSION, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -15,11 +19,10 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use crate::GuestMemory;
 use crate::error::Error;
 
-/// What we cannot do without (`Documentation/virt/kvm/api.rst`, "Extension").
-const REQUIRED: [(Cap, &str); 6] = [
+/// What minivmm cannot do without, with the words for its absence (`Documentation/virt/kvm/api.rst`, "Extension").
+const REQUIRED: [(Cap, &str); 5] = [
     (Cap::Irqchip, "an in-kernel interrupt controller (KVM_CAP_IRQCHIP)"),
     (Cap::Ioeventfd, "ioeventfd (KVM_CAP_IOEVENTFD)"),
-    (Cap::Irqfd, "irqfd (KVM_CAP_IRQFD)"),
     (Cap::UserMemory, "user memory slots (KVM_CAP_USER_MEMORY)"),
     (Cap::ImmediateExit, "immediate exit (KVM_CAP_IMMEDIATE_EXIT)"),
     (Cap::ExtCpuid, "extended CPUID (KVM_CAP_EXT_CPUID)"),
@@ -33,49 +36,40 @@ const FIRST_READ_ONLY_SLOT: u32 = 8;
 /// # Errors
 /// No device, no permission, an old KVM.
 pub(crate) fn open() -> Result<Kvm, Error> {
-    let kvm = Kvm::new().map_err(|error| Error::NoKvm(why_unavailable(std::io::Error::from(error).kind())))?;
+    let kvm = Kvm::new().map_err(|error| Error::NoKvm(error.into()))?;
     match kvm.get_api_version() {
         version if version == KVM_API_VERSION as i32 => {}
         // Not even that call: another device goes by the name.
-        ..0 => return Err(Error::NoKvm(why_unavailable(ErrorKind::Other))),
+        ..0 => return Err(Error::NoKvm(io::Error::last_os_error())),
         _ => return Err(Error::KvmLacks("API version 12")),
     }
     for (capability, name) in REQUIRED {
-        if !kvm.check_extension(capability) {
-            return Err(Error::KvmLacks(name));
+        match kvm.check_extension_int(capability) {
+            1.. => {}
+            0 => return Err(Error::KvmLacks(name)),
+            // A seccomp filter.
+            _ => return Err(Error::NoKvm(io::Error::last_os_error())),
         }
     }
     Ok(kvm)
 }
 
-fn why_unavailable(kind: ErrorKind) -> String {
-    match kind {
-        ErrorKind::NotFound => {
-            "it does not exist; load the kvm_intel or kvm_amd module, or enable virtualisation in the firmware \
-             (in a virtual machine: nested virtualisation), or use the lab (`make lab`)"
-        }
-        ErrorKind::PermissionDenied => "permission denied; add yourself to the group kvm and log in again",
-        _ => "it cannot be opened as a KVM device; check the kvm_intel or kvm_amd module",
-    }
-    .to_owned()
-}
-
-/// A warning when KVM is there but the processor offers no virtualisation: such a KVM interprets every guest
+/// A warning when KVM is there but the processor has no hardware virtualization: that KVM interprets every guest
 /// instruction and delivers no interrupts, so that Linux does not boot on it.
 pub fn missing_hardware_support() -> Option<&'static str> {
     let flags = Flags::read()?;
-    if flags.virtualise() {
+    if flags.has_virtualization() {
         return None;
     }
     Some(
-        "this processor lends no virtualisation (no vmx or svm flag): small guests run, Linux will not boot; \
-         use the lab instead (`make run`, or `make lab CMD=...`)",
+        "this CPU does not support hardware virtualization (no vmx or svm flag): small guests run, Linux does not \
+         boot; use the lab instead (`make run`, or `make lab CMD=...`)",
     )
 }
 
 /// Whether this host is itself a guest, whose own guests exit through both hypervisors.
 pub(crate) fn is_nested() -> bool {
-    Flags::read().is_some_and(|flags| flags.virtualise() && flags.contain("hypervisor"))
+    Flags::read().is_some_and(|flags| flags.has_virtualization() && flags.contain("hypervisor"))
 }
 
 /// The processor's features, as the host's kernel names them.
@@ -92,13 +86,12 @@ impl Flags {
         self.0.split_whitespace().any(|word| word == flag)
     }
 
-    fn virtualise(&self) -> bool {
+    fn has_virtualization(&self) -> bool {
         self.contain("vmx") || self.contain("svm")
     }
 }
 
-/// An empty VM with its interrupt controllers: two PICs, an IOAPIC of 24 pins, a LAPIC for each vCPU to come, and the PIT
-/// that kernels without ACPI insist on.
+/// An empty VM: no memory, no interrupt controllers.
 ///
 /// # Errors
 /// When KVM refuses.
@@ -112,17 +105,28 @@ pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
         }
     };
     // Intel needs three pages for the TSS and one for an identity map while the guest is in real mode; both go where no
-    // guest memory is (`api.rst` 4.35 KVM_SET_TSS_ADDR, 4.41 KVM_SET_IDENTITY_MAP_ADDR). AMD ignores them.
-    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP.0).map_err(Error::kvm("place the identity map"))?;
-    vm.set_tss_address(layout::KVM_TSS.0 as usize).map_err(Error::kvm("place the task state segment"))?;
-    vm.create_irq_chip().map_err(Error::kvm("create the interrupt controllers"))?;
-    // With the speaker port stubbed (port 0x61), or a guest that polls it would exit to us for ever.
-    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    vm.create_pit2(pit).map_err(Error::kvm("create the interval timer"))?;
+    // guest memory is (`api.rst` 4.36 KVM_SET_TSS_ADDR, 4.40 KVM_SET_IDENTITY_MAP_ADDR). AMD ignores them.
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP.0)
+        .map_err(Error::kvm("place the identity map"))?;
+    vm.set_tss_address(layout::KVM_TSS.0 as usize)
+        .map_err(Error::kvm("place the task state segment"))?;
     Ok(vm)
 }
 
-/// Puts each region of guest RAM into a memory slot, numbered from 0.
+/// Gives `vm` its interrupt controllers: two PICs, an IOAPIC of 24 pins, a LAPIC for each vCPU to come, and the PIT that
+/// kernels without ACPI insist on.
+///
+/// # Errors
+/// When KVM refuses.
+pub(crate) fn create_irq_chips(vm: &VmFd) -> Result<(), Error> {
+    vm.create_irq_chip().map_err(Error::kvm("create the interrupt controllers"))?;
+    // With the speaker port stubbed (port 0x61), or a guest that polls it would exit to user space for ever.
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(pit).map_err(Error::kvm("create the interval timer"))
+}
+
+/// Puts each region of guest RAM into a memory slot, numbered from 0. Before [`create_irq_chips`]: once a VM has those, KVM
+/// waits for milliseconds at each change of its memory map until no vCPU can be using the old one (an SRCU grace period).
 ///
 /// # Errors
 /// When KVM refuses.
@@ -136,7 +140,7 @@ pub(crate) fn register_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), Err
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
         };
-        // SAFETY: the range is a whole mapping of ours, which `Vm` keeps until the VM's file descriptors are closed.
+        // SAFETY: the range is a whole mapping of guest memory, which `Machine` keeps until the VM's file descriptors are closed.
         unsafe { vm.set_user_memory_region(slot) }.map_err(Error::kvm("register guest memory"))?;
     }
     Ok(())
@@ -148,7 +152,7 @@ pub(crate) fn has_read_only_memory(kvm: &Kvm) -> bool {
 }
 
 /// Lets the guest read `page` at `address` without an exit; its writes there exit as any device's do (`api.rst` 4.35,
-/// KVM_MEM_READONLY). `index` tells such pages apart.
+/// KVM_MEM_READONLY). Each page has an `index` of its own.
 ///
 /// # Errors
 /// When KVM refuses.
@@ -169,5 +173,6 @@ pub(crate) fn register_read_only(
         userspace_addr: page as u64,
     };
     // SAFETY: the page is leaked, whole pages in size and alignment, and made of atomics, so that it may be read any time.
-    unsafe { vm.set_user_memory_region(slot) }.map_err(Error::kvm("register a page of device registers"))
+    unsafe { vm.set_user_memory_region(slot) }
+        .map_err(Error::kvm("register a page of device registers"))
 }

@@ -1,42 +1,53 @@
-//! The virtual machine monitor: KVM, threads, wiring, and the life of a machine from configuration to exit.
+//! The virtual machine monitor: KVM, threads, the wiring of devices, and a machine from its configuration to its exit status.
+//!
+//! [`builder`] makes two owners: the `Machine` has every resource of the VM, and the [`EventLoop`] has the machine and
+//! everything that the main thread listens to. Capabilities, such as `control`, `snapshot`, `exec` and `affinity`, are plugged in
+//! by the builder, and no core module imports them; `tests/tests/structure/main.rs` lists them all.
 //!
 //! Two walks lead through it. *A kernel boots*: [`builder`] makes a paused machine in numbered steps, `vcpu::setup` applies
 //! the register images of `arch`, `vcpu::run` serves exits. *A guest write reaches the file*: `attach` registered the
-//! queue's notification and the completion's interrupt with KVM; the rest of that walk is in `devices::block`.
+//! queue's notification with KVM and gave the disk its interrupt line; the rest of that walk is in `devices::block`.
 
 mod affinity;
 mod attach;
+mod background;
+mod boot_image;
 pub mod builder;
-mod chips;
+pub mod chapters;
 mod config;
 mod console;
 mod control;
 mod error;
 mod event_loop;
 mod events;
-mod firmware;
+mod exec;
+mod explain;
+mod gdb;
+mod halt_watch;
+mod hugepages;
+mod irq_chips;
+mod kernel_pages;
 mod kvm;
 mod listener;
 mod machine;
 mod memory;
+mod sandbox;
 mod signals;
-mod timing;
+mod snapshot;
+mod sources;
+mod timeout;
 mod vcpu;
-mod vm;
-
-#[doc = include_str!("../docs/a-kernel-boots.md")]
-pub mod a_kernel_boots {}
-
-#[doc = include_str!("../docs/control.md")]
-pub mod control_of_a_running_machine {}
 
 pub use builder::build;
-pub use config::{ConsoleConfig, DiskConfig, VmConfig};
-pub use error::Error;
-pub use event_loop::Outcome;
+pub use config::{ConsoleConfig, DiskConfig, GdbConfig, SandboxMode, VmConfig};
+pub use control::{Awaited, wait as wait_for_incoming};
+pub use error::{Error, VcpuError, WithCauses};
+pub use event_loop::EventLoop;
+pub use explain::explain;
 pub use kvm::missing_hardware_support;
+pub use machine::Outcome;
+pub use sandbox::on_violation;
 pub use signals::Signals;
-pub use timing::{BootTiming, Moment};
-pub use vm::Vm;
+pub use snapshot::{ClockMode, Incoming, IncomingConfig, MapMode, NewFile};
 
-use devices::GuestMemory;
+use devices::{GuestMemory, lock};

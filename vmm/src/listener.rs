@@ -1,13 +1,26 @@
-//! A listening Unix socket that only our own user can connect to.
+//! A listening Unix socket that only this user can connect to: the control socket, and the console's.
+//!
+//! A socket file that no process uses any more is replaced; anything else at the path is left alone. The file goes away with
+//! the VM.
 
-use std::fs::{self, Permissions};
+use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+use devices::log_limit::LogLimit;
+use rustix::fs::{Mode, fchmod};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen,
+    socket_with,
+};
+
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 8;
 
 /// The socket, removed from the file system when dropped.
 #[derive(Debug)]
@@ -17,31 +30,64 @@ pub(crate) struct Listener {
 }
 
 impl Listener {
-    /// Listens at `path`, mode 0600. A socket that a dead process left there is replaced; anything else there is left alone.
+    /// Listens at `path`, mode 0600, without waiting for any other process.
     ///
     /// # Errors
-    /// When the path is taken or cannot be made.
+    /// When the path is in use or cannot be made.
     pub(crate) fn bind(path: &Path) -> io::Result<Self> {
-        let is_socket = fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
-        if is_socket && UnixStream::connect(path).is_err() {
-            fs::remove_file(path)?;
-        }
+        remove_stale(path)?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        // Before it has a name: bind(2) gives the file the socket's own mode, so that it is never open to others.
+        fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
         bind(&socket, &SocketAddrUnix::new(path)?)?;
-        // Nobody can connect before `listen`, so that nobody gets in while the mode is still the umask's.
-        fs::set_permissions(path, Permissions::from_mode(0o600)).and_then(|()| Ok(listen(&socket, 8)?)).inspect_err(
-            |_| {
-                let _ = fs::remove_file(path);
-            },
-        )?;
+        listen(&socket, BACKLOG).inspect_err(|_| {
+            let _ = fs::remove_file(path);
+        })?;
         Ok(Self { socket: socket.into(), path: path.to_owned() })
     }
 
-    /// Takes a waiting client, or `None`.
+    /// The next client, whose socket does not block; `None` if there is none. To be polled for edges, and then called until there
+    /// is none: a client that the host refuses is left in the backlog until another comes.
     pub(crate) fn accept(&self) -> Option<UnixStream> {
-        self.socket.accept().ok().map(|(client, _)| client)
+        static REFUSED: LazyLock<LogLimit> = LazyLock::new(LogLimit::new);
+        match accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            Ok(client) => return Some(client.into()),
+            Err(Errno::AGAIN | Errno::CONNABORTED | Errno::INTR) => {}
+            Err(error) => {
+                if let Some(suppressed) = REFUSED.admit() {
+                    let path = self.path.display();
+                    tracing::warn!(%error, suppressed, "a client of the socket {path} cannot be served");
+                }
+            }
+        }
+        None
     }
+}
+
+/// Removes a socket file that no process uses. It is looked at again under another name, since a process that started at the
+/// same time may have put its own socket there.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    let is_socket = fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+    if !is_socket || !is_stale(path)? {
+        return Ok(());
+    }
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(format!(".stale-{}", std::process::id()));
+    let aside = PathBuf::from(aside);
+    match fs::rename(path, &aside) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+        Ok(()) if is_stale(&aside)? => fs::remove_file(&aside),
+        Ok(()) => fs::rename(&aside, path),
+    }
+}
+
+/// Whether no socket is bound to the file. A datagram socket tells without waiting: one of its own type takes it, one of another
+/// type, listening or not, is the wrong type (EPROTOTYPE), and only a file without any socket refuses it.
+fn is_stale(path: &Path) -> io::Result<bool> {
+    let probe = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    Ok(connect(&probe, &SocketAddrUnix::new(path)?) == Err(Errno::CONNREFUSED))
 }
 
 impl AsRawFd for Listener {
@@ -53,5 +99,51 @@ impl AsRawFd for Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_socket_that_no_process_uses_is_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let address = SocketAddrUnix::new(&path).unwrap();
+        let bound = |kind| {
+            let socket =
+                socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
+            bind(&socket, &address).unwrap();
+            socket
+        };
+        for kind in [SocketType::STREAM, SocketType::DGRAM, SocketType::SEQPACKET] {
+            let socket = bound(kind);
+            let error = Listener::bind(&path).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{kind:?}");
+            if kind != SocketType::DGRAM {
+                listen(&socket, 0).unwrap();
+                assert_eq!(Listener::bind(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+            }
+            drop(socket);
+            drop(Listener::bind(&path).unwrap());
+            assert!(!path.exists());
+        }
+        fs::write(&path, "a file").unwrap();
+        assert!(Listener::bind(&path).is_err());
+        assert_eq!(fs::read(&path).unwrap(), b"a file");
+    }
+
+    #[test]
+    fn a_listener_with_a_full_backlog_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let listener =
+            socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+                .unwrap();
+        bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        listen(&listener, 0).unwrap();
+        let _client = UnixStream::connect(&path).unwrap();
+        assert_eq!(Listener::bind(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
     }
 }

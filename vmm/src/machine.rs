@@ -1,237 +1,393 @@
-//! The machine in its operator's hands: its vCPUs, disks and clock, and the one place that knows whether it runs.
+//! The machine: its vCPUs, disks and clock, and the one variable that says whether it runs.
+//!
+//! The main loop's thread owns it. `builder` makes it paused, sources of the main loop (signals, the console, the control
+//! socket) call its methods, and it tells them what happened by [`MachineEvent`]s. It knows neither JSON nor sockets.
+//!
+//! Nothing here waits for a vCPU or for the host's disk. Whatever needs the machine to stand still (a stop, a reset, a writer
+//! of the kernel's file, the end) joins the one [`Standstill`] under way, and [`Machine::advance`], called after every event,
+//! carries out what was asked for once every vCPU has left the guest and every disk has nothing with the host. At the deadline
+//! (`--stop-timeout`) a standstill is given up: the machine goes on, or ends without what hangs.
 
-use std::sync::{Arc, Mutex, PoisonError};
+mod end;
+mod halt_report;
+mod panic;
+pub(crate) mod save_task;
+mod standstill;
 
-use devices::block::{BlockHandle, IoStatus};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use arch::layout::MmioDevice;
+use devices::block::{BlockEvent, BlockHandle, IoStatus};
 use devices::bus::Bus;
-use devices::disk::{Disk, Operation, Transfer};
+use devices::disk::{Corruption, Disk};
+use devices::irq::InterruptLine;
+use devices::legacy::{GuestEvent, SerialDevice};
+use devices::virtio::drain::Drain;
 use devices::virtio::mmio::MmioTransport;
 use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::VmFd;
-use serde_json::Value;
-use vmm_sys_util::eventfd::EventFd;
+use serde::{Deserialize, Serialize};
+use vmm_sys_util::timerfd::TimerFd;
 
 use crate::GuestMemory;
-use crate::chips::Chips;
+use crate::background::{Answer, BackgroundThread};
+use crate::boot_image::BootImage;
 use crate::config::DiskConfig;
-use crate::control::{Event, Source};
 use crate::error::Error;
-use crate::firmware::{self, Firmware, in_file};
-use crate::vcpu::VcpuHandle;
+use crate::events::{EventSender, VmEvent};
+use crate::irq_chips::IrqChips;
+use crate::vcpu::VcpuThread;
 
-/// Whether the machine runs, and if not, why. The words are QMP's RunState.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Life {
-    /// Not yet started.
+/// Whether the machine runs, and if not, why: the `status` in QMP's `query-status`.
+///
+/// `Prelaunch` follows building, and the reset of a machine that was stopped. `Paused` follows a client's `stop`, `Debug` a
+/// debugger's, and `IoError` a disk's error policy. `FinishMigrate` is during a save, and `PostMigrate` follows it. `Shutdown` is never
+/// stored: [`Machine::state`] computes it while the end is under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum RunState {
     Prelaunch,
-    /// Stopped by its operator.
-    Paused,
-    /// Running.
     Running,
-    /// Stopped by a disk's error policy.
+    Paused,
+    Debug,
     IoError,
+    FinishMigrate,
+    PostMigrate,
+    Shutdown,
 }
 
-/// A disk of the machine.
+/// Why the VM ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest switched itself off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest panicked; the text names the evidence.
+    Panicked(&'static str),
+    /// The guest wrote this byte to the debug-exit port.
+    DebugExit(u8),
+    /// The user typed `Ctrl-A x`.
+    Quit,
+    /// This signal came.
+    Signal(i32),
+    /// `--timeout` passed.
+    Timeout,
+    /// A control client ended the VM.
+    ControlQuit,
+}
+
+/// Something that happened to the machine, for the sources of the main loop. The control socket makes QMP events of
+/// most; [`MachineEvent::Done`] completes a command. Events are kept in the order in which they happened until the loop
+/// takes them.
+#[derive(Debug)]
+pub(crate) enum MachineEvent {
+    Stop,
+    Resume,
+    Powerdown,
+    /// The machine ends. `None`: the host failed.
+    Shutdown(Option<Outcome>),
+    /// The machine was reset, or the guest asked for that, which ends the machine.
+    Reset {
+        by_guest: bool,
+    },
+    GuestPanicked,
+    /// The guest panicked (the text is [`Outcome::Panicked`]'s), and the receiver ends the machine: see [`Machine::hold_panic`].
+    PanicHeld(&'static str),
+    /// The guest's kernel panicked, and its crash kernel takes over.
+    GuestCrashloaded,
+    /// A disk reports something. Its device name is the disk's `id=` here.
+    Disk(BlockEvent),
+    /// The image of the disk with this `id=` was found to be damaged.
+    ImageCorrupted(String, Corruption),
+    /// What a method returned this number for is done.
+    Done(u64, Result<(), Error>),
+}
+
+/// A disk of the machine, from three sides: `handle` controls the block device (pause, limits, statistics), `transport`
+/// is the same device as its driver sees it, and `image` is what the end of the machine flushes.
 pub(crate) struct MachineDisk {
-    /// As the user asked for it.
     pub config: DiskConfig,
-    /// The device's control end.
     pub handle: BlockHandle,
-    /// The opened image.
     pub image: Arc<dyn Disk>,
-    /// The device behind its registers.
+    /// The place of its registers, and its interrupt line.
+    pub window: MmioDevice,
     pub transport: Arc<Mutex<MmioTransport>>,
+    /// The pause under way, or complete, if the machine is to stand still.
+    pub pausing: Option<Drain>,
+    /// Does what waits for this disk.
+    pub background: BackgroundThread,
 }
 
-/// What a machine is made of.
-pub(crate) struct Parts {
-    /// By index.
-    pub vcpus: Vec<VcpuHandle>,
+/// Everything that the builder has created for the guest. [`Machine`] adds what changes while the VM runs: its state,
+/// its clock, and the jobs under way.
+pub(crate) struct Hardware {
+    pub vcpus: Vec<VcpuThread>,
     /// In order: `/dev/vda` first.
     pub disks: Vec<MachineDisk>,
-    /// All devices, those disks included.
+    /// Port I/O and MMIO, with all devices, disks included.
     pub buses: [Arc<Bus>; 2],
-    /// Guest RAM.
     pub memory: GuestMemory,
-    /// KVM's side of the VM, which lives as long as its descriptors.
     pub vm: Arc<VmFd>,
-    /// Its chips' state at power-on.
-    pub chips: Chips,
-    /// What the guest starts from.
-    pub firmware: Firmware,
-    /// An edge on the ACPI power button's interrupt line.
-    pub power_button: EventFd,
+    /// The state of the interrupt controllers and the timer at power-on.
+    pub irq_chips: IrqChips,
+    /// What a reset boots. `None`: the files of a restored machine are gone.
+    pub boot_image: Option<BootImage>,
+    /// Replaces pages of files that are guest memory, beside the kernel's, by copies.
+    pub unmap_files: Option<UnmapFiles>,
+    pub serial: Vec<Arc<Mutex<SerialDevice>>>,
+    pub power_button: Arc<dyn InterruptLine>,
 }
 
-/// Owns every thread and resource of the machine but the console.
+pub(crate) type UnmapFiles = Box<dyn FnOnce(&GuestMemory) -> Result<(), Error>>;
+
+/// What is to be done once the machine stands still.
+///
+/// At most one exists. A request that comes meanwhile joins it by setting its own field, and gets the same job number,
+/// so that a client's `stop` during a reset is answered when both are done. `began` belongs to the first request:
+/// joining does not move the deadline.
+struct Standstill {
+    /// For the `Done` event.
+    job: u64,
+    began: Instant,
+    /// Stay stopped, in this state.
+    stop: Option<RunState>,
+    reset: bool,
+    release_kernel_file: bool,
+    look_for_halt: bool,
+    task: Option<Box<dyn Task>>,
+    /// The reset has begun: this answers when the devices' threads are done with it.
+    resetting: Option<Answer>,
+}
+
+/// What a capability does while the machine stands still, such as a save. It comes first of all that is to be done then.
+pub(crate) trait Task {
+    /// Called once everything stands still, and after every event from then on. Returns whether the task is over.
+    fn advance(&mut self, machine: &mut Machine) -> bool;
+
+    /// The machine goes on or ends without the task, which does not block.
+    fn cancel(&mut self, machine: &mut Machine, error: Error);
+}
+
+/// How far a disk is at the end of the machine.
+enum DiskEnd {
+    Draining,
+    Flushing(Answer),
+    Done,
+}
+
+/// A disk that is getting another size.
+struct Resize {
+    disk: usize,
+    job: u64,
+    answer: Answer,
+}
+
+struct End {
+    outcome: Result<Outcome, Error>,
+    began: Instant,
+    disks: Vec<DiskEnd>,
+    /// How often the user asked for the end, by a signal or a key.
+    requests: u32,
+    over: bool,
+}
+
+/// Owns every thread and resource of the VM but those of the main loop's sources.
+///
+/// Only the main thread has it, so there is no lock. A method whose work takes long returns the number of a job at
+/// once, and [`MachineEvent::Done`] with that number follows.
 pub(crate) struct Machine {
-    /// What it is made of.
-    pub parts: Parts,
-    life: Life,
-    /// The guest's clock while the machine is paused.
+    pub hardware: Hardware,
+    state: RunState,
+    /// The guest's clock while the machine is stopped.
     clock: Option<kvm_clock_data>,
-    /// Messages for control clients, oldest first.
-    news: Vec<Value>,
+    standstill: Option<Standstill>,
+    end: Option<End>,
+    resizes: Vec<Resize>,
+    wake_main_loop: Arc<EventSender>,
+    background: BackgroundThread,
+    last_job: u64,
+    pending_events: Vec<MachineEvent>,
+    stop_timeout: Duration,
+    halt_reported: bool,
+    /// A panic is announced by [`MachineEvent::PanicHeld`] and does not end the machine.
+    pub hold_panic: bool,
+    /// Panicked, and not ended yet: what the guest does meanwhile is of no interest.
+    panicked: bool,
+    /// Wakes the main loop at the deadline of the standstill or of the end.
+    deadline: TimerFd,
 }
 
 impl Machine {
     /// A machine that has not run yet.
-    pub(crate) fn new(parts: Parts) -> Self {
-        Self { parts, life: Life::Prelaunch, clock: None, news: Vec::new() }
+    ///
+    /// # Errors
+    /// When the host has no timer left.
+    pub(crate) fn new(
+        hardware: Hardware,
+        wake_main_loop: Arc<EventSender>,
+        background: BackgroundThread,
+        stop_timeout: Duration,
+    ) -> Result<Self, Error> {
+        let deadline = TimerFd::new().map_err(|error| Error::host("make a timer")(error.into()))?;
+        Ok(Self {
+            hardware,
+            state: RunState::Prelaunch,
+            clock: None,
+            standstill: None,
+            end: None,
+            resizes: Vec::new(),
+            wake_main_loop,
+            background,
+            last_job: 0,
+            pending_events: Vec::new(),
+            stop_timeout,
+            halt_reported: false,
+            hold_panic: false,
+            panicked: false,
+            deadline,
+        })
     }
 
-    /// Whether the machine runs.
-    pub(crate) fn life(&self) -> Life {
-        self.life
+    pub(crate) fn state(&self) -> RunState {
+        if self.end.is_some() { RunState::Shutdown } else { self.state }
     }
 
-    /// Lets the guest run. Disks first, with the requests that the error policy kept: nothing the guest does may overtake
-    /// them.
-    pub(crate) fn resume(&mut self) {
-        if self.life != Life::Running {
-            self.run();
-            self.announce(&Event::Resume);
+    pub(crate) fn deadline(&self) -> &TimerFd {
+        &self.deadline
+    }
+
+    fn emit(&mut self, event: MachineEvent) {
+        self.pending_events.push(event);
+    }
+
+    /// Takes the events since the last call, oldest first.
+    pub(crate) fn take_events(&mut self) -> Vec<MachineEvent> {
+        std::mem::take(&mut self.pending_events)
+    }
+
+    pub(crate) fn has_events(&self) -> bool {
+        !self.pending_events.is_empty()
+    }
+
+    /// Lets the guest run.
+    ///
+    /// # Errors
+    /// A standstill is under way, whose outcome is not known yet.
+    pub(crate) fn resume(&mut self) -> Result<(), Error> {
+        if self.standstill.is_some() || self.end.is_some() {
+            return Err(Error::Stopping);
         }
+        if self.state != RunState::Running {
+            self.run();
+            self.emit(MachineEvent::Resume);
+        }
+        Ok(())
     }
 
+    /// The clock first, because no vCPU may read it before it is set. Then the disks, then the vCPUs: each worker begins its
+    /// stopped requests again before it takes anything new from its rings. Nothing here waits for that.
     fn run(&mut self) {
         if let Some(clock) = self.clock.take() {
-            // The guest's clock goes on where it stood (`api.rst` 4.30 KVM_SET_CLOCK).
+            // The flags of KVM_GET_CLOCK are not accepted back (`api.rst` 4.30 KVM_SET_CLOCK).
             let clock = kvm_clock_data { clock: clock.clock, ..Default::default() };
-            if let Err(error) = self.parts.vm.set_clock(&clock) {
+            if let Err(error) = self.hardware.vm.set_clock(&clock) {
                 tracing::warn!(%error, "the guest's clock could not be set back");
             }
         }
-        for disk in &self.parts.disks {
+        for disk in &mut self.hardware.disks {
+            disk.pausing = None;
             disk.handle.resume();
         }
-        for vcpu in &self.parts.vcpus {
-            vcpu.resume();
-        }
-        self.life = Life::Running;
+        self.hardware.vcpus.iter().for_each(VcpuThread::resume);
+        self.state = RunState::Running;
     }
 
-    /// Stops the guest for the reason `life`. On return all vCPUs are out of the guest and no request is in flight: the
-    /// machine's state stands still, in memory and on the disks.
+    fn next_job(&mut self) -> u64 {
+        self.last_job += 1;
+        self.last_job
+    }
+
+    /// Makes the disk `id` `bytes` long, on a thread: for some formats that takes minutes. Returns the number of the `Done` event,
+    /// or `None` if there is no disk of that name.
+    pub(crate) fn resize(&mut self, id: &str, bytes: u64) -> Option<u64> {
+        let disk = self.hardware.disks.iter().position(|disk| disk.config.id == id)?;
+        let MachineDisk { image, background, .. } = &self.hardware.disks[disk];
+        let image = Arc::clone(image);
+        let answer = background.run(move || image.resize(bytes).map_err(Error::Resize));
+        let job = self.next_job();
+        self.resizes.push(Resize { disk, job, answer });
+        Some(job)
+    }
+
+    fn finish_resizes(&mut self) {
+        let Self { resizes, hardware, pending_events, .. } = self;
+        resizes.retain(|Resize { disk, job, answer }| {
+            let Some(result) = answer.poll() else { return true };
+            result.iter().for_each(|()| hardware.disks[*disk].handle.capacity_changed());
+            pending_events.push(MachineEvent::Done(*job, result));
+            false
+        });
+    }
+
+    /// Passes on what disks report, and stops the machine if a disk's error policy wants that. The disks themselves are
+    /// asked, too, because their events may be lost.
+    pub(crate) fn disk_events(&mut self, events: Vec<BlockEvent>) {
+        let Hardware { disks, .. } = &self.hardware;
+        for MachineDisk { image, config, .. } in disks {
+            let corrupted = |damage| MachineEvent::ImageCorrupted(config.id.clone(), damage);
+            self.pending_events.extend(image.take_corruption().map(corrupted));
+        }
+        for mut event in events {
+            if let BlockEvent::IoError { device, .. } | BlockEvent::WriteThreshold { device, .. } =
+                &mut event
+                && let Some(disk) = disks.iter().find(|disk| disk.handle.name() == device)
+            {
+                device.clone_from(&disk.config.id);
+            }
+            self.pending_events.push(MachineEvent::Disk(event));
+        }
+        let failed = |disk: &MachineDisk| disk.handle.io_status() != IoStatus::Ok;
+        if self.standstill.is_none() && disks.iter().any(failed) {
+            self.stop(RunState::IoError);
+        }
+    }
+
+    pub(crate) fn vm_event(&mut self, event: VmEvent) {
+        let outcome = match event {
+            VmEvent::Guest(GuestEvent::PowerOff) => Ok(Outcome::PowerOff),
+            VmEvent::Guest(GuestEvent::Reset) => Ok(self.restarted(Outcome::Reset)),
+            VmEvent::TripleFault => Ok(self.restarted(Outcome::Panicked("triple fault"))),
+            VmEvent::Guest(GuestEvent::Panicked) => {
+                Ok(Outcome::Panicked("it said so at the pvpanic port"))
+            }
+            // The crash kernel ends the machine in its own time.
+            VmEvent::Guest(GuestEvent::CrashLoaded) => {
+                tracing::warn!("the guest panicked and boots its crash kernel");
+                return self.emit(MachineEvent::GuestCrashloaded);
+            }
+            VmEvent::Guest(GuestEvent::DebugExit(status)) => Ok(Outcome::DebugExit(status)),
+            VmEvent::Debug => {
+                self.stop(RunState::Debug);
+                return;
+            }
+            VmEvent::Failed(error) => Err(error),
+        };
+        self.end_unless_held(outcome);
+    }
+
+    /// Presses the ACPI power button.
     ///
     /// # Errors
-    /// A vCPU does not leave the guest; the VM cannot go on.
-    pub(crate) fn pause(&mut self, life: Life) -> Result<(), Error> {
-        if self.life != Life::Running {
-            return Ok(());
-        }
-        self.pause_vcpus()?;
-        self.clock = self.parts.vm.get_clock().ok();
-        for disk in &self.parts.disks {
-            disk.handle.pause();
-        }
-        self.life = life;
-        self.announce(&Event::Stop);
-        Ok(())
-    }
-
-    fn pause_vcpus(&self) -> Result<(), Error> {
-        self.parts.vcpus.iter().for_each(VcpuHandle::pause);
-        self.parts.vcpus.iter().try_for_each(VcpuHandle::wait_paused)
-    }
-
-    /// Starts the guest over, as the reset button does: disks drained, all devices, chips and vCPUs as at power-on, RAM empty
-    /// but for what the firmware puts there. A machine that stood still goes on doing that, ready to start.
-    ///
-    /// # Errors
-    /// A vCPU does not leave the guest, KVM refuses a state, or the kernel's files cannot be read any more; the VM cannot go
-    /// on.
-    pub(crate) fn reset(&mut self) -> Result<(), Error> {
-        let runs = self.life == Life::Running;
-        if runs {
-            self.pause_vcpus()?;
-        }
-        let Parts { vcpus, buses, memory, vm, chips, firmware, .. } = &self.parts;
-        // The disks' threads leave guest memory alone after this, and nothing raises an interrupt any more.
-        buses.iter().for_each(|bus| bus.reset());
-        chips.restore(vm)?;
-        firmware::clear_memory(memory)?;
-        let entry = firmware.load(memory)?;
-        vcpus.iter().try_for_each(|vcpu| vcpu.reset(&entry))?;
-        // The guest's clock starts at 0 again.
-        self.clock = Some(kvm_clock_data::default());
-        self.life = Life::Prelaunch;
-        self.announce(&Event::Reset(Source::QMP_RESET));
-        if runs {
-            self.run();
-        }
-        Ok(())
-    }
-
-    /// Lets somebody write the kernel's file, after the guest was given copies of its pages. It stands still for that.
-    ///
-    /// # Errors
-    /// A vCPU does not leave the guest, or the host has no memory left; the VM cannot go on.
-    pub(crate) fn let_kernel_file_go(&mut self) -> Result<(), Error> {
-        let runs = self.life == Life::Running;
-        if runs {
-            self.pause_vcpus()?;
-            self.parts.disks.iter().for_each(|disk| disk.handle.pause());
-        }
-        let Parts { firmware, memory, .. } = &self.parts;
-        firmware.kernel.let_go(memory).map_err(in_file("--kernel", &firmware.config.kernel))?;
-        if runs {
-            self.run();
-        }
-        Ok(())
-    }
-
-    /// An error policy wants the machine stopped.
-    pub(crate) fn disk_in_trouble(&self) -> bool {
-        self.parts.disks.iter().any(|disk| disk.handle.io_status() != IoStatus::Ok)
-    }
-
-    /// What control clients call the disk that we call `name`.
-    pub(crate) fn qmp_name(&self, name: &str) -> String {
-        let disk = self.parts.disks.iter().find(|disk| disk.handle.name() == name);
-        disk.map_or(name, |disk| &disk.config.id).to_owned()
-    }
-
-    /// Keeps `event` for the control clients.
-    pub(crate) fn announce(&mut self, event: &Event) {
-        self.news.push(event.message());
-    }
-
-    /// The events since the last call, oldest first.
-    pub(crate) fn take_news(&mut self) -> Vec<Value> {
-        std::mem::take(&mut self.news)
-    }
-
-    /// Ends the machine: stops the vCPUs, drains and flushes the disks. After this no request is in flight and everything
-    /// the guest wrote is durable, as it would be on a machine that is switched off properly.
-    ///
-    /// # Errors
-    /// A vCPU does not leave the guest, or a disk could not be flushed.
-    pub(crate) fn end(self) -> Result<(), Error> {
-        self.parts.vcpus.iter().for_each(VcpuHandle::pause);
-        // Each is joined even when one before it fails.
-        let stopped = self.parts.vcpus.into_iter().map(VcpuHandle::join).fold(Ok(()), Result::and);
-        // A vCPU that is left behind still has the guest's memory.
-        stopped.inspect_err(|_| std::mem::forget(self.parts.memory.clone()))?;
-        for disk in &self.parts.disks {
-            disk.transport.lock().unwrap_or_else(PoisonError::into_inner).stop();
-        }
-        for disk in self.parts.disks.iter().filter(|disk| !disk.image.read_only()) {
-            flush(&disk.image, &self.parts.memory)?;
-        }
+    /// When KVM refuses the interrupt.
+    pub(crate) fn power_down(&mut self) -> Result<(), Error> {
+        self.hardware.power_button.pulse().map_err(Error::host("press the power button"))?;
+        self.emit(MachineEvent::Powerdown);
         Ok(())
     }
 }
 
-fn flush(image: &Arc<dyn Disk>, memory: &GuestMemory) -> Result<(), Error> {
-    let mut engine = Arc::clone(image).engine(memory.clone(), 1).map_err(Error::host("flush a disk at the end"))?;
-    let mut done = Vec::with_capacity(1);
-    engine.submit(Transfer { tag: 0, operation: Operation::Flush, offset: 0, length: 0, ranges: &[] });
-    engine.commit();
-    engine.drain(&mut done);
-    match done.into_iter().find_map(|completion| completion.result.err()) {
-        None => Ok(()),
-        Some(error) => Err(Error::Stopped(format!("a disk could not be flushed at the end: {error}"))),
-    }
+/// Whether the disk has nothing with the host and takes nothing more.
+fn is_paused(disk: &MachineDisk) -> bool {
+    disk.pausing.as_ref().is_some_and(Drain::is_done)
 }

@@ -1,200 +1,161 @@
-//! ELF kernels (`vmlinux`): checked header by header, then mapped or copied.
+//! ELF kernels (`vmlinux`), checked header by header.
 //!
-//! linux-loader does not look at class, machine or type, lets a later note segment hide the PVH entry, neither bounds nor
-//! zeroes what a segment has beyond its bytes in the file, and always copies; so this module does without it.
-
-use std::fs::File;
-use std::io;
-use std::ops::Range;
+//! linux-loader's ELF loader is not used: it does not look at class, machine or type, lets a later note segment hide the
+//! PVH entry, does not bound what a segment zeroes, and reads into memory where this crate only computes.
 
 use vm_memory::GuestAddress;
 
-use super::{Error, pages, read_array, read_up_to};
-use crate::{GuestMemory, layout};
+use super::{Error, FileRange, Kernel, Protocol, ReadAt};
+use crate::layout;
 
 /// Linux's COMMAND_LINE_SIZE for x86, less the NUL. A kernel cuts off what is longer, silently.
-pub(super) const CMDLINE_LIMIT: usize = 2047;
+const CMDLINE_LIMIT: usize = 2047;
 
-/// Offsets and values of the ELF64 header (gABI, chapter 4).
-const HEADER_SIZE: usize = 64;
+// Offsets and values of the ELF64 header (gABI, chapter 4).
+const HEADER_SIZE: u64 = 64;
 const CLASS_64: u8 = 2;
 const LITTLE_ENDIAN: u8 = 1;
 const TYPE_EXECUTABLE: u16 = 2;
 const MACHINE_386: u16 = 3;
 const MACHINE_X86_64: u16 = 62;
 
-/// Program headers (gABI, chapter 5): their size, and how many are looked at. Linux has five.
-const SEGMENT_SIZE: usize = 56;
+// Program headers (gABI, chapter 5). Linux has five; the limit bounds what a hostile file can make this module read.
+const SEGMENT_SIZE: u16 = 56;
 const MAX_SEGMENTS: u16 = 64;
 const PT_LOAD: u32 = 1;
 const PT_INTERP: u32 = 3;
 const PT_NOTE: u32 = 4;
 
-/// The note that holds the PVH entry (Xen's public/elfnote.h), and how much of a note segment is searched for it.
+/// The note that holds the PVH entry (Xen's public/elfnote.h), and how many bytes of a note segment are searched for it.
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 const MAX_NOTES: u64 = 0x1_0000;
 
-/// Zeros are written in pieces of this size.
-static ZEROS: [u8; 0x1_0000] = [0; 0x1_0000];
-
-/// A checked ELF kernel.
-#[derive(Debug)]
-pub(super) struct Elf {
-    /// Where the 64-bit entry is, as a physical address.
-    pub(super) entry: u64,
-    /// Where the PVH entry is, if there is one.
-    pub(super) pvh_entry: Option<u64>,
-    /// The loaded segments; never empty.
-    segments: Vec<Segment>,
-}
-
-/// A segment that is loaded.
-#[derive(Debug)]
+/// A segment that is loaded: `file_size` bytes at `offset` of the file, followed by zeros up to `memory_size`.
 struct Segment {
-    /// Where its bytes are in the file.
     offset: u64,
-    /// Where it goes in guest memory.
     start: u64,
-    /// Bytes in the file.
     file_size: u64,
-    /// Bytes in memory, the rest of which are zeros.
     memory_size: u64,
 }
 
 impl Segment {
-    /// `parse` has checked that it does not overflow.
+    // Does not overflow: `load_segment` has checked it.
     fn end(&self) -> u64 {
         self.start + self.memory_size
     }
 }
 
-impl Elf {
-    /// Checks the headers of a `size`-byte file; `None` if it is not ELF at all.
-    pub(super) fn parse(file: &File, size: u64) -> Result<Option<Self>, Error> {
-        if read_array(file, 0)? != Some(*b"\x7fELF") {
-            return Ok(None);
-        }
-        let truncated = Error::Truncated { what: "ELF header", end: HEADER_SIZE as u64, size };
-        // Up to the machine both classes have the same fields.
-        let Some(start) = read_array::<20>(file, 0)? else { return Err(truncated) };
-        let big_endian = start[5] != LITTLE_ENDIAN;
-        let machine = [start[18], start[19]];
-        let machine = if big_endian { u16::from_be_bytes(machine) } else { u16::from_le_bytes(machine) };
-        match machine {
-            MACHINE_386 => return Err(Error::Elf32),
-            MACHINE_X86_64 if start[4] != CLASS_64 => return Err(Error::Elf32),
-            MACHINE_X86_64 if big_endian => return Err(damaged("big-endian x86-64".to_owned())),
-            MACHINE_X86_64 => {}
-            other => return Err(Error::ElfMachine { machine: machine_name(other) }),
-        }
-        let Some(header) = read_array::<HEADER_SIZE>(file, 0)? else { return Err(truncated) };
-        let header = Fields(&header);
-        match header.u16(16) {
-            TYPE_EXECUTABLE => {}
-            1 => return Err(Error::ElfKind { kind: "an object file or a kernel module" }),
-            3 => return Err(Error::ElfKind { kind: "a shared library or a position-independent program" }),
-            4 => return Err(Error::ElfKind { kind: "a core dump" }),
-            other => return Err(damaged(format!("type {other}"))),
-        }
-        Self::parse_segments(file, size, &header).map(Some)
+/// Checks the headers of a `size`-byte file that begins with `start`. Gives `None` if the file is not ELF at all.
+pub(super) fn parse(file: &dyn ReadAt, start: &[u8], size: u64) -> Result<Option<Kernel>, Error> {
+    if !start.starts_with(b"\x7fELF") {
+        return Ok(None);
     }
-
-    fn parse_segments(file: &File, size: u64, header: &Fields<'_>) -> Result<Self, Error> {
-        let (entry, table, entry_size, count) = (header.u64(24), header.u64(32), header.u16(54), header.u16(56));
-        if usize::from(entry_size) != SEGMENT_SIZE || table < HEADER_SIZE as u64 {
-            return Err(damaged(format!("program headers of {entry_size} bytes at {table:#x}")));
-        }
-        if count > MAX_SEGMENTS {
-            return Err(damaged(format!("{count} program headers, more than {MAX_SEGMENTS}")));
-        }
-        inside("program header table", table, u64::from(count) * SEGMENT_SIZE as u64, size)?;
-
-        let (mut segments, mut pvh_entry) = (Vec::new(), None);
-        for number in 0..u64::from(count) {
-            let what = "program header table";
-            let at = table + number * SEGMENT_SIZE as u64;
-            let Some(bytes) = read_array::<SEGMENT_SIZE>(file, at)? else {
-                return Err(Error::Truncated { what, end: at + SEGMENT_SIZE as u64, size });
-            };
-            let segment = Fields(&bytes);
-            let (offset, start, file_size, memory_size) =
-                (segment.u64(8), segment.u64(24), segment.u64(32), segment.u64(40));
-            match segment.u32(0) {
-                PT_LOAD if memory_size > 0 || file_size > 0 => {
-                    inside("loaded segment", offset, file_size, size)?;
-                    if file_size > memory_size {
-                        return Err(damaged(format!("segment {number} has more bytes in the file than in memory")));
-                    }
-                    if start.checked_add(memory_size).is_none() {
-                        return Err(damaged(format!("segment {number} wraps around the address space")));
-                    }
-                    if start < layout::HIGH_MEMORY.0 {
-                        return Err(Error::TooLow { address: start });
-                    }
-                    segments.push(Segment { offset, start, file_size, memory_size });
-                }
-                PT_INTERP => return Err(Error::ElfKind { kind: "an ordinary program" }),
-                PT_NOTE => {
-                    inside("note segment", offset, file_size, size)?;
-                    let notes = read_up_to(file, offset, file_size.min(MAX_NOTES))?;
-                    // A note's parts are aligned to 4 bytes, or to 8 in a segment that says so.
-                    let pvh = find_pvh_entry(&notes, 4).or_else(|| find_pvh_entry(&notes, 8));
-                    pvh_entry = pvh_entry.or(pvh);
-                }
-                _ => {}
-            }
-        }
-        if segments.is_empty() {
-            return Err(damaged("nothing to load".to_owned()));
-        }
-        // Where there is a PVH entry, the other is not used: the BSDs give a virtual address there.
-        let (name, used) = pvh_entry.map_or(("entry point", entry), |entry| ("PVH entry point", entry));
-        if !segments.iter().any(|segment| (segment.start..segment.end()).contains(&used)) {
-            return Err(damaged(format!("its {name} {used:#x} is not in a loaded segment")));
-        }
-        Ok(Self { entry, pvh_entry, segments })
+    // Up to the machine both classes have the same fields.
+    inside("ELF header", 0, 20, start.len() as u64)?;
+    let big_endian = start[5] != LITTLE_ENDIAN;
+    let machine = [start[18], start[19]];
+    let machine =
+        if big_endian { u16::from_be_bytes(machine) } else { u16::from_le_bytes(machine) };
+    match machine {
+        MACHINE_386 => return Err(Error::Elf32),
+        MACHINE_X86_64 if start[4] != CLASS_64 => return Err(Error::Elf32),
+        MACHINE_X86_64 if big_endian => return Err(damaged("big-endian x86-64")),
+        MACHINE_X86_64 => {}
+        other => return Err(Error::ElfMachine { machine: machine_name(other) }),
     }
-
-    /// Puts the kernel into `memory`, whose RAM below the hole ends at `ram_end`, by mapping its pages if it `may_map` them;
-    /// returns where the kernel is.
-    pub(super) fn load(
-        &self,
-        memory: &GuestMemory,
-        file: &File,
-        may_map: bool,
-        ram_end: u64,
-    ) -> Result<Range<u64>, Error> {
-        let start = self.segments.iter().map(|segment| segment.start).min().unwrap_or_default();
-        let needed = self.segments.iter().map(Segment::end).max().unwrap_or_default();
-        super::fits(needed, ram_end)?;
-        // First: should segments overlap, the file's bytes count.
-        for segment in &self.segments {
-            zero(memory, segment.start + segment.file_size, segment.end())?;
-        }
-        let held = may_map && pages::hold(file);
-        for Segment { offset, start, file_size, .. } in &self.segments {
-            pages::place(memory, file, held, *offset, *start, *file_size)?;
-        }
-        Ok(start..needed)
-    }
-
-    /// Replaces all pages that `load` may have mapped by copies.
-    pub(super) fn own(&self, memory: &GuestMemory) -> io::Result<()> {
-        self.segments
-            .iter()
-            .try_for_each(|segment| pages::own(memory, segment.offset, segment.start, segment.file_size))
-    }
+    inside("ELF header", 0, HEADER_SIZE, start.len() as u64)?;
+    let header = Fields(start);
+    let kind = match header.u16(16) {
+        TYPE_EXECUTABLE => return segments(file, size, &header).map(Some),
+        1 => "an object file or a kernel module",
+        3 => "a shared library or a position-independent program",
+        4 => "a core dump",
+        other => return Err(damaged(format!("type {other}"))),
+    };
+    Err(Error::ElfKind { kind })
 }
 
-/// Writes zeros from `from` up to `to`, which is inside RAM.
-fn zero(memory: &GuestMemory, from: u64, to: u64) -> Result<(), Error> {
-    let mut at = from;
-    while at < to {
-        let piece = (to - at).min(ZEROS.len() as u64);
-        crate::write(memory, "kernel's zeroed memory", GuestAddress(at), &ZEROS[..piece as usize])?;
-        at += piece;
+/// Checks the program headers of an executable and finds the PVH entry among its notes. Segments may come in any order, but
+/// two of them must not share memory: copying that file could take any number of times the size of RAM.
+fn segments(file: &dyn ReadAt, size: u64, header: &Fields<'_>) -> Result<Kernel, Error> {
+    let table = program_headers(file, size, header)?;
+    let (mut segments, mut pvh_entry) = (Vec::new(), None);
+    for (number, fields) in table.chunks_exact(SEGMENT_SIZE.into()).map(Fields).enumerate() {
+        match fields.u32(0) {
+            PT_LOAD if fields.u64(32) > 0 || fields.u64(40) > 0 => {
+                segments.push(load_segment(number, &fields, size)?);
+            }
+            PT_INTERP => return Err(Error::ElfKind { kind: "an ordinary program" }),
+            PT_NOTE => {
+                let (offset, length) = (fields.u64(8), fields.u64(32));
+                inside("note segment", offset, length, size)?;
+                let length = length.min(MAX_NOTES);
+                let notes = read_inside(file, "note segment", offset, length, size)?;
+                // A note's parts are aligned to 4 bytes, or to 8 in a segment that says so.
+                let pvh = find_pvh_entry(&notes, 4).or_else(|| find_pvh_entry(&notes, 8));
+                pvh_entry = pvh_entry.or(pvh);
+            }
+            _ => {}
+        }
     }
-    Ok(())
+    segments.sort_by_key(|segment| segment.start);
+    let (Some(first), Some(last)) = (segments.first(), segments.last()) else {
+        return Err(damaged("nothing to load"));
+    };
+    if let Some(pair) = segments.windows(2).find(|pair| pair[0].end() > pair[1].start) {
+        return Err(damaged(format!("two segments overlap at {:#x}", pair[1].start)));
+    }
+    // Where there is a PVH entry, the other is not used: the BSDs give a virtual address there.
+    let (protocol, name, entry) = match pvh_entry {
+        Some(entry) => (Protocol::Pvh, "PVH entry point", entry),
+        None => (Protocol::Linux64, "entry point", header.u64(24)),
+    };
+    if !segments.iter().any(|segment| (segment.start..segment.end()).contains(&entry)) {
+        return Err(damaged(format!("its {name} {entry:#x} is not in a loaded segment")));
+    }
+    let range = |segment: &Segment| FileRange {
+        offset: segment.offset,
+        address: GuestAddress(segment.start),
+        length: segment.file_size,
+    };
+    Ok(Kernel {
+        protocol,
+        entry,
+        occupied: first.start..last.end(),
+        ranges: segments.iter().map(range).collect(),
+        initrd_limit: layout::HOLE_START.0,
+        cmdline_limit: CMDLINE_LIMIT,
+        header: None,
+    })
+}
+
+/// Reads the program header table, whose size and number of entries are bounded.
+fn program_headers(file: &dyn ReadAt, size: u64, header: &Fields<'_>) -> Result<Vec<u8>, Error> {
+    let (table, entry_size, count) = (header.u64(32), header.u16(54), header.u16(56));
+    if entry_size != SEGMENT_SIZE || table < HEADER_SIZE {
+        return Err(damaged(format!("program headers of {entry_size} bytes at {table:#x}")));
+    }
+    if count > MAX_SEGMENTS {
+        return Err(damaged(format!("{count} program headers, more than {MAX_SEGMENTS}")));
+    }
+    read_inside(file, "program header table", table, (count * SEGMENT_SIZE).into(), size)
+}
+
+/// Checks the program header `number`, of a segment to be loaded from a `size`-byte file.
+fn load_segment(number: usize, fields: &Fields<'_>, size: u64) -> Result<Segment, Error> {
+    let (offset, start, file_size, memory_size) =
+        (fields.u64(8), fields.u64(24), fields.u64(32), fields.u64(40));
+    inside("loaded segment", offset, file_size, size)?;
+    if file_size > memory_size {
+        return Err(damaged(format!("segment {number} has more bytes in the file than in memory")));
+    }
+    if start.checked_add(memory_size).is_none() {
+        return Err(damaged(format!("segment {number} wraps around the address space")));
+    }
+    if start < layout::HIGH_MEMORY.0 {
+        return Err(Error::TooLow { address: start });
+    }
+    Ok(Segment { offset, start, file_size, memory_size })
 }
 
 /// Looks for Xen's PHYS32_ENTRY in `notes`, whose parts are padded to `align` bytes.
@@ -219,11 +180,24 @@ fn inside(what: &'static str, offset: u64, length: u64, size: u64) -> Result<(),
     if end > size { Err(Error::Truncated { what, end, size }) } else { Ok(()) }
 }
 
-fn damaged(what: String) -> Error {
-    Error::Damaged { format: "ELF", what }
+/// Reads `length` bytes at `offset`, all of which have to be there: the file may have become shorter than `size`.
+fn read_inside(
+    file: &dyn ReadAt,
+    what: &'static str,
+    offset: u64,
+    length: u64,
+    size: u64,
+) -> Result<Vec<u8>, Error> {
+    inside(what, offset, length, size)?;
+    let bytes = file.read_at(offset, length as usize).map_err(Error::Read)?;
+    inside(what, offset, length, offset + bytes.len() as u64)?;
+    Ok(bytes)
 }
 
-/// Names an ELF machine number.
+fn damaged(what: impl Into<String>) -> Error {
+    Error::Damaged { format: "ELF", what: what.into() }
+}
+
 fn machine_name(machine: u16) -> String {
     let name = match machine {
         8 => "MIPS",
@@ -239,7 +213,7 @@ fn machine_name(machine: u16) -> String {
     name.to_owned()
 }
 
-/// Little-endian fields of a header that is long enough for all that is asked of it.
+/// Little-endian fields of a header whose length was checked before.
 struct Fields<'a>(&'a [u8]);
 
 impl Fields<'_> {

@@ -1,270 +1,193 @@
-//! From a kernel file to a guest that can start: what kind of image it is, where it goes, what it is told.
+//! From a kernel's headers to a plan of what goes where in guest memory, and where the first vCPU starts.
 //!
-//! [`Kernel::identify`] looks at the file alone and refuses what cannot boot, with the reason; [`load`] puts kernel,
-//! initrd, command line and start structures into guest memory and says where the first vCPU begins. Everything in a
-//! kernel file is checked first, since it is input like any other: wrong, truncated, or made to hurt.
+//! [`Kernel::parse`] reads the headers of an ELF kernel or a bzImage and refuses what cannot boot, with the reason. [`plan`]
+//! then decides the place of the kernel, the initrd, the command line and all boot structures. Both only compute:
+//! `vmm/src/boot_image.rs` opens the files and copies or maps what the plan says.
+//!
+//! A kernel file is untrusted input. Every number from its headers is checked against the file's size and against guest
+//! RAM before it is used, and a plan never has two ranges of the file for the same memory, so that applying it takes
+//! a time that is bounded by the size of RAM.
 
 mod bzimage;
 mod elf;
 mod error;
+mod formats;
 mod linux64;
-mod pages;
+mod parameters;
 mod pvh;
+mod signatures;
 #[cfg(test)]
 mod tests;
-mod unknown;
-mod unpack;
 
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 
-use vm_memory::{Bytes, GuestAddress};
+use linux_loader::loader::bootparam::setup_header;
+use vm_memory::GuestAddress;
 
 use crate::cpu::{gdt, paging};
-use crate::{GuestMemory, cmdline, layout, memory};
+use crate::machine_layout::MachineLayout;
+use crate::{Structure, cmdline, layout, memory, tables};
 
 pub use error::Error;
-pub use unpack::UnpackError;
+pub use parameters::FileRange;
+use parameters::Parameters;
+pub use signatures::is_initrd;
 
-/// Pages of the processor. An initrd starts on one, so that the guest can give all of them back.
-const PAGE_SIZE: u64 = 0x1000;
+/// A file that is read at offsets: an open file in `vmm`, bytes in this crate's tests.
+pub trait ReadAt {
+    /// The file's size in bytes.
+    ///
+    /// # Errors
+    /// The host does not give it.
+    fn size(&self) -> io::Result<u64>;
 
-/// How the first vCPU enters the kernel.
+    /// Reads `length` bytes at `offset`, or as many as there are before the file's end.
+    ///
+    /// # Errors
+    /// The host cannot read them.
+    fn read_at(&self, offset: u64, length: usize) -> io::Result<Vec<u8>>;
+}
+
+/// The boot protocol through which the first vCPU enters the kernel. It decides the processor's mode, which register points
+/// to the start structure, and what that structure is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
-    /// Xen's PVH: 32-bit protected mode, `ebx` points to `hvm_start_info`. The quickest way into an ELF `vmlinux`.
+    /// Xen's PVH: 32-bit protected mode, `ebx` points to `hvm_start_info`. The fastest way into an ELF `vmlinux`.
     Pvh,
     /// Linux's 64-bit boot protocol: long mode, `rsi` points to the zero page.
     Linux64,
 }
 
-/// Where the first vCPU begins.
+/// How the first vCPU starts: through `protocol`, with the instruction at `ip`, and with the protocol's start structure at
+/// `start`. [`crate::cpu::regs::boot`] makes registers of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the text above names the fields")]
 pub struct Entry {
-    /// The state that the kernel expects: [`crate::cpu::regs::boot`] makes it.
     pub protocol: Protocol,
-    /// The first instruction.
     pub ip: GuestAddress,
-    /// The start structure of the protocol.
     pub start: GuestAddress,
 }
 
-/// A kernel image that this machine can boot.
-#[derive(Debug)]
+/// A kernel image whose headers are sound, in the terms that both formats have in common.
+#[derive(Clone, Debug)]
 pub struct Kernel {
-    file: File,
-    image: Image,
-    /// Pages of the file may become the guest's.
-    map: bool,
-}
-
-#[derive(Debug)]
-enum Image {
-    Elf(elf::Elf),
-    BzImage(Box<bzimage::BzImage>),
+    protocol: Protocol,
+    entry: u64,
+    /// What has to be loaded. The ranges do not overlap in guest memory.
+    ranges: Vec<FileRange>,
+    /// The memory that the kernel fills before it reads the memory map: its image, its zeroed data, and for a bzImage the
+    /// work space of its decompressor.
+    occupied: Range<u64>,
+    /// The end (exclusive) of the memory in which the kernel finds an initrd.
+    initrd_limit: u64,
+    /// How many bytes of command line the kernel keeps, without the NUL.
+    cmdline_limit: usize,
+    /// The zero page repeats a bzImage's header. ELF kernels have none.
+    header: Option<setup_header>,
 }
 
 impl Kernel {
-    /// Finds out what `file` is, from its headers alone, and takes it over. `file` is a regular file, open for reading.
-    ///
-    /// # Errors
-    /// It is not a kernel that can boot here; the error says what it is and what would do.
-    pub fn identify(file: File) -> Result<Self, Error> {
-        let size = (&file).seek(SeekFrom::End(0)).map_err(Error::Read)?;
-        if size == 0 {
-            return Err(Error::Empty);
-        }
-        let image = match elf::Elf::parse(&file, size)? {
-            Some(elf) => Image::Elf(elf),
-            None => match bzimage::BzImage::parse(&file, size)? {
-                Some(bzimage) => Image::BzImage(Box::new(bzimage)),
-                None => return Err(Error::NotAKernel { looks_like: unknown::describe(&file)? }),
-            },
-        };
-        Ok(Self { file, image, map: true })
-    }
-
-    /// This kernel, to be copied into guest memory in any case. Mapping its pages takes no time and shares them between
-    /// machines; but the guest then exits once for each page that it uses, where a copy lies in huge pages.
-    #[must_use]
-    pub fn copied(self) -> Self {
-        Self { map: false, ..self }
-    }
-
-    /// How this kernel will be entered.
+    /// The protocol through which this kernel is entered: PVH where an ELF file has the note for it.
     pub fn protocol(&self) -> Protocol {
-        match &self.image {
-            Image::Elf(elf) if elf.pvh_entry.is_some() => Protocol::Pvh,
-            Image::Elf(_) | Image::BzImage(_) => Protocol::Linux64,
-        }
-    }
-
-    /// The kernel inside a bzImage, if it can be entered through PVH: unpacked here, into at most `limit` bytes. The guest's own
-    /// unpacker takes longer, but would also move the kernel to a random address (KASLR) unless told `nokaslr`.
-    ///
-    /// # Errors
-    /// Why it has to be left to the guest.
-    pub fn unpack(&self, limit: u64) -> Result<Self, UnpackError> {
-        let Image::BzImage(bzimage) = &self.image else { return Err(UnpackError::NotPacked) };
-        let (offset, length) = bzimage.payload();
-        let kernel = Self::identify(unpack::unpack(&self.file, offset, length, limit)?);
-        let kernel = kernel.ok().filter(|kernel| kernel.protocol() == Protocol::Pvh).ok_or(UnpackError::NoPvhEntry)?;
-        Ok(Self { map: self.map, ..kernel })
-    }
-
-    /// Makes `memory`, into which this kernel was loaded, independent of the kernel's file, which somebody wants to write:
-    /// SIGIO says so. Neither the guest nor a device uses that memory meanwhile.
-    ///
-    /// # Errors
-    /// The host has no memory left, and the guest may have lost some.
-    pub fn let_go(&self, memory: &GuestMemory) -> Result<(), Error> {
-        if let Image::Elf(elf) = &self.image {
-            elf.own(memory).map_err(Error::MapKernel)?;
-        }
-        pages::release(&self.file);
-        Ok(())
-    }
-
-    /// Bytes of command line that this kernel keeps, without the NUL.
-    pub fn cmdline_limit(&self) -> usize {
-        let limit = match &self.image {
-            Image::Elf(_) => elf::CMDLINE_LIMIT,
-            Image::BzImage(bzimage) => bzimage.cmdline_limit(),
-        };
-        limit.min(layout::CMDLINE_SIZE - 1)
+        self.protocol
     }
 }
 
-/// Puts everything that the guest starts from into `memory`, and says where it starts.
-///
-/// `rsdp` is the address that [`crate::tables::acpi::write`] gave, `None` without ACPI. `initrd` is a regular file.
+/// What guest memory has to hold before the first instruction. Every byte of RAM that the plan does not name is zero,
+/// which new memory is without being written.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Where the first vCPU starts, once everything else is in its place.
+    pub entry: Entry,
+    /// Ranges of the kernel's file, disjoint, inside RAM below the hole and above the first MiB.
+    pub kernel: Vec<FileRange>,
+    /// The place of the whole initrd, on a page boundary.
+    pub initrd: Option<FileRange>,
+    /// The boot protocol's structures, the command line, and the ACPI tables or the MPTable; all below 1 MiB.
+    pub structures: Vec<Structure>,
+}
+
+/// Decides what goes where for `kernel` on the machine of `layout`, with an initrd of `initrd_size` bytes.
 ///
 /// # Errors
-/// The command line does not suit the kernel, something does not fit, or a file cannot be read.
-pub fn load(
-    memory: &GuestMemory,
+/// The command line does not suit the kernel, or the kernel or the initrd does not fit into RAM.
+pub fn plan(
+    layout: &MachineLayout,
     kernel: &Kernel,
-    initrd: Option<&File>,
+    initrd_size: Option<u64>,
     cmdline: &str,
-    rsdp: Option<GuestAddress>,
-) -> Result<Entry, Error> {
-    cmdline::check(cmdline, kernel.cmdline_limit())?;
-    let ranges = memory::ranges_of(memory);
-    let ram_end = memory::low_end(&ranges);
+) -> Result<Plan, Error> {
+    cmdline::check(cmdline, kernel.cmdline_limit)?;
+    let ram_end = memory::low_end(&layout.ram);
+    let needed = kernel.occupied.end;
+    if needed > layout::HOLE_START.0 {
+        return Err(Error::NeverFits { needed });
+    }
+    if needed > ram_end {
+        return Err(Error::DoesNotFit { needed, ram_end });
+    }
+    let initrd = initrd_size.map(|size| place_initrd(kernel, size, ram_end)).transpose()?;
 
-    let (occupied, initrd_limit, ip) = match &kernel.image {
-        Image::Elf(elf) => {
-            let occupied = elf.load(memory, &kernel.file, kernel.map, ram_end)?;
-            (occupied, layout::HOLE_START.0, elf.pvh_entry.unwrap_or(elf.entry))
+    let parameters = Parameters { map: &layout.memory_map, initrd, rsdp: layout.rsdp() };
+    let mut structures = vec![
+        tables::describe(layout),
+        gdt::structure(),
+        Structure {
+            name: "command line",
+            address: layout::CMDLINE,
+            bytes: [cmdline.as_bytes(), b"\0"].concat(),
+        },
+    ];
+    for (name, address, bytes) in [
+        ("reset vector", layout::RESET_VECTOR, &layout::RESET_CODE[..]),
+        ("reset flag", layout::WARM_RESET_FLAG, &layout::WARM_RESET_UNTOUCHED.to_le_bytes()),
+    ] {
+        structures.push(Structure { name, address, bytes: bytes.to_vec() });
+    }
+    let start = match kernel.protocol {
+        Protocol::Pvh => {
+            structures.extend(pvh::structures(&parameters));
+            layout::PVH_START_INFO
         }
-        Image::BzImage(bzimage) => {
-            let occupied = bzimage.load(memory, &kernel.file, ram_end)?;
-            (occupied, bzimage.initrd_limit().min(layout::HOLE_START.0), bzimage.entry())
+        Protocol::Linux64 => {
+            structures.push(paging::structure());
+            structures.push(linux64::zero_page(&parameters, kernel.header));
+            layout::ZERO_PAGE
         }
     };
-    let initrd = match initrd {
-        Some(file) => Some(load_initrd(memory, file, &occupied, initrd_limit, ram_end)?),
-        None => None,
-    };
-
-    crate::write(memory, "command line", layout::CMDLINE, &[cmdline.as_bytes(), b"\0"].concat())?;
-    // What a kernel that ran before may have left there would pass for this one's panic.
-    crate::write(memory, "warm-reset flag", layout::WARM_RESET_FLAG, &[0; 2])?;
-    gdt::write(memory)?;
-    let told = Told { map: memory::e820(&ranges), initrd, rsdp };
-    let protocol = kernel.protocol();
-    let start = match (protocol, &kernel.image) {
-        (Protocol::Pvh, _) => pvh::write(memory, &told)?,
-        (Protocol::Linux64, image) => {
-            paging::write(memory)?;
-            let header = match image {
-                Image::Elf(_) => None,
-                Image::BzImage(bzimage) => Some(bzimage.header()),
-            };
-            linux64::write(memory, &told, header)?
-        }
-    };
-    Ok(Entry { protocol, ip: GuestAddress(ip), start })
+    let entry = Entry { protocol: kernel.protocol, ip: GuestAddress(kernel.entry), start };
+    Ok(Plan { entry, kernel: kernel.ranges.clone(), initrd, structures })
 }
 
-/// What either protocol tells the kernel, apart from the command line's fixed place.
-struct Told {
-    map: Vec<memory::Range>,
-    initrd: Option<Placed>,
-    rsdp: Option<GuestAddress>,
-}
-
-/// Where the initrd is.
-#[derive(Clone, Copy)]
-struct Placed {
-    start: u64,
-    size: u64,
-}
-
-/// Reads the initrd to the highest place there is outside the kernel's `occupied` memory, below `limit`, which the kernel
-/// sets, and in the RAM that ends at `ram_end`. In a small guest that can be below the kernel: Linux wants to be at 16 MiB
-/// and may end close to the end of RAM.
-fn load_initrd(
-    memory: &GuestMemory,
-    mut file: &File,
-    occupied: &Range<u64>,
-    limit: u64,
-    ram_end: u64,
-) -> Result<Placed, Error> {
-    let size = file.seek(SeekFrom::End(0)).map_err(Error::ReadInitrd)?;
+/// Finds the highest place for an initrd of `size` bytes outside the kernel's memory and below the kernel's limit, in the
+/// RAM that ends at `ram_end`. In a small guest that can be below the kernel: Linux prefers to be at 16 MiB and may
+/// end close to the end of RAM.
+fn place_initrd(kernel: &Kernel, size: u64, ram_end: u64) -> Result<FileRange, Error> {
     if size == 0 {
         return Err(Error::EmptyInitrd);
     }
+    let (limit, occupied) = (kernel.initrd_limit, &kernel.occupied);
     let end = ram_end.min(limit);
     let (above, below) = (occupied.end..end, layout::HIGH_MEMORY.0..occupied.start.min(end));
+    // On a page boundary, so that the guest can free all of the initrd's memory.
     let place = |free: &Range<u64>| {
-        free.end.checked_sub(size).map(|start| start & !(PAGE_SIZE - 1)).filter(|start| *start >= free.start)
+        let start = free.end.checked_sub(size)? & !(layout::PAGE_SIZE - 1);
+        (start >= free.start).then_some(FileRange {
+            offset: 0,
+            address: GuestAddress(start),
+            length: size,
+        })
     };
-    let Some(start) = place(&above).or_else(|| place(&below)) else {
+    place(&above).or_else(|| place(&below)).ok_or_else(|| {
         let length = |free: Range<u64>| free.end.saturating_sub(free.start);
         let below = length(below);
-        // The kernel and its work space come first, then the initrd, on whole pages.
-        let needed = occupied.end.saturating_add(size).saturating_add(PAGE_SIZE);
-        return Err(if needed <= limit {
+        // With this much RAM the initrd lies above the kernel and its work space, on whole pages.
+        let needed = occupied.end.saturating_add(size).saturating_add(layout::PAGE_SIZE);
+        if needed <= limit {
             Error::InitrdDoesNotFit { size, room: length(above).max(below), needed }
         } else {
             Error::InitrdNeverFits { size, room: length(occupied.end..limit).max(below) }
-        });
-    };
-    file.rewind().map_err(Error::ReadInitrd)?;
-    memory
-        .read_exact_volatile_from(GuestAddress(start), &mut file, size as usize)
-        .map_err(|source| Error::CopyInitrd { source })?;
-    Ok(Placed { start, size })
-}
-
-/// Checks that a kernel that needs RAM from 1 MiB up to `needed` has it, where RAM below the hole ends at `ram_end`.
-fn fits(needed: u64, ram_end: u64) -> Result<(), Error> {
-    if needed <= ram_end {
-        Ok(())
-    } else if needed <= layout::HOLE_START.0 {
-        Err(Error::DoesNotFit { needed, ram_end })
-    } else {
-        Err(Error::NeverFits { needed })
-    }
-}
-
-/// Reads `N` bytes at `offset`, or `None` where the file is shorter.
-fn read_array<const N: usize>(file: &File, offset: u64) -> Result<Option<[u8; N]>, Error> {
-    let mut bytes = [0; N];
-    match file.read_exact_at(&mut bytes, offset) {
-        Ok(()) => Ok(Some(bytes)),
-        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Ok(None),
-        Err(error) => Err(Error::Read(error)),
-    }
-}
-
-/// Reads up to `limit` bytes at `offset`.
-fn read_up_to(mut file: &File, offset: u64, limit: u64) -> Result<Vec<u8>, Error> {
-    let mut bytes = Vec::new();
-    file.seek(SeekFrom::Start(offset)).map_err(Error::Read)?;
-    file.take(limit).read_to_end(&mut bytes).map_err(Error::Read)?;
-    Ok(bytes)
+        }
+    })
 }

@@ -1,15 +1,15 @@
-//! What each vCPU says of itself: KVM's supported leaves, with this machine's shape written over the host's.
+//! The CPUID leaves of each vCPU: those that KVM supports, with this machine's topology in place of the host's.
 //!
-//! The shape is one socket of `count` cores with one thread each; APIC ids run from 0, and equal the vCPU's number.
+//! The topology is one socket of `count` cores with one thread each; APIC ids run from 0, and equal the vCPU's number.
 //! The rest is as `KVM_GET_SUPPORTED_CPUID` gives it (Documentation/virt/kvm/api.rst), the paravirtual leaves
 //! included, so that the guest finds its clock and calibrates nothing.
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
-/// What differs between machines and vCPUs.
+/// What the leaves depend on besides the host: the machine's properties, and which vCPU they are for.
 #[derive(Clone, Copy, Debug)]
 pub struct Vcpu {
-    /// This vCPU's number, which is its APIC id.
+    /// This vCPU's number, from 0. The APIC id is the same number.
     pub id: u32,
     /// How many there are: 1 to 255, since a local APIC id of 255 means everyone.
     pub count: u32,
@@ -18,9 +18,13 @@ pub struct Vcpu {
     /// KVM's local APIC has the TSC-deadline timer (`KVM_CAP_TSC_DEADLINE_TIMER`), which the supported leaves do not
     /// say.
     pub tsc_deadline: bool,
+    /// The guest may run guests of its own (VMX or SVM). Without, KVM refuses the instructions and the MSRs for that, too:
+    /// it goes by these leaves.
+    pub nested: bool,
 }
 
 /// Leaf 1 (SDM 2A `CPUID`, tables 3-10 and 3-11).
+const ECX_VMX: u32 = 1 << 5;
 const ECX_PDCM: u32 = 1 << 15;
 const ECX_X2APIC: u32 = 1 << 21;
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
@@ -29,6 +33,8 @@ const EDX_HTT: u32 = 1 << 28;
 
 /// Leaf 0x8000_0001 (APM 3 E.4.2): the package has several cores, and HTT does not mean threads.
 const ECX_CMP_LEGACY: u32 = 1 << 1;
+/// The same leaf: AMD's virtualization. Leaf 0x8000_000a has its details.
+const ECX_SVM: u32 = 1 << 2;
 
 /// Level types of leaves 0xb and 0x1f, in their place in ECX.
 const LEVEL_THREAD: u32 = 1 << 8;
@@ -46,12 +52,14 @@ const APIC_BUS_KHZ: u32 = 1_000_000;
 
 /// The CPUID leaves for one vCPU, from those that KVM supports: what `KVM_SET_CPUID2` takes.
 pub fn for_vcpu(supported: &[kvm_cpuid_entry2], vcpu: &Vcpu) -> Vec<kvm_cpuid_entry2> {
-    let vendor = supported.iter().find(|leaf| leaf.function == 0).map(Vendor::of).unwrap_or(Vendor::Other);
+    let vendor =
+        supported.iter().find(|leaf| leaf.function == 0).map(Vendor::of).unwrap_or(Vendor::Other);
     let max_leaf = supported.iter().find(|leaf| leaf.function == 0).map_or(0, |leaf| leaf.eax);
 
     // Rebuilt below, whole: how many subleaves KVM gives of them varies.
     let rebuilt = [0xb, 0x1f, PARAVIRTUAL_FREQUENCY];
-    let mut leaves: Vec<_> = supported.iter().filter(|leaf| !rebuilt.contains(&leaf.function)).copied().collect();
+    let mut leaves: Vec<_> =
+        supported.iter().filter(|leaf| !rebuilt.contains(&leaf.function)).copied().collect();
     for leaf in &mut leaves {
         adjust(leaf, vcpu, vendor);
     }
@@ -67,7 +75,12 @@ pub fn for_vcpu(supported: &[kvm_cpuid_entry2], vcpu: &Vcpu) -> Vec<kvm_cpuid_en
         if let Some(base) = leaves.iter_mut().find(|leaf| leaf.function == PARAVIRTUAL) {
             base.eax = base.eax.max(PARAVIRTUAL_FREQUENCY);
             let function = PARAVIRTUAL_FREQUENCY;
-            leaves.push(kvm_cpuid_entry2 { function, eax: khz, ebx: APIC_BUS_KHZ, ..Default::default() });
+            leaves.push(kvm_cpuid_entry2 {
+                function,
+                eax: khz,
+                ebx: APIC_BUS_KHZ,
+                ..Default::default()
+            });
         }
     }
     leaves
@@ -108,16 +121,25 @@ fn adjust(leaf: &mut kvm_cpuid_entry2, vcpu: &Vcpu, vendor: Vendor) {
             leaf.ecx |= ECX_HYPERVISOR | ECX_X2APIC;
             set(&mut leaf.ecx, ECX_TSC_DEADLINE, vcpu.tsc_deadline);
             set(&mut leaf.edx, EDX_HTT, count > 1);
-            leaf.ecx &= !ECX_PDCM;
+            leaf.ecx &= !(ECX_PDCM | if vcpu.nested { 0 } else { ECX_VMX });
         }
         // Intel's caches: the first two levels are a core's own, the rest the socket's.
         0x4 if leaf.eax & CACHE_TYPE != 0 => {
-            leaf.eax = leaf.eax & 0x3fff | (shared_by(leaf, ids) - 1) << 14 | u32::min(ids - 1, 63) << 26;
+            leaf.eax =
+                leaf.eax & 0x3fff | (shared_by(leaf, ids) - 1) << 14 | u32::min(ids - 1, 63) << 26;
         }
         // Intel's performance counters: none. Each guest access to one costs an exit, and a kernel that finds them
         // runs its watchdog on them.
         0xa => (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0),
-        0x8000_0001 if vendor == Vendor::Amd => set(&mut leaf.ecx, ECX_CMP_LEGACY, count > 1),
+        0x8000_0001 => {
+            if vendor == Vendor::Amd {
+                set(&mut leaf.ecx, ECX_CMP_LEGACY, count > 1);
+            }
+            leaf.ecx &= !if vcpu.nested { 0 } else { ECX_SVM };
+        }
+        0x8000_000a if !vcpu.nested => {
+            (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0);
+        }
         // APM 3 E.4.7: ApicIdSize and NC.
         0x8000_0008 if vendor == Vendor::Amd => {
             leaf.ecx = leaf.ecx & !0xf0ff | id_bits(count) << 12 | (count - 1);
@@ -153,7 +175,11 @@ fn extended_topology(function: u32, vcpu: &Vcpu) -> [kvm_cpuid_entry2; 3] {
         edx: vcpu.id,
         ..Default::default()
     };
-    [level(0, LEVEL_THREAD, 0, 1), level(1, LEVEL_CORE, id_bits(vcpu.count), vcpu.count), level(2, 0, 0, 0)]
+    [
+        level(0, LEVEL_THREAD, 0, 1),
+        level(1, LEVEL_CORE, id_bits(vcpu.count), vcpu.count),
+        level(2, 0, 0, 0),
+    ]
 }
 
 /// Leaves 0x15 and 0x16: a kernel without KVM's clock need not measure the TSC against the 8254.
@@ -166,8 +192,15 @@ fn frequency(leaves: &mut Vec<kvm_cpuid_entry2>, khz: u32) {
     let ratio = khz / (u32::MAX / 1000) + 1;
     let mhz = khz / 1000;
     leaves.retain(|leaf| !matches!(leaf.function, 0x15 | 0x16));
-    let tsc = kvm_cpuid_entry2 { function: 0x15, eax: 1, ebx: ratio, ecx: khz / ratio * 1000, ..Default::default() };
-    let processor = kvm_cpuid_entry2 { function: 0x16, eax: mhz, ebx: mhz, ecx: 100, ..Default::default() };
+    let tsc = kvm_cpuid_entry2 {
+        function: 0x15,
+        eax: 1,
+        ebx: ratio,
+        ecx: khz / ratio * 1000,
+        ..Default::default()
+    };
+    let processor =
+        kvm_cpuid_entry2 { function: 0x16, eax: mhz, ebx: mhz, ecx: 100, ..Default::default() };
     leaves.extend([tsc, processor]);
 }
 
@@ -175,7 +208,7 @@ fn frequency(leaves: &mut Vec<kvm_cpuid_entry2>, khz: u32) {
 mod tests {
     use super::*;
 
-    const PLAIN: Vcpu = Vcpu { id: 0, count: 1, tsc_khz: None, tsc_deadline: false };
+    const PLAIN: Vcpu = Vcpu { id: 0, count: 1, tsc_khz: None, tsc_deadline: false, nested: false };
 
     fn leaf(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
         kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
@@ -218,7 +251,8 @@ mod tests {
     }
 
     fn find(leaves: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
-        let mut found = leaves.iter().filter(|leaf| leaf.function == function && leaf.index == index);
+        let mut found =
+            leaves.iter().filter(|leaf| leaf.function == function && leaf.index == index);
         let first = found.next().unwrap_or_else(|| panic!("no leaf {function:#x}.{index}"));
         assert!(found.next().is_none(), "leaf {function:#x}.{index} twice");
         *first
@@ -254,7 +288,10 @@ mod tests {
 
     #[test]
     fn leaves_that_the_processor_is_too_old_for_stay_absent() {
-        let leaves = for_vcpu(&[vendor(b"GenuineIntel", 0xa)], &Vcpu { tsc_khz: Some(1), tsc_deadline: true, ..PLAIN });
+        let leaves = for_vcpu(
+            &[vendor(b"GenuineIntel", 0xa)],
+            &Vcpu { tsc_khz: Some(1), tsc_deadline: true, ..PLAIN },
+        );
         assert!(leaves.iter().all(|leaf| leaf.function == 0));
         assert!(for_vcpu(&[], &PLAIN).is_empty());
     }
@@ -309,6 +346,23 @@ mod tests {
         // The APIC timer would be taken to run at the TSC's pace.
         let no_deadline = for_vcpu(&intel(), &Vcpu { tsc_khz: Some(1), ..PLAIN });
         assert_eq!(find(&no_deadline, 0x15, 0).eax, 0);
+    }
+
+    #[test]
+    fn virtualization_is_hidden_unless_nested() {
+        let supported = [
+            leaf(1, 0, [0, 0, ECX_VMX, 0]),
+            leaf(0x8000_0001, 0, [0, 0, ECX_SVM, 0]),
+            leaf(0x8000_000a, 0, [1, 0x8000, 0, 0x1bcff]),
+        ];
+        let hidden = for_vcpu(&supported, &PLAIN);
+        assert_eq!(find(&hidden, 1, 0).ecx & ECX_VMX, 0);
+        assert_eq!(find(&hidden, 0x8000_0001, 0).ecx & ECX_SVM, 0);
+        let details = find(&hidden, 0x8000_000a, 0);
+        assert_eq!((details.eax, details.ebx, details.ecx, details.edx), (0, 0, 0, 0));
+        let offered = for_vcpu(&supported, &Vcpu { nested: true, ..PLAIN });
+        assert_ne!(find(&offered, 1, 0).ecx & ECX_VMX, 0);
+        assert_eq!(offered[1..], supported[1..]);
     }
 
     #[test]

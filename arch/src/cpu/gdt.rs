@@ -5,7 +5,7 @@
 
 use kvm_bindings::{kvm_dtable, kvm_segment};
 
-use crate::{GuestMemory, WriteError, layout};
+use crate::{Structure, layout};
 
 /// Selectors, named as in Linux: the boot protocol asks for `__BOOT_CS` and `__BOOT_DS` at just these
 /// (Documentation/x86/boot.rst, "64-bit Boot Protocol").
@@ -14,7 +14,7 @@ const BOOT_DS: u16 = 0x18;
 const BOOT_TSS: u16 = 0x20;
 const BOOT_CS32: u16 = 0x30;
 
-/// Segment types (SDM 3A tables 3-1 and 3-2).
+// Segment types (SDM 3A tables 3-1 and 3-2).
 const TYPE_DATA_READ_WRITE_ACCESSED: u8 = 0x3;
 const TYPE_CODE_EXECUTE_READ_ACCESSED: u8 = 0xb;
 const TYPE_TSS_BUSY: u8 = 0xb;
@@ -37,11 +37,11 @@ const fn flat(selector: u16, type_: u8, long: bool) -> kvm_segment {
     }
 }
 
-/// 64-bit code.
+/// The code segment of the 64-bit entry, which the Linux boot protocol wants at selector 0x10 (`__BOOT_CS`).
 pub const CODE64: kvm_segment = flat(BOOT_CS64, TYPE_CODE_EXECUTE_READ_ACCESSED, true);
-/// 32-bit code.
+/// The code segment of the PVH entry, 32 bits wide. The protocol does not say at which selector it is.
 pub const CODE32: kvm_segment = flat(BOOT_CS32, TYPE_CODE_EXECUTE_READ_ACCESSED, false);
-/// Data and stack, for both.
+/// The data and stack segment of both entries, at selector 0x18 (`__BOOT_DS`), with a limit of 4 GiB.
 pub const DATA: kvm_segment = flat(BOOT_DS, TYPE_DATA_READ_WRITE_ACCESSED, false);
 /// The task register: never used, but VM entry wants a busy TSS in it (SDM 3C §27.3.1.2).
 pub const TSS: kvm_segment = kvm_segment {
@@ -59,17 +59,15 @@ fn table() -> [u64; 7] {
     [0, 0, descriptor(&CODE64), descriptor(&DATA), descriptor(&TSS), 0, descriptor(&CODE32)]
 }
 
-/// The GDT register's image.
+/// The value of the GDT register: it points to the table that `structure` puts into memory.
 pub fn register() -> kvm_dtable {
     kvm_dtable { base: layout::GDT.0, limit: size_of_val(&table()) as u16 - 1, padding: [0; 3] }
 }
 
-/// Writes the table to [`layout::GDT`].
-///
-/// # Errors
-/// The guest's memory does not reach that far.
-pub fn write(memory: &GuestMemory) -> Result<(), WriteError> {
-    crate::write(memory, "GDT", layout::GDT, table().map(u64::to_le_bytes).as_flattened())
+/// The table as the guest finds it at [`layout::GDT`].
+pub(crate) fn structure() -> Structure {
+    let bytes = table().map(u64::to_le_bytes).as_flattened().to_vec();
+    Structure { name: "GDT", address: layout::GDT, bytes }
 }
 
 /// The 8 bytes that load this segment (SDM 3A figure 3-8).
@@ -93,7 +91,6 @@ fn descriptor(segment: &kvm_segment) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes, GuestAddress};
 
     #[test]
     fn descriptors_are_the_well_known_ones() {
@@ -105,12 +102,12 @@ mod tests {
 
     #[test]
     fn every_selector_finds_its_segment_in_memory() {
-        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x2000)]).unwrap();
-        write(&memory).unwrap();
+        let table = structure();
+        assert_eq!(register().base, table.address.0);
         for segment in [CODE64, CODE32, DATA, TSS] {
             assert!(segment.selector + 7 <= register().limit);
-            let address = GuestAddress(register().base + u64::from(segment.selector));
-            assert_eq!(memory.read_obj::<u64>(address).unwrap(), descriptor(&segment));
+            let entry = table.bytes[usize::from(segment.selector)..].first_chunk().unwrap();
+            assert_eq!(u64::from_le_bytes(*entry), descriptor(&segment));
         }
     }
 }

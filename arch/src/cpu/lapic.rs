@@ -1,10 +1,11 @@
-//! The boot processor's local APIC: what its two interrupt pins do (SDM 3A §11.5.1).
+//! The boot processor's local APIC: where its two interrupt pins, LINT0 and LINT1, lead (SDM 3A §11.5.1). `vmm` reads the state
+//! that KVM gave the vCPU, lets [`boot`] change these two entries of it, and sets it again.
 
 use std::ffi::c_char;
 
 use kvm_bindings::kvm_lapic_state;
 
-/// Register offsets (SDM 3A table 11-1).
+// Register offsets (SDM 3A table 11-1).
 const LVT_LINT0: usize = 0x350;
 const LVT_LINT1: usize = 0x360;
 
@@ -16,12 +17,12 @@ const MASKED: u32 = 1 << 16;
 
 /// `state` with LINT0 wired to the 8259 and LINT1 to NMI, as firmware leaves the boot processor (MP 1.4 §3.6.2.2).
 ///
-/// Only the boot processor's: the others' pins stay as reset masks them.
+/// This is for the boot processor alone: the pins of the others stay masked, as they are after a reset.
 ///
-/// LINT0 is only open when the guest uses the 8259 (`legacy_pic`), that is, without ACPI. Under hardware-reduced ACPI
-/// the guest is told that there is none and never programs it. Yet KVM has one, with nothing masked, on the same GSIs
-/// as the IOAPIC: through an open LINT0 the serial port's first interrupt would reach the guest a second time, as a
-/// vector that nobody chose. KVM itself resets LINT0 to open (`KVM_X86_QUIRK_LINT0_REENABLED`); Linux 5.3 and later
+/// LINT0 is unmasked only when the guest uses the 8259 (`legacy_pic`), that is, without ACPI. Hardware-reduced ACPI tells
+/// the guest that there is none, so the guest never programs it. KVM still has one, with no input masked, on the same
+/// GSIs as the IOAPIC: if LINT0 were unmasked, the serial port's first interrupt would reach the guest a second time, with
+/// a vector that the guest has not set up. KVM itself resets LINT0 to open (`KVM_X86_QUIRK_LINT0_REENABLED`); Linux 5.3 and later
 /// masks it in passing (`setup_local_APIC` soft-disables the APIC), which older kernels do not.
 #[must_use]
 pub fn boot(mut state: kvm_lapic_state, legacy_pic: bool) -> kvm_lapic_state {
@@ -60,12 +61,13 @@ mod tests {
         let wired = boot(state, true);
         assert_eq!(entry(&wired, 0x350), 0x72a);
         assert_eq!(entry(&wired, 0x360), 0x400);
-        let others = |state: &kvm_lapic_state| [&state.regs[..0x350], &state.regs[0x364..]].concat();
+        let others =
+            |state: &kvm_lapic_state| [&state.regs[..0x350], &state.regs[0x364..]].concat();
         assert_eq!(others(&wired), others(&state));
     }
 
     #[test]
-    fn an_8259_that_nobody_programs_is_shut_off() {
+    fn an_8259_that_is_never_programmed_is_masked() {
         assert_eq!(entry(&boot(kvm_lapic_state::default(), false), 0x350), 0x1_0700);
     }
 }

@@ -5,7 +5,7 @@ use std::ops::{Range, RangeInclusive};
 
 use kvm_bindings::kvm_msr_entry;
 
-/// SDM 4 §2.1, table 2-2.
+// SDM 4 §2.1, table 2-2.
 const IA32_MISC_ENABLE: u32 = 0x1a0;
 /// `REP MOVS` and `REP STOS` move more than a byte at a time.
 const FAST_STRING: u64 = 1 << 0;
@@ -13,7 +13,7 @@ const FAST_STRING: u64 = 1 << 0;
 const BTS_UNAVAILABLE: u64 = 1 << 11;
 const PEBS_UNAVAILABLE: u64 = 1 << 12;
 
-/// SDM 3A §12.11.2.1.
+// SDM 3A §12.11.2.1.
 const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
 const MTRR_ENABLE: u64 = 1 << 11;
 const WRITE_BACK: u64 = 6;
@@ -25,7 +25,8 @@ pub const IA32_TSC: u32 = 0x10;
 const HYPER_V: Range<u32> = 0x4000_0000..0x4000_0200;
 
 /// SDM 3A §12.11.2: base and mask of KVM's eight variable ranges, and the fixed ranges.
-const MTRRS: [RangeInclusive<u32>; 4] = [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f];
+const MTRRS: [RangeInclusive<u32>; 4] =
+    [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f];
 
 /// The MSRs that a guest may change: of those `listed` by `KVM_GET_MSR_INDEX_LIST`, and the MTRRs, which it leaves out.
 pub fn changeable(listed: &[u32]) -> Vec<u32> {

@@ -5,12 +5,12 @@ use kvm_bindings::{kvm_fpu, kvm_regs, kvm_sregs};
 use super::{gdt, paging};
 use crate::boot::{Entry, Protocol};
 
-/// SDM 3A §2.5.
+// SDM 3A §2.5.
 const CR0_PE: u64 = 1 << 0;
 const CR0_ET: u64 = 1 << 4;
 const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
-/// SDM 3A §2.2.1.
+// SDM 3A §2.2.1.
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
 /// Always set (SDM 1 §3.4.3). All else clear: interrupts off, direction up.
@@ -67,13 +67,23 @@ mod tests {
     use vm_memory::GuestAddress;
 
     fn reset() -> kvm_sregs {
-        kvm_sregs { apic_base: 0xfee0_0900, cr0: 0x6000_0010, cr3: 7, cr4: 9, efer: 11, ..Default::default() }
+        kvm_sregs {
+            apic_base: 0xfee0_0900,
+            cr0: 0x6000_0010,
+            cr3: 7,
+            cr4: 9,
+            efer: 11,
+            ..Default::default()
+        }
     }
 
     #[test]
     fn the_64_bit_entry_runs_in_long_mode() {
-        let entry =
-            Entry { protocol: Protocol::Linux64, ip: GuestAddress(0x100_0200), start: crate::layout::ZERO_PAGE };
+        let entry = Entry {
+            protocol: Protocol::Linux64,
+            ip: GuestAddress(0x100_0200),
+            start: crate::layout::ZERO_PAGE,
+        };
         let (regs, sregs) = boot(&entry, reset());
         assert_eq!((regs.rip, regs.rsi, regs.rflags), (0x100_0200, 0x7000, 2));
         assert_eq!((sregs.cr0, sregs.cr4, sregs.efer), (0x8000_0011, 0x20, 0x500));
@@ -85,7 +95,11 @@ mod tests {
 
     #[test]
     fn the_pvh_entry_runs_unpaged_in_protected_mode() {
-        let entry = Entry { protocol: Protocol::Pvh, ip: GuestAddress(0x100_0000), start: GuestAddress(0x2000) };
+        let entry = Entry {
+            protocol: Protocol::Pvh,
+            ip: GuestAddress(0x100_0000),
+            start: GuestAddress(0x2000),
+        };
         let (regs, sregs) = boot(&entry, reset());
         assert_eq!((regs.rip, regs.rbx, regs.rsi, regs.rflags), (0x100_0000, 0x2000, 0, 2));
         assert_eq!((sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer), (0x11, 0, 0, 0));

@@ -7,39 +7,29 @@
 //! ```
 
 use acpi_tables::aml::{
-    Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path, ResourceTemplate,
-    Scope,
+    Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
+    ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml};
-use vm_memory::GuestAddress;
 
-use super::Error;
-use crate::GuestMemory;
+use crate::Structure;
 use crate::layout::{self, MmioDevice};
-
-/// What the tables describe.
-#[derive(Clone, Copy, Debug)]
-pub struct Machine<'a> {
-    /// Processors, 1 to 255.
-    pub cpus: u32,
-    /// There is a COM1.
-    pub serial: bool,
-    /// The virtio-mmio devices, in the order in which the guest shall number them. [`layout::VIRTIO_MMIO_MAX`] at most.
-    pub virtio_mmio: &'a [MmioDevice],
-}
+use crate::machine_layout::MachineLayout;
 
 const OEM: [u8; 6] = *b"MINIVM";
 const OEM_TABLE: [u8; 8] = *b"MINIVMM ";
 const OEM_REVISION: u32 = 1;
 /// DSDT revision: 2 and above make AML integers 64 bits wide (ACPI 6.5 §20.2.1).
 const DSDT_REVISION: u8 = 2;
-/// An SDT header's bytes (ACPI 6.5 table 5.4).
+// The size of an SDT header (ACPI 6.5 table 5.4).
 const SDT_HEADER: u32 = 36;
 /// Tables start at multiples of this; ACPI asks it of the RSDP alone.
 const ALIGNMENT: usize = 16;
@@ -52,15 +42,12 @@ const CMOS_RTC_NOT_PRESENT: u16 = 1 << 5;
 /// Notification value: the power button was pressed (ACPI 6.5 table 5.163).
 const BUTTON_PRESSED: u8 = 0x80;
 
-/// Writes the tables to [`layout::ACPI_TABLES`] and returns the RSDP's address.
-///
-/// # Errors
-/// The tables do not fit there (too many processors), or guest memory does not reach that far.
-pub fn write(memory: &GuestMemory, machine: &Machine<'_>) -> Result<GuestAddress, Error> {
+/// The tables for the machine of `layout`, the RSDP first.
+pub(super) fn tables(layout: &MachineLayout) -> Structure {
     let mut area = Area { bytes: vec![0; Rsdp::len()] };
-    let dsdt = area.push(&dsdt(machine));
+    let dsdt = area.push(&dsdt(layout));
     let fadt = area.push(&fadt(dsdt));
-    let madt = area.push(&madt(machine.cpus));
+    let madt = area.push(&madt(layout.spec.cpus));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
@@ -69,13 +56,7 @@ pub fn write(memory: &GuestMemory, machine: &Machine<'_>) -> Result<GuestAddress
     let mut rsdp = Vec::new();
     Rsdp::new(OEM, xsdt).to_aml_bytes(&mut rsdp);
     area.bytes[..rsdp.len()].copy_from_slice(&rsdp);
-
-    let (size, room) = (area.bytes.len(), layout::ACPI_TABLES_SIZE);
-    if size > room {
-        return Err(Error::TooLarge { what: "ACPI tables", size, room });
-    }
-    crate::write(memory, "ACPI tables", layout::ACPI_TABLES, &area.bytes)?;
-    Ok(layout::ACPI_TABLES)
+    Structure { name: "ACPI tables", address: layout::ACPI_TABLES, bytes: area.bytes }
 }
 
 /// The tables' place, filled from its start; the RSDP's comes first and is filled last.
@@ -84,7 +65,7 @@ struct Area {
 }
 
 impl Area {
-    /// Appends `table` and returns its guest-physical address.
+    /// Appends `table` behind the others, aligned, and returns the guest-physical address that it has there.
     fn push(&mut self, table: &dyn Aml) -> u64 {
         self.bytes.resize(self.bytes.len().next_multiple_of(ALIGNMENT), 0);
         let address = layout::ACPI_TABLES.0 + self.bytes.len() as u64;
@@ -93,12 +74,12 @@ impl Area {
     }
 }
 
-/// An 8-bit I/O port as a generic address.
 fn port(number: u16) -> GAS {
     GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, number.into())
 }
 
-/// The fixed description (ACPI 6.5 §5.2.9).
+/// The Fixed ACPI Description Table (ACPI 6.5 §5.2.9): reduced hardware, the reset and sleep registers, and what a PC has that
+/// this machine lacks.
 fn fadt(dsdt: u64) -> impl Aml {
     let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
         .dsdt_64(dsdt)
@@ -130,16 +111,17 @@ fn madt(cpus: u32) -> MADT {
     madt
 }
 
-/// The devices (ACPI 6.5 §5.2.11.1).
-fn dsdt(machine: &Machine<'_>) -> Sdt {
+/// The Differentiated System Description Table (ACPI 6.5 §5.2.11.1): the devices in AML, in the order in which Linux numbers
+/// them, so `VR00` is `/dev/vda`.
+fn dsdt(layout: &MachineLayout) -> Sdt {
     let mut aml = Vec::new();
-    let processors: Vec<Processor> = (0..machine.cpus).map(Processor).collect();
-    let disks: Vec<VirtioMmio> = (0..).zip(machine.virtio_mmio).map(|(n, device)| VirtioMmio(n, *device)).collect();
+    let processors: Vec<Processor> = (0..layout.spec.cpus).map(Processor).collect();
+    let disks: Vec<VirtioMmio> =
+        (0..).zip(&layout.disks).map(|(n, device)| VirtioMmio(n, *device)).collect();
     let mut devices: Vec<&dyn Aml> = Vec::new();
     devices.extend(processors.iter().map(|processor| processor as &dyn Aml));
-    if machine.serial {
-        devices.push(&Com1);
-    }
+    let uarts = [&Uart(0) as &dyn Aml, &Uart(1)].into_iter().zip(layout.spec.serial);
+    devices.extend(uarts.filter_map(|(uart, present)| present.then_some(uart)));
     devices.extend(disks.iter().map(|disk| disk as &dyn Aml));
     devices.extend([&Pvpanic as &dyn Aml, &PowerButton]);
     Scope::new("\\_SB_".into(), devices).to_aml_bytes(&mut aml);
@@ -168,16 +150,20 @@ impl Aml for Processor {
     }
 }
 
-struct Com1;
+/// The serial port with this index in [`layout::SERIAL_PORTS`].
+struct Uart(usize);
 
-impl Aml for Com1 {
+impl Aml for Uart {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
-        let ports = IO::new(layout::COM1, layout::COM1, 1, layout::COM1_SIZE as u8);
-        let interrupt = edge(layout::COM1_GSI);
+        let (port, gsi) = layout::SERIAL_PORTS[self.0];
+        let ports = IO::new(port, port, 1, layout::UART_SIZE as u8);
+        let interrupt = edge(gsi);
         let resources = ResourceTemplate::new(vec![&ports, &interrupt]);
         let hid = Name::new("_HID".into(), &EISAName::new("PNP0501"));
-        let uid = Name::new("_UID".into(), &aml::ZERO);
-        Device::new("COM1".into(), vec![&hid, &uid, &Name::new("_CRS".into(), &resources)]).to_aml_bytes(sink);
+        let uid = Name::new("_UID".into(), &self.0);
+        let name = Path::new(&format!("COM{}", self.0 + 1));
+        Device::new(name, vec![&hid, &uid, &Name::new("_CRS".into(), &resources)])
+            .to_aml_bytes(sink);
     }
 }
 
@@ -211,11 +197,12 @@ impl Aml for Pvpanic {
         let hid = Name::new("_HID".into(), &"QEMU0001");
         // Present, enabled, shown, functioning.
         let status = Name::new("_STA".into(), &0xfu8);
-        Device::new("PEVT".into(), vec![&hid, &Name::new("_CRS".into(), &resources), &status]).to_aml_bytes(sink);
+        Device::new("PEVT".into(), vec![&hid, &Name::new("_CRS".into(), &resources), &status])
+            .to_aml_bytes(sink);
     }
 }
 
-/// The power button, and the Generic Event Device (ACPI 6.5 §5.6.9) that tells of it: its interrupt runs `_EVT`, which
+/// The power button, and the Generic Event Device (ACPI 6.5 §5.6.9) that reports it: its interrupt runs `_EVT`, which
 /// notifies the button's driver.
 struct PowerButton;
 
@@ -241,34 +228,27 @@ impl Aml for PowerButton {
 
 #[cfg(test)]
 mod tests {
-    use super::super::checksum;
+    use super::super::mptable::checksum;
     use super::*;
-    use vm_memory::Bytes;
+    use crate::machine_layout::MachineSpec;
 
-    /// All 16 virtio-mmio windows.
-    fn every_device() -> Vec<MmioDevice> {
-        (0..).map_while(layout::virtio_mmio).collect()
+    fn written(cpus: u32, serial: bool, disks: usize) -> Vec<u8> {
+        let spec = MachineSpec { memory: 1 << 30, cpus, serial: [serial; 2], acpi: true, disks };
+        let tables = tables(&MachineLayout::new(spec));
+        assert!(tables.bytes.len() <= layout::ACPI_TABLES_SIZE);
+        tables.bytes
     }
 
-    fn written(machine: &Machine<'_>) -> GuestMemory {
-        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
-        assert_eq!(write(&memory, machine).unwrap(), layout::ACPI_TABLES);
-        memory
-    }
-
-    fn read(memory: &GuestMemory, address: u64, length: usize) -> Vec<u8> {
-        let mut bytes = vec![0; length];
-        memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
-        bytes
+    fn read(tables: &[u8], address: u64, length: usize) -> Vec<u8> {
+        tables[(address - layout::ACPI_TABLES.0) as usize..][..length].to_vec()
     }
 
     /// The table at `address`, its length and checksum verified.
-    fn table(memory: &GuestMemory, address: u64, signature: &[u8; 4]) -> Vec<u8> {
-        let length: u32 = memory.read_obj(GuestAddress(address + 4)).unwrap();
+    fn table(memory: &[u8], address: u64, signature: &[u8; 4]) -> Vec<u8> {
+        let length = u32::from_le_bytes(*read(memory, address + 4, 4).first_chunk().unwrap());
         let bytes = read(memory, address, length as usize);
         assert_eq!(&bytes[..4], signature);
         assert_eq!(checksum(&bytes), 0, "{}", String::from_utf8_lossy(signature));
-        assert!(address + u64::from(length) <= layout::ACPI_TABLES.0 + layout::ACPI_TABLES_SIZE as u64);
         bytes
     }
 
@@ -277,7 +257,7 @@ mod tests {
     }
 
     /// FADT, MADT and DSDT, found as a kernel finds them.
-    fn walk(memory: &GuestMemory) -> [Vec<u8>; 3] {
+    fn walk(memory: &[u8]) -> [Vec<u8>; 3] {
         let rsdp = read(memory, layout::ACPI_TABLES.0, 36);
         assert_eq!(&rsdp[..8], b"RSD PTR ");
         assert_eq!((checksum(&rsdp[..20]), checksum(&rsdp), rsdp[15]), (0, 0, 2));
@@ -295,24 +275,28 @@ mod tests {
 
     #[test]
     fn tables_of_every_size_verify() {
-        let devices = every_device();
         for cpus in [1, 2, 16, 255] {
-            for virtio_mmio in [&[][..], &devices[..1], &devices] {
-                walk(&written(&Machine { cpus, serial: true, virtio_mmio }));
+            for disks in [0, 1, layout::VIRTIO_MMIO_MAX] {
+                walk(&written(cpus, true, disks));
             }
         }
     }
 
     #[test]
     fn fadt_says_reduced_hardware_with_reset_and_sleep() {
-        let [fadt, ..] = walk(&written(&Machine { cpus: 1, serial: true, virtio_mmio: &[] }));
+        let [fadt, ..] = walk(&written(1, true, 0));
         assert_eq!((fadt.len(), fadt[8]), (276, 6));
         // Offsets of ACPI 6.5 table 5.9.
         let flags = u32::from_le_bytes(fadt[112..116].try_into().unwrap());
         assert_eq!(flags, 1 << 20 | 1 << 10 | 1 << 5 | 1 << 4 | 1);
-        let port = |number: u16| [[1, 8, 0, 1, number as u8, (number >> 8) as u8].as_slice(), &[0; 6]].concat();
+        let port = |number: u16| {
+            [[1, 8, 0, 1, number as u8, (number >> 8) as u8].as_slice(), &[0; 6]].concat()
+        };
         assert_eq!(fadt[109..111], [0x24, 0]);
-        assert_eq!((&fadt[116..128], fadt[128]), (port(layout::RESET).as_slice(), layout::RESET_VALUE));
+        assert_eq!(
+            (&fadt[116..128], fadt[128]),
+            (port(layout::RESET).as_slice(), layout::RESET_VALUE)
+        );
         assert_eq!(fadt[244..256], port(layout::SLEEP_CONTROL));
         assert_eq!(fadt[256..268], port(layout::SLEEP_STATUS));
     }
@@ -320,7 +304,7 @@ mod tests {
     #[test]
     fn madt_lists_processors_and_the_ioapic() {
         for cpus in [1u8, 4, 255] {
-            let [_, madt, _] = walk(&written(&Machine { cpus: cpus.into(), serial: true, virtio_mmio: &[] }));
+            let [_, madt, _] = walk(&written(cpus.into(), true, 0));
             assert_eq!(madt[36..44], [0, 0, 0xe0, 0xfe, 0, 0, 0, 0]);
             let (processors, ioapic) = madt[44..].split_at(usize::from(cpus) * 8);
             for (id, processor) in (0..cpus).zip(processors.chunks(8)) {
@@ -332,9 +316,12 @@ mod tests {
 
     #[test]
     fn dsdt_names_the_devices_in_order() {
-        let devices = every_device();
-        let [.., dsdt] = walk(&written(&Machine { cpus: 2, serial: true, virtio_mmio: &devices }));
-        for name in [b"C000", b"C001", b"COM1", b"VR00", b"VR0F", b"PEVT", b"PWRB", b"GED_", b"_EVT", b"_S5_"] {
+        let devices: Vec<_> = (0..).map_while(layout::virtio_mmio).collect();
+        let [.., dsdt] = walk(&written(2, true, devices.len()));
+        for name in [
+            b"C000", b"C001", b"COM1", b"COM2", b"VR00", b"VR0F", b"PEVT", b"PWRB", b"GED_",
+            b"_EVT", b"_S5_",
+        ] {
             assert!(contains(&dsdt, name), "{}", String::from_utf8_lossy(name));
         }
         assert!(!contains(&dsdt, b"C002"));
@@ -349,24 +336,9 @@ mod tests {
             resources.extend(device.gsi.to_le_bytes());
             assert!(contains(&dsdt, &resources), "{device:?}");
         }
-        let [.., bare] = walk(&written(&Machine { cpus: 1, serial: false, virtio_mmio: &[] }));
-        assert!(!contains(&bare, b"COM1") && !contains(&bare, b"LNRO0005"));
-    }
-
-    #[test]
-    fn too_many_processors_are_an_error() {
-        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
-        let machine = Machine { cpus: 4096, serial: true, virtio_mmio: &[] };
-        assert!(matches!(write(&memory, &machine), Err(Error::TooLarge { .. })));
-    }
-
-    #[test]
-    fn a_tiny_guest_is_an_error() {
-        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
-        let error = write(&memory, &Machine { cpus: 1, serial: true, virtio_mmio: &[] }).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "no guest memory at 0xe0000, the place of the ACPI tables; give the guest more memory"
+        let [.., bare] = walk(&written(1, false, 0));
+        assert!(
+            !contains(&bare, b"COM1") && !contains(&bare, b"COM2") && !contains(&bare, b"LNRO0005")
         );
     }
 }

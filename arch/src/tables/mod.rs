@@ -1,29 +1,13 @@
-//! What tells the guest about its hardware: ACPI, or for kernels without it an MPTable.
+//! The tables that tell the guest what its hardware is: ACPI, or an MPTable for `--acpi off`.
 
-pub mod acpi;
-pub mod mptable;
+mod acpi;
+mod mptable;
 
-use crate::WriteError;
+use crate::Structure;
+use crate::machine_layout::MachineLayout;
 
-/// Why the tables cannot be written.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// More processors or devices than the tables' place in memory holds.
-    #[error("the {what} take {size} bytes, and there is room for {room}; use fewer vCPUs")]
-    TooLarge {
-        /// Which tables.
-        what: &'static str,
-        /// Bytes they take.
-        size: usize,
-        /// Bytes there are.
-        room: usize,
-    },
-    /// Guest memory ends before the tables' place.
-    #[error(transparent)]
-    Write(#[from] WriteError),
-}
-
-/// The byte that makes `bytes` sum to 0, as both kinds of table want.
-fn checksum(bytes: &[u8]) -> u8 {
-    bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)).wrapping_neg()
+/// The tables for the machine of `layout`. They fit into the memory set aside for them with any number of processors and
+/// disks that a layout has.
+pub(crate) fn describe(layout: &MachineLayout) -> Structure {
+    if layout.spec.acpi { acpi::tables(layout) } else { mptable::table(layout.spec.cpus) }
 }

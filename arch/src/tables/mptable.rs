@@ -3,25 +3,24 @@
 //!
 //! Every pin of the IOAPIC is described as an interrupt of the ISA bus with the pin's own number, edge-triggered and
 //! active high. So Linux gives a pin the interrupt number that `virtio_mmio.device=` names, those above 15 included
-//! (`arch/x86/kernel/apic/io_apic.c`, `mp_map_pin_to_irq`), and programs it for the edges that an irqfd makes.
+//! (`arch/x86/kernel/apic/io_apic.c`, `mp_map_pin_to_irq`), and programs it for the edge that a pulse of the line makes.
 
-use super::{Error, checksum};
-use crate::{GuestMemory, layout};
+use crate::{Structure, layout};
 
 const SPECIFICATION: u8 = 4;
-/// MP 1.4 §4.1: the floating pointer is one 16-byte paragraph.
+// MP 1.4 §4.1: the floating pointer is one 16-byte paragraph.
 const POINTER_SIZE: u64 = 16;
-/// MP 1.4 §4.2.
+// MP 1.4 §4.2.
 const HEADER_SIZE: usize = 44;
 
-/// Entry types (MP 1.4 table 4-3).
+// Entry types (MP 1.4 table 4-3).
 const PROCESSOR: u8 = 0;
 const BUS: u8 = 1;
 const IOAPIC: u8 = 2;
 const IO_INTERRUPT: u8 = 3;
 const LOCAL_INTERRUPT: u8 = 4;
 
-/// Processor entry (MP 1.4 table 4-4).
+// Processor entry (MP 1.4 table 4-4).
 const LAPIC_VERSION: u8 = 0x14;
 const CPU_ENABLED: u8 = 1 << 0;
 const CPU_BOOT: u8 = 1 << 1;
@@ -45,19 +44,11 @@ const EDGE: u16 = 0b01 << 2;
 const AS_THE_BUS: u16 = 0;
 const EVERY_LAPIC: u8 = 0xff;
 
-/// Writes the MPTable for `cpus` processors (1 to 255) to [`layout::MPTABLE`].
-///
-/// # Errors
-/// Guest memory does not reach that far.
-pub fn write(memory: &GuestMemory, cpus: u32) -> Result<(), Error> {
+/// The floating pointer and the table for `cpus` processors (1 to 255).
+pub(super) fn table(cpus: u32) -> Structure {
     let address = layout::MPTABLE.0 + POINTER_SIZE;
-    let mut bytes = floating_pointer(address as u32).to_vec();
-    bytes.extend(configuration(cpus));
-    let (size, room) = (bytes.len(), layout::MPTABLE_SIZE);
-    if size > room {
-        return Err(Error::TooLarge { what: "MPTable's entries", size, room });
-    }
-    Ok(crate::write(memory, "MPTable", layout::MPTABLE, &bytes)?)
+    let bytes = [&floating_pointer(address as u32)[..], &configuration(cpus)].concat();
+    Structure { name: "MPTable", address: layout::MPTABLE, bytes }
 }
 
 fn floating_pointer(table: u32) -> [u8; POINTER_SIZE as usize] {
@@ -86,7 +77,14 @@ fn configuration(cpus: u32) -> Vec<u8> {
     entries.extend([IOAPIC, layout::IOAPIC_ID, IOAPIC_VERSION, IOAPIC_ENABLED]);
     entries.extend((layout::IOAPIC.0 as u32).to_le_bytes());
     for pin in 0..layout::IOAPIC_PINS {
-        entries.extend(interrupt(IO_INTERRUPT, VECTORED, ACTIVE_HIGH | EDGE, pin, layout::IOAPIC_ID, pin));
+        entries.extend(interrupt(
+            IO_INTERRUPT,
+            VECTORED,
+            ACTIVE_HIGH | EDGE,
+            pin,
+            layout::IOAPIC_ID,
+            pin,
+        ));
     }
     // The 8259 on the boot processor's LINT0, NMI on everyone's LINT1 (MP 1.4 §3.6.2.2).
     entries.extend(interrupt(LOCAL_INTERRUPT, EXTINT, AS_THE_BUS, 0, 0, 0));
@@ -108,6 +106,11 @@ fn configuration(cpus: u32) -> Vec<u8> {
     table
 }
 
+/// The byte that makes `bytes` sum to 0, as both parts of the table want.
+pub(super) fn checksum(bytes: &[u8]) -> u8 {
+    bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)).wrapping_neg()
+}
+
 /// An interrupt entry: from `source` on the ISA bus to `pin` of the APIC `to`.
 fn interrupt(entry: u8, kind: u8, flags: u16, source: u8, to: u8, pin: u8) -> [u8; 8] {
     let [flags_low, flags_high] = flags.to_le_bytes();
@@ -117,18 +120,15 @@ fn interrupt(entry: u8, kind: u8, flags: u16, source: u8, to: u8, pin: u8) -> [u
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes, GuestAddress};
 
     fn written(cpus: u32) -> (Vec<u8>, Vec<u8>) {
-        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
-        write(&memory, cpus).unwrap();
-        let mut pointer = vec![0; 16];
-        memory.read_slice(&mut pointer, layout::MPTABLE).unwrap();
-        let table = u64::from(u32::from_le_bytes(pointer[4..8].try_into().unwrap()));
-        let length: u16 = memory.read_obj(GuestAddress(table + 4)).unwrap();
-        let mut bytes = vec![0; usize::from(length)];
-        memory.read_slice(&mut bytes, GuestAddress(table)).unwrap();
-        (pointer, bytes)
+        let Structure { address, bytes, .. } = table(cpus);
+        assert!(bytes.len() <= layout::MPTABLE_SIZE);
+        let (pointer, table) = bytes.split_at(16);
+        let pointed_to = u32::from_le_bytes(*pointer[4..].first_chunk().unwrap());
+        assert_eq!(u64::from(pointed_to), address.0 + 16);
+        assert_eq!(usize::from(u16::from_le_bytes([table[4], table[5]])), table.len());
+        (pointer.to_vec(), table.to_vec())
     }
 
     /// Splits the entries as MP 1.4 table 4-3 sizes them.
@@ -161,8 +161,10 @@ mod tests {
     #[test]
     fn one_processor_boots_and_ids_count_up() {
         let (_, table) = written(3);
-        let processors: Vec<_> =
-            entries(&table[HEADER_SIZE..]).into_iter().filter(|entry| entry[0] == PROCESSOR).collect();
+        let processors: Vec<_> = entries(&table[HEADER_SIZE..])
+            .into_iter()
+            .filter(|entry| entry[0] == PROCESSOR)
+            .collect();
         let ids_and_flags: Vec<_> = processors.iter().map(|entry| (entry[1], entry[3])).collect();
         assert_eq!(ids_and_flags, [(0, 3), (1, 1), (2, 1)]);
     }
@@ -170,11 +172,16 @@ mod tests {
     #[test]
     fn every_pin_is_an_edge_triggered_isa_interrupt_of_its_own_number() {
         let (_, table) = written(1);
-        let pins: Vec<_> =
-            entries(&table[HEADER_SIZE..]).into_iter().filter(|entry| entry[0] == IO_INTERRUPT).collect();
+        let pins: Vec<_> = entries(&table[HEADER_SIZE..])
+            .into_iter()
+            .filter(|entry| entry[0] == IO_INTERRUPT)
+            .collect();
         assert_eq!(pins.len(), 24);
         for (number, entry) in (0u8..).zip(pins) {
-            assert_eq!(entry, [IO_INTERRUPT, 0, 0b0101, 0, ISA_BUS, number, layout::IOAPIC_ID, number]);
+            assert_eq!(
+                entry,
+                [IO_INTERRUPT, 0, 0b0101, 0, ISA_BUS, number, layout::IOAPIC_ID, number]
+            );
         }
     }
 }

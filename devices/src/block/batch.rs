@@ -1,27 +1,42 @@
-//! Gathers the reads or writes of one pass over a ring, and merges those that are neighbours on the disk into one
-//! vectored transfer: the cost of a transfer is mostly per call, not per byte. For reads too: 4k sequential reads at
-//! depth 32 out of the page cache ran 1.3 times as fast (`cargo bench -p devices --bench queue`), random ones the same.
+//! Groups the reads or writes of one pass over a queue, so that neighbors on the disk become one vectored transfer.
+//!
+//! The cost of a transfer is mostly per call, not per byte. For reads too: sequential 4k reads at depth 32 out of the page
+//! cache ran 1.3 times as fast, random ones the same. The worker pushes members while it takes chains, and takes groups
+//! ([`Batch::take_group`]) when the pass ends or a flush comes. A batch knows tags and ranges; what a tag stands for, and
+//! what becomes of a group that fails, is the worker's business.
+//!
+//! Neighbors that did not arrive in disk order are found by sorting, which costs a request as much as all else in this
+//! file together. After a sorting that found none, the next `UNSORTED_BATCHES` stay in the order of arrival.
 
-use super::chain::CHAIN_MAX;
-use super::slots::Slots;
-use crate::disk::{Engine, GuestRange, Operation, Transfer};
+use crate::GuestRange;
+use crate::disk::{Operation, Transfer};
+use crate::virtio::queue::CHAIN_MAX;
 
-/// Most requests gathered before they are submitted; the classic limit.
-const BATCH_MAX: usize = 32;
+/// Most members of a batch: the classic limit of merging in block layers.
+pub(super) const BATCH_MAX: usize = 32;
+/// Batches that are not sorted after one that was sorted in vain: the load is probably a random one.
+const UNSORTED_BATCHES: u8 = 15;
 
-/// Transfers of one operation, not yet submitted.
+/// Transfers of one operation that are not submitted yet: reads or writes, never both, because a group becomes one
+/// vectored transfer. A member of another operation has to wait until this batch was submitted.
 pub(super) struct Batch {
-    operation: Option<Operation>,
+    operation: Operation,
     members: Vec<Member>,
     /// The members' guest ranges, one after the other in the order of arrival.
     ranges: Vec<GuestRange>,
-    /// Scratch: the ranges of a merged transfer, in disk order.
-    merged: Vec<GuestRange>,
+    /// Scratch: the ranges of a group, in disk order.
+    grouped: Vec<GuestRange>,
+    /// How many members have been taken in groups.
+    taken: usize,
+    /// The members are in disk order, or are not to be sorted.
+    ordered: bool,
+    /// How many more batches are not sorted.
+    unsorted: u8,
 }
 
 #[derive(Clone, Copy)]
-struct Member {
-    tag: u32,
+pub(super) struct Member {
+    pub(super) tag: u32,
     offset: u64,
     length: u64,
     /// Its part of `Batch::ranges`.
@@ -32,53 +47,90 @@ struct Member {
 impl Batch {
     pub(super) fn new() -> Self {
         Self {
-            operation: None,
+            operation: Operation::Read,
             members: Vec::with_capacity(BATCH_MAX),
             ranges: Vec::with_capacity(BATCH_MAX),
-            merged: Vec::with_capacity(BATCH_MAX),
+            grouped: Vec::with_capacity(BATCH_MAX),
+            taken: 0,
+            ordered: true,
+            unsorted: 0,
         }
     }
 
-    /// Adds a transfer; submits those before it when they are of another operation, or many.
-    pub(super) fn push(&mut self, transfer: &Transfer<'_>, engine: &mut dyn Engine, slots: &mut Slots) {
-        if self.operation.is_some_and(|operation| operation != transfer.operation) || self.members.len() == BATCH_MAX {
-            self.submit(engine, slots);
-        }
-        self.operation = Some(transfer.operation);
-        let (first, count) = (self.ranges.len(), transfer.ranges.len());
-        self.members.push(Member { tag: transfer.tag, offset: transfer.offset, length: transfer.length, first, count });
-        self.ranges.extend_from_slice(transfer.ranges);
+    /// Whether the batch has to be submitted before a transfer with this operation is pushed.
+    pub(super) fn is_full(&self, operation: Operation) -> bool {
+        self.members.len() == BATCH_MAX || !self.members.is_empty() && self.operation != operation
     }
 
-    /// Submits what was gathered. A merged transfer has the tag of its first request, and links the others to it.
-    pub(super) fn submit(&mut self, engine: &mut dyn Engine, slots: &mut Slots) {
-        let Some(operation) = self.operation.take() else { return };
-        // Requests in flight together have no order (virtio 1.2 §5.2.6); the disk likes its own. Equals keep theirs.
-        self.members.sort_unstable_by_key(|member| (member.offset, member.first));
-        let mut rest = self.members.as_slice();
-        while let Some((head, tail)) = rest.split_first() {
-            let (mut length, mut count, mut last, mut run) = (head.length, head.count, head.tag, 0);
-            for next in tail {
-                if next.offset != head.offset + length || count + next.count > CHAIN_MAX as usize {
-                    break;
-                }
-                slots.get(last).next = Some(next.tag);
-                slots.get(next.tag).merged = true;
-                (length, count, last, run) = (length + next.length, count + next.count, next.tag, run + 1);
+    pub(super) fn push(&mut self, transfer: &Transfer<'_>) {
+        waypoint!();
+        let Transfer { tag, operation, offset, length, ranges } = *transfer;
+        self.operation = operation;
+        self.ordered &= self.members.last().is_none_or(|last| last.offset <= offset);
+        let (first, count) = (self.ranges.len(), ranges.len());
+        self.members.push(Member { tag, offset, length, first, count });
+        match ranges {
+            // Nearly always, and then a call of memcpy(3) would cost more than the copy.
+            [range] => self.ranges.push(*range),
+            _ => self.ranges.extend_from_slice(ranges),
+        }
+    }
+
+    /// Takes the next group: its transfer, which has the tag of the group's first member, and the members that follow that
+    /// one. `None`: the batch is empty.
+    #[inline]
+    pub(super) fn take_group(&mut self) -> Option<(Transfer<'_>, &[Member])> {
+        if !self.ordered {
+            self.sort();
+        }
+        if self.taken == self.members.len() {
+            self.clear();
+            return None;
+        }
+        let (head, tail) = self.members[self.taken..].split_first()?;
+        let (mut length, mut count, mut followers) = (head.length, head.count, 0);
+        for next in tail {
+            if next.offset != head.offset + length || count + next.count > CHAIN_MAX as usize {
+                break;
             }
-            let ranges = if run == 0 {
-                &self.ranges[head.first..head.first + head.count]
-            } else {
-                self.merged.clear();
-                for member in &rest[..=run] {
-                    self.merged.extend_from_slice(&self.ranges[member.first..member.first + member.count]);
-                }
-                self.merged.as_slice()
-            };
-            engine.submit(Transfer { tag: head.tag, operation, offset: head.offset, length, ranges });
-            rest = &tail[run..];
+            (length, count, followers) = (length + next.length, count + next.count, followers + 1);
         }
+        let ranges_of = |member: &Member| &self.ranges[member.first..member.first + member.count];
+        let ranges = if followers == 0 {
+            ranges_of(head)
+        } else {
+            self.unsorted = 0;
+            self.grouped.clear();
+            let group = [head].into_iter().chain(&tail[..followers]);
+            group.for_each(|member| self.grouped.extend_from_slice(ranges_of(member)));
+            self.grouped.as_slice()
+        };
+        self.taken += 1 + followers;
+        let transfer = Transfer {
+            tag: head.tag,
+            operation: self.operation,
+            offset: head.offset,
+            length,
+            ranges,
+        };
+        Some((transfer, &tail[..followers]))
+    }
+
+    /// Brings neighbors together. Requests in flight together have no order (virtio 1.2 §5.2.6); those for the same sectors
+    /// keep the order of arrival.
+    fn sort(&mut self) {
+        self.ordered = true;
+        if let Some(rest) = self.unsorted.checked_sub(1) {
+            self.unsorted = rest;
+        } else {
+            self.members[self.taken..].sort_unstable_by_key(|member| (member.offset, member.first));
+            self.unsorted = UNSORTED_BATCHES;
+        }
+    }
+
+    fn clear(&mut self) {
         self.members.clear();
         self.ranges.clear();
+        (self.taken, self.ordered) = (0, true);
     }
 }

@@ -1,169 +1,39 @@
-//! The transport's view of the disk, and the VM's.
+//! The transport's view of the disk ([`BlockDevice`]), and the VM's ([`BlockHandle`]).
+//!
+//! Both only send commands to the worker threads and read what is shared with them. Nothing here waits for the host's disk:
+//! stopping and pausing return a [`Drain`], and a question to a worker has a time limit. This is also where the device is
+//! put together: the limiter, the SCSI commands and the geometry are plugged in here.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use super::config::Facts;
-use super::events::{BlockEvent, EventSink};
+use event_manager::EventOps;
+
+use super::admission::Limiter;
+use super::events::EventSink;
+use super::geometry;
 use super::histogram::Histogram;
 use super::options::{BlockError, BlockOptions};
-use super::policy::KeptRequest;
-use super::stats::{BlockStats, Counters, IoStatus, Kind};
-use super::thread::{Command, WorkerThread};
-use super::throttle::{Throttle, Throttling};
-use super::worker::Agreement;
+use super::queue::QueueSnapshot;
+use super::scsi::ScsiCommands;
+use super::shared::Shared;
+use super::stats::{BlockStats, IoStatus, Kind};
+use super::throttle::{Throttle, Throttling, ThrottlingError};
+use super::worker::Negotiated;
+use super::worker_thread::{Loop, WorkerThread};
+use crate::GuestMemory;
+use crate::clock::Instant;
 use crate::disk::Disk;
-use crate::irq::Interrupt;
-use crate::log_limit::LogLimit;
-use crate::virtio::device::{Activation, ActiveQueue, VirtioDevice};
-use crate::virtio::spec::{self, blk};
+use crate::lock;
+use crate::spawn::DiskThreads;
+use crate::virtio::device::{Activation, ActiveQueue, RingPosition, VirtioDevice};
+use crate::virtio::drain::{Drain, Party};
+use crate::virtio::interrupt::Interrupt;
+use crate::virtio::spec::{self, blk, names};
 
-/// Stands for no write threshold.
-const NO_THRESHOLD: u64 = u64::MAX;
-
-/// What all of a disk's threads share.
-pub(super) struct Shared {
-    pub(super) options: BlockOptions,
-    pub(super) facts: Facts,
-    pub(super) disk: Arc<dyn Disk>,
-    pub(super) events: EventSink,
-    /// The `writeback` field: what the driver chose, or the initial value.
-    writeback: AtomicBool,
-    io_status: AtomicU8,
-    /// The operator wants to hear of a change past this offset, in bytes. Nothing ever reaches past `NO_THRESHOLD`.
-    write_threshold: AtomicU64,
-    counters: Vec<Arc<Counters>>,
-    pub(super) throttle: Throttle,
-    /// The throttle has something to say.
-    limited: AtomicBool,
-    pub(super) limits: LogLimits,
-}
-
-/// One limit for each message that a guest can provoke, so that none hides another.
-#[derive(Default)]
-pub(super) struct LogLimits {
-    pub(super) bad_request: LogLimit,
-    pub(super) no_status: LogLimit,
-    pub(super) broken_ring: LogLimit,
-    pub(super) host_error: LogLimit,
-}
-
-impl Shared {
-    /// Checks the options and lays out the device for `workers` threads.
-    pub(super) fn new(
-        options: BlockOptions,
-        disk: Arc<dyn Disk>,
-        events: EventSink,
-        workers: usize,
-    ) -> Result<Arc<Self>, BlockError> {
-        let sizes = options.check(&disk.limits())?;
-        options.throttling.check().map_err(BlockError::Throttling)?;
-        Ok(Arc::new(Self {
-            facts: Facts::new(&options, &sizes, &*disk),
-            writeback: AtomicBool::new(options.write_cache),
-            io_status: AtomicU8::new(IoStatus::Ok as u8),
-            write_threshold: AtomicU64::new(NO_THRESHOLD),
-            throttle: Throttle::new(options.throttling, Instant::now()),
-            limited: AtomicBool::new(!options.throttling.is_off()),
-            options,
-            disk,
-            events,
-            counters: (0..workers).map(|_| Arc::default()).collect(),
-            limits: LogLimits::default(),
-        }))
-    }
-
-    /// The counters of worker `number`.
-    pub(super) fn counters(&self, number: usize) -> Arc<Counters> {
-        Arc::clone(&self.counters[number])
-    }
-
-    /// The accounts of all workers.
-    pub(super) fn stats(&self) -> BlockStats {
-        let mut stats = BlockStats::default();
-        self.counters.iter().for_each(|counters| counters.add_to(&mut stats));
-        stats
-    }
-
-    /// Some limit is set.
-    pub(super) fn is_limited(&self) -> bool {
-        self.limited.load(Ordering::Relaxed)
-    }
-
-    /// Other limits from now on. The workers have yet to hear of it.
-    pub(super) fn set_throttling(&self, throttling: Throttling) {
-        self.throttle.set(throttling, Instant::now());
-        self.limited.store(!throttling.is_off(), Ordering::Relaxed);
-    }
-
-    /// Whether completed writes may be volatile. Without FLUSH the driver cannot make them durable, so they always are
-    /// (virtio 1.2 §5.2.5.2, §5.2.6.2).
-    pub(super) fn writeback(&self, features: u64) -> bool {
-        features & blk::F_FLUSH != 0 && self.writeback.load(Ordering::Acquire)
-    }
-
-    /// The configuration space from `offset` on, with zeroes behind it.
-    pub(super) fn read_config(&self, offset: u64, data: &mut [u8], features: u64) {
-        let config = self.facts.config(self.disk.capacity(), self.writeback(features));
-        let bytes = config.to_le_bytes();
-        let rest = usize::try_from(offset).ok().and_then(|offset| bytes.get(offset..)).unwrap_or_default();
-        data.fill(0);
-        data.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
-    }
-
-    /// The answer to GET_ID: the serial number, padded with NUL (virtio 1.2 §5.2.6).
-    pub(super) fn id(&self) -> [u8; blk::ID_SIZE] {
-        let mut id = [0; blk::ID_SIZE];
-        let serial = self.options.serial.as_deref().unwrap_or_default().as_bytes();
-        id.iter_mut().zip(serial).for_each(|(id, byte)| *id = *byte);
-        id
-    }
-
-    /// The answer to GET_LIFETIME; what the host does not tell is 0 (virtio 1.2 §5.2.6).
-    pub(super) fn lifetime(&self) -> blk::Lifetime {
-        self.disk.lifetime().map_or(blk::Lifetime::default(), |lifetime| blk::Lifetime {
-            pre_eol_info: lifetime.pre_eol_info,
-            estimate_type_a: lifetime.device_lifetime_est_typ_a,
-            estimate_type_b: lifetime.device_lifetime_est_typ_b,
-        })
-    }
-
-    pub(super) fn io_status(&self) -> IoStatus {
-        match self.io_status.load(Ordering::Relaxed) {
-            status if status == IoStatus::Failed as u8 => IoStatus::Failed,
-            status if status == IoStatus::NoSpace as u8 => IoStatus::NoSpace,
-            _ => IoStatus::Ok,
-        }
-    }
-
-    pub(super) fn set_io_status(&self, status: IoStatus) {
-        self.io_status.store(status as u8, Ordering::Relaxed);
-    }
-
-    pub(super) fn write_threshold(&self) -> Option<u64> {
-        Some(self.write_threshold.load(Ordering::Relaxed)).filter(|offset| *offset != NO_THRESHOLD)
-    }
-
-    pub(super) fn set_write_threshold(&self, offset: Option<u64>) {
-        self.write_threshold.store(offset.unwrap_or(NO_THRESHOLD), Ordering::Relaxed);
-    }
-
-    /// A request changes the disk up to `end`. Tells the operator if that is what they wait for, once.
-    pub(super) fn changes_up_to(&self, end: u64) {
-        let threshold = self.write_threshold.load(Ordering::Relaxed);
-        if end <= threshold {
-            return;
-        }
-        let relaxed = Ordering::Relaxed;
-        // Of several workers one is the first.
-        if self.write_threshold.compare_exchange(threshold, NO_THRESHOLD, relaxed, relaxed).is_ok() {
-            let (device, exceeded) = (self.options.name.clone(), end - threshold);
-            (self.events)(BlockEvent::WriteThreshold { device, threshold, exceeded });
-        }
-    }
-}
+/// The longest that dropping a device waits for the host. The machine stops its devices before, with a deadline of its own.
+const DROP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A virtio-blk device: a [`VirtioDevice`] over a [`Disk`], with its own worker threads.
 ///
@@ -171,41 +41,55 @@ impl Shared {
 /// stops it (draining what is in flight) and joins them.
 pub struct BlockDevice {
     shared: Arc<Shared>,
+    throttle: Arc<Throttle>,
     workers: Arc<[WorkerThread]>,
     queue_sizes: Vec<u16>,
     running: Arc<Mutex<Option<Running>>>,
 }
 
-/// What the running incarnation is told of configuration changes by.
+/// Raises configuration change interrupts, from DRIVER_OK to the reset.
 struct Running {
     interrupt: Interrupt,
     features: u64,
 }
 
 impl BlockDevice {
-    /// Makes the device and its threads, named `disk-NAME-0` and so on: one a queue, at most one a host CPU.
+    /// Makes the device, its engines and its threads, named `disk-NAME-0` and so on: one a queue, at most one a host CPU. None
+    /// are made later, whatever the guest does.
     ///
     /// # Errors
-    /// When an option does not work on this disk, or the host gives no thread.
-    pub fn new(options: BlockOptions, disk: Arc<dyn Disk>, events: EventSink) -> Result<Self, BlockError> {
+    /// When an option does not work on this disk, or the host gives no thread or no engine.
+    pub fn new(
+        options: BlockOptions,
+        disk: Arc<dyn Disk>,
+        memory: &GuestMemory,
+        events: EventSink,
+        threads: &DiskThreads,
+    ) -> Result<Self, BlockError> {
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let count = usize::from(options.num_queues).clamp(1, cpus);
-        let shared = Shared::new(options, disk, events, count)?;
+        options.throttling.check()?;
+        let throttle = Arc::new(Throttle::new(options.throttling, Instant::now()));
+        let commands = Box::new(ScsiCommands { enabled: disk.scsi() });
+        let limiter = Arc::clone(&throttle) as Arc<dyn Limiter>;
+        let geometry = geometry::rule(options.geometry, &*disk);
+        let shared = Shared::new(options, disk, events, count, limiter, commands, geometry)?;
         let workers: Result<Arc<[_]>, _> = (0..count)
             .map(|number| {
                 // As `place` deals them out.
                 let positions = (usize::from(shared.options.num_queues) - number).div_ceil(count);
-                WorkerThread::spawn(&shared, shared.counters(number), number, positions)
+                WorkerThread::spawn(&shared, number, positions, memory.clone(), threads)
             })
             .collect();
         let queue_sizes = vec![shared.options.queue_size; usize::from(shared.options.num_queues)];
-        Ok(Self { workers: workers?, shared, queue_sizes, running: Arc::default() })
+        Ok(Self { workers: workers?, shared, throttle, queue_sizes, running: Arc::default() })
     }
 
-    /// The VM's handle, valid as long as anyone holds it.
+    /// The VM's handle. It stays valid when the device is gone.
     pub fn handle(&self) -> BlockHandle {
         BlockHandle {
             shared: Arc::clone(&self.shared),
+            throttle: Arc::clone(&self.throttle),
             workers: Arc::clone(&self.workers),
             running: Arc::clone(&self.running),
         }
@@ -218,13 +102,29 @@ fn place(workers: &[WorkerThread], index: u16) -> (&WorkerThread, usize) {
     (&workers[index % count], index / count)
 }
 
+/// Has each of `workers` carry out a command that takes as long as the host takes, and finishes the drain then.
+fn drain(
+    workers: &[WorkerThread],
+    command: impl Fn(&mut Loop, Drain, &mut EventOps<'_>) + Copy + Send + 'static,
+) -> Drain {
+    let drain = Drain::new(workers.len());
+    for worker in workers {
+        let of_worker = drain.clone();
+        // A thread that is gone touches nothing.
+        if !worker.send(move |thread, ops| command(thread, of_worker, ops)) {
+            drain.finish([]);
+        }
+    }
+    drain
+}
+
 impl VirtioDevice for BlockDevice {
     fn device_id(&self) -> u32 {
         spec::DEVICE_ID_BLOCK
     }
 
     fn features(&self) -> u64 {
-        self.shared.facts.features
+        self.shared.config_space.features
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -241,45 +141,75 @@ impl VirtioDevice for BlockDevice {
             && features & blk::F_CONFIG_WCE != 0
             && let [value] = data
         {
-            tracing::debug!(disk = self.shared.options.name, value, "the driver sets the write cache");
-            self.shared.writeback.store(*value != 0, Ordering::Release);
+            tracing::debug!(
+                disk = self.shared.options.name,
+                value,
+                "the driver sets the write cache"
+            );
+            self.shared.set_writeback(Some(*value != 0));
         }
+    }
+
+    fn restore_config(&mut self, config: &[u8]) {
+        let writeback = config.get(blk::Config::WRITEBACK_OFFSET as usize);
+        self.shared.set_writeback(Some(writeback.is_some_and(|value| *value != 0)));
     }
 
     fn start(&mut self, activation: Activation) -> io::Result<()> {
         let Activation { memory, features, queues, interrupt } = activation;
+        let names = names::features(features);
+        tracing::debug!("disk {}: its driver took {names}", self.shared.options.name);
         *lock(&self.running) = Some(Running { interrupt: interrupt.clone(), features });
         for worker in &*self.workers {
-            let agreement = Agreement { memory: memory.clone(), features, interrupt: interrupt.clone() };
-            worker.ask(|reply| Command::Start { agreement, reply }).ok_or_else(gone)??;
+            let negotiated =
+                Negotiated { memory: memory.clone(), features, interrupt: interrupt.clone() };
+            worker.request(|thread, _| thread.start(negotiated)).ok_or_else(gone)?;
         }
         queues.into_iter().try_for_each(|queue| self.start_queue(queue))
     }
 
-    fn stop(&mut self) -> Vec<ActiveQueue> {
-        let mut queues: Vec<_> =
-            self.workers.iter().filter_map(|worker| worker.ask(|reply| Command::Stop { reply })).flatten().collect();
-        queues.sort_by_key(|queue| queue.index);
+    fn stop(&mut self) -> Drain {
+        let drain = drain(&self.workers, |thread, drain, ops| thread.reset(drain, ops));
         *lock(&self.running) = None;
         // The next driver finds the cache as configured, not as the last one left it.
-        self.shared.writeback.store(self.shared.options.write_cache, Ordering::Release);
-        queues
+        self.shared.set_writeback(None);
+        drain
     }
 
-    fn stop_queue(&mut self, index: u16) -> Option<ActiveQueue> {
+    fn ring_positions(&self) -> Vec<RingPosition> {
+        let positions = self.handle().queues().into_iter().map(|queue| RingPosition {
+            queue: queue.queue,
+            next_available: queue.next_avail,
+            next_used: queue.next_used,
+        });
+        positions.collect()
+    }
+
+    fn stop_queue(&mut self, index: u16) -> Drain {
         let (worker, position) = place(&self.workers, index);
-        worker.ask(|reply| Command::RemoveQueue { position, reply }).flatten()
+        let remove = move |thread: &mut Loop, drain, ops: &mut EventOps<'_>| {
+            thread.remove_queue(position, drain, ops);
+        };
+        drain(std::slice::from_ref(worker), remove)
     }
 
     fn start_queue(&mut self, queue: ActiveQueue) -> io::Result<()> {
         let (worker, position) = place(&self.workers, queue.index);
-        worker.ask(|reply| Command::AddQueue { position, queue, reply }).ok_or_else(gone)?
+        worker
+            .request(move |thread, ops| thread.add_queue(position, queue, ops))
+            .ok_or_else(gone)?
     }
 }
 
 impl Drop for BlockDevice {
     fn drop(&mut self) {
-        self.workers.iter().for_each(WorkerThread::join);
+        if self.stop().wait(DROP_TIMEOUT) {
+            self.workers.iter().for_each(WorkerThread::join);
+        } else {
+            // They keep guest memory mapped, and end with the process.
+            let disk = &self.shared.options.name;
+            tracing::error!(disk, "the host does not answer; the disk's threads are left behind");
+        }
     }
 }
 
@@ -287,6 +217,7 @@ impl Drop for BlockDevice {
 #[derive(Clone)]
 pub struct BlockHandle {
     shared: Arc<Shared>,
+    throttle: Arc<Throttle>,
     workers: Arc<[WorkerThread]>,
     running: Arc<Mutex<Option<Running>>>,
 }
@@ -295,6 +226,11 @@ impl BlockHandle {
     /// The disk's name.
     pub fn name(&self) -> &str {
         &self.shared.options.name
+    }
+
+    /// Whether a driver in the guest has started the disk.
+    pub fn has_driver(&self) -> bool {
+        lock(&self.running).is_some()
     }
 
     /// The accounts so far.
@@ -314,22 +250,27 @@ impl BlockHandle {
 
     /// Counts the latencies of one kind of request into these bins from now on, or into none.
     pub fn set_histogram(&self, kind: Kind, histogram: Option<&Histogram>) {
-        self.shared.counters.iter().for_each(|counters| counters.set_histogram(kind, histogram.cloned()));
+        self.shared
+            .counters
+            .iter()
+            .for_each(|counters| counters.set_histogram(kind, histogram.cloned()));
     }
 
     /// The limits.
     pub fn throttling(&self) -> Throttling {
-        self.shared.throttle.options()
+        self.throttle.options()
     }
 
     /// Other limits from now on, also for the requests that wait for the present ones.
     ///
     /// # Errors
     /// What does not go together; nothing has changed then.
-    pub fn set_throttling(&self, throttling: Throttling) -> Result<(), String> {
+    pub fn set_throttling(&self, throttling: Throttling) -> Result<(), ThrottlingError> {
         throttling.check()?;
-        self.shared.set_throttling(throttling);
-        self.workers.iter().for_each(|worker| worker.send(Command::Release));
+        self.throttle.set(throttling, Instant::now());
+        for worker in &*self.workers {
+            worker.send(|thread, _| thread.release());
+        }
         Ok(())
     }
 
@@ -338,7 +279,7 @@ impl BlockHandle {
         self.shared.write_threshold()
     }
 
-    /// Reports the next change past `offset`, and that alone ([`BlockEvent::WriteThreshold`]); `None`: no more.
+    /// Reports the next change past `offset`, and that alone ([`BlockEvent::WriteThreshold`](super::events::BlockEvent::WriteThreshold)); `None`: no more.
     pub fn set_write_threshold(&self, offset: Option<u64>) {
         self.shared.set_write_threshold(offset);
     }
@@ -350,41 +291,45 @@ impl BlockHandle {
 
     /// Whether completed writes may be volatile: as configured, or as the driver chose.
     pub fn write_cache(&self) -> bool {
-        self.shared.writeback.load(Ordering::Relaxed)
+        self.shared.writeback_field()
     }
 
-    /// The VM pauses: answers what is in flight and takes nothing more from the rings. On return the disk's threads
-    /// leave guest memory alone until `resume`, also after a reset or a restore.
-    pub fn pause(&self) {
-        self.workers.iter().for_each(|worker| worker.ask(|reply| Command::Pause { reply }).unwrap_or_default());
+    /// The VM pauses: the workers take no more work. The drain is done when nothing of the disk is with the host any more, and
+    /// from then on the disk's threads leave guest memory alone until `resume`, also after a reset or a restore. A host that
+    /// does not answer delays that without bound. `resume` does the drain, too.
+    ///
+    /// This is no method of [`VirtioDevice`]: the transport that owns the device is locked while a vCPU waits for a worker, and
+    /// the main thread must not wait for that.
+    pub fn pause(&self) -> Drain {
+        let drain = Drain::new(self.workers.len());
+        for worker in &*self.workers {
+            let party = Party(drain.clone());
+            worker.send(move |thread, _| thread.pause(party));
+        }
+        drain
     }
 
-    /// The VM goes on: clears the I/O status, retries what the error policy kept, in order, and serves the rings again.
+    /// The VM goes on: clears the I/O status. Each worker begins its stopped requests again, in order, and then serves its rings.
     pub fn resume(&self) {
         self.shared.set_io_status(IoStatus::Ok);
-        self.workers.iter().for_each(|worker| worker.send(Command::Resume));
+        for worker in &*self.workers {
+            worker.send(|thread, _| thread.resume());
+        }
     }
 
-    /// The requests that the error policy keeps, for a snapshot of a paused VM. `resume` retries them here.
-    pub fn kept(&self) -> Vec<KeptRequest> {
-        self.workers.iter().filter_map(|worker| worker.ask(|reply| Command::Kept { reply })).flatten().collect()
+    /// The queues of a disk that stands still, as values, in index order.
+    pub fn queues(&self) -> Vec<QueueSnapshot> {
+        let states = |worker: &WorkerThread| worker.request(|thread, _| thread.snapshot());
+        let mut queues: Vec<_> = self.workers.iter().filter_map(states).flatten().collect();
+        queues.sort_by_key(|queue| queue.queue);
+        queues
     }
 
-    /// Takes over a request from a snapshot: after the transport started the restored device, before `resume`. `false`
-    /// when that device has no such queue or descriptor.
-    pub fn keep(&self, request: KeptRequest) -> bool {
-        let (worker, position) = place(&self.workers, request.queue);
-        worker.ask(|reply| Command::Keep { position, head: request.head, reply }).unwrap_or(false)
-    }
-
-    /// Makes the disk `bytes` long and tells the driver.
-    ///
-    /// # Errors
-    /// As [`Disk::resize`].
-    pub fn resize(&self, bytes: u64) -> io::Result<()> {
-        self.shared.disk.resize(bytes)?;
-        self.capacity_changed();
-        Ok(())
+    /// Takes over what a snapshot says of a queue beside its indices: after the transport started the restored device,
+    /// before `resume`. `false` when that device has no such queue or descriptor.
+    pub fn restore_queue(&self, snapshot: QueueSnapshot) -> bool {
+        let (worker, position) = place(&self.workers, snapshot.queue);
+        worker.request(move |thread, _| thread.restore(position, &snapshot)).unwrap_or(false)
     }
 
     /// The disk's size changed: tells the driver (virtio 1.2 §5.2.6.2).
@@ -394,10 +339,6 @@ impl BlockHandle {
             interrupt.config_changed();
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn gone() -> io::Error {

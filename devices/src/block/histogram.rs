@@ -1,4 +1,5 @@
-//! How long requests take, in bins that the operator chose.
+//! How long requests take, in bins that the operator chose with `block-latency-histogram-set`. A worker adds to a
+//! histogram of its own, and readers sum those up.
 
 use std::time::Duration;
 

@@ -1,37 +1,41 @@
 //! The virtio block device (virtio 1.2 §5.2).
 //!
-//! One walk leads through this module, from the driver's kick to its interrupt:
+//! A request passes these files on its way from the driver's kick to its interrupt:
 //!
-//! 1. `thread` owns a worker's thread: it sleeps until a queue's eventfd says that the driver kicked.
-//! 2. `worker` takes one pass over the available ring, through `ring`.
-//! 3. `chain` walks a descriptor chain, `request` turns it into a checked request that must be answered.
-//! 4. `batch` merges neighbours and submits them to the disk's [engine](crate::disk::Engine).
-//! 5. `worker` reaps what the engine finished, writes status bytes and used ring, and interrupts the driver.
+//! 1. `worker_thread` sleeps until a queue's eventfd says that the driver kicked.
+//! 2. `worker` takes each request through its six verbs: fetch, parse, admit, submit, complete, notify.
+//! 3. `queue` is one queue of a worker, with the requests that wait; the ring itself is a
+//!    [`SplitQueue`](crate::virtio::queue).
+//! 4. `request` turns a chain into a checked `Request`, or into the status that refuses it.
+//! 5. `dispatch` hands it to the disk's [engine](crate::disk::Engine): `batch` merges neighbors, and `in_flight` holds what
+//!    the engine has.
 //!
-//! Beside the path: `device` is the transport's view, `config` the configuration space, `slots` the requests in
-//! flight, `policy` what happens after a host I/O error, `throttle` how fast the disk may be and `delayed` what waits
-//! for that, `scsi` the requests that are no transfers, `stats` the accounts.
+//! `worker` is the only module that acts on requests; the others decide, count or hold, and only its thread calls it.
+//! Beside the path: `device` is the transport's view and the VM's, `shared` what all threads of a disk see,
+//! `config_space` what the driver reads before the first request, `busy_poll` and
+//! `error_policy` two decisions. `throttle`, `scsi` and `geometry` are capabilities: `device` plugs them in, and the path
+//! knows them by the traits in `admission` and `request`, and a function type in `config_space`.
 
+mod admission;
 mod batch;
-mod chain;
-mod config;
-mod delayed;
+mod busy_poll;
+mod config_space;
 mod device;
+mod dispatch;
+mod error_policy;
 mod events;
+mod geometry;
 mod histogram;
-mod memory;
-mod moderation;
+mod in_flight;
 mod options;
-mod policy;
-mod poll;
+mod queue;
 mod request;
-mod ring;
 mod scsi;
-mod slots;
+mod shared;
 mod stats;
-mod thread;
 mod throttle;
 mod worker;
+mod worker_thread;
 
 #[cfg(test)]
 mod tests;
@@ -40,6 +44,6 @@ pub use device::{BlockDevice, BlockHandle};
 pub use events::{BlockEvent, ErrorAction, EventSink};
 pub use histogram::Histogram;
 pub use options::{BlockError, BlockOptions, ErrorPolicy, Geometry};
-pub use policy::KeptRequest;
+pub use queue::QueueSnapshot;
 pub use stats::{BlockStats, IoStatus, Kind, KindStats};
-pub use throttle::{Limit, Rate, Throttling};
+pub use throttle::{Limit, Rate, Throttling, ThrottlingError};

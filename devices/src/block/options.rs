@@ -1,10 +1,12 @@
-//! What the user may say about a disk, and what is refused.
-
-use std::time::Duration;
+//! The options of a virtio-blk device that `--disk` accepts beside those of the image, and which values and
+//! combinations are refused. Names and limits are QEMU's, where QEMU has the option.
 
 use std::io;
+use std::time::Duration;
 
-use super::throttle::Throttling;
+use serde::{Deserialize, Serialize};
+
+use super::throttle::{Throttling, ThrottlingError};
 use crate::disk::Limits;
 use crate::virtio::spec::blk;
 
@@ -12,13 +14,12 @@ use crate::virtio::spec::blk;
 pub(super) const QUEUE_SIZE_MAX: u16 = 1024;
 /// Smallest queue: a header, two data segments and a status byte.
 pub(super) const QUEUE_SIZE_MIN: u16 = 4;
-/// Most queues; QEMU's.
 const QUEUES_MAX: u16 = 1024;
 /// Largest logical block in bytes.
 const LOGICAL_BLOCK_MAX: u32 = 32768;
 
 /// A virtio-blk device as configured; what is `None` comes from the disk. The option names are QEMU's.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct BlockOptions {
     /// What threads, logs and events call the disk, such as `vda`.
     pub name: String,
@@ -46,8 +47,8 @@ pub struct BlockOptions {
     pub read_errors: ErrorPolicy,
     /// `werror`: after a failed write, flush, discard, write-zeroes or secure erase.
     pub write_errors: ErrorPolicy,
-    /// The longest that a worker waits awake for the driver's next request; zero where that would keep a processor from the
-    /// guest. It is worth about what a kick, sleep and waking up cost.
+    /// The longest busy-polling window: how long a worker polls for the driver's next request. Zero where polling would keep
+    /// a CPU from the guest. Polling pays as long as it takes no longer than a kick, going to sleep and waking up.
     pub poll: Duration,
 }
 
@@ -77,70 +78,55 @@ impl BlockOptions {
     /// # Errors
     /// `BlockError::Option` for the first option that does not work.
     pub(super) fn check(&self, limits: &Limits) -> Result<BlockSizes, BlockError> {
-        let logical = self.logical_block_size.unwrap_or(limits.logical_block_size);
-        require(
-            logical.is_power_of_two() && (blk::SECTOR_SIZE as u32..=LOGICAL_BLOCK_MAX).contains(&logical),
-            "logical-block-size",
-            logical,
-            "must be a power of two from 512 to 32768",
-        )?;
-        require(
-            logical >= limits.logical_block_size,
-            "logical-block-size",
-            logical,
-            "must not be below what the host device can address",
-        )?;
-        let physical = self.physical_block_size.unwrap_or(limits.physical_block_size.max(logical));
-        require(
-            physical.is_power_of_two() && physical >= logical,
-            "physical-block-size",
-            physical,
-            "must be a power of two and not below the logical block size",
-        )?;
-        let min_io = self.min_io_size.unwrap_or(limits.min_io_size / logical * logical);
-        require(
-            min_io.is_multiple_of(logical) && min_io / logical <= u32::from(u16::MAX),
-            "min-io-size",
-            min_io,
-            "must be a multiple of the logical block size, at most 65535 of them",
-        )?;
-        let opt_io = self.opt_io_size.unwrap_or(limits.opt_io_size / logical * logical);
-        require(opt_io.is_multiple_of(logical), "opt-io-size", opt_io, "must be a multiple of the logical block size")?;
-        require((1..=QUEUES_MAX).contains(&self.num_queues), "num-queues", self.num_queues, "must be from 1 to 1024")?;
-        require(
-            self.queue_size.is_power_of_two() && (QUEUE_SIZE_MIN..=QUEUE_SIZE_MAX).contains(&self.queue_size),
-            "queue-size",
-            self.queue_size,
-            "must be a power of two from 4 to 1024",
-        )?;
+        let sizes = self.check_sizes(limits)?;
+        let in_range = (1..=QUEUES_MAX).contains(&self.num_queues);
+        require(in_range, "num-queues", self.num_queues, "must be from 1 to 1024")?;
+        let size = self.queue_size;
+        let fits = size.is_power_of_two() && (QUEUE_SIZE_MIN..=QUEUE_SIZE_MAX).contains(&size);
+        require(fits, "queue-size", size, "must be a power of two from 4 to 1024")?;
         if let Some(serial) = &self.serial {
-            require(
-                serial.len() <= blk::ID_SIZE && serial.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' '),
-                "serial",
-                serial,
-                "must be at most 20 printable ASCII characters",
-            )?;
+            let printable = serial.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ');
+            let fits = printable && serial.len() <= blk::ID_SIZE;
+            require(fits, "serial", serial, "must be at most 20 printable ASCII characters")?;
         }
         if let Some(Geometry { cylinders, heads, sectors }) = self.geometry {
-            require(
-                cylinders > 0 && heads > 0 && sectors > 0,
-                "cyls, heads, secs",
-                format!("{cylinders}, {heads}, {sectors}"),
-                "must all be at least 1",
-            )?;
+            let all = cylinders > 0 && heads > 0 && sectors > 0;
+            let given = format!("{cylinders}, {heads}, {sectors}");
+            require(all, "cyls, heads, secs", given, "must all be at least 1")?;
         }
+        Ok(sizes)
+    }
+
+    /// The block sizes and the suggested I/O sizes, from the options or else from the disk.
+    fn check_sizes(&self, limits: &Limits) -> Result<BlockSizes, BlockError> {
+        let logical = self.logical_block_size.unwrap_or(limits.logical_block_size);
+        let fits = logical.is_power_of_two()
+            && (blk::SECTOR_SIZE as u32..=LOGICAL_BLOCK_MAX).contains(&logical);
+        let why = "must be a power of two from 512 to 32768";
+        require(fits, "logical-block-size", logical, why)?;
+        let why = "must not be below what the host device can address";
+        require(logical >= limits.logical_block_size, "logical-block-size", logical, why)?;
+        let physical = self.physical_block_size.unwrap_or(limits.physical_block_size.max(logical));
+        let fits = physical.is_power_of_two() && physical >= logical;
+        let why = "must be a power of two and not below the logical block size";
+        require(fits, "physical-block-size", physical, why)?;
+        let min_io = self.min_io_size.unwrap_or(limits.min_io_size / logical * logical);
+        let fits = min_io.is_multiple_of(logical) && min_io / logical <= u32::from(u16::MAX);
+        let why = "must be a multiple of the logical block size, at most 65535 of them";
+        require(fits, "min-io-size", min_io, why)?;
+        let opt_io = self.opt_io_size.unwrap_or(limits.opt_io_size / logical * logical);
+        let why = "must be a multiple of the logical block size";
+        require(opt_io.is_multiple_of(logical), "opt-io-size", opt_io, why)?;
         // The first logical block of an aligned physical one; the host tells it in bytes.
-        let alignment = limits.alignment_offset / logical;
-        Ok(BlockSizes { logical, physical, min_io, opt_io, alignment: u8::try_from(alignment).unwrap_or(0) })
+        let alignment = u8::try_from(limits.alignment_offset / logical).unwrap_or(0);
+        Ok(BlockSizes { logical, physical, min_io, opt_io, alignment })
     }
 }
 
 /// Block and I/O sizes after the options met the disk's limits. Bytes, but for `alignment`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct BlockSizes {
-    /// Unit of addressing.
     pub(super) logical: u32,
-    /// Unit the medium writes at once.
     pub(super) physical: u32,
     /// Suggested smallest I/O, 0 for none.
     pub(super) min_io: u32,
@@ -151,7 +137,7 @@ pub(super) struct BlockSizes {
 }
 
 /// Disk geometry for software that still asks for it (virtio 1.2 §5.2.4).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Geometry {
     /// Cylinders.
     pub cylinders: u16,
@@ -162,7 +148,7 @@ pub struct Geometry {
 }
 
 /// What to do after the host failed a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ErrorPolicy {
     /// Tell the guest: IOERR.
     Report,
@@ -187,9 +173,9 @@ pub enum BlockError {
         /// What would work.
         reason: &'static str,
     },
-    /// Limits that do not go together; the text begins with the option's name after `throttling.`.
-    #[error("throttling.{0}")]
-    Throttling(String),
+    /// Limits that contradict each other.
+    #[error(transparent)]
+    Throttling(#[from] ThrottlingError),
     /// A worker thread could not be started.
     #[error("cannot start the disk's worker thread {thread}")]
     Thread {
@@ -207,7 +193,11 @@ fn require(
     value: impl ToString,
     reason: &'static str,
 ) -> Result<(), BlockError> {
-    if condition { Ok(()) } else { Err(BlockError::Option { option, value: value.to_string(), reason }) }
+    if condition {
+        Ok(())
+    } else {
+        Err(BlockError::Option { option, value: value.to_string(), reason })
+    }
 }
 
 #[cfg(test)]
@@ -244,7 +234,9 @@ mod tests {
             ("queue-size=2", |o| o.queue_size = 2),
             ("queue-size=100", |o| o.queue_size = 100),
             ("queue-size=2048", |o| o.queue_size = 2048),
-            ("serial=123456789012345678901", |o| o.serial = Some("123456789012345678901".to_owned())),
+            ("serial=123456789012345678901", |o| {
+                o.serial = Some("123456789012345678901".to_owned())
+            }),
             ("serial=a\nb", |o| o.serial = Some("a\nb".to_owned())),
             ("serial=\u{fc}", |o| o.serial = Some("\u{fc}".to_owned())),
             ("cyls, heads, secs=0, 1, 1", |o| {
@@ -268,10 +260,14 @@ mod tests {
 
     #[test]
     fn the_disk_fills_in_what_is_not_given() {
-        let expected = BlockSizes { logical: 512, physical: 4096, min_io: 4096, opt_io: 65536, alignment: 0 };
+        let expected =
+            BlockSizes { logical: 512, physical: 4096, min_io: 4096, opt_io: 65536, alignment: 0 };
         assert_eq!(check(|_| {}).unwrap(), expected);
         // The disk's suggestions never stand in the way of an option.
         let coarse = check(|o| o.logical_block_size = Some(32768)).unwrap();
-        assert_eq!(coarse, BlockSizes { logical: 32768, physical: 32768, min_io: 0, opt_io: 65536, alignment: 0 });
+        assert_eq!(
+            coarse,
+            BlockSizes { logical: 32768, physical: 32768, min_io: 0, opt_io: 65536, alignment: 0 }
+        );
     }
 }

@@ -2,11 +2,13 @@
 //!
 //! Each worker counts for itself, without contention; a query adds the workers up.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::histogram::Histogram;
+use crate::counter::Counter;
+use crate::lock;
 
 /// The kinds of request that are told apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,11 +85,10 @@ impl BlockStats {
 #[derive(Debug, Default)]
 pub(super) struct Counters {
     kinds: [KindCounters; KINDS],
-    unanswerable: Counter,
-    broken_rings: Counter,
-    interrupts: Counter,
+    pub(super) unanswerable: Counter,
+    pub(super) broken_rings: Counter,
+    pub(super) interrupts: Counter,
     highest_write: Counter,
-    /// Some histogram is kept.
     has_histograms: AtomicBool,
     /// Of reads, writes and flushes. The worker's alone but for a query now and then.
     histograms: Mutex<[Option<Histogram>; 3]>,
@@ -103,25 +104,12 @@ struct KindCounters {
     nanoseconds: Counter,
 }
 
-#[derive(Debug, Default)]
-struct Counter(AtomicU64);
-
-impl Counter {
-    /// With one writer, a load and a store do; a locked instruction would cost more.
-    fn add(&self, amount: u64) {
-        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
-    }
-
-    fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
 impl Counters {
     /// A request that succeeded: it covered `bytes` of disk up to `end`, and took `time`.
     pub(super) fn done(&self, kind: Kind, bytes: u64, end: u64, merged: bool, time: Duration) {
-        if kind == Kind::Write && end > self.highest_write.get() {
-            self.highest_write.0.store(end, Ordering::Relaxed);
+        waypoint!();
+        if kind == Kind::Write {
+            self.highest_write.raise_to(end);
         }
         self.count_latency(kind, time);
         let counters = &self.kinds[kind as usize];
@@ -131,7 +119,6 @@ impl Counters {
         counters.nanoseconds.add(time.as_nanos() as u64);
     }
 
-    /// A request that the host failed.
     pub(super) fn failed(&self, kind: Kind, time: Duration) {
         self.count_latency(kind, time);
         let counters = &self.kinds[kind as usize];
@@ -141,43 +128,26 @@ impl Counters {
 
     fn count_latency(&self, kind: Kind, time: Duration) {
         if self.has_histograms.load(Ordering::Relaxed)
-            && let Some(Some(histogram)) = self.histograms().get_mut(kind as usize)
+            && let Some(Some(histogram)) = lock(&self.histograms).get_mut(kind as usize)
         {
             histogram.count(time);
         }
     }
 
     pub(super) fn histogram(&self, kind: Kind) -> Option<Histogram> {
-        self.histograms().get(kind as usize)?.clone()
+        lock(&self.histograms).get(kind as usize)?.clone()
     }
 
     pub(super) fn set_histogram(&self, kind: Kind, histogram: Option<Histogram>) {
-        let mut histograms = self.histograms();
+        let mut histograms = lock(&self.histograms);
         if let Some(place) = histograms.get_mut(kind as usize) {
             *place = histogram;
         }
         self.has_histograms.store(histograms.iter().any(Option::is_some), Ordering::Relaxed);
     }
 
-    fn histograms(&self) -> MutexGuard<'_, [Option<Histogram>; 3]> {
-        self.histograms.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A request that was refused.
     pub(super) fn invalid(&self, kind: Kind) {
         self.kinds[kind as usize].invalid.add(1);
-    }
-
-    pub(super) fn unanswerable(&self) {
-        self.unanswerable.add(1);
-    }
-
-    pub(super) fn broken_ring(&self) {
-        self.broken_rings.add(1);
-    }
-
-    pub(super) fn interrupt(&self) {
-        self.interrupts.add(1);
     }
 
     pub(super) fn add_to(&self, stats: &mut BlockStats) {

@@ -1,10 +1,18 @@
 //! How fast a disk may be: leaky buckets, with QEMU's names and rules (docs/throttle.txt).
 //!
-//! Each limit is a bucket that leaks at the permitted rate. A request may start while no bucket that concerns it is over
-//! its rim, and then pours all of itself in: large requests need no special case, they only make the next one wait longer.
+//! Each limit is a bucket whose level falls at the permitted rate. A request may start while the level of each bucket that
+//! concerns it is within the bucket's capacity, and then adds its whole size or count. So a large request needs no special
+//! case: it only makes the next one wait longer.
 
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::admission::{Direction, Limiter};
+use crate::clock::Instant;
+use crate::lock;
 
 /// The six limits of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +44,8 @@ impl Limit {
 
     /// QEMU's name for it on the command line, after `throttling.`.
     pub fn option(self) -> &'static str {
-        ["bps-total", "bps-read", "bps-write", "iops-total", "iops-read", "iops-write"][self as usize]
+        ["bps-total", "bps-read", "bps-write", "iops-total", "iops-read", "iops-write"]
+            [self as usize]
     }
 
     /// QEMU's name for it in QMP.
@@ -44,11 +53,11 @@ impl Limit {
         ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"][self as usize]
     }
 
-    fn counts_bytes(self) -> bool {
+    pub(super) fn counts_bytes(self) -> bool {
         matches!(self, Self::BytesTotal | Self::BytesRead | Self::BytesWrite)
     }
 
-    fn concerns(self, direction: Direction) -> bool {
+    pub(super) fn concerns(self, direction: Direction) -> bool {
         match self {
             Self::BytesTotal | Self::OperationsTotal => true,
             Self::BytesRead | Self::OperationsRead => direction == Direction::Read,
@@ -57,15 +66,8 @@ impl Limit {
     }
 }
 
-/// Whether a request reads or writes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Direction {
-    Read,
-    Write,
-}
-
 /// A rate, in bytes or operations a second.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rate {
     /// The rate in the long run; 0 for no limit.
     pub average: u64,
@@ -82,7 +84,7 @@ impl Default for Rate {
 }
 
 /// The limits of a disk.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Throttling {
     /// In the order of [`Limit::ALL`].
     pub rates: [Rate; 6],
@@ -92,6 +94,26 @@ pub struct Throttling {
 
 /// Highest rate that is taken; QEMU's.
 const RATE_MAX: u64 = 1_000_000_000_000_000;
+
+/// Limits that contradict each other, in the words of the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ThrottlingError {
+    /// One limit for both directions, and another for one of them.
+    #[error("throttling.{0} cannot be used together with {1} or {2}")]
+    TotalAndDirection(&'static str, &'static str, &'static str),
+    /// The size of an operation without a limit that counts operations.
+    #[error("throttling.iops-size needs iops-total, iops-read or iops-write")]
+    SizeAlone,
+    /// A rate that is out of range.
+    #[error("throttling.{0} and {0}-max must not be above {RATE_MAX}")]
+    TooHigh(&'static str),
+    /// A burst that is no faster than the long run.
+    #[error("throttling.{0}-max needs {0}, and must not be below it")]
+    BurstBelowAverage(&'static str),
+    /// A burst whose length is out of range.
+    #[error("throttling.{0}-max-length must be at least 1, needs {0}-max, and has its limits")]
+    BurstLength(&'static str),
+}
 
 impl Throttling {
     /// Nothing is limited.
@@ -103,38 +125,44 @@ impl Throttling {
     ///
     /// # Errors
     /// What does not go together, with the options' names.
-    pub fn check(&self) -> Result<(), String> {
+    pub fn check(&self) -> Result<(), ThrottlingError> {
         for unit in [&Limit::ALL[..3], &Limit::ALL[3..]] {
             let set = |limit: &Limit| self.rates[*limit as usize].average > 0;
             if set(&unit[0]) && unit[1..].iter().any(set) {
                 let [total, read, write] = [0, 1, 2].map(|index| unit[index].option());
-                return Err(format!("{total} cannot be used together with {read} or {write}"));
+                return Err(ThrottlingError::TotalAndDirection(total, read, write));
             }
         }
         if self.operation_size > 0 && self.rates[3..].iter().all(|rate| rate.average == 0) {
-            return Err("iops-size needs iops-total, iops-read or iops-write".to_owned());
+            return Err(ThrottlingError::SizeAlone);
         }
         for (limit, rate) in Limit::ALL.into_iter().zip(&self.rates) {
             let name = limit.option();
             let Rate { average, max, max_length } = *rate;
             if average > RATE_MAX || max > RATE_MAX {
-                return Err(format!("{name} and {name}-max must not be above {RATE_MAX}"));
+                return Err(ThrottlingError::TooHigh(name));
             }
             if max > 0 && (average == 0 || max < average) {
-                return Err(format!("{name}-max needs {name}, and must not be below it"));
+                return Err(ThrottlingError::BurstBelowAverage(name));
             }
-            if max_length == 0 || max_length > 1 && max == 0 || max.checked_mul(max_length).is_none_or(|b| b > RATE_MAX)
+            if max_length == 0
+                || max_length > 1 && max == 0
+                || max.checked_mul(max_length).is_none_or(|b| b > RATE_MAX)
             {
-                return Err(format!("{name}-max-length must be at least 1, needs {name}-max, and has its limits"));
+                return Err(ThrottlingError::BurstLength(name));
             }
         }
         Ok(())
     }
 }
 
-/// The buckets of a disk, shared by its workers.
+/// The buckets of a disk, shared by its workers. One lock guards all six, since a request may have to fit several at
+/// once. `off` is read without it: a disk without limits pays one atomic load for each request.
 #[derive(Debug)]
-pub(super) struct Throttle(Mutex<Buckets>);
+pub(super) struct Throttle {
+    buckets: Mutex<Buckets>,
+    off: AtomicBool,
+}
 
 #[derive(Debug)]
 struct Buckets {
@@ -155,31 +183,53 @@ struct Bucket {
 
 impl Throttle {
     pub(super) fn new(options: Throttling, now: Instant) -> Self {
-        Self(Mutex::new(Buckets::new(options, now)))
+        Self {
+            buckets: Mutex::new(Buckets::new(options, now)),
+            off: AtomicBool::new(options.is_off()),
+        }
     }
 
     /// Other limits from now on; the buckets are empty.
     pub(super) fn set(&self, options: Throttling, now: Instant) {
-        *self.lock() = Buckets::new(options, now);
+        *lock(&self.buckets) = Buckets::new(options, now);
+        self.off.store(options.is_off(), Ordering::Relaxed);
     }
 
     pub(super) fn options(&self) -> Throttling {
-        self.lock().options
+        lock(&self.buckets).options
+    }
+}
+
+impl Limiter for Throttle {
+    fn is_off(&self) -> bool {
+        self.off.load(Ordering::Relaxed)
     }
 
-    /// How long a request has to wait before it may start; zero when it may.
-    pub(super) fn wait(&self, direction: Direction, now: Instant) -> Duration {
-        let mut buckets = self.lock();
+    fn couples_directions(&self) -> bool {
+        let rates = self.options().rates;
+        [Limit::BytesTotal, Limit::OperationsTotal]
+            .iter()
+            .any(|limit| rates[*limit as usize].average > 0)
+    }
+
+    fn wait(&self, direction: Direction, now: Instant) -> Duration {
+        let mut buckets = lock(&self.buckets);
         buckets.leak(now);
-        let concerned = Limit::ALL.into_iter().zip(&buckets.buckets).filter(|(limit, _)| limit.concerns(direction));
+        let concerned = Limit::ALL
+            .into_iter()
+            .zip(&buckets.buckets)
+            .filter(|(limit, _)| limit.concerns(direction));
         let seconds = concerned.map(|(_, bucket)| bucket.wait()).fold(0.0, f64::max);
         // No timer is finer than that, and the arithmetic is not exact.
-        if seconds < 1e-6 { Duration::ZERO } else { Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX) }
+        if seconds < 1e-6 {
+            Duration::ZERO
+        } else {
+            Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+        }
     }
 
-    /// A request of so many `bytes` starts.
-    pub(super) fn charge(&self, direction: Direction, bytes: u64) {
-        let mut buckets = self.lock();
+    fn charge(&self, direction: Direction, bytes: u64) {
+        let mut buckets = lock(&self.buckets);
         let size = buckets.options.operation_size;
         let operations = if size > 0 && bytes > size { bytes as f64 / size as f64 } else { 1.0 };
         for (limit, bucket) in Limit::ALL.into_iter().zip(&mut buckets.buckets) {
@@ -188,15 +238,15 @@ impl Throttle {
             }
         }
     }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Buckets> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Buckets {
     fn new(options: Throttling, now: Instant) -> Self {
-        Self { options, buckets: options.rates.map(|rate| Bucket { rate, ..Default::default() }), leaked: now }
+        Self {
+            options,
+            buckets: options.rates.map(|rate| Bucket { rate, ..Default::default() }),
+            leaked: now,
+        }
     }
 
     fn leak(&mut self, now: Instant) {
@@ -244,7 +294,13 @@ mod tests {
     }
 
     /// Starts requests one after the other as early as they may, for `seconds` of a clock of our own. Gives how many.
-    fn run(throttle: &Throttle, start: Instant, direction: Direction, bytes: u64, seconds: f64) -> u64 {
+    fn run(
+        throttle: &Throttle,
+        start: Instant,
+        direction: Direction,
+        bytes: u64,
+        seconds: f64,
+    ) -> u64 {
         let (mut now, mut started) = (start, 0);
         loop {
             let wait = throttle.wait(direction, now);
@@ -252,7 +308,11 @@ mod tests {
             if (now - start).as_secs_f64() > seconds {
                 return started;
             }
-            assert_eq!(throttle.wait(direction, now), Duration::ZERO, "it waited and has to wait again");
+            assert_eq!(
+                throttle.wait(direction, now),
+                Duration::ZERO,
+                "it waited and has to wait again"
+            );
             throttle.charge(direction, bytes);
             started += 1;
             // No request takes no time.
@@ -315,7 +375,8 @@ mod tests {
         assert!((9.8..10.0).contains(&wait), "{wait}");
     }
 
-    /// A drain lets through what waits, so that a driver that resets the device again and again runs up any debt.
+    /// The guest chooses how large a request is. A level is a float, so that no sum overflows, and a wait that is longer than a
+    /// `Duration` can be becomes the longest one.
     #[test]
     fn no_debt_is_too_large() {
         let start = Instant::now();
@@ -344,7 +405,10 @@ mod tests {
         let check = |rates: &[(Limit, Rate)]| {
             let mut options = Throttling::default();
             rates.iter().for_each(|(limit, rate)| options.rates[*limit as usize] = *rate);
-            options.check().map_err(|error| error.split(' ').next().unwrap().to_owned())
+            options.check().map_err(|error| {
+                let text = error.to_string();
+                text.trim_start_matches("throttling.").split(' ').next().unwrap().to_owned()
+            })
         };
         use Limit::*;
         assert_eq!(check(&[(BytesTotal, rate(1, 0, 1)), (OperationsRead, rate(1, 0, 1))]), Ok(()));
@@ -363,7 +427,7 @@ mod tests {
         }
         let mut sized = limited(BytesTotal, 1, 0, 1);
         sized.operation_size = 4096;
-        assert!(sized.check().unwrap_err().starts_with("iops-size needs iops-total"));
+        assert_eq!(sized.check(), Err(ThrottlingError::SizeAlone));
         sized.rates[OperationsRead as usize].average = 1;
         assert_eq!(sized.check(), Ok(()));
     }

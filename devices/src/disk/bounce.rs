@@ -1,41 +1,49 @@
-//! Transfers through a buffer of our own: when guest memory does not suit direct I/O, and for zeroes that have to be
-//! written out. Unaligned ends are read, modified and written back.
+//! Transfers through a buffer of our own, for data that direct I/O does not take where it is.
+//!
+//! Direct I/O requires aligned addresses, offsets and lengths; the guest's sectors stay 512 bytes whatever the file
+//! requires. A [`Bounce`] buffer turns any transfer into whole units: for a write, the rest of the first and last unit is
+//! read, modified and written back. Two such writes to one unit would undo each other, so [`WriteRanges`] keeps them
+//! apart, across all queues of a disk. Also zeroes that no system call can make are written from here. Who bounces what is
+//! decided by the formats; each thread of an engine's pool has a buffer of its own.
+
+#![expect(unsafe_code, reason = "system calls with raw pointers into the buffer")]
 
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::{Condvar, Mutex, PoisonError};
 
-use rustix::io::{Errno, ReadWriteFlags};
+use libc::iovec;
 
-/// Most bytes moved at once. A multiple of every `unit`.
+use super::positioned_io::{READ, WRITE, transfer};
+use crate::lock;
+
+/// Most bytes moved at once. A multiple of every unit.
 const CAPACITY: usize = 256 << 10;
 /// Where the buffer starts: enough for any device's direct I/O.
 const ALIGNMENT: usize = 64 << 10;
 
-/// What direct I/O asks of a transfer, in bytes; both are powers of two.
+/// What direct I/O requires of a transfer, in bytes; both are powers of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Alignment {
-    /// Of guest buffers.
     pub(super) memory: u32,
-    /// Of offsets and lengths.
+    /// Of offsets and lengths: the unit.
     pub(super) offset: u32,
 }
 
 impl Alignment {
-    /// A bounce buffer can serve it.
     pub(super) fn supported(self) -> bool {
         let fits = |unit: u32| unit.is_power_of_two() && unit as usize <= ALIGNMENT;
         fits(self.memory) && fits(self.offset)
     }
 }
 
-/// An aligned buffer, allocated at its first use. Each thread that may bounce owns one.
+/// An aligned buffer of 256 KiB for direct I/O whose guest memory or length does not fit the device's units. Each
+/// thread has its own, allocated at its first use: most guests never need one.
 #[derive(Default)]
 pub(super) struct Bounce(Vec<u8>);
 
 impl Bounce {
-    /// The whole buffer, with whatever is in it.
     pub(super) fn buffer(&mut self) -> &mut [u8] {
         if self.0.is_empty() {
             self.0 = vec![0; CAPACITY + ALIGNMENT];
@@ -66,8 +74,8 @@ impl Bounce {
         while at < end {
             let start = at - at % unit;
             let buffer = self.buffer();
-            let want = (end.next_multiple_of(unit) - start).min(CAPACITY as u64) as usize;
-            let got = read_up_to(&file, &mut buffer[..want], start)? as u64;
+            let wanted = (end.next_multiple_of(unit) - start).min(CAPACITY as u64) as usize;
+            let got = read_up_to(&file, &mut buffer[..wanted], start)? as u64;
             let next = (start + got).min(end);
             if next <= at {
                 return Err(io::ErrorKind::UnexpectedEof.into());
@@ -78,15 +86,14 @@ impl Bounce {
         Ok(())
     }
 
-    /// Writes `length` bytes at `offset` in multiples of `unit`; `source` fills each piece in order. Where a piece does
-    /// not start or end on a unit, the rest of that unit keeps its content: the caller holds off other writes to it.
+    /// Writes `length` bytes at `offset` in multiples of `unit`; `source` fills the buffer's parts in order. Where a part does not start or end on a unit, the rest of that unit keeps its content:
+    /// the caller holds off other writes to it.
     pub(super) fn write(
         &mut self,
         file: impl AsFd,
         unit: u32,
         offset: u64,
         length: u64,
-        flags: ReadWriteFlags,
         mut source: impl FnMut(&mut [u8]),
     ) -> io::Result<()> {
         let unit = u64::from(unit);
@@ -96,15 +103,14 @@ impl Bounce {
             let stop = end.next_multiple_of(unit).min(start + CAPACITY as u64);
             let next = stop.min(end);
             let buffer = &mut self.buffer()[..(stop - start) as usize];
-            if at > start {
-                read_exactly(&file, &mut buffer[..unit as usize], start)?;
-            }
-            if next < stop && (at == start || stop - start > unit) {
-                let last = stop - unit;
-                read_exactly(&file, &mut buffer[(last - start) as usize..], last)?;
+            if at > start || next < stop {
+                // The ends keep what is not written.
+                if (read_up_to(&file, buffer, start)? as u64) < stop - start {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
             }
             source(&mut buffer[(at - start) as usize..(next - start) as usize]);
-            write_all(&file, buffer, start, flags)?;
+            write_all(&file, buffer, start)?;
             at = next;
         }
         Ok(())
@@ -115,79 +121,69 @@ impl Bounce {
 fn read_up_to(file: impl AsFd, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut done = 0;
     while done < buffer.len() {
-        match rustix::io::pread(&file, &mut buffer[done..], offset + done as u64) {
+        let rest = &mut buffer[done..];
+        let list = [iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() }];
+        // SAFETY: the list is one buffer, borrowed for writing.
+        match unsafe { transfer(READ, &file, &list, offset + done as u64, 0) } {
             Ok(0) => break,
-            Ok(count) => done += count,
+            Ok(count) => done += count as usize,
             // A direct read that stopped at an unaligned end of the file cannot go on from there.
-            Err(Errno::INVAL) if done > 0 => break,
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
+            Err(error) if done > 0 && error.raw_os_error() == Some(libc::EINVAL) => break,
+            Err(error) => return Err(error),
         }
     }
     Ok(done)
 }
 
-fn read_exactly(file: impl AsFd, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-    match read_up_to(file, buffer, offset)? {
-        count if count == buffer.len() => Ok(()),
-        _ => Err(io::ErrorKind::UnexpectedEof.into()),
-    }
-}
-
-fn write_all(file: impl AsFd, mut buffer: &[u8], mut offset: u64, flags: ReadWriteFlags) -> io::Result<()> {
-    while !buffer.is_empty() {
-        match rustix::io::pwritev2(&file, &[io::IoSlice::new(buffer)], offset, flags) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(count) => {
-                buffer = &buffer[count..];
-                offset += count as u64;
-            }
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
+fn write_all(file: impl AsFd, buffer: &[u8], offset: u64) -> io::Result<()> {
+    let mut done = 0;
+    while done < buffer.len() {
+        let rest = &buffer[done..];
+        let list = [iovec { iov_base: rest.as_ptr().cast_mut().cast(), iov_len: rest.len() }];
+        // SAFETY: the list is one buffer, borrowed; writing to a file only reads it.
+        match unsafe { transfer(WRITE, &file, &list, offset + done as u64, 0) }? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            count => done += count as usize,
         }
     }
     Ok(())
 }
 
-/// Keeps writes apart that touch the same unit, where units are larger than the guest's sectors: the read-modify-write
-/// of one must not undo another. One per image, shared by all its queues. Ranges are bytes, in whole units.
+/// The byte ranges, in whole units, that writes under way touch. A second write waits or goes elsewhere until no range of
+/// its own is taken. One per image, shared by all its queues; only for files whose unit is larger than a sector.
 #[derive(Default)]
 pub(super) struct WriteRanges {
-    held: Mutex<Vec<Range<u64>>>,
+    taken: Mutex<Vec<Range<u64>>>,
     released: Condvar,
 }
 
 impl WriteRanges {
-    /// Takes the range, unless some of it is taken.
     pub(super) fn try_take(&self, range: &Range<u64>) -> bool {
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let free = !overlaps(&held, range);
+        let mut taken = lock(&self.taken);
+        let free = !overlaps(&taken, range);
         if free {
-            held.push(range.clone());
+            taken.push(range.clone());
         }
         free
     }
 
-    /// Takes the range, waiting for those who hold some of it.
     pub(super) fn take(&self, range: &Range<u64>) {
-        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         self.released
-            .wait_while(held, |held| overlaps(held, range))
+            .wait_while(lock(&self.taken), |taken| overlaps(taken, range))
             .unwrap_or_else(PoisonError::into_inner)
             .push(range.clone());
     }
 
-    /// Gives a taken range back.
     pub(super) fn release(&self, range: &Range<u64>) {
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(index) = held.iter().position(|taken| taken == range) {
-            held.swap_remove(index);
+        let mut taken = lock(&self.taken);
+        if let Some(index) = taken.iter().position(|other| other == range) {
+            taken.swap_remove(index);
         }
-        drop(held);
+        drop(taken);
         self.released.notify_all();
     }
 }
 
-fn overlaps(held: &[Range<u64>], range: &Range<u64>) -> bool {
-    held.iter().any(|taken| taken.start < range.end && range.start < taken.end)
+fn overlaps(taken: &[Range<u64>], range: &Range<u64>) -> bool {
+    taken.iter().any(|other| other.start < range.end && range.start < other.end)
 }

@@ -1,28 +1,28 @@
-//! Image locks that QEMU understands: two readers or one writer, across both programs.
+//! Image locks that QEMU understands: any number of readers, or one writer, counting both programs.
 //!
-//! QEMU (block/file-posix.c) locks single bytes of the image with open-file-description locks, always shared ones. For
-//! every permission it *uses* it locks byte 100 + n, for every permission it *forbids others* byte 200 + n. Whoever
-//! comes then asks whether anybody forbids what it uses, or uses what it forbids: an exclusive lock on that byte would
-//! fail. The locks go with the last descriptor of the open file, however the process ends.
+//! QEMU (block/file-posix.c) locks single bytes of the image with open-file-description locks, and only ever shared ones. For
+//! each permission that a program *uses*, it locks byte 100 + n; for each permission that it *forbids others*, byte 200 + n.
+//! Then it asks for conflicts: whether an exclusive lock would fail on a byte that stands for forbidding what it uses, or
+//! for using what it forbids. The kernel releases the locks with the last descriptor of the open file, however the
+//! process ends.
 
 #![expect(unsafe_code, reason = "fcntl(2) with struct flock")]
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
-/// First of the bytes that stand for permissions in use.
+/// The byte of permission 0 in use. Those of the other permissions follow.
 const USED: i64 = 100;
-/// First of the bytes that stand for permissions forbidden to others.
+/// The byte of permission 0 forbidden to others. Those of the other permissions follow.
 const FORBIDDEN: i64 = 200;
 
-/// The two of QEMU's permissions that a guest's disk is about (include/block/block-common.h, BLK_PERM_*), by number.
+/// The numbers of the two QEMU permissions that a guest's disk uses (BLK_PERM_* in include/block/block-common.h).
 const CONSISTENT_READ: i64 = 0;
 const WRITE: i64 = 1;
 
-/// Why an image cannot be locked.
 #[derive(Debug)]
 pub(super) enum LockError {
-    /// Somebody holds it in a way that excludes ours.
+    /// Another program holds a lock that excludes ours.
     Held,
     /// The file system has no such locks, or none left.
     Host(io::Error),
@@ -30,15 +30,21 @@ pub(super) enum LockError {
 
 impl From<io::Error> for LockError {
     fn from(error: io::Error) -> Self {
-        Self::Host(error)
+        match error.raw_os_error() {
+            // A lock of another kind, such as lockf(3)'s of the whole file, is in the way (fcntl(2), F_OFD_SETLK).
+            Some(libc::EAGAIN | libc::EACCES) => Self::Held,
+            _ => Self::Host(error),
+        }
     }
 }
 
-/// Locks the open image for as long as its open file description lives: for reading beside other readers, or
-/// `writable`, alone.
+/// Locks an open image until its open file description is closed: shared with other readers or, if `writable`, alone.
+///
+/// # Errors
+/// After an error some of the bytes may be locked until the description is closed.
 pub(super) fn lock(image: impl AsFd, writable: bool) -> Result<(), LockError> {
     let used: &[i64] = if writable { &[CONSISTENT_READ, WRITE] } else { &[CONSISTENT_READ] };
-    // Lock first and look then: of two who come at once, at least one sees the other.
+    // Locking comes before asking: if two programs start at once, at least one of them sees the other.
     for byte in used.iter().map(|n| USED + n).chain([FORBIDDEN + WRITE]) {
         fcntl(&image, libc::F_OFD_SETLK, libc::F_RDLCK, byte)?;
     }
@@ -95,6 +101,26 @@ mod tests {
         assert!(!held(&open(), true));
     }
 
+    /// As lockf(3) makes it, by another program. To ignore it would be bad advice.
+    #[test]
+    fn a_lock_of_the_whole_file_is_held() {
+        let _turn = without_forks();
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let lockf = || {
+            let file = File::options().read(true).write(true).open(image.path()).unwrap();
+            let exclusive = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+            rustix::fs::fcntl_lock(&file, exclusive).unwrap();
+            file
+        };
+        for writable in [false, true] {
+            // Its own process gives this kind of lock back when it closes any descriptor of the file.
+            let holder = lockf();
+            let file = File::options().read(true).write(true).open(image.path()).unwrap();
+            assert!(matches!(lock(&file, writable), Err(LockError::Held)));
+            drop((holder, file));
+        }
+    }
+
     use std::io::{BufRead, BufReader, Write};
     use std::path::Path;
     use std::process::{Child, Command, Output, Stdio};
@@ -102,8 +128,11 @@ mod tests {
     /// Opens the image for reading as QEMU's own tools do that want it to stand still.
     fn qemu_reads(image: &Path) -> Option<Output> {
         let copy = image.with_extension("copy");
-        let output =
-            Command::new("qemu-img").args(["convert", "-f", "raw", "-O", "raw"]).args([image, &copy]).output().ok();
+        let output = Command::new("qemu-img")
+            .args(["convert", "-f", "raw", "-O", "raw"])
+            .args([image, &copy])
+            .output()
+            .ok();
         let _ = std::fs::remove_file(copy);
         output
     }
@@ -126,7 +155,10 @@ mod tests {
         let mut line = String::new();
         while !line.contains("KiB") {
             line.clear();
-            assert_ne!(BufReader::new(qemu.stdout.as_mut().unwrap()).read_line(&mut line).unwrap(), 0);
+            assert_ne!(
+                BufReader::new(qemu.stdout.as_mut().unwrap()).read_line(&mut line).unwrap(),
+                0
+            );
         }
         qemu
     }

@@ -1,175 +1,182 @@
 //! Disks: an opened image, and the engines that move data between it and guest memory.
 //!
-//! A [`Disk`] is the image: shared, immutable but for its size. Each queue worker asks it for an [`Engine`] of its own.
-//! An engine that finishes at once (inline, synchronous) and one that finishes later (io_uring, worker threads) look
-//! the same to the worker: `submit` many, `commit` once a batch, `reap`. Nothing here knows virtio.
+//! A [`Disk`] is the opened image, shared by all queues; only its size changes. Each queue worker asks it for an [`Engine`] of
+//! its own. An engine that finishes a transfer at once and one that finishes it later look the same to the worker: `submit`
+//! many transfers, `commit` once for each batch, `reap` what is finished. `block/` calls these two traits, its tests
+//! implement them, and [`open`] makes the real ones. Nothing here knows virtio.
+//!
+//! Inside: `open.rs` puts a disk together from a host file, a format and an engine. `opened.rs` names the formats, `raw.rs`
+//! and `qcow2.rs` are formats, `host_file.rs` is the file below each of them (`block_device.rs` what is special
+//! of a device), and `engine/` moves the data.
 //!
 #![doc = include_str!("../../docs/disk-engines.md")]
 
-use std::os::fd::RawFd;
+use std::any::Any;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
 
-use vm_memory::GuestAddress;
-
 use crate::GuestMemory;
+pub use crate::GuestRange;
+use crate::spawn::{self, Spawn};
 
-mod block;
+mod block_device;
 mod bounce;
-mod buffers;
 mod engine;
-mod file;
-mod image;
-mod inline;
-mod limits;
+mod error;
+mod host_file;
+mod job;
 mod lock;
+mod observer;
 mod open;
+mod opened;
 mod options;
-mod pool;
+mod other_formats;
+mod positioned_io;
+#[cfg(test)]
+mod powercut;
 mod qcow2;
 mod raw;
-mod ring;
 mod scsi;
+pub mod temporary_file;
 #[cfg(test)]
 mod tests;
 
-pub use open::{OpenError, OpenReason, open};
+pub use error::{Corruption, DiskError, OpenError, OpenReason};
+pub use observer::{Change, ObservedBy, Observer};
+pub use open::open;
 pub use options::{Aio, CacheMode, DetectZeroes, DiscardMode, Format, OpenOptions, UnknownWord};
 pub use scsi::{CDB_MAX, SENSE_MAX, ScsiCommand, ScsiDirection, ScsiReply};
 
 /// Bytes of a sector, the unit of capacities and of every transfer's offset and length.
 pub const SECTOR: u64 = 512;
 
-/// A piece of guest RAM that a request names: checked to lie inside guest memory when the request was parsed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct GuestRange {
-    /// First byte, guest-physical.
-    pub address: GuestAddress,
-    /// Length in bytes.
-    pub length: u32,
-}
-
-/// What to do with a stretch of the disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What to do with a range of the disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Operation {
-    /// Disk to guest memory.
+    /// Disk to guest memory. What another transfer in flight writes meanwhile may be read, or not.
     Read,
-    /// Guest memory to disk. `durable`: complete only when the data survives a power cut (write-through).
+    /// Guest memory to disk. A later transfer overwrites it only if it was submitted after this one completed.
     Write {
-        /// Durable before completion.
+        /// The data survives a power cut once the write is complete (write-through).
         durable: bool,
     },
-    /// Everything that completed before this was submitted becomes durable.
+    /// Makes everything durable that completed before the flush was submitted. If it fails, that data may be lost.
+    #[default]
     Flush,
-    /// The content is no longer needed. A hint: succeeding without doing anything is allowed.
+    /// The content is no longer needed. This is a hint: succeeding without doing anything is allowed.
     Discard,
-    /// The content becomes zeroes; with `unmap` the blocks may be deallocated, without it they must stay allocated.
-    /// It is a write: `durable` means the same.
+    /// The content becomes zeroes, without data that would have to be moved.
     WriteZeroes {
-        /// Deallocation is welcome.
+        /// The blocks may be deallocated. Otherwise they must stay allocated, so that later writes find space.
         unmap: bool,
-        /// Durable before completion.
+        /// The zeroes survive a power cut once the operation is complete.
         durable: bool,
     },
-    /// The content and all copies of it are destroyed.
+    /// The content is destroyed, and with it all copies that the device has made of it.
     SecureErase,
 }
 
-/// One transfer handed to an engine.
+/// One transfer for an engine. The ranges are borrowed for the call only: an engine copies what it needs of them.
 #[derive(Clone, Copy, Debug)]
 pub struct Transfer<'a> {
-    /// The caller's name for the transfer; comes back in its [`Completion`]. Below the engine's depth, unique among those in flight.
+    /// The caller's number for the transfer, which its [`Completion`] returns. It is less than the engine's depth, and no other
+    /// transfer in flight has it.
     pub tag: u32,
-    /// What to do.
+    /// What to do with the range of the disk that `offset` and `length` give.
     pub operation: Operation,
-    /// Where on the disk, in bytes.
+    /// Where the range starts on the disk, in bytes: a multiple of 512.
     pub offset: u64,
-    /// How much, in bytes: for reads and writes the sum of `ranges`.
+    /// How long the range is, in bytes: a multiple of 512, and for reads and writes the sum of `ranges`.
     pub length: u64,
-    /// Where in guest memory, for reads and writes.
+    /// The guest memory of reads and writes, in the order of the disk's bytes. Empty for other operations.
     pub ranges: &'a [GuestRange],
 }
 
-/// A finished transfer.
+/// A finished transfer, whose tag and guest memory belong to the caller again.
 #[derive(Debug)]
 pub struct Completion {
-    /// The tag it was submitted with.
+    /// The tag that the transfer was submitted with.
     pub tag: u32,
-    /// All of it was done, or why not.
+    /// All of the transfer was done, or why not. After an error, any part of it may have been done.
     pub result: Result<(), DiskError>,
 }
 
-/// Why a transfer failed, in terms that do not know virtio.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum DiskError {
-    /// The host reports an error (an errno).
-    #[error("host I/O error: {}", std::io::Error::from_raw_os_error(*.0))]
-    Host(i32),
-    /// The host has no space left (ENOSPC, EDQUOT).
-    #[error("no space left on the host")]
-    NoSpace,
-    /// The disk cannot do this operation.
-    #[error("operation not supported by this disk")]
-    Unsupported,
-    /// Past the end of the image, or a range outside guest memory.
-    #[error("out of range")]
-    OutOfRange,
-}
-
-/// Sizes that the disk asks its users to respect, all in bytes. Sources: STATX, BLK* ioctls, or the user's options.
+/// Sizes that the disk wants the guest to respect, all in bytes. They come from statx(2) and the BLK* ioctls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Smallest addressable unit the host can do without read-modify-write by us (512 for regular files).
+    /// The smallest unit that the host can write without a read-modify-write by us: 512 for regular files.
     pub logical_block_size: u32,
-    /// Unit the medium writes at once.
+    /// The unit that the medium writes at once. Smaller writes are correct, but slower.
     pub physical_block_size: u32,
-    /// Offset of the first physical block, in bytes.
+    /// Where the first physical block starts, which is not at 0 for some partitions.
     pub alignment_offset: u32,
-    /// Suggested smallest I/O, 0 for none.
+    /// The smallest transfer that the host suggests; 0 if it suggests none.
     pub min_io_size: u32,
-    /// Suggested best I/O, 0 for none.
+    /// The best transfer size that the host suggests, such as a stripe; 0 if it suggests none.
     pub opt_io_size: u32,
-    /// Discards below this do nothing; 0: the disk cannot discard.
+    /// The unit of discards; smaller ones do nothing. 0: the disk cannot discard.
     pub discard_granularity: u32,
-    /// Secure erase works.
+    /// Whether the device can destroy data and all copies of it.
     pub secure_erase: bool,
 }
 
-/// How worn the medium is, in eMMC's terms (JESD84-B51 §7.4.46-48), which virtio 1.2 §5.2.6 takes over as they are.
+/// How worn the medium is, in eMMC's terms (JESD84-B51 §7.4.46-48), which virtio 1.2 §5.2.6 uses unchanged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lifetime {
     /// Reserved blocks consumed: 1 normal, 2 warning (80%), 3 urgent (90%); 0 unknown.
     pub pre_eol_info: u16,
     /// Wear of the SLC part in steps of 10%: 1 is 0-10%, 0x0b is exceeded; 0 unknown.
     pub device_lifetime_est_typ_a: u16,
-    /// Wear of the MLC part, likewise.
+    /// Wear of the MLC part, in the same steps of 10%.
     pub device_lifetime_est_typ_b: u16,
 }
 
-/// An opened image.
+/// A command for the device behind a disk that is no transfer, such as a SCSI command. Engines only carry it: they do not
+/// know what it says, and its reply stays in the command, where the submitter looks for it.
+pub trait DeviceCommand: Any + Send + Sync {
+    /// Sends the command to `device` and waits for the reply, which may be that it failed.
+    ///
+    /// # Errors
+    /// When the host refuses the command, so that there is no reply.
+    ///
+    /// # Safety
+    /// `data` are valid for reads and writes during the call.
+    #[expect(unsafe_code, reason = "the data is guest memory, which the kernel reads and writes")]
+    unsafe fn execute(&self, device: BorrowedFd<'_>, data: &[libc::iovec])
+    -> Result<(), DiskError>;
+}
+
+/// An opened image. The workers of all queues share it, and it keeps its locks until it is dropped.
 pub trait Disk: Send + Sync {
-    /// Size in bytes: a multiple of 512. May change while running.
+    /// The size in bytes now, a multiple of 512. `resize` and `refresh_capacity` change it at any moment.
     fn capacity(&self) -> u64;
 
-    /// Neither the guest nor we may write.
+    /// Whether writes, discards and zeroes are refused.
     fn read_only(&self) -> bool;
 
-    /// What the medium prefers.
+    /// What the host's file or device prefers. It does not change while the disk is open.
     fn limits(&self) -> Limits;
 
-    /// How worn the medium is, where the host tells.
+    /// How worn the medium was when the image was opened, if the host knows.
     fn lifetime(&self) -> Option<Lifetime> {
         None
     }
 
-    /// It is a SCSI disk of the host, and the user lets the guest talk to it: engines take SCSI commands.
+    /// The first 512 bytes, where a partition table may tell the geometry. Read on the calling thread. `None`: unreadable.
+    fn first_sector(&self) -> Option<[u8; 512]> {
+        None
+    }
+
+    /// Whether engines take SCSI commands: the image is a SCSI disk of the host, and the user allows the guest to send them.
     fn scsi(&self) -> bool {
         false
     }
 
-    /// Looks at the host file or device again and returns the capacity from now on: somebody else may have resized it.
+    /// Asks the host for the size of the file or device again, which another program may have changed, and returns the
+    /// capacity from now on.
     ///
     /// # Errors
-    /// When the host does not tell; the capacity stays.
+    /// When the host does not answer; the capacity stays.
     fn refresh_capacity(&self) -> std::io::Result<u64>;
 
     /// Makes the disk `bytes` long (a multiple of 512). Transfers past a smaller end fail from now on. A block device
@@ -179,33 +186,86 @@ pub trait Disk: Send + Sync {
     /// `Unsupported` when this kind of image cannot; otherwise what the host says. The capacity stays.
     fn resize(&self, bytes: u64) -> std::io::Result<()>;
 
-    /// A private engine for one worker, with at most `depth` transfers in flight. It keeps `memory` mapped while any are.
+    /// Bytes that the image occupies on the host: of a chain, its first file. 0 if the host does not say.
+    fn allocated(&self) -> u64 {
+        0
+    }
+
+    /// How many images of a chain are below this one. QEMU counts the base of `snapshot=on`, too.
+    fn backing_files(&self) -> u32 {
+        0
+    }
+
+    /// The damage that a transfer has found in the image, once. Does not wait for the host.
+    fn take_corruption(&self) -> Option<Corruption> {
+        None
+    }
+
+    /// Makes everything durable that completed before, on the calling thread, which may have to wait for the host.
     ///
     /// # Errors
-    /// When the host lends no resources for it.
-    fn engine(self: Arc<Self>, memory: GuestMemory, depth: u32) -> std::io::Result<Box<dyn Engine>>;
+    /// As of [`Operation::Flush`].
+    fn flush(&self) -> Result<(), DiskError>;
+
+    /// A private engine for one worker. It makes all its threads and descriptors now, and none later.
+    ///
+    /// # Errors
+    /// When the host has no descriptors or memory for it.
+    fn engine(self: Arc<Self>, setup: EngineSetup) -> std::io::Result<Box<dyn Engine>>;
 }
 
-/// One worker's way to the disk. Used by one thread; dropping it waits for what is in flight.
+/// What an engine is made of.
+pub struct EngineSetup {
+    /// Guest memory, which the engine keeps mapped.
+    pub memory: GuestMemory,
+    /// The most transfers in flight.
+    pub depth: u32,
+    /// The most threads that wait for the host.
+    pub threads: usize,
+    /// Starts those threads.
+    pub spawn: Spawn,
+}
+
+impl EngineSetup {
+    /// For one worker that has the disk for itself, with threads that keep all rights.
+    pub fn new(memory: GuestMemory, depth: u32) -> Self {
+        Self { memory, depth, threads: MAX_THREADS, spawn: spawn::plain() }
+    }
+}
+
+/// Most threads of a disk's engines that wait for the host, but for [`MIN_THREADS`] of each: enough to keep a fast device busy
+/// without io_uring.
+pub(crate) const MAX_THREADS: usize = 16;
+/// An engine has so many even if the disk has many: its worker may be the only one that is busy. And it has no more if an
+/// io_uring or the worker itself does nearly everything.
+pub(crate) const MIN_THREADS: usize = 4;
+
+/// One worker's access to the disk. From the first `commit` on it belongs to one thread. Once it is drained it may be used
+/// again, for example after a reset of the device; dropping it waits for what is in flight.
 pub trait Engine: Send {
-    /// Accepts a transfer. It may already be finished on return (see `reap`), or not started before `commit`.
-    /// The caller keeps at most `depth` in flight. Bounds were checked against `capacity` by the caller, but the image may
-    /// have shrunk since: that is an error completion, not a panic.
+    /// Accepts a transfer. It may already be finished on return (see `reap`), or not started before `commit`. The caller
+    /// keeps at most `depth` transfers in flight, and has checked each against `capacity`. If the image has shrunk since, the
+    /// completion is an error.
     fn submit(&mut self, transfer: Transfer<'_>);
 
-    /// Accepts a SCSI command, as `submit` does a transfer. Its completion says whether there is a reply; one that reports a
-    /// failure is a reply. `data`: where its data is in guest memory, or goes. Fails unless the disk says `scsi`.
-    fn submit_scsi(&mut self, tag: u32, command: Arc<ScsiCommand>, data: &[GuestRange]);
+    /// Accepts a SCSI command, as `submit` does a transfer. It succeeds if there is a reply, even one that reports a failure.
+    /// `data`: the guest memory that its data comes from or goes to. Fails unless the disk's `scsi` is true.
+    fn submit_scsi(&mut self, tag: u32, command: Arc<dyn DeviceCommand>, data: &[GuestRange]);
 
-    /// Hands everything submitted so far to the host, once per batch.
+    /// Hands everything submitted so far to the host. Called once for each batch, since it may cost a system call.
     fn commit(&mut self);
 
-    /// Appends finished transfers to `done`, without waiting.
+    /// How many transfers `reap` would return without asking the host: those that finished within `submit`.
+    fn finished(&self) -> usize {
+        0
+    }
+
+    /// Appends finished transfers to `done`, in any order, without waiting.
     fn reap(&mut self, done: &mut Vec<Completion>);
 
     /// An eventfd that is written to when a transfer finishes after the last `reap`. Poll it edge-triggered
-    /// (`EventSet::EDGE_TRIGGERED`): nobody ever reads it, which saves a system call each time. What finishes within
-    /// `submit` or `commit` need not show here, so always `reap` after `commit` and before sleeping.
+    /// (`EventSet::EDGE_TRIGGERED`): it is never read, which saves a system call each time. Transfers that
+    /// finish within `submit` or `commit` need not show here, so always `reap` after `commit` and before sleeping.
     /// `None`: everything finishes within `submit` or `commit`.
     fn completion_fd(&self) -> Option<RawFd>;
 

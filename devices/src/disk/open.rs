@@ -1,205 +1,151 @@
-//! From a path to a disk: what can be told before any guest runs. Opening never creates, changes or waits for anything.
+//! From `--disk`'s options to a disk: picks the backend for the image's format and the engine that serves it, and
+//! refuses combinations that cannot work. The VM calls it before it creates anything, so opening never creates, changes
+//! or waits for anything.
 
-use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::io::Errno;
-
-use super::engine::ImageDisk;
-use super::file::HostFile;
-use super::image::Image;
+use super::bounce::Bounce;
+use super::engine::ring::MakeRing;
+use super::engine::{QueueEngine, uring};
+use super::host_file::{FileKind, HostFile, check_length};
+use super::job::Job;
+use super::opened::{Backend, OpenedDisk};
 use super::qcow2::Qcow2Image;
-use super::raw::{Kind, Policy, RawFile};
-use super::{DiscardMode, Disk, Format, OpenOptions, SECTOR, scsi};
-
-/// Why an image cannot be a disk: one line with the path, the reason, and what would work. The line already quotes its
-/// cause, so print it alone, without walking the chain.
-#[derive(Debug, thiserror::Error)]
-#[error("disk image {path:?}: {reason}")]
-pub struct OpenError {
-    /// The image, or the backing file of one, that was refused.
-    pub path: PathBuf,
-    /// Why.
-    #[source]
-    pub reason: OpenReason,
-}
-
-/// What is wrong with an image.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum OpenReason {
-    /// There is nothing at the path.
-    #[error("no such file; create one with `truncate -s 8G FILE` or give the path of an existing image")]
-    Missing,
-    /// There is something that cannot be a disk.
-    #[error("is a {0}; a disk is a regular file or a block device")]
-    NotADisk(&'static str),
-    /// The user may not open it like this.
-    #[error("permission denied; {}", permission_hint(*.writable))]
-    Permission {
-        /// Writing was asked for.
-        writable: bool,
-    },
-    /// The file system or device is read-only.
-    #[error("the host can only read it; use readonly=on, or snapshot=on for a disk whose writes vanish")]
-    ReadOnlyHost,
-    /// Less than a sector.
-    #[error("is {0} bytes long, less than one 512-byte sector; make it larger, for example with `truncate -s 8G FILE`")]
-    TooSmall(u64),
-    /// Another program, or another disk of this machine, has it open.
-    #[error(
-        "is in use by another program, or twice in this machine; a disk has two readers or one writer: stop the other one, use readonly=on for both, or locking=off if you must"
-    )]
-    Locked,
-    /// The host itself uses the block device.
-    #[error(
-        "the host uses this device (mounted, or part of a volume); unmount it, use readonly=on, or locking=off if you must"
-    )]
-    Mounted,
-    /// The file system does not lock.
-    #[error("cannot be locked ({0}); use locking=off and make sure that nobody else writes it")]
-    CannotLock(#[source] io::Error),
-    /// O_DIRECT does not work there.
-    #[error("cannot bypass the page cache here (no O_DIRECT); use cache=writeback or cache=writethrough")]
-    NoDirect,
-    /// The last unit of direct I/O is not whole.
-    #[error(
-        "is {length} bytes long, and with cache=none or directsync a writable image must be a multiple of {unit} here; use cache=writeback, or enlarge it with `truncate -s %{unit} FILE`"
-    )]
-    DirectTail {
-        /// Of the image, in bytes.
-        length: u64,
-        /// Alignment of direct I/O, in bytes.
-        unit: u32,
-    },
-    /// SCSI commands were asked for where there is nobody to take them.
-    #[error(
-        "cannot take SCSI commands; scsi=on needs a whole SCSI disk of the host (such as /dev/sda, not a partition or volume), format=raw, and no snapshot=on"
-    )]
-    NotScsi,
-    /// A qcow2 image that builds on another file, which nobody has allowed.
-    #[error("builds on the backing file {0:?}; use backing=on if you trust the image to choose files of this host")]
-    Backing(String),
-    /// A qcow2 image that leaves the format of its backing file to guesswork.
-    #[error(
-        "does not call its backing file {0:?} raw or qcow2, and formats are not guessed; say it with `qemu-img rebase -u -b FILE -F FORMAT IMAGE`"
-    )]
-    BackingFormat(String),
-    /// Backing files without end: a loop, most likely.
-    #[error(
-        "is the end of a chain of more than {0} backing files; shorten it with `qemu-img commit` or `qemu-img convert`"
-    )]
-    BackingChain(usize),
-    /// Not what `format=qcow2` promised.
-    #[error("is not a qcow2 image; use format=raw if its bytes are the disk's")]
-    NotQcow2,
-    /// A qcow2 feature that is not there.
-    #[error("{0}, which is not supported; convert it with `qemu-img convert -O qcow2`")]
-    Qcow2Feature(&'static str),
-    /// A qcow2 image that cannot be used.
-    #[error("is not usable as qcow2 ({0}); `qemu-img check` may tell more, and `qemu-img check -r all` may repair it")]
-    Qcow2(#[source] io::Error),
-    /// There is no place for the temporary overlay.
-    #[error("cannot keep the writes of snapshot=on in {directory:?} ({source}); set TMPDIR to a directory with space")]
-    Overlay {
-        /// Where it was to be.
-        directory: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
-    /// Whatever else the host says.
-    #[error("{0}")]
-    Host(#[source] io::Error),
-}
-
-fn permission_hint(writable: bool) -> &'static str {
-    if writable {
-        "make it readable and writable for this user, or use readonly=on"
-    } else {
-        "make it readable for this user"
-    }
-}
-
-impl From<Errno> for OpenReason {
-    fn from(error: Errno) -> Self {
-        match error {
-            Errno::NOENT | Errno::NOTDIR => Self::Missing,
-            Errno::ROFS => Self::ReadOnlyHost,
-            error => Self::Host(error.into()),
-        }
-    }
-}
-
-impl From<io::Error> for OpenReason {
-    fn from(error: io::Error) -> Self {
-        Self::Host(error)
-    }
-}
+use super::raw::RawImage;
+use super::scsi::is_scsi_disk;
+use super::{
+    Aio, Corruption, DetectZeroes, DiscardMode, Disk, DiskError, Engine, EngineSetup, Format,
+    Lifetime, Limits, OpenError, OpenOptions, OpenReason, block_device, other_formats,
+};
 
 /// Opens an image as a disk.
 ///
 /// # Errors
 /// One line for the user. Nothing has been created or changed then.
 pub fn open(options: &OpenOptions) -> Result<Arc<dyn Disk>, OpenError> {
-    let mut locks = Vec::new();
-    let image: Box<dyn Image> = match (options.format, options.snapshot && !options.read_only) {
-        (Format::Raw, false) => {
-            let raw = open_raw(options, &mut locks);
-            Box::new(raw.map_err(|reason| OpenError { path: options.path.clone(), reason })?)
+    let refused = |reason| OpenError { path: options.path.clone(), reason };
+    let backend = match (options.format.unwrap_or_default(), options.snapshot && !options.read_only)
+    {
+        _ if options.detect_zeroes == DetectZeroes::Unmap
+            && options.discard == DiscardMode::Ignore =>
+        {
+            return Err(refused(OpenReason::UnmapWithoutDiscard));
         }
-        _ if options.scsi => return Err(OpenError { path: options.path.clone(), reason: OpenReason::NotScsi }),
-        (_, snapshot) => Box::new(Qcow2Image::open(options, snapshot, &mut locks)?),
+        (Format::Raw, false) => Backend::Raw(open_raw(options).map_err(refused)?),
+        _ if options.scsi => return Err(refused(OpenReason::NotScsi)),
+        (_, snapshot) => Backend::Qcow2(Box::new(Qcow2Image::open(options, snapshot)?)),
     };
-    Ok(Arc::new(ImageDisk::new(image, options, locks)))
+    let ring =
+        options.aio == Aio::IoUring && matches!(backend, Backend::Raw(_)) && uring::available();
+    Ok(Arc::new(OpenedDisk::new(backend, options, ring.then_some(uring::make as MakeRing))))
 }
 
-fn open_raw(options: &OpenOptions, locks: &mut Vec<File>) -> Result<RawFile, OpenReason> {
-    let HostFile { file, kind, direct, lock } = HostFile::open(&options.path, !options.read_only, options)?;
-    let claimed = match &lock {
-        Some(lock) if kind == Kind::BlockDevice && !options.read_only => Some(lock.try_clone()?),
-        _ => None,
-    };
-    locks.extend(lock);
-    if options.scsi && !scsi::is_scsi_disk(&file) {
+fn open_raw(options: &OpenOptions) -> Result<RawImage, OpenReason> {
+    let file = HostFile::open(&options.path, !options.read_only, options)?;
+    if options.scsi && !is_scsi_disk(&file.file) {
         return Err(OpenReason::NotScsi);
     }
-    let length = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0))?;
+    let (length, unit) = (file.length()?, file.unit());
     check_length(&options.path, length)?;
-    match direct {
-        Some(alignment) if !options.read_only && !length.is_multiple_of(u64::from(alignment.offset)) => {
-            return Err(OpenReason::DirectTail { length, unit: alignment.offset });
-        }
-        _ => {}
+    if options.format.is_none() {
+        other_formats::refuse(&file)?;
     }
-    let policy = Policy { discard: options.discard == DiscardMode::Unmap, direct };
-    Ok(RawFile::new(file, kind, policy)?.claimed(claimed))
+    if !options.read_only && !length.is_multiple_of(u64::from(unit)) {
+        return Err(OpenReason::DirectTail { length, unit });
+    }
+    Ok(raw_image(file, options.discard == DiscardMode::Unmap)?)
 }
 
-/// Refuses a disk without a whole sector, and says what a guest will see of one with a broken sector.
-pub(super) fn check_length(path: &Path, length: u64) -> Result<(), OpenReason> {
-    let (sectors, rest) = (length / SECTOR, length % SECTOR);
-    if sectors == 0 {
-        return Err(OpenReason::TooSmall(length));
+/// A raw image that `file` is. `discard`: the guest's discards reach it.
+pub(super) fn raw_image(file: HostFile, discard: bool) -> io::Result<RawImage> {
+    let (limits, lifetime) = match file.kind {
+        FileKind::Regular => (file.limits(discard), None),
+        FileKind::BlockDevice => {
+            (block_device::limits(&file, discard)?, block_device::lifetime(&file))
+        }
+    };
+    RawImage::new(file, limits, lifetime, discard)
+}
+
+impl Disk for OpenedDisk {
+    fn capacity(&self) -> u64 {
+        self.capacity()
     }
-    if rest != 0 {
-        tracing::warn!(
-            "disk image {path:?}: {length} bytes are no whole number of 512-byte sectors; the guest sees {sectors} sectors and not the last {rest} bytes"
-        );
+
+    fn read_only(&self) -> bool {
+        self.read_only
     }
-    Ok(())
+
+    fn limits(&self) -> Limits {
+        match &self.backend {
+            Backend::Raw(image) => image.limits(),
+            Backend::Qcow2(image) => image.limits(),
+        }
+    }
+
+    fn lifetime(&self) -> Option<Lifetime> {
+        self.raw()?.lifetime()
+    }
+
+    fn first_sector(&self) -> Option<[u8; 512]> {
+        self.first_sector()
+    }
+
+    fn scsi(&self) -> bool {
+        self.scsi
+    }
+
+    fn refresh_capacity(&self) -> io::Result<u64> {
+        match &self.backend {
+            Backend::Raw(image) => image.refresh_capacity(),
+            Backend::Qcow2(image) => image.refresh_capacity(),
+        }
+    }
+
+    fn backing_files(&self) -> u32 {
+        if let Backend::Qcow2(image) = &self.backend { image.depth } else { 0 }
+    }
+
+    fn take_corruption(&self) -> Option<Corruption> {
+        if let Backend::Qcow2(image) = &self.backend { image.take_corruption() } else { None }
+    }
+
+    fn resize(&self, bytes: u64) -> io::Result<()> {
+        match &self.backend {
+            _ if self.read_only => {
+                Err(io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "the disk is read-only"))
+            }
+            Backend::Raw(image) => image.resize(bytes),
+            Backend::Qcow2(image) => image.resize(bytes),
+        }
+    }
+
+    fn allocated(&self) -> u64 {
+        let status = self.file.as_ref().and_then(|file| rustix::fs::fstat(file).ok());
+        status.map_or(0, |status| status.st_blocks as u64 * 512)
+    }
+
+    fn flush(&self) -> Result<(), DiskError> {
+        self.execute(&mut Job::default(), &mut Bounce::default())
+    }
+
+    fn engine(self: Arc<Self>, setup: EngineSetup) -> io::Result<Box<dyn Engine>> {
+        Ok(Box::new(QueueEngine::new(self, setup)?))
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::os::unix::fs::PermissionsExt;
+    use std::path::{Path, PathBuf};
 
     use rustix::fs::{FileType, Mode};
 
     use super::*;
     use crate::disk::CacheMode;
-    use crate::disk::tests::rig::without_forks;
+    use crate::disk::tests::rig::{refusal, without_forks};
 
     fn image(directory: &Path, name: &str, length: u64) -> PathBuf {
         let path = directory.join(name);
@@ -211,7 +157,8 @@ mod tests {
     fn unsuitable_images_are_refused_in_one_line() {
         let directory = tempfile::tempdir().unwrap();
         let fifo = directory.path().join("fifo");
-        rustix::fs::mknodat(rustix::fs::CWD, &fifo, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, FileType::Fifo, Mode::from_raw_mode(0o600), 0)
+            .unwrap();
         let socket = directory.path().join("socket");
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         let dangling = directory.path().join("dangling");
@@ -231,17 +178,21 @@ mod tests {
         ];
         for (path, reason) in table {
             for read_only in [false, true] {
-                let error = open(&OpenOptions { read_only, ..OpenOptions::new(&path) }).err().unwrap().to_string();
+                let error = refusal(&OpenOptions { read_only, ..OpenOptions::new(&path) });
                 assert!(error.contains(reason), "{error}");
                 assert!(error.starts_with(&format!("disk image {path:?}: ")), "{error}");
                 assert!(!error.contains('\n'), "{error}");
             }
         }
         assert!(!directory.path().join("missing").exists());
-        let plain = OpenOptions { scsi: true, ..OpenOptions::new(image(directory.path(), "plain", 512)) };
+        let plain =
+            OpenOptions { scsi: true, ..OpenOptions::new(image(directory.path(), "plain", 512)) };
         for snapshot in [false, true] {
-            let error = open(&OpenOptions { snapshot, ..plain.clone() }).err().unwrap().to_string();
-            assert!(error.contains("scsi=on needs a whole SCSI disk") && !error.contains('\n'), "{error}");
+            let error = refusal(&OpenOptions { snapshot, ..plain.clone() });
+            assert!(
+                error.contains("scsi=on needs a whole SCSI disk") && !error.contains('\n'),
+                "{error}"
+            );
         }
     }
 
@@ -252,11 +203,11 @@ mod tests {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o400)).unwrap();
         if rustix::process::geteuid().is_root() {
             eprintln!("running as root, whom no permission stops: only the wording is tested");
-            let error = OpenError { path, reason: OpenReason::Permission { writable: true } }.to_string();
+            let error = OpenReason::Permission { writable: true }.to_string();
             assert!(error.contains("readonly=on"), "{error}");
             return;
         }
-        let error = open(&OpenOptions::new(&path)).err().unwrap().to_string();
+        let error = open(&OpenOptions::new(&path)).err().unwrap().reason.to_string();
         assert!(error.contains("permission denied") && error.contains("readonly=on"), "{error}");
         assert!(open(&OpenOptions { read_only: true, ..OpenOptions::new(&path) }).is_ok());
     }
@@ -265,7 +216,8 @@ mod tests {
     fn the_capacity_is_whole_sectors() {
         let _turn = without_forks();
         let directory = tempfile::tempdir().unwrap();
-        for (length, capacity) in [(512, 512), (513, 512), (1023, 512), (1 << 20, 1 << 20), ((1 << 20) + 511, 1 << 20)]
+        for (length, capacity) in
+            [(512, 512), (513, 512), (1023, 512), (1 << 20, 1 << 20), ((1 << 20) + 511, 1 << 20)]
         {
             let path = image(directory.path(), "image", length);
             assert_eq!(open(&OpenOptions::new(&path)).unwrap().capacity(), capacity);
@@ -284,8 +236,11 @@ mod tests {
 
         let disk = open(&writer).unwrap();
         for refused in [&writer, &reader] {
-            let error = open(refused).err().unwrap().to_string();
-            assert!(error.contains("in use by another program, or twice in this machine"), "{error}");
+            let error = refusal(refused);
+            assert!(
+                error.contains("in use by another program, or twice in this machine"),
+                "{error}"
+            );
         }
         assert!(open(&unlocked).is_ok());
         drop(disk);
@@ -301,22 +256,26 @@ mod tests {
         let _turn = without_forks();
         let directory = tempfile::tempdir().unwrap();
         let options = OpenOptions::new(image(directory.path(), "image", 4096));
-        let memory = crate::GuestMemory::from_ranges(&[(vm_memory::GuestAddress(0), 4096)]).unwrap();
+        let memory =
+            crate::GuestMemory::from_ranges(&[(vm_memory::GuestAddress(0), 4096)]).unwrap();
         for _ in 0..10 {
             let disk = open(&options).unwrap();
-            drop(disk.engine(memory.clone(), 1).unwrap());
+            drop(disk.engine(EngineSetup::new(memory.clone(), 1)).unwrap());
         }
     }
 
     #[test]
     fn direct_io_and_an_odd_length() {
         // Beside the test's own binary: on a real file system, not perhaps on a tmpfs.
-        let directory = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
+        let directory =
+            tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
         let path = image(directory.path(), "image", 4096 + 100);
         let options = OpenOptions { cache: CacheMode::None, ..OpenOptions::new(&path) };
         match open(&options).err().map(|error| error.reason) {
             Some(OpenReason::DirectTail { length: 4196, unit }) => assert!(unit >= 512),
-            Some(OpenReason::NoDirect) => eprintln!("no O_DIRECT on this file system: nothing to test"),
+            Some(OpenReason::NoDirect) => {
+                eprintln!("no O_DIRECT on this file system: nothing to test")
+            }
             other => panic!("{other:?}"),
         }
     }

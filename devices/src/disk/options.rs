@@ -1,34 +1,45 @@
-//! How to open an image: the host's half of `--disk`, in QEMU's words.
+//! How to open an image: the host's half of `--disk`, with QEMU's words and meanings.
+//!
+//! Each option is an enum whose words come from one table, so that parsing, printing and the list of known words agree. The
+//! guest's half, such as the serial number and the error policy, is in `block/options.rs`.
 
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// Everything that decides how an image is opened and how its data travels.
-#[derive(Clone, Debug, PartialEq, Eq)]
+use serde::{Deserialize, Serialize};
+
+use super::ObservedBy;
+
+/// Everything that decides how an image is opened and how its data is moved. `new` gives the defaults of `--disk`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OpenOptions {
-    /// The image: a regular file or a block device.
+    /// The image: a regular file, or a block device of the host such as a partition, an nbd or a device-mapper volume.
     pub path: PathBuf,
-    /// `format=`. Never probed: a guest can write whatever header it likes into a raw image.
-    pub format: Format,
-    /// `readonly=on`: neither the guest nor we write.
+    /// `format=`. The content never decides it: a guest can write any header into a raw image, and would then have the next
+    /// start open files of its choice. `None` is raw, but an image that looks like one of another format is then refused.
+    pub format: Option<Format>,
+    /// `readonly=on`: the guest sees a read-only disk, and the image is opened for reading.
     pub read_only: bool,
     /// `snapshot=on`: the image is only read; writes go to a temporary overlay that vanishes with the disk.
     pub snapshot: bool,
-    /// `cache=`.
+    /// `cache=`: whether the page cache is used, and when a write is complete.
     pub cache: CacheMode,
-    /// `aio=`.
+    /// `aio=`: what waits for the host's disk, io_uring or threads.
     pub aio: Aio,
-    /// `discard=`.
+    /// `discard=`: whether blocks that the guest discards go back to the host.
     pub discard: DiscardMode,
-    /// `detect-zeroes=`.
+    /// `detect-zeroes=`: whether a write of zeroes becomes a write-zeroes operation.
     pub detect_zeroes: DetectZeroes,
-    /// `locking=`: keep other programs from writing the image behind our back.
+    /// `locking=`: lock the image, so that no other QEMU or minivmm writes it meanwhile.
     pub locking: bool,
-    /// `backing=on`: a qcow2 image may name further files, which are then opened too.
+    /// `backing=on`: open the backing files that a qcow2 image names. Off by default: the image would choose files of the host.
     pub backing: bool,
-    /// `scsi=on`: the guest may send SCSI commands to the image, which is a SCSI disk of the host.
+    /// `scsi=on`: the guest may send SCSI commands to the image, which must be a whole SCSI disk of the host.
     pub scsi: bool,
+    /// Sees each change of the image's file; no option of the command line.
+    #[serde(skip)]
+    pub observer: Option<ObservedBy>,
 }
 
 impl OpenOptions {
@@ -36,7 +47,7 @@ impl OpenOptions {
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
-            format: Format::default(),
+            format: None,
             read_only: false,
             snapshot: false,
             cache: CacheMode::default(),
@@ -46,11 +57,12 @@ impl OpenOptions {
             locking: true,
             backing: false,
             scsi: false,
+            observer: None,
         }
     }
 }
 
-/// A word that an option does not know.
+/// A word that an option does not know. The message lists the words that it knows.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("`{given}` is not one of {known}")]
 pub struct UnknownWord {
@@ -62,13 +74,13 @@ pub struct UnknownWord {
 macro_rules! option_words {
     ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $word:literal,)+ }) => {
         $(#[$doc])*
-        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
         pub enum $name {
-            $($(#[$variant_doc])* $variant,)+
+            $($(#[$variant_doc])* #[serde(rename = $word)] $variant,)+
         }
 
         impl $name {
-            /// Every value, the default first.
+            /// Every value, the default first, in the order of the help.
             pub const ALL: &[Self] = &[$(Self::$variant),+];
         }
 
@@ -94,64 +106,63 @@ macro_rules! option_words {
 option_words! {
     /// What the image's bytes mean.
     Format {
-        /// They are the disk.
+        /// The bytes are the disk's, and the image is as long as the disk.
         #[default]
         Raw = "raw",
-        /// A QEMU copy-on-write image, version 2 or 3.
+        /// A QEMU copy-on-write image, version 2 or 3, which is only as large as what was written to it.
         Qcow2 = "qcow2",
     }
 }
 
 option_words! {
-    /// Who may hold written data, and for how long: QEMU's cache modes.
+    /// Where written data may be when the guest's write completes: QEMU's cache modes.
     CacheMode {
-        /// The host's page cache; durable after a flush.
+        /// In the host's page cache, shared with the host's other programs. A flush makes it durable.
         #[default]
         Writeback = "writeback",
-        /// The page cache is bypassed (O_DIRECT); durable after a flush.
+        /// In the device's cache: the page cache is bypassed (O_DIRECT). A flush makes it durable.
         None = "none",
-        /// The page cache serves reads; every write is durable before it completes.
+        /// On the medium: each write is durable before it completes. The page cache serves reads.
         Writethrough = "writethrough",
-        /// The page cache is bypassed and every write is durable before it completes.
+        /// On the medium, and the page cache is bypassed: `none` and `writethrough` together.
         DirectSync = "directsync",
-        /// As writeback, but a flush does nothing: fast, and lost with the host's power. For throw-away disks.
+        /// In the page cache, and a flush does nothing. Fast, and lost if the host loses power: for throw-away disks.
         Unsafe = "unsafe",
     }
 }
 
 impl CacheMode {
-    /// The page cache is bypassed: the file is opened with O_DIRECT.
+    /// Whether the page cache is bypassed: the file is opened with O_DIRECT.
     pub fn direct(self) -> bool {
         matches!(self, Self::None | Self::DirectSync)
     }
 
-    /// Writes may complete before they are durable, so the guest sees a write cache that it must flush.
+    /// Whether writes may complete before they are durable, so that the guest sees a write cache that it must flush.
     pub fn writeback(self) -> bool {
         !matches!(self, Self::Writethrough | Self::DirectSync)
     }
 
-    /// Durability is not wanted at all.
+    /// Whether the guest's flushes do nothing, so that nothing is durable before the host decides to write it.
     pub fn ignores_flush(self) -> bool {
         self == Self::Unsafe
     }
 }
 
 option_words! {
-    /// Who waits for the host's disk.
+    /// What waits for the host's disk while the queue's worker goes on.
     Aio {
-        /// The kernel, through an io_uring per worker; worker threads where the host has none.
+        /// The kernel, through an io_uring for each queue; threads where the host does not allow io_uring.
         #[default]
         IoUring = "io_uring",
-        /// A bounded pool of threads per worker.
+        /// Up to 16 threads for each queue. Slower, but a hung transfer shows as a thread.
         Threads = "threads",
     }
 }
 
 option_words! {
-    /// What becomes of the guest's discards. Unlike QEMU's, the default gives the space back: images are sparse files
-    /// more often than preallocated ones.
+    /// What becomes of the guest's discards. The default differs from QEMU's, because most images are sparse files.
     DiscardMode {
-        /// The blocks go back to the host.
+        /// The discarded blocks are deallocated, so that the host has their space.
         #[default]
         Unmap = "unmap",
         /// The guest is not offered discards, and blocks stay allocated.
@@ -160,14 +171,14 @@ option_words! {
 }
 
 option_words! {
-    /// Whether writes are searched for zeroes.
+    /// What becomes of a write that has nothing but zeroes in it.
     DetectZeroes {
-        /// They are not.
+        /// Written as it is: writes are not searched for zeroes.
         #[default]
         Off = "off",
-        /// A write of nothing but zeroes becomes a write-zeroes that keeps its blocks allocated.
+        /// A write-zeroes operation that keeps its blocks allocated, which moves no data.
         On = "on",
-        /// It becomes one that gives the blocks back, if `discard=unmap` lets it.
+        /// A write-zeroes operation that deallocates its blocks. QEMU demands `discard=unmap` with it.
         Unmap = "unmap",
     }
 }
@@ -176,7 +187,9 @@ option_words! {
 mod tests {
     use super::*;
 
-    fn words<T: FromStr<Err = UnknownWord> + fmt::Display + PartialEq + fmt::Debug + Default + Copy>(
+    fn words<
+        T: FromStr<Err = UnknownWord> + fmt::Display + PartialEq + fmt::Debug + Default + Copy,
+    >(
         all: &[T],
         known: &[&str],
     ) {
@@ -204,7 +217,9 @@ mod tests {
     #[test]
     fn cache_modes_are_qemus() {
         // QEMU's table (cache.writeback, cache.direct, cache.no-flush).
-        let table = CacheMode::ALL.iter().map(|mode| (mode.writeback(), mode.direct(), mode.ignores_flush()));
+        let table = CacheMode::ALL
+            .iter()
+            .map(|mode| (mode.writeback(), mode.direct(), mode.ignores_flush()));
         let expected = [
             (true, false, false),
             (true, true, false),

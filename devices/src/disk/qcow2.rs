@@ -1,90 +1,129 @@
-//! qcow2 images and `snapshot=on`, both through the imago crate, whose calls block: engines make them on the pool's threads.
+//! qcow2 images and `snapshot=on`: what a disk asks of an image that the imago crate translates.
 //!
-//! Data goes through the calling thread's bounce buffer. imago would make Rust slices of guest memory otherwise, which
-//! the guest may write to at any time.
+//! imago finds, allocates and copies clusters. Its calls block, so engines make them on the pool's threads. Below imago,
+//! [`ordered`] keeps the image sound on the medium at every moment, and its guest out of the image's metadata. Here is what
+//! lies between a disk and the two:
+//!
+//! - Data goes through the calling thread's bounce buffer. imago would make Rust slices of guest memory otherwise, which the
+//!   guest may write to at any time.
+//! - A write to allocated clusters goes to the file, beside others. A change of the mapping is made in turn with other changes
+//!   and with flushes (`allocating`), since a publication needs tables that agree with each other.
+//! - What gives clusters back excludes all transfers (`top`, exclusively): one under way may still use them.
+//! - Zeroes without deallocation zero the file in place, so that they need no metadata.
+//!
+//! | file | what it does |
+//! |---|---|
+//! | `header` | says whether an image can be used, before imago sees it |
+//! | `chain`, `overlay` | open an image and its backing files, and the temporary overlay of `snapshot=on` |
+//! | `ordered`, `metadata`, `publish` | hold metadata back and publish it in order |
+//! | `storage` | a host file as imago sees it |
 
+mod chain;
 mod header;
+mod metadata;
+mod ordered;
+mod overlay;
+mod publish;
 mod storage;
-mod tables;
 
-use std::fs::File;
 use std::io;
-use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::ops::{Deref, Range};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use imago::ShallowMapping;
 use imago::format::PreallocateMode;
-use imago::qcow2::Qcow2;
-use imago::raw::Raw;
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder};
-use rustix::fs::{Mode, OFlags};
 
-use self::storage::HostStorage;
-use self::tables::{Tables, in_place};
+use self::chain::{Layer, Opened};
+use self::header::Header;
+use self::metadata::Metadata;
+#[cfg(test)]
+pub(super) use self::ordered::without;
+use self::ordered::{Order, OrderedStorage};
 use super::bounce::Bounce;
-use super::file::HostFile;
-use super::image::{Image, Job};
-use super::open::check_length;
-use super::{DiscardMode, DiskError, Format, Limits, OpenError, OpenOptions, OpenReason, Operation, SECTOR};
+use super::host_file::check_length;
+use super::job::Job;
+use super::{
+    Corruption, DiscardMode, DiskError, Limits, OpenError, OpenOptions, Operation, SECTOR,
+};
+use crate::lock;
 
-/// One layer of a chain, with all below it.
-type Layer = FormatAccess<HostStorage>;
+/// The top layer with no transfer under way.
+type ExclusiveLayer<'a> = RwLockWriteGuard<'a, Layer>;
 
-/// Most backing files one below the other.
-const MAX_CHAIN: usize = 64;
+/// Bytes of metadata that may wait for publication, for which a flush is not waited for.
+const MAX_HELD: usize = 32 << 20;
+/// How often a change is repeated that met a cluster which is not free on the medium yet. A publication frees all; one change
+/// can give a table back and need its clusters, but only once.
+const MAX_PUBLICATIONS: usize = 3;
 
 /// A qcow2 image, or any image below a temporary qcow2 overlay.
 pub(super) struct Qcow2Image {
-    /// Shared for transfers, exclusive for what may free clusters under a transfer's feet.
+    path: PathBuf,
+    /// Shared for transfers, exclusive for what gives clusters back. Taken before `allocating`.
     top: RwLock<Layer>,
-    /// Held, below `top`, by those who take clusters and by those who write the tables back.
-    tables: Mutex<Tables>,
-    /// Bytes, a multiple of the sector size.
+    /// Held while the mapping is changed or published, so that one thread at a time does that.
+    allocating: Mutex<()>,
+    storage: OrderedStorage,
     capacity: AtomicU64,
-    /// What can be zeroed without writing zeroes, in bytes.
-    cluster: Option<u64>,
+    header: Header,
+    /// Clusters can read as zeroes whatever the layer below says (version 3).
+    has_zero_clusters: bool,
+    /// Bytes of the layer below; 0 without one.
+    backing: u64,
+    /// How many images it builds on.
+    pub(super) depth: u32,
     limits: Limits,
     /// Discards reach the image (`discard=unmap`).
     discard: bool,
 }
 
 impl Qcow2Image {
-    /// Opens the chain of images that `options` name, below a temporary overlay if `overlay` says so. What keeps others
-    /// from writing them goes to `locks`.
-    pub(super) fn open(options: &OpenOptions, overlay: bool, locks: &mut Vec<File>) -> Result<Self, OpenError> {
+    /// Opens the chain of images that `options` name, below a temporary overlay if `overlay` says so.
+    pub(super) fn open(options: &OpenOptions, overlay: bool) -> Result<Self, OpenError> {
         let writable = !options.read_only && !overlay;
-        let image = open_layer(&options.path, options.format, writable, options, locks, 0)?;
+        let mut opened = chain::open(options, writable)?;
         let refused = |reason| OpenError { path: options.path.clone(), reason };
-        check_length(&options.path, image.size()).map_err(refused)?;
-        let top = if overlay { temporary_overlay(image).map_err(refused)? } else { image };
+        check_length(&options.path, opened.layer.size()).map_err(refused)?;
+        if overlay {
+            let depth = opened.depth + 1;
+            opened = overlay::temporary_overlay(opened.layer, depth).map_err(refused)?;
+        }
+        let Opened { layer, storage, header, backing, depth } = opened;
         let discard = options.discard == DiscardMode::Unmap;
-        // The clusters of version 2 cannot be given back.
-        let cluster = top.inner().zero_granularity();
+        // In version 2 a discarded cluster would show what is below it.
+        let discards = discard && (header.version >= 3 || backing == 0);
         let limits = Limits {
             logical_block_size: SECTOR as u32,
             physical_block_size: 4096,
             alignment_offset: 0,
             min_io_size: 4096,
             opt_io_size: 0,
-            discard_granularity: cluster.filter(|_| discard).unwrap_or(0) as u32,
+            discard_granularity: if discards { header.cluster as u32 } else { 0 },
             secure_erase: false,
         };
-        let capacity = AtomicU64::new(sectors(top.size()));
-        let tables = Mutex::new(Tables::new(cluster));
-        Ok(Self { top: RwLock::new(top), tables, capacity, cluster, limits, discard })
+        Ok(Self {
+            path: options.path.clone(),
+            capacity: AtomicU64::new(sectors(layer.size())),
+            top: RwLock::new(layer),
+            allocating: Mutex::new(()),
+            storage,
+            has_zero_clusters: header.version >= 3,
+            header,
+            backing,
+            depth,
+            limits,
+            discard: discards,
+        })
     }
 
     fn shared(&self) -> RwLockReadGuard<'_, Layer> {
         self.top.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn exclusive(&self) -> RwLockWriteGuard<'_, Layer> {
+    fn exclusive(&self) -> ExclusiveLayer<'_> {
         self.top.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn tables(&self) -> MutexGuard<'_, Tables> {
-        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn read(&self, job: &mut Job, bounce: &mut Bounce) -> io::Result<()> {
@@ -100,49 +139,143 @@ impl Qcow2Image {
         while job.length > 0 {
             let (buffer, offset) = (piece(bounce, job), job.offset);
             job.take(buffer);
-            self.put(buffer, offset)?;
+            self.put(&mut self.shared(), buffer, offset)?;
         }
         Ok(())
     }
 
-    /// Writes `data`: beside others where the image has clusters for it, in turn with them where it has not.
-    fn put(&self, data: &[u8], offset: u64) -> io::Result<()> {
-        let (top, range) = (self.shared(), offset..offset + data.len() as u64);
-        if in_place(&top, &range)? {
-            return top.write(data, offset);
+    /// To be called before each change of the image.
+    fn begin_change(&self) -> io::Result<()> {
+        if self.storage.order().map_or(Ok(false), Order::begin_change)? {
+            tracing::warn!(
+                "disk image {:?}: written to from now on, so its persistent dirty bitmaps become invalid; make a new full backup before the next incremental one",
+                self.path
+            );
         }
-        let mut tables = self.tables();
-        let result = top.write(data, offset);
-        tables.settle(&top, range).and(result)
+        Ok(())
+    }
+
+    /// Writes `data`: to the clusters that are there for it, or to new ones.
+    fn put<L>(&self, top: &mut L, mut data: &[u8], mut offset: u64) -> io::Result<()>
+    where
+        L: Deref<Target = Layer>,
+    {
+        while !data.is_empty() {
+            let length = match top.get_shallow_mapping(offset, data.len() as u64)? {
+                (ShallowMapping::Raw { writable: true, offset: at, .. }, length) => {
+                    self.storage.write_data(&data[..length as usize], at, false)?;
+                    length
+                }
+                (_, length) => {
+                    let data = &data[..length as usize];
+                    self.change(top, |top| allocate(&self.storage, top, data, offset))?
+                }
+            };
+            if length == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            data = &data[length as usize..];
+            offset += length;
+        }
+        Ok(())
+    }
+
+    /// Makes a change that may allocate clusters or give some back, in turn with other changes. `change` is repeated where
+    /// it is refused because a cluster is not free on the medium yet, so it must be able to start again.
+    fn change<L: Deref<Target = Layer>, R>(
+        &self,
+        top: &mut L,
+        mut change: impl FnMut(&mut L) -> io::Result<R>,
+    ) -> io::Result<R> {
+        let _turn = lock(&self.allocating);
+        let Some(order) = self.storage.order() else { return change(top) };
+        if order.metadata().held_bytes() > MAX_HELD {
+            self.publish(top)?;
+        }
+        let mut publications = 0;
+        loop {
+            let result = change(top);
+            let mut metadata = order.metadata();
+            let refused = std::mem::take(&mut metadata.refused) && result.is_err();
+            if !refused || publications == MAX_PUBLICATIONS {
+                metadata.settled = false;
+                return result;
+            }
+            drop(metadata);
+            self.publish(top)?;
+            publications += 1;
+        }
+    }
+
+    /// Hands imago's tables to the storage, and has it write them in order. The caller is alone in changing the mapping.
+    /// Returns whether everything is durable then.
+    fn publish(&self, top: &Layer) -> io::Result<bool> {
+        top.flush()?;
+        self.storage.order().map_or(Ok(false), Order::publish)
     }
 
     /// Zeroes that keep their clusters, or give them back.
-    fn write_zeroes(&self, job: &mut Job, unmap: bool, bounce: &mut Bounce) -> io::Result<()> {
-        // imago 0.2.6 miscalculates zeroing part of an image's last cluster. So it only gets whole clusters, of which the
-        // last may be short; what is before and after is written.
-        let cluster = self.cluster.unwrap_or(SECTOR);
-        let (start, end) = (job.offset, job.end());
-        let from = start.next_multiple_of(cluster).min(end);
-        let to = if end == self.capacity() { end } else { end - end % cluster }.max(from);
-        self.write_plain_zeroes(start..from, bounce)?;
-        let result = match unmap && self.discard {
-            _ if from == to => Ok(()),
-            true => {
-                let mut top = self.exclusive();
-                let result = top.discard_to_zero(from, to - from);
-                self.tables().settle(&top, from..to).and(result)
-            }
-            false => {
-                let (top, mut tables) = (self.shared(), self.tables());
-                let result = top.write_zeroes(from, to - from);
-                tables.settle(&top, from..to).and(result)
-            }
-        };
-        match result {
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => self.write_plain_zeroes(from..to, bounce)?,
-            result => result?,
+    fn write_zeroes(&self, job: &Job, unmap: bool, bounce: &mut Bounce) -> io::Result<()> {
+        let whole = self.whole_clusters(job.offset..job.end());
+        self.write_plain_zeroes(job.offset..whole.start, bounce)?;
+        let mut at = whole.start;
+        while at < whole.end {
+            at = match unmap && self.discard {
+                true => self.deallocate(at..whole.end, true)?,
+                false => self.zero_run(at..whole.end, bounce)?,
+            };
         }
-        self.write_plain_zeroes(to..end, bounce)
+        self.write_plain_zeroes(whole.end..job.end(), bounce)
+    }
+
+    /// The clusters that lie in `range` as a whole. imago 0.2.6 miscalculates zeroing a part of the image's last cluster, so
+    /// it is only asked for whole ones, of which the last may be cut short by the end of the disk.
+    fn whole_clusters(&self, range: Range<u64>) -> Range<u64> {
+        let start = range.start.next_multiple_of(self.header.cluster).min(range.end);
+        let end = match range.end == self.capacity() {
+            true => range.end,
+            false => range.end - range.end % self.header.cluster,
+        };
+        start..end.max(start)
+    }
+
+    /// Zeroes the first clusters of `range` that are mapped alike, and returns where those end.
+    fn zero_run(&self, range: Range<u64>, bounce: &mut Bounce) -> io::Result<u64> {
+        let mut top = self.shared();
+        let (mapping, length) = top.get_shallow_mapping(range.start, range.end - range.start)?;
+        let end = range.start + length;
+        match mapping {
+            ShallowMapping::Raw { writable: true, offset, .. } => {
+                self.storage.zero_data(offset, length)?;
+            }
+            ShallowMapping::Zero { .. } => {}
+            ShallowMapping::Eof { .. } => return Err(io::ErrorKind::UnexpectedEof.into()),
+            _ if self.has_zero_clusters => {
+                self.change(&mut top, |top| top.write_zeroes(range.start, length))?;
+            }
+            _ => {
+                drop(top);
+                self.write_plain_zeroes(range.start..end, bounce)?;
+            }
+        }
+        Ok(end)
+    }
+
+    /// Gives back the first clusters of `range` that are mapped alike, and returns where those end. They read as zeroes
+    /// then, except, if `zero` does not ask for that, those that were not allocated.
+    fn deallocate(&self, range: Range<u64>, zero: bool) -> io::Result<u64> {
+        let mut top = self.exclusive();
+        let (mapping, length) = top.get_shallow_mapping(range.start, range.end - range.start)?;
+        match mapping {
+            ShallowMapping::Zero { .. } => {}
+            ShallowMapping::Indirect { .. } if !zero => {}
+            ShallowMapping::Eof { .. } => return Err(io::ErrorKind::UnexpectedEof.into()),
+            _ => self.change(&mut top, |top| match self.has_zero_clusters {
+                true => top.discard_to_zero(range.start, length),
+                false => top.discard_to_backing(range.start, length),
+            })?,
+        }
+        Ok(range.start + length)
     }
 
     fn write_plain_zeroes(&self, range: Range<u64>, bounce: &mut Bounce) -> io::Result<()> {
@@ -151,33 +284,119 @@ impl Qcow2Image {
         let mut at = range.start;
         while at < range.end {
             let length = (range.end - at).min(buffer.len() as u64);
-            self.put(&buffer[..length as usize], at)?;
+            self.put(&mut self.shared(), &buffer[..length as usize], at)?;
             at += length;
         }
         Ok(())
     }
 
+    /// A hint: what cannot be given back stays.
     fn discard(&self, job: &Job) -> io::Result<()> {
-        match self.discard {
-            // A hint: what cannot be given back stays.
-            true => {
-                let mut top = self.exclusive();
-                let result = top.discard_to_any(job.offset, job.length);
-                self.tables().settle(&top, job.offset..job.end())?;
-                result.or_else(|error| if error.kind() == io::ErrorKind::Unsupported { Ok(()) } else { Err(error) })
-            }
-            false => Ok(()),
+        let Range { start: mut at, end } = self.whole_clusters(job.offset..job.end());
+        while at < end && self.discard {
+            at = self.deallocate(at..end, false)?;
         }
+        Ok(())
     }
 
     /// Metadata that imago still holds goes to the file, and the file to the medium.
     fn flush(&self) -> io::Result<()> {
         let top = self.shared();
-        let tables = self.tables();
-        top.flush()?;
-        drop(tables);
-        top.sync()
+        let turn = lock(&self.allocating);
+        let durable = self.publish(&top)?;
+        drop(turn);
+        if durable { Ok(()) } else { top.sync() }
     }
+
+    fn set(&self, set: impl FnOnce(&mut Metadata)) {
+        if let Some(order) = self.storage.order() {
+            set(&mut order.metadata());
+        }
+    }
+
+    /// The new part reads as zeroes on the medium before it belongs to the disk.
+    fn grow(&self, top: &mut ExclusiveLayer<'_>, bytes: u64) -> io::Result<()> {
+        let old = top.size();
+        let below = self.backing.min(bytes);
+        if below > old && !self.has_zero_clusters {
+            return Err(unsupported(
+                "the backing file is longer than the image, and a version 2 image cannot hide that; use `qemu-img amend -o compat=1.1`",
+            ));
+        }
+        self.set(|metadata| metadata.size_limit = old);
+        let result = self
+            .change(top, |top| top.resize(bytes, PreallocateMode::None))
+            .and_then(|()| self.hide(top, old..bytes, below));
+        if result.is_err() {
+            self.shrink(top, old)?;
+        }
+        self.set(|metadata| metadata.size_limit = u64::MAX);
+        result
+    }
+
+    /// Hides what may be in the new part of the disk: in the cluster in which the disk ended, and `below` it.
+    fn hide(&self, top: &mut ExclusiveLayer<'_>, new: Range<u64>, below: u64) -> io::Result<()> {
+        let mut at = new.start.next_multiple_of(self.header.cluster).min(new.end);
+        if at > new.start
+            && !matches!(top.get_shallow_mapping(new.start, 1)?.0, ShallowMapping::Zero { .. })
+        {
+            self.put(top, &vec![0; (at - new.start) as usize], new.start)?;
+        }
+        let end = below.next_multiple_of(self.header.cluster).min(new.end);
+        while at < end {
+            let (mapping, length) = top.get_shallow_mapping(at, end - at)?;
+            if !matches!(mapping, ShallowMapping::Zero { .. }) {
+                self.change(top, |top| top.write_zeroes(at, length))?;
+            }
+            at += length.max(SECTOR);
+        }
+        Ok(())
+    }
+
+    /// What is cut off no longer belongs to the disk on the medium before it is given back: in between it may read as anything.
+    fn shrink(&self, top: &mut ExclusiveLayer<'_>, bytes: u64) -> io::Result<()> {
+        self.set(|metadata| metadata.size_limit = bytes);
+        let result = self.publish(top).and_then(|_| self.cut_off(top, bytes));
+        self.set(|metadata| metadata.size_limit = u64::MAX);
+        result
+    }
+
+    fn cut_off(&self, top: &mut ExclusiveLayer<'_>, bytes: u64) -> io::Result<()> {
+        let (mut at, end) = (bytes.next_multiple_of(self.header.cluster), top.size());
+        while at < end {
+            let (mapping, length) = top.get_shallow_mapping(at, end - at)?;
+            let is_allocated = !matches!(
+                mapping,
+                ShallowMapping::Zero { explicit: false, .. } | ShallowMapping::Indirect { .. }
+            );
+            if is_allocated {
+                self.change(top, |top| top.discard_to_backing(at, length))?;
+            }
+            at += length.max(SECTOR);
+        }
+        // imago would make an L2 table for each place that has none, only to find nothing there to give back. It goes on
+        // where it cannot.
+        self.set(|metadata| metadata.no_new_tables = true);
+        let result = self.change(top, |top| top.resize(bytes, PreallocateMode::None));
+        self.set(|metadata| metadata.no_new_tables = false);
+        result
+    }
+}
+
+/// Allocates clusters for the start of `data`, writes it there and maps them. Returns how much that was.
+fn allocate(storage: &OrderedStorage, top: &Layer, data: &[u8], offset: u64) -> io::Result<u64> {
+    // Another write may have come first.
+    if let (ShallowMapping::Raw { writable: true, offset, .. }, length) =
+        top.get_shallow_mapping(offset, data.len() as u64)?
+    {
+        storage.write_data(&data[..length as usize], offset, false)?;
+        return Ok(length);
+    }
+    let mapping = top.prepare_data_mapping(offset, data.len() as u64, true)?;
+    let length = mapping.length();
+    storage.write_data(&data[..length as usize], mapping.offset(), true)?;
+    top.commit_data_mapping(mapping)?;
+    Ok(length)
 }
 
 /// Room for the next part of `job`.
@@ -191,35 +410,57 @@ fn sectors(bytes: u64) -> u64 {
     bytes - bytes % SECTOR
 }
 
-impl Image for Qcow2Image {
-    fn capacity(&self) -> u64 {
+fn unsupported(why: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::Unsupported, why)
+}
+
+impl Qcow2Image {
+    pub(super) fn capacity(&self) -> u64 {
         self.capacity.load(Ordering::Relaxed)
     }
 
-    fn limits(&self) -> Limits {
+    pub(super) fn limits(&self) -> Limits {
         self.limits
     }
 
-    fn refresh_capacity(&self) -> io::Result<u64> {
+    pub(super) fn take_corruption(&self) -> Option<Corruption> {
+        lock(&self.storage.order()?.corruption).take()
+    }
+
+    pub(super) fn refresh_capacity(&self) -> io::Result<u64> {
         let capacity = sectors(self.shared().size());
         self.capacity.store(capacity, Ordering::Relaxed);
         Ok(capacity)
     }
 
-    fn resize(&self, bytes: u64) -> io::Result<()> {
+    /// Refuses and allows what QEMU does. Only tables change: the new part is not allocated.
+    pub(super) fn resize(&self, bytes: u64) -> io::Result<()> {
         if bytes == 0 || !bytes.is_multiple_of(SECTOR) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the size must be a multiple of 512 bytes"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the size must be a multiple of 512 bytes",
+            ));
         }
+        if self.header.has_snapshots && !self.has_zero_clusters {
+            return Err(unsupported(
+                "a version 2 image with snapshots cannot be resized; use `qemu-img amend -o compat=1.1`",
+            ));
+        }
+        self.begin_change()?;
         let mut top = self.exclusive();
-        let result = top.resize(bytes, PreallocateMode::Zero);
-        // The first-level table may be new, and second-level ones gone.
-        *self.tables() = Tables::new(self.cluster);
-        top.flush().and(result)?;
+        match bytes > top.size() {
+            true => self.grow(&mut top, bytes)?,
+            false => self.shrink(&mut top, bytes)?,
+        }
         drop(top);
+        self.flush()?;
         self.refresh_capacity().map(drop)
     }
 
-    fn execute(&self, job: &mut Job, bounce: &mut Bounce) -> Result<(), DiskError> {
+    pub(super) fn execute(&self, job: &mut Job, bounce: &mut Bounce) -> Result<(), DiskError> {
+        if !matches!(job.operation, Operation::Read | Operation::Flush) {
+            self.begin_change()?;
+        }
         let durable = match job.operation {
             Operation::Read => return Ok(self.read(job, bounce)?),
             Operation::Flush => true,
@@ -238,66 +479,12 @@ impl Image for Qcow2Image {
     }
 }
 
-/// Opens the image at `path` and, if it is one that builds on others, those too.
-fn open_layer(
-    path: &Path,
-    format: Format,
-    writable: bool,
-    options: &OpenOptions,
-    locks: &mut Vec<File>,
-    depth: usize,
-) -> Result<Layer, OpenError> {
-    let refused = |reason| OpenError { path: path.to_owned(), reason };
-    let unusable = |error| refused(OpenReason::Qcow2(error));
-    if depth > MAX_CHAIN {
-        return Err(refused(OpenReason::BackingChain(MAX_CHAIN)));
-    }
-    let HostFile { file, direct, lock, .. } = HostFile::open(path, writable, options).map_err(refused)?;
-    locks.extend(lock);
-    let storage = |file: File| HostStorage::new(file, writable, direct).map_err(|error| refused(error.into()));
-    if format == Format::Raw {
-        return Ok(Layer::new(Raw::open_image(storage(file)?, writable).map_err(|error| refused(error.into()))?));
-    }
-    header::check(&file, direct).map_err(refused)?;
-    // Opening for writing may write, so look first whether the image will do.
-    let second = file.try_clone().map_err(|error| refused(error.into()))?;
-    let mut image = Qcow2::open_image(storage(second)?, false).map_err(unusable)?;
-    if image.requires_external_data_file() {
-        return Err(refused(OpenReason::Qcow2Feature("keeps its data in another file")));
-    }
-    let backing = match image.implicit_backing_file().cloned() {
-        Some(name) if !options.backing => return Err(refused(OpenReason::Backing(name))),
-        Some(name) => {
-            let format = match image.implicit_backing_format().and_then(|word| word.parse().ok()) {
-                Some(format) => format,
-                None => return Err(refused(OpenReason::BackingFormat(name))),
-            };
-            let path = path.parent().unwrap_or(Path::new("")).join(name);
-            Some(open_layer(&path, format, false, options, locks, depth + 1)?)
+impl Drop for Qcow2Image {
+    /// Writes what is held even with `cache=unsafe`, whose flushes do nothing. All others have flushed before, with the result
+    /// seen by their caller.
+    fn drop(&mut self) {
+        if let Err(error) = self.publish(&self.shared()) {
+            tracing::error!(%error, "disk image {:?}: what was written last is lost", self.path);
         }
-        None => None,
-    };
-    if writable {
-        image = Qcow2::open_image(storage(file)?, true).map_err(unusable)?;
     }
-    image.set_data_file(None);
-    image.set_backing(backing);
-    Ok(Layer::new(image))
-}
-
-/// A qcow2 image over `base` in a file that has no name, so that it goes when it is closed, however that happens.
-fn temporary_overlay(base: Layer) -> Result<Layer, OpenReason> {
-    // As QEMU: not /tmp, which may be memory and small.
-    let directory = std::env::var_os("TMPDIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
-    let create = || -> io::Result<Layer> {
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let file = File::from(rustix::fs::open(&directory, flags, Mode::RUSR | Mode::WUSR)?);
-        let storage = HostStorage::new(file, true, None)?;
-        let size = sectors(base.size());
-        let overlay = Qcow2::create_builder(storage)
-            .size(size)
-            .create_open(DenyImplicitOpenGate::default(), |storage| Ok(Qcow2::builder(storage).backing(Some(base))))?;
-        Ok(Layer::new(overlay))
-    };
-    create().map_err(|source| OpenReason::Overlay { directory: directory.clone(), source })
 }

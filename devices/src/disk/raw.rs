@@ -1,122 +1,110 @@
 //! A raw image: a host file or block device whose bytes are the disk's.
+//!
+//! The pool's threads call [`RawImage::execute`], which serves every operation and may wait. For what needs no waiting
+//! thread the engine goes to the file itself (see the engine's `route`); it asks here where the data is ([`Medium`]) and
+//! whether direct I/O takes a transfer as it is. Where the host lacks a way to do something, the next best one is tried:
+//! zeroes are punched, zeroed in place, or written; a discard, which is a hint, then does nothing.
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::FallocateFlags;
-use rustix::io::{Errno, ReadWriteFlags};
 
-use super::bounce::{Alignment, Bounce, WriteRanges};
-use super::image::{Image, Job};
-use super::{DiskError, Lifetime, Limits, Operation, SECTOR, block, limits};
+use super::bounce::{Bounce, WriteRanges};
+use super::error::is_refusal;
+use super::host_file::{FileKind, HostFile};
+use super::job::Job;
+use super::{Change, DiskError, Lifetime, Limits, Operation, SECTOR};
 
-/// What the host file is.
+/// Where a transfer finds its data. It decides what the transfer has to wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
-    Regular,
-    BlockDevice,
+pub(super) enum Medium {
+    /// The file itself is in memory (tmpfs): no transfer waits for a device.
+    Memory,
+    /// Data goes through the page cache: writes are copies, reads may be.
+    PageCache,
+    /// Direct I/O: each transfer waits for the device, and goes through a bounce buffer unless it is aligned.
+    Direct { aligned: bool },
+    /// Not in a raw image: a format has to translate.
+    Translated,
 }
 
-/// How a raw image is used.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Policy {
-    /// Discards reach the host (`discard=unmap`).
-    pub(super) discard: bool,
-    /// The file bypasses the page cache, and wants this.
-    pub(super) direct: Option<Alignment>,
-}
-
-/// An open raw image.
-pub(super) struct RawFile {
-    file: File,
-    /// A block device that is claimed (O_EXCL), by which its ranges are discarded and zeroed. Linux takes their pages out of the
-    /// cache on the claimant's word alone, and fails the calls of others with EBUSY where a page is dirty.
-    claimed: Option<File>,
-    kind: Kind,
-    policy: Policy,
-    limits: Limits,
-    /// Bytes, a multiple of the sector size.
-    capacity: AtomicU64,
-    /// Written data was lost: the page cache forgot what it could not write, so no later flush can be believed.
-    lost_writes: AtomicBool,
-    /// The file system zeroes no ranges without deallocating them, so zeroes are written out.
-    no_zero_range: AtomicBool,
+/// An open raw image. Each call may come from any thread, several at once.
+pub(super) struct RawImage {
+    file: HostFile,
     in_memory: bool,
-    /// Writes under way, where they may touch the same unit of direct I/O although the guest's sectors differ.
+    discard: bool,
+    limits: Limits,
+    lifetime: Option<Lifetime>,
+    capacity: AtomicU64,
+    /// The file system cannot zero a range that stays allocated, so zeroes are written.
+    no_zero_range: AtomicBool,
+    /// The host refuses pwritev2(2) or its RWF_DSYNC, so that durable writes are followed by a flush.
+    no_durable_writes: AtomicBool,
+    /// For direct I/O in units larger than a sector.
     write_ranges: Option<WriteRanges>,
 }
 
-impl RawFile {
-    /// Wraps an open file. `kind` and `policy.direct` are the file's.
-    pub(super) fn new(file: File, kind: Kind, policy: Policy) -> io::Result<Self> {
-        let limits = limits::of(&file, kind, &policy)?;
-        let write_ranges =
-            policy.direct.filter(|alignment| u64::from(alignment.offset) > SECTOR).map(|_| Default::default());
+impl RawImage {
+    /// `limits` and `lifetime` are those of the file; `discard`: the guest's discards reach it.
+    pub(super) fn new(
+        file: HostFile,
+        limits: Limits,
+        lifetime: Option<Lifetime>,
+        discard: bool,
+    ) -> io::Result<Self> {
         let image = Self {
-            in_memory: kind == Kind::Regular && limits::in_memory(&file)?,
-            file,
-            claimed: None,
-            kind,
-            policy,
             limits,
+            lifetime,
+            in_memory: file.in_memory(),
+            write_ranges: (u64::from(file.unit()) > SECTOR).then(WriteRanges::default),
+            file,
+            discard,
             capacity: AtomicU64::new(0),
-            lost_writes: AtomicBool::new(false),
             no_zero_range: AtomicBool::new(false),
-            write_ranges,
+            no_durable_writes: AtomicBool::new(false),
         };
         image.refresh_capacity()?;
         Ok(image)
     }
 
-    /// With another descriptor of the same device, claimed and open for writing.
-    pub(super) fn claimed(self, device: Option<File>) -> Self {
-        Self { claimed: device, ..self }
+    pub(super) fn file(&self) -> &HostFile {
+        &self.file
     }
 
-    /// What to discard and zero ranges by.
-    fn by_range(&self) -> &File {
-        self.claimed.as_ref().unwrap_or(&self.file)
+    pub(super) fn medium(&self, job: &Job) -> Medium {
+        match self.file.direct {
+            Some(_) => Medium::Direct { aligned: self.aligned(job) },
+            None if self.in_memory => Medium::Memory,
+            None => Medium::PageCache,
+        }
     }
 
-    /// Whether `job`, a read or write, can go to the file as it is.
-    fn suits(&self, job: &Job) -> bool {
-        self.policy.direct.is_none_or(|alignment| {
+    /// Whether every transfer is a copy from or to the host's memory.
+    pub(super) fn is_in_memory(&self) -> bool {
+        self.in_memory && self.file.direct.is_none()
+    }
+
+    /// Whether `job`, a read or write, can go to the file without a bounce buffer.
+    fn aligned(&self, job: &Job) -> bool {
+        self.file.direct.is_none_or(|alignment| {
             let unit = u64::from(alignment.offset);
             (job.offset | job.length).is_multiple_of(unit) && job.buffers.aligned(alignment)
         })
     }
 
-    /// The page cache is bypassed.
-    pub(super) fn is_direct(&self) -> bool {
-        self.policy.direct.is_some()
-    }
-
-    /// The file is in memory: no call on it waits for a device.
-    pub(super) fn is_in_memory(&self) -> bool {
-        self.in_memory
-    }
-
-    /// Whether io_uring serves `job` well, in one piece. If so its units are taken until `release`.
-    pub(super) fn admits(&self, job: &Job) -> bool {
-        match job.operation {
-            Operation::Read => self.suits(job),
-            // Buffered writes it hands to kernel threads, one at a time for each file: durable ones at depth 32 are 20 times
-            // faster on threads of our own (ext4, Linux 6.18).
-            Operation::Write { .. } => {
-                self.is_direct()
-                    && self.suits(job)
-                    && self.write_ranges.as_ref().is_none_or(|ranges| ranges.try_take(&self.units(job)))
-            }
-            Operation::Flush => !self.lost_writes(),
-            _ => false,
+    /// Before a transfer that no pool thread makes: takes the units that a write touches. False if another write has some
+    /// of them; the transfer must then wait in the pool.
+    pub(super) fn try_take_units(&self, job: &Job) -> bool {
+        match (&self.write_ranges, job.operation) {
+            (Some(ranges), Operation::Write { .. }) => ranges.try_take(&self.units(job)),
+            _ => true,
         }
     }
 
-    /// Gives back what `admits` took for `job`, which has not moved since.
-    pub(super) fn release(&self, job: &Job) {
+    /// Gives back what `try_take_units` took; `job` has not advanced since.
+    pub(super) fn release_units(&self, job: &Job) {
         if let (Some(ranges), Operation::Write { .. }) = (&self.write_ranges, job.operation) {
             ranges.release(&self.units(job));
         }
@@ -124,187 +112,173 @@ impl RawFile {
 
     /// The units of direct I/O that `job` touches, as a byte range.
     fn units(&self, job: &Job) -> Range<u64> {
-        let unit = self.policy.direct.map_or(SECTOR, |alignment| u64::from(alignment.offset));
+        let unit = u64::from(self.file.unit());
         job.offset - job.offset % unit..job.end().next_multiple_of(unit)
     }
 
-    /// No flush can be believed any more.
-    fn lost_writes(&self) -> bool {
-        self.lost_writes.load(Ordering::Relaxed)
-    }
-
-    /// An fdatasync failed. Without the page cache the device may still hold the data, and the next one may succeed.
-    pub(super) fn flush_failed(&self) {
-        if !self.is_direct() {
-            self.lost_writes.store(true, Ordering::Relaxed);
-        }
-    }
-
-    fn read(&self, job: &mut Job, bounce: &mut Bounce) -> io::Result<()> {
-        while job.length > 0 && self.suits(job) {
-            match job.buffers.read_from(&self.file, job.offset, 0)? {
-                // The image was cut short behind our back.
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                count => job.advance(count),
-            }
-        }
-        let (offset, length) = (job.offset, job.length);
-        bounce.read(&self.file, self.unit(), offset, length, |data| job.fill(data))
-    }
-
-    fn write(&self, job: &mut Job, durable: bool, bounce: &mut Bounce) -> io::Result<()> {
-        let flags = if durable { ReadWriteFlags::DSYNC } else { ReadWriteFlags::empty() };
-        while job.length > 0 && self.suits(job) {
-            match job.buffers.write_to(&self.file, job.offset, flags.bits() as i32)? {
-                0 => return Err(io::ErrorKind::WriteZero.into()),
-                count => job.advance(count),
-            }
-        }
-        let (offset, length) = (job.offset, job.length);
-        bounce.write(&self.file, self.unit(), offset, length, flags, |data| job.take(data))
-    }
-
-    /// Makes what was written durable, now.
-    pub(super) fn flush(&self) -> io::Result<()> {
-        if self.lost_writes() {
-            return Err(Errno::IO.into());
-        }
-        rustix::fs::fdatasync(&self.file).map_err(|error| {
-            self.flush_failed();
-            error.into()
-        })
-    }
-
-    fn discard(&self, job: &Job) -> io::Result<()> {
-        if !self.policy.discard {
-            return Ok(());
-        }
-        let result = match self.kind {
-            Kind::Regular => self.fallocate(FallocateFlags::PUNCH_HOLE, job),
-            Kind::BlockDevice => {
-                // A device takes whole blocks; what a hint covers only in part stays.
-                let unit = u64::from(self.limits.logical_block_size);
-                let (start, end) = (job.offset.next_multiple_of(unit), job.end() - job.end() % unit);
-                if start < end { block::discard(self.by_range(), start, end - start) } else { Ok(()) }
-            }
-        };
-        // A hint that cannot be followed is no error.
-        result.or_else(|error| if unsupported(&error) { Ok(()) } else { Err(error) })
-    }
-
-    fn write_zeroes(&self, job: &Job, unmap: bool, durable: bool, bounce: &mut Bounce) -> io::Result<()> {
-        let unmap = unmap && self.policy.discard;
-        let unmapped =
-            if unmap { self.fallocate(FallocateFlags::PUNCH_HOLE, job) } else { Err(Errno::OPNOTSUPP.into()) };
-        unmapped
-            .or_else(|error| match unsupported(&error) {
-                true if !self.no_zero_range.load(Ordering::Relaxed) => self.fallocate(FallocateFlags::ZERO_RANGE, job),
-                _ => Err(error),
-            })
-            .or_else(|error| {
-                if !unsupported(&error) {
-                    return Err(error);
-                }
-                if error.raw_os_error() == Some(libc::EOPNOTSUPP) {
-                    self.no_zero_range.store(true, Ordering::Relaxed);
-                }
-                let (offset, length) = (job.offset, job.length);
-                bounce.write(&self.file, self.unit(), offset, length, ReadWriteFlags::empty(), |data| data.fill(0))
-            })?;
-        if durable { self.flush() } else { Ok(()) }
-    }
-
-    /// The file keeps its size: past its end, a punched hole is nothing and a zeroed range is preallocation.
-    fn fallocate(&self, mode: FallocateFlags, job: &Job) -> io::Result<()> {
-        loop {
-            match rustix::fs::fallocate(self.by_range(), mode | FallocateFlags::KEEP_SIZE, job.offset, job.length) {
-                Err(Errno::INTR) => {}
-                result => return Ok(result?),
-            }
-        }
-    }
-
-    fn unit(&self) -> u32 {
-        self.policy.direct.map_or(1, |alignment| alignment.offset)
-    }
-}
-
-/// The host cannot do this to this range: not at all (EOPNOTSUPP), or not at this alignment (EINVAL, block devices).
-fn unsupported(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::EINVAL))
-}
-
-impl Image for RawFile {
-    fn capacity(&self) -> u64 {
-        self.capacity.load(Ordering::Relaxed)
-    }
-
-    fn limits(&self) -> Limits {
-        self.limits
-    }
-
-    fn lifetime(&self) -> Option<Lifetime> {
-        limits::lifetime(&self.file, self.kind)
-    }
-
-    fn refresh_capacity(&self) -> io::Result<u64> {
-        // The file offset is ours to move: all transfers name theirs.
-        let length = rustix::fs::seek(&self.file, rustix::fs::SeekFrom::End(0))?;
-        let capacity = length - length % SECTOR;
-        self.capacity.store(capacity, Ordering::Relaxed);
-        Ok(capacity)
-    }
-
-    fn resize(&self, bytes: u64) -> io::Result<()> {
-        let unit = self.policy.direct.map_or(SECTOR, |alignment| u64::from(alignment.offset).max(SECTOR));
-        if bytes == 0 || !bytes.is_multiple_of(unit) {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!("the size must be a multiple of {unit} bytes"),
-            ));
-        }
-        match self.kind {
-            Kind::Regular => {
-                self.file.set_len(bytes)?;
-                self.refresh_capacity().map(drop)
-            }
-            Kind::BlockDevice => match self.refresh_capacity()? {
-                actual if actual == bytes => Ok(()),
-                actual => Err(io::Error::new(
-                    io::ErrorKind::Unsupported,
-                    format!("the device is {actual} bytes long; resize it on the host first"),
-                )),
-            },
-        }
-    }
-
-    fn execute(&self, job: &mut Job, bounce: &mut Bounce) -> Result<(), DiskError> {
+    /// Does what is left of `job`. `bounce` is the calling thread's.
+    pub(super) fn execute(&self, job: &mut Job, bounce: &mut Bounce) -> Result<(), DiskError> {
         let modifies = !matches!(job.operation, Operation::Read | Operation::Flush);
         let ranges = self.write_ranges.as_ref().filter(|_| modifies);
         let units = self.units(job);
         ranges.inspect(|ranges| ranges.take(&units));
         let result = match job.operation {
             Operation::Read => self.read(job, bounce),
-            Operation::Write { durable } => self.write(job, durable, bounce),
-            Operation::Flush => self.flush(),
+            Operation::Write { durable: true } => self.write_durably(job, bounce),
+            Operation::Write { durable: false } => self.write(job, bounce),
+            Operation::Flush => self.file.flush(),
             Operation::Discard => self.discard(job),
-            Operation::WriteZeroes { unmap, durable } => self.write_zeroes(job, unmap, durable, bounce),
-            Operation::SecureErase => match self.kind {
-                Kind::BlockDevice => block::secure_erase(self.by_range(), job.offset, job.length),
-                Kind::Regular => Err(Errno::OPNOTSUPP.into()),
-            },
+            Operation::WriteZeroes { unmap, durable } => self
+                .write_zeroes(job, unmap, bounce)
+                .and_then(|()| if durable { self.file.flush() } else { Ok(()) }),
+            Operation::SecureErase => self.file.secure_erase(job.offset, job.length),
         };
         ranges.inspect(|ranges| ranges.release(&units));
         Ok(result?)
     }
 
-    fn raw_file(&self) -> Option<&RawFile> {
-        Some(self)
+    fn read(&self, job: &mut Job, bounce: &mut Bounce) -> io::Result<()> {
+        while job.length > 0 && self.aligned(job) {
+            match job.buffers.read_from(&self.file, job.offset, 0)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                count => job.advance(count),
+            }
+        }
+        let (offset, length) = (job.offset, job.length);
+        bounce.read(&self.file, self.file.unit(), offset, length, |data| job.fill(data))
+    }
+
+    fn write(&self, job: &mut Job, bounce: &mut Bounce) -> io::Result<()> {
+        self.write_aligned(job, 0)?;
+        let (offset, length) = (job.offset, job.length);
+        let change = self.file.begin(|| job.written(false));
+        let result =
+            bounce.write(&self.file, self.file.unit(), offset, length, |data| job.take(data));
+        self.file.end(change, result.is_ok());
+        result
+    }
+
+    /// Writes as much of `job` as needs no bounce buffer.
+    fn write_aligned(&self, job: &mut Job, flags: i32) -> io::Result<()> {
+        while job.length > 0 && self.aligned(job) {
+            match self.write_some(job, flags)? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                count => job.advance(count),
+            }
+        }
+        Ok(())
+    }
+
+    /// One system call that writes the start of `job`. Returns how many bytes it wrote.
+    pub(super) fn write_some(&self, job: &Job, flags: i32) -> io::Result<u64> {
+        let change = || job.written(flags & libc::RWF_DSYNC != 0);
+        self.file.observe(change, || job.buffers.write_to(&self.file, job.offset, flags))
+    }
+
+    fn write_durably(&self, job: &mut Job, bounce: &mut Bounce) -> io::Result<()> {
+        if !self.no_durable_writes.load(Ordering::Relaxed) {
+            match self.write_aligned(job, libc::RWF_DSYNC) {
+                Err(error) if is_unsupported(&error) => {
+                    self.no_durable_writes.store(true, Ordering::Relaxed);
+                }
+                result => result.map_err(|error| self.file.durable_write_failed(error))?,
+            }
+        }
+        if job.length == 0 {
+            return Ok(());
+        }
+        self.write(job, bounce)?;
+        self.file.flush()
+    }
+
+    fn discard(&self, job: &Job) -> io::Result<()> {
+        let result = match self.file.kind {
+            _ if !self.discard => return Ok(()),
+            FileKind::Regular => self.punch_hole(job),
+            FileKind::BlockDevice => {
+                // A device discards whole blocks; those that are covered in part keep their content.
+                let unit = u64::from(self.limits.logical_block_size);
+                let start = job.offset.next_multiple_of(unit);
+                match (job.end() - job.end() % unit).checked_sub(start) {
+                    Some(length @ 1..) => self.file.discard_blocks(start, length),
+                    _ => Ok(()),
+                }
+            }
+        };
+        // A hint that the host cannot follow is no error.
+        result.or_else(|error| if is_unsuitable(&error) { Ok(()) } else { Err(error) })
+    }
+
+    fn write_zeroes(&self, job: &Job, unmap: bool, bounce: &mut Bounce) -> io::Result<()> {
+        if unmap && self.discard {
+            match self.punch_hole(job) {
+                Err(error) if is_unsuitable(&error) => {}
+                result => return result,
+            }
+        }
+        if !self.no_zero_range.load(Ordering::Relaxed) {
+            match self.file.fallocate(FallocateFlags::ZERO_RANGE, job.offset, job.length) {
+                Err(error) if is_unsuitable(&error) => {
+                    self.no_zero_range.fetch_or(is_unsupported(&error), Ordering::Relaxed);
+                }
+                result => return result,
+            }
+        }
+        let (offset, length) = (job.offset, job.length);
+        self.file.observe(
+            || Change::Zero { offset, length },
+            || bounce.write(&self.file, self.file.unit(), offset, length, |data| data.fill(0)),
+        )
+    }
+
+    fn punch_hole(&self, job: &Job) -> io::Result<()> {
+        self.file.fallocate(FallocateFlags::PUNCH_HOLE, job.offset, job.length)
+    }
+
+    pub(super) fn capacity(&self) -> u64 {
+        self.capacity.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    pub(super) fn lifetime(&self) -> Option<Lifetime> {
+        self.lifetime
+    }
+
+    pub(super) fn refresh_capacity(&self) -> io::Result<u64> {
+        let length = self.file.length()?;
+        let capacity = length - length % SECTOR;
+        self.capacity.store(capacity, Ordering::Relaxed);
+        Ok(capacity)
+    }
+
+    pub(super) fn resize(&self, bytes: u64) -> io::Result<()> {
+        let unit = u64::from(self.file.unit()).max(SECTOR);
+        if bytes == 0 || !bytes.is_multiple_of(unit) {
+            let reason = format!("the size must be a multiple of {unit} bytes");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+        }
+        if self.file.kind == FileKind::Regular {
+            self.file.file.set_len(bytes)?;
+        }
+        match self.refresh_capacity()? {
+            actual if actual == bytes => Ok(()),
+            actual => {
+                let reason =
+                    format!("the device is {actual} bytes long; resize it on the host first");
+                Err(io::Error::new(io::ErrorKind::Unsupported, reason))
+            }
+        }
     }
 }
 
-impl AsFd for RawFile {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
-    }
+fn is_unsupported(error: &io::Error) -> bool {
+    is_refusal(error) || matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENODEV))
+}
+
+/// Whether the host cannot do this to a range: not at all, or (EINVAL, block devices) not with this alignment.
+fn is_unsuitable(error: &io::Error) -> bool {
+    is_unsupported(error) || error.raw_os_error() == Some(libc::EINVAL)
 }

@@ -1,10 +1,17 @@
-//! SCSI commands to a host device, by the SG_IO ioctl (scsi/sg.h, version 3 of its header).
+//! SCSI commands to a disk of the host (`scsi=on`), by the SG_IO ioctl (scsi/sg.h, version 3 of its header).
+//!
+//! A capability beside the core: `block/scsi.rs` makes a [`ScsiCommand`] from a guest's request, an engine carries it to a pool
+//! thread as a [`DeviceCommand`], and `open.rs` asks [`is_scsi_disk`] whether the device may be addressed at all. What a
+//! command says is between the guest, the host kernel's filter and the device.
 
-#![expect(unsafe_code, reason = "ioctl(2) with pointers to the command, its sense buffer and guest memory")]
+#![expect(
+    unsafe_code,
+    reason = "ioctl(2) with pointers to the command, its sense buffer and guest memory"
+)]
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::ptr;
 use std::sync::OnceLock;
@@ -13,8 +20,7 @@ use rustix::io::Errno;
 use rustix::ioctl::{Getter, Opcode, Updater, ioctl};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
-use super::DiskError;
-use super::buffers::IoBuffers;
+use super::{DeviceCommand, DiskError};
 
 const SG_GET_VERSION_NUM: Opcode = 0x2282;
 const SG_IO: Opcode = 0x2285;
@@ -25,54 +31,50 @@ const SG_VERSION: i32 = 30_000;
 pub const CDB_MAX: usize = 32;
 /// Bytes of sense that a reply has room for.
 pub const SENSE_MAX: usize = 96;
-/// How long the device may take, in milliseconds: as long as Linux gives a disk for its reads and writes.
+/// How long the device may take, in milliseconds: the time that Linux allows a disk for reads and writes.
 const TIMEOUT: u32 = 30_000;
-/// CHECK CONDITION: the device explains itself in the sense data (SAM-5 §5.3.1).
+/// CHECK CONDITION: the sense data says what is wrong (SAM-5 §5.3.1).
 const CHECK_CONDITION: u8 = 2;
 
-/// Which way a command's data goes; the values are sg_io_hdr's.
+/// The direction of a command's data, with sg_io_hdr's values. The guest's buffers decide it; there are no bidirectional
+/// commands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
 pub enum ScsiDirection {
-    /// No data.
+    /// The command moves no data, such as TEST UNIT READY.
     None = -1,
-    /// Guest memory to device.
+    /// Guest memory to device, such as WRITE. A read-only disk refuses these.
     ToDevice = -2,
-    /// Device to guest memory.
+    /// Device to guest memory, such as READ or INQUIRY.
     FromDevice = -3,
 }
 
-/// A SCSI command, and in the end its reply. What it says is the device's business, and the host kernel's.
+/// A SCSI command and, when it is finished, its reply. The command is not interpreted.
 #[derive(Debug)]
 pub struct ScsiCommand {
     cdb: [u8; CDB_MAX],
     length: u8,
     direction: ScsiDirection,
-    /// Stays empty when the host refused the command.
     reply: OnceLock<ScsiReply>,
 }
 
-/// What became of a command: the fields of sg_io_hdr with the same names.
+/// The reply to a command. Its fields are those of the same names in sg_io_hdr: the SCSI status and message byte, what the
+/// host adapter and its driver report, the bytes of data that were not moved, and the sense data, which explains an error. Behind
+/// `sense_length` bytes of sense data there are zeroes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the fields of scsi/sg.h, explained together above")]
 pub struct ScsiReply {
-    /// SCSI status.
     pub status: u8,
-    /// Message byte of parallel SCSI.
     pub msg_status: u8,
-    /// How the host adapter fared.
     pub host_status: u16,
-    /// How its driver fared.
     pub driver_status: u16,
-    /// Bytes of data that were not moved.
     pub residual: u32,
-    /// Sense data, zeroes behind it.
     pub sense: [u8; SENSE_MAX],
-    /// Bytes of sense data.
     pub sense_length: u8,
 }
 
 impl ScsiCommand {
-    /// The command in `cdb`. `None`: longer than any.
+    /// A command for `submit_scsi`. `None`: `cdb` is longer than Linux hands to any device.
     pub fn new(cdb: &[u8], direction: ScsiDirection) -> Option<Self> {
         let mut bytes = [0; CDB_MAX];
         bytes.get_mut(..cdb.len())?.copy_from_slice(cdb);
@@ -89,38 +91,37 @@ impl ScsiCommand {
         self.direction
     }
 
-    /// What became of it, once it is finished. `None`: the host refused it.
+    /// The device's reply, once the command is finished. `None` until then, and if the host refused the command.
     pub fn reply(&self) -> Option<&ScsiReply> {
         self.reply.get()
     }
 
-    /// For engines: the command is finished. Only the first reply counts.
+    /// Finishes the command. Only the first reply counts. For engines of tests; others call `execute`.
     pub fn set_reply(&self, reply: ScsiReply) {
         let _ = self.reply.set(reply);
     }
+}
 
-    /// Sends the command to `device` and waits for the reply, which may be that it failed.
-    ///
-    /// # Errors
-    /// When the host refuses the command, as its filter does with whatever does more than read and, on a device open for
-    /// writing, write.
-    pub(super) fn execute(&self, device: impl AsFd, data: &IoBuffers) -> Result<(), DiskError> {
-        let (pending, length) = (data.pending(), u32::try_from(data.len()).map_err(|_| Errno::INVAL));
-        let length = length.map_err(io::Error::from)?;
-        // SG_IO takes one list of buffers, and no second one for the rest.
-        if pending.iter().map(|iovec| iovec.iov_len as u64).sum::<u64>() != u64::from(length) {
-            return Err(DiskError::Host(libc::EINVAL));
-        }
-        submit_to_the_hosts_filter()?;
+impl DeviceCommand for ScsiCommand {
+    /// Refused is what the kernel's filter lets no unprivileged user send: all but commands that read and, on a device open
+    /// for writing, write.
+    unsafe fn execute(
+        &self,
+        device: BorrowedFd<'_>,
+        data: &[libc::iovec],
+    ) -> Result<(), DiskError> {
+        let length = u32::try_from(data.iter().map(|iovec| iovec.iov_len).sum::<usize>())
+            .map_err(|_| DiskError::Host(libc::EINVAL))?;
+        drop_raw_io_capability()?;
         let mut sense = [0; SENSE_MAX];
         let mut header = SgIoHeader {
             interface_id: i32::from(b'S'),
             direction: self.direction as i32,
             cdb_length: self.length,
             sense_max: SENSE_MAX as u8,
-            iovec_count: pending.len() as u16,
+            iovec_count: data.len() as u16,
             data_length: length,
-            data: pending.as_ptr().cast(),
+            data: data.as_ptr().cast(),
             cdb: self.cdb.as_ptr(),
             sense: sense.as_mut_ptr(),
             timeout: TIMEOUT,
@@ -138,11 +139,16 @@ impl ScsiCommand {
             info: 0,
         };
         // SAFETY: SG_IO reads and writes one sg_io_hdr. It reads `cdb_length` bytes of `cdb`, writes up to `sense_max` bytes of
-        // `sense`, and moves `data_length` bytes from or to the iovecs, which are valid by the invariant of `IoBuffers`. It
+        // `sense`, and moves `data_length` bytes from or to the iovecs, which are valid as the caller says. It
         // returns when the device is done with all of that.
-        unsafe { ioctl(device, Updater::<SG_IO, SgIoHeader>::new(&mut header)) }.map_err(io::Error::from)?;
-        // Some drivers lose the status and keep the sense.
-        let status = if header.sense_length > 0 && header.status == 0 { CHECK_CONDITION } else { header.status };
+        unsafe { ioctl(device, Updater::<SG_IO, SgIoHeader>::new(&mut header)) }
+            .map_err(io::Error::from)?;
+        // Some drivers report sense data without the status that belongs to it.
+        let status = if header.sense_length > 0 && header.status == 0 {
+            CHECK_CONDITION
+        } else {
+            header.status
+        };
         self.set_reply(ScsiReply {
             status,
             msg_status: header.msg_status,
@@ -156,7 +162,6 @@ impl ScsiCommand {
     }
 }
 
-/// `struct sg_io_hdr`.
 #[repr(C)]
 struct SgIoHeader {
     interface_id: i32,
@@ -168,7 +173,6 @@ struct SgIoHeader {
     data: *const libc::c_void,
     cdb: *const u8,
     sense: *mut u8,
-    /// Milliseconds.
     timeout: u32,
     flags: u32,
     pack_id: i32,
@@ -180,18 +184,16 @@ struct SgIoHeader {
     host_status: u16,
     driver_status: u16,
     residual: i32,
-    /// Milliseconds.
     duration: u32,
     info: u32,
 }
 
 const _: () = assert!(size_of::<SgIoHeader>() == 88);
 
-/// Linux filters what those may send who can open the device but lack CAP_SYS_RAWIO: commands that read, and commands that
-/// write where the device is open for writing; no firmware, no reservations, no modes (scsi_cmd_allowed in
-/// drivers/scsi/scsi_ioctl.c). A guest gets no more than that from a root user either, or a read-only disk would be none: so
-/// the calling thread does without the capability from now on.
-fn submit_to_the_hosts_filter() -> Result<(), DiskError> {
+/// Drops CAP_SYS_RAWIO from the calling thread for good. Without it Linux lets a thread send only commands that read and, if
+/// the device is open for writing, commands that write: no firmware, no reservations, no modes (scsi_cmd_allowed in
+/// drivers/scsi/scsi_ioctl.c). So a guest of root cannot do more than another user's, and `readonly=on` holds.
+fn drop_raw_io_capability() -> Result<(), DiskError> {
     let without = || {
         let mut sets = capabilities(None)?;
         if sets.effective.contains(CapabilitySet::SYS_RAWIO) {
@@ -203,14 +205,16 @@ fn submit_to_the_hosts_filter() -> Result<(), DiskError> {
     without().map_err(|error: Errno| io::Error::from(error).into())
 }
 
-/// Whether `device` is a SCSI disk, all of it. Partitions and device-mapper volumes hand SCSI commands down to the disk below,
-/// where a command reaches what is not theirs.
+/// Whether `device` is a whole SCSI disk. Partitions and device-mapper volumes pass SCSI commands to the disk below, where a
+/// command would reach other data, too.
 pub(super) fn is_scsi_disk(device: &File) -> bool {
     let Ok(status) = rustix::fs::fstat(device) else { return false };
     let (major, minor) = (rustix::fs::major(status.st_rdev), rustix::fs::minor(status.st_rdev));
-    // Of these only a whole disk has a `device`.
-    let bus = fs::canonicalize(Path::new(&format!("/sys/dev/block/{major}:{minor}/device/subsystem")));
+    // Partitions and volumes have no `device` link.
+    let bus =
+        fs::canonicalize(Path::new(&format!("/sys/dev/block/{major}:{minor}/device/subsystem")));
     // SAFETY: SG_GET_VERSION_NUM stores one 32-bit integer.
     let version = || unsafe { ioctl(device, Getter::<SG_GET_VERSION_NUM, i32>::new()) };
-    bus.is_ok_and(|bus| bus.ends_with("bus/scsi")) && version().is_ok_and(|version| version >= SG_VERSION)
+    bus.is_ok_and(|bus| bus.ends_with("bus/scsi"))
+        && version().is_ok_and(|version| version >= SG_VERSION)
 }

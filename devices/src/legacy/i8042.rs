@@ -1,7 +1,6 @@
 //! The PS/2 controller, of which only the CPU reset command is there: what Linux falls back to without ACPI.
 
 use std::convert::Infallible;
-use std::sync::Arc;
 
 use vm_superio::{I8042Device, Trigger};
 
@@ -19,13 +18,13 @@ pub struct I8042 {
     controller: I8042Device<ResetLine>,
 }
 
-struct ResetLine(Arc<dyn EventSink>);
+struct ResetLine(EventSink);
 
 impl Trigger for ResetLine {
     type E = Infallible;
 
     fn trigger(&self) -> Result<(), Infallible> {
-        self.0.send(GuestEvent::Reset);
+        (self.0)(GuestEvent::Reset);
         Ok(())
     }
 }
@@ -35,7 +34,7 @@ impl I8042 {
     pub const SIZE: u64 = 5;
 
     /// A controller that reports to `sink`.
-    pub fn new(sink: Arc<dyn EventSink>) -> Self {
+    pub fn new(sink: EventSink) -> Self {
         Self { controller: I8042Device::new(ResetLine(sink)) }
     }
 }

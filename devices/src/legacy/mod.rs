@@ -2,6 +2,8 @@
 //!
 //! They know offsets, never absolute addresses: the machine's owner decides where on the bus each one sits.
 
+use std::sync::Arc;
+
 mod debug_exit;
 mod i8042;
 mod power;
@@ -12,7 +14,7 @@ pub use debug_exit::DebugExit;
 pub use i8042::I8042;
 pub use power::{ResetRegister, SleepRegisters};
 pub use pvpanic::Pvpanic;
-pub use serial::SerialDevice;
+pub use serial::{SerialDevice, SerialState};
 
 /// What the guest tells us by one of these devices. The machine's owner decides what follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,26 +33,17 @@ pub enum GuestEvent {
 
 /// Where guest events go. Called on a vCPU thread, from inside the device: it must hand the event over and return, and
 /// a hostile guest may call it any number of times before its vCPUs are stopped.
-pub trait EventSink: Send + Sync {
-    /// Takes one event.
-    fn send(&self, event: GuestEvent);
-}
-
-impl<F: Fn(GuestEvent) + Send + Sync> EventSink for F {
-    fn send(&self, event: GuestEvent) {
-        self(event);
-    }
-}
+pub type EventSink = Arc<dyn Fn(GuestEvent) + Send + Sync>;
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::sync::Mutex;
 
     use super::*;
     use crate::bus::BusDevice;
 
     /// A sink that remembers, and what it remembers.
-    pub(super) fn recorder() -> (Arc<dyn EventSink>, Arc<Mutex<Vec<GuestEvent>>>) {
+    pub(super) fn recorder() -> (EventSink, Arc<Mutex<Vec<GuestEvent>>>) {
         let events = Arc::new(Mutex::new(Vec::new()));
         let recorded = Arc::clone(&events);
         (Arc::new(move |event| recorded.lock().unwrap().push(event)), events)

@@ -1,8 +1,6 @@
 //! Switching off and resetting: the byte-wide registers that the FADT of a hardware-reduced machine names (ACPI 6.4
 //! §4.8.3.6, §4.8.3.7).
 
-use std::sync::Arc;
-
 use super::{EventSink, GuestEvent};
 use crate::bus::BusDevice;
 
@@ -21,18 +19,11 @@ const SLEEP_TYPE_S5: u8 = 5;
 const RESET_NOW: u8 = 1 << 2;
 
 /// The sleep control and the sleep status register, one after the other.
-pub struct SleepRegisters {
-    sink: Arc<dyn EventSink>,
-}
+pub struct SleepRegisters(pub EventSink);
 
 impl SleepRegisters {
     /// Bytes of address space.
     pub const SIZE: u64 = 2;
-
-    /// Registers that report to `sink`.
-    pub fn new(sink: Arc<dyn EventSink>) -> Self {
-        Self { sink }
-    }
 }
 
 impl BusDevice for SleepRegisters {
@@ -44,24 +35,17 @@ impl BusDevice for SleepRegisters {
         let (SLEEP_CONTROL, [value]) = (offset, data) else { return };
         let sleep_type = (value >> SLEEP_TYPE_SHIFT) & SLEEP_TYPE_MASK;
         if value & SLEEP_ENABLE != 0 && sleep_type == SLEEP_TYPE_S5 {
-            self.sink.send(GuestEvent::PowerOff);
+            (self.0)(GuestEvent::PowerOff);
         }
     }
 }
 
 /// The reset control register, as chipsets have it at port 0xcf9.
-pub struct ResetRegister {
-    sink: Arc<dyn EventSink>,
-}
+pub struct ResetRegister(pub EventSink);
 
 impl ResetRegister {
     /// Bytes of address space.
     pub const SIZE: u64 = 1;
-
-    /// A register that reports to `sink`.
-    pub fn new(sink: Arc<dyn EventSink>) -> Self {
-        Self { sink }
-    }
 }
 
 impl BusDevice for ResetRegister {
@@ -73,7 +57,7 @@ impl BusDevice for ResetRegister {
         if let [value] = data
             && value & RESET_NOW != 0
         {
-            self.sink.send(GuestEvent::Reset);
+            (self.0)(GuestEvent::Reset);
         }
     }
 }
@@ -86,7 +70,7 @@ mod tests {
     #[test]
     fn soft_off_needs_the_type_and_the_enable_bit() {
         let (sink, events) = recorder();
-        let mut registers = SleepRegisters::new(sink);
+        let mut registers = SleepRegisters(sink);
         for value in (0..=u8::MAX).filter(|value| *value & 0x3c != 0x34) {
             registers.write(0, &[value]);
         }
@@ -103,7 +87,7 @@ mod tests {
     #[test]
     fn the_reset_bit_resets() {
         let (sink, events) = recorder();
-        let mut register = ResetRegister::new(sink);
+        let mut register = ResetRegister(sink);
         assert_eq!(in_byte(&mut register, 0), 0);
         register.write(0, &[0x02]);
         register.write(0, &[0x06, 0]);

@@ -1,7 +1,7 @@
 //! The port by which a panicking guest says so (QEMU, docs/specs/pvpanic): reading gives the events that the machine
 //! takes, writing reports some of them.
-
-use std::sync::Arc;
+//!
+//! A capability: `vmm/src/attach.rs` puts it on the bus, and nothing else knows it.
 
 use super::{EventSink, GuestEvent};
 use crate::bus::BusDevice;
@@ -13,7 +13,7 @@ const CRASH_LOADED: u8 = 2;
 
 /// The pvpanic port.
 pub struct Pvpanic {
-    sink: Arc<dyn EventSink>,
+    sink: EventSink,
     reported: u8,
 }
 
@@ -22,7 +22,7 @@ impl Pvpanic {
     pub const SIZE: u64 = 1;
 
     /// A port that reports to `sink`, each kind of event once.
-    pub fn new(sink: Arc<dyn EventSink>) -> Self {
+    pub fn new(sink: EventSink) -> Self {
         Self { sink, reported: 0 }
     }
 }
@@ -34,11 +34,13 @@ impl BusDevice for Pvpanic {
 
     fn write(&mut self, _offset: u64, data: &[u8]) {
         let [value] = *data else { return };
-        let news = value & !self.reported;
+        let fresh = value & !self.reported;
         self.reported |= value;
-        for (bit, event) in [(PANICKED, GuestEvent::Panicked), (CRASH_LOADED, GuestEvent::CrashLoaded)] {
-            if news & bit != 0 {
-                self.sink.send(event);
+        for (bit, event) in
+            [(PANICKED, GuestEvent::Panicked), (CRASH_LOADED, GuestEvent::CrashLoaded)]
+        {
+            if fresh & bit != 0 {
+                (self.sink)(event);
             }
         }
     }

@@ -1,16 +1,17 @@
 //! The virtio-mmio transport, version 2 (virtio 1.2 §4.2): registers, feature negotiation and the device status machine
 //! over any [`VirtioDevice`].
 //!
-//! It is not on the data path once the driver is up: the driver's notification hits an ioeventfd that the queue's
-//! worker waits for, and the worker pulls the interrupt line itself. The driver reads why it was interrupted in the
+//! It is not on the data path once the driver is up: the driver's notification reaches an ioeventfd that the queue's worker
+//! waits for, and the worker pulses the interrupt line itself. The driver reads the reason for an interrupt in the
 //! [register page](RegisterPage), and acknowledges into another ioeventfd. What still arrives here are changes of
 //! configuration, and resets.
 //!
 //! Everything that the driver may read is in that page, which every write here leaves up to date; a read has no side
-//! effects.
+//! effects. What the driver wrote is one value, `DriverRegisters`.
 
-mod page;
-mod queue;
+mod driver_registers;
+mod queue_registers;
+mod state;
 #[cfg(test)]
 mod tests;
 
@@ -20,18 +21,42 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-pub(crate) use self::page::CONFIG_SIZE;
-pub use self::page::RegisterPage;
-use self::queue::{Phase, QueueRegisters};
-use super::device::{Activation, VirtioDevice};
+use self::driver_registers::DriverRegisters;
+use self::queue_registers::{QueuePhase, QueueRegisters};
+pub use self::state::{RestoreError, TransportState};
+use super::device::{Activation, ActiveQueue, RingPosition, VirtioDevice};
+use super::drain::Drain;
+use super::interrupt::Interrupt;
+use super::registers::RegisterPage;
 use super::spec::mmio::{CONFIG_OFFSET, MAGIC, Register, VENDOR_ID, VERSION};
 use super::spec::{
-    F_RING_RESET, F_VERSION_1, STATUS_ACKNOWLEDGE, STATUS_DRIVER, STATUS_DRIVER_OK, STATUS_FAILED, STATUS_FEATURES_OK,
+    F_RING_RESET, F_VERSION_1, STATUS_ACKNOWLEDGE, STATUS_DRIVER, STATUS_DRIVER_OK, STATUS_FAILED,
+    STATUS_FEATURES_OK,
 };
 use crate::GuestMemory;
 use crate::bus::BusDevice;
-use crate::irq::{Interrupt, Trigger};
+use crate::irq::InterruptLine;
 use crate::log_limit::LogLimit;
+
+/// Whether the device has the queues.
+///
+/// | from | event | to |
+/// |---|---|---|
+/// | `Idle` | DRIVER_OK, and the device starts | `Started` |
+/// | `Started` | QueueReset=1 or QueueReady=0 of an enabled queue | `StoppingQueue` |
+/// | `StoppingQueue` | the drain is done | `Started` |
+/// | any | Status=0, or a reset of the machine | `Stopping` |
+/// | `Stopping` | the drain is done: registers as at power-on | `Idle` |
+///
+/// While a drain lasts the driver can acknowledge, notify and reset; other writes are ignored. Its vCPU waits for the drain
+/// outside of the bus (see `BusDevice::draining`): Linux's driver takes memory back right after the write, without a look
+/// at the register.
+enum Activity {
+    Idle,
+    Started,
+    StoppingQueue(u16, Drain),
+    Stopping(Drain),
+}
 
 /// One device behind its page of registers.
 pub struct MmioTransport {
@@ -39,21 +64,12 @@ pub struct MmioTransport {
     memory: GuestMemory,
     interrupt: Interrupt,
     /// One for each queue, by index.
-    kicks: Vec<EventFd>,
-    queues: Vec<QueueRegisters>,
+    kicks: Vec<Arc<EventFd>>,
+    acknowledgements: EventFd,
     /// Feature bits on offer: the device's and the transport's.
     offered: u64,
-    /// Feature bits that the driver wrote; agreed on once FEATURES_OK is set.
-    accepted: u64,
-    /// The device status as the driver and we brought it about. In the page there may be DEVICE_NEEDS_RESET, too.
-    status: u32,
-    /// The device has the queues: between a `start` that succeeded and `stop`.
-    running: bool,
-    device_features_sel: u32,
-    driver_features_sel: u32,
-    queue_sel: u32,
-    /// ConfigGeneration when the driver could first look, at FEATURES_OK.
-    generation: u32,
+    registers: DriverRegisters,
+    activity: Activity,
     /// One for what the driver does wrong and one for what the host does, so that neither hides the other.
     log_limit: LogLimit,
     failure_limit: LogLimit,
@@ -63,28 +79,31 @@ impl MmioTransport {
     /// Bytes of address space: a page, so that one KVM memory slot can cover exactly one device.
     pub const SIZE: u64 = size_of::<RegisterPage>() as u64;
 
-    /// Puts `device` behind registers in their reset state. `trigger` is its interrupt line.
+    /// Puts `device` behind registers in their reset state. `line` is its interrupt line.
     ///
     /// # Errors
     /// When the host has no eventfd left, or the device has a queue of an impossible size.
-    pub fn new(device: Box<dyn VirtioDevice>, memory: GuestMemory, trigger: Arc<dyn Trigger>) -> io::Result<Self> {
-        let queues =
-            device.queue_sizes().iter().map(|max| QueueRegisters::new(*max)).collect::<io::Result<Vec<_>>>()?;
-        let kicks = queues.iter().map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)).collect::<io::Result<Vec<_>>>()?;
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: GuestMemory,
+        line: Arc<dyn InterruptLine>,
+    ) -> io::Result<Self> {
+        let queues = device
+            .queue_sizes()
+            .iter()
+            .map(|max| QueueRegisters::new(*max))
+            .collect::<io::Result<Vec<_>>>()?;
+        let eventfd = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
+        let acknowledgements = eventfd()?;
         let transport = Self {
             offered: device.features() | F_VERSION_1 | F_RING_RESET,
             device,
             memory,
-            interrupt: Interrupt::new(trigger),
-            kicks,
-            queues,
-            accepted: 0,
-            status: 0,
-            running: false,
-            device_features_sel: 0,
-            driver_features_sel: 0,
-            queue_sel: 0,
-            generation: 0,
+            interrupt: Interrupt::with_acknowledgements(line, acknowledgements.try_clone()?),
+            kicks: queues.iter().map(|_| eventfd().map(Arc::new)).collect::<io::Result<_>>()?,
+            acknowledgements,
+            registers: DriverRegisters::new(queues),
+            activity: Activity::Idle,
             log_limit: LogLimit::new(),
             failure_limit: LogLimit::new(),
         };
@@ -95,20 +114,19 @@ impl MmioTransport {
 
     /// What the driver's notification of each queue, by index, should write to: as an ioeventfd at
     /// `QUEUE_NOTIFY_OFFSET` that matches the queue's index as 32 bits.
-    pub fn kicks(&self) -> &[EventFd] {
+    pub fn kicks(&self) -> &[Arc<EventFd>] {
         &self.kicks
+    }
+
+    /// What the driver's acknowledgement of used buffers may write to: as an ioeventfd at `INTERRUPT_ACK_OFFSET` that matches
+    /// `INTERRUPT_USED_BUFFER` as 32 bits.
+    pub fn acknowledgements(&self) -> &EventFd {
+        &self.acknowledgements
     }
 
     /// What the driver reads. Where the machine maps it into the guest, reads do not arrive here.
     pub fn page(&self) -> &Arc<RegisterPage> {
         self.interrupt.page()
-    }
-
-    /// Stops the device for good, when the machine ends: when this returns, everything in flight is finished and no
-    /// thread of the device touches guest memory.
-    pub fn stop(&mut self) {
-        self.running = false;
-        drop(self.device.stop());
     }
 
     /// The registers that never change. There are no shared memory regions: a length and a base of -1 (§2.10.2).
@@ -127,23 +145,36 @@ impl MmioTransport {
         }
     }
 
-    /// What depends on the state: the registers of what the driver selected, and the configuration space. QueueReset is
-    /// not among them: a reset is over when the write that asked for it returns, so it always reads 0.
+    /// What depends on the state: the registers of what the driver selected, and the configuration space.
     fn publish(&self) {
-        let queue = self.selected();
-        let ready = queue.is_some_and(|queue| queue.phase == Phase::Enabled);
-        self.page().store(Register::DeviceFeatures, half(self.offered, self.device_features_sel));
-        self.page().store(Register::QueueNumMax, queue.map_or(0, |queue| u32::from(queue.max_size())));
-        self.page().store(Register::QueueReady, ready.into());
-        self.interrupt.show_config(|config| self.device.read_config(0, config, self.features()));
+        let (index, page) = (self.registers.selected_index(), self.page());
+        let queue = index.map(|index| self.registers.queue(index));
+        let ready = queue.is_some_and(|queue| queue.phase == QueuePhase::Enabled);
+        let resets = matches!(self.activity, Activity::StoppingQueue(stopping, _) if Some(stopping) == index);
+        let features = half(self.offered, self.registers.device_features_sel);
+        page.store(Register::DeviceFeatures, features);
+        page.store(Register::QueueNumMax, queue.map_or(0, |queue| queue.max_size().into()));
+        page.store(Register::QueueReady, ready.into());
+        page.store(Register::QueueReset, resets.into());
+        self.interrupt
+            .show_config(|config| self.device.read_config(0, config, self.registers.features()));
     }
 
     fn write_register(&mut self, register: Register, value: u32) {
+        let drains = matches!(self.activity, Activity::StoppingQueue(..) | Activity::Stopping(_));
         match register {
-            Register::DeviceFeaturesSel => self.device_features_sel = value,
-            Register::DriverFeaturesSel => self.driver_features_sel = value,
-            Register::DriverFeatures => self.accept_features(value),
-            Register::QueueSel => self.queue_sel = value,
+            Register::QueueNotify => self.notify(value),
+            Register::InterruptAck => self.interrupt.acknowledge(value),
+            Register::Status if value == 0 => self.reset(),
+            _ if drains => self.complain("the driver did not wait for a reset"),
+            Register::DeviceFeaturesSel => self.registers.device_features_sel = value,
+            Register::DriverFeaturesSel => self.registers.driver_features_sel = value,
+            Register::DriverFeatures => {
+                if let Err(reason) = self.registers.accept_features(value) {
+                    self.complain(reason);
+                }
+            }
+            Register::QueueSel => self.registers.queue_sel = value,
             Register::QueueReady => self.write_queue_ready(value),
             Register::QueueReset => self.write_queue_reset(value),
             Register::QueueNum
@@ -153,22 +184,9 @@ impl MmioTransport {
             | Register::QueueDriverHigh
             | Register::QueueDeviceLow
             | Register::QueueDeviceHigh => self.configure_queue(register, value),
-            Register::QueueNotify => self.notify(value),
-            Register::InterruptAck => self.interrupt.acknowledge(value),
             Register::Status => self.write_status(value),
             Register::ShmSel => {}
-            Register::MagicValue
-            | Register::Version
-            | Register::DeviceId
-            | Register::VendorId
-            | Register::DeviceFeatures
-            | Register::QueueNumMax
-            | Register::InterruptStatus
-            | Register::ShmLenLow
-            | Register::ShmLenHigh
-            | Register::ShmBaseLow
-            | Register::ShmBaseHigh
-            | Register::ConfigGeneration => self.complain("the driver wrote to a read-only register"),
+            _ => self.complain("the driver wrote to a read-only register"),
         }
     }
 
@@ -186,35 +204,10 @@ impl MmioTransport {
             tracing::warn!(device_id = self.device.device_id(), suppressed, "{what}");
         }
     }
-}
 
-// The status machine (§2.1, §3.1).
-impl MmioTransport {
-    /// The agreed feature bits, 0 until there is an agreement.
-    fn features(&self) -> u64 {
-        if self.status & STATUS_FEATURES_OK != 0 { self.accepted } else { 0 }
-    }
-
-    /// The driver may choose between DRIVER and FEATURES_OK (§3.1.1).
-    fn accept_features(&mut self, value: u32) {
-        if self.status & (STATUS_DRIVER | STATUS_FEATURES_OK) != STATUS_DRIVER {
-            return self.complain("the driver chose features outside of feature negotiation");
-        }
-        match self.driver_features_sel {
-            0 => self.accepted = (self.accepted & !u64::from(u32::MAX)) | u64::from(value),
-            1 => self.accepted = (self.accepted & u64::from(u32::MAX)) | u64::from(value) << 32,
-            // Bits that nobody has defined yet, and that are not on offer.
-            _ if value == 0 => {}
-            _ => self.complain("the driver accepted features beyond bit 63"),
-        }
-    }
-
-    /// Status bits only ever get set, one step after the other; writing 0 resets the device.
+    /// Status bits only ever get set, one step after the other (§2.1, §3.1).
     fn write_status(&mut self, value: u32) {
-        if value == 0 {
-            return self.reset();
-        }
-        if self.status & !value != 0 {
+        if self.registers.status & !value != 0 {
             self.complain("the driver tried to clear status bits without a reset");
         }
         self.set_status(value & STATUS_FAILED);
@@ -224,39 +217,40 @@ impl MmioTransport {
             (STATUS_FEATURES_OK, STATUS_DRIVER),
             (STATUS_DRIVER_OK, STATUS_FEATURES_OK),
         ] {
-            if value & bit == 0 || self.status & bit != 0 {
+            if value & bit == 0 || self.registers.status & bit != 0 {
                 continue;
             }
-            if self.status & (after | STATUS_FAILED) != after {
+            if self.registers.status & (after | STATUS_FAILED) != after {
                 return self.complain("the driver skipped a step of its initialization");
             }
-            if bit == STATUS_FEATURES_OK && (self.accepted & !self.offered != 0 || self.accepted & F_VERSION_1 == 0) {
-                return self.complain("the driver wants features that are not on offer, or not VERSION_1");
+            if bit == STATUS_FEATURES_OK
+                && let Err(reason) = self.registers.check_features(self.offered)
+            {
+                return self.complain(reason);
             }
             self.set_status(bit);
             match bit {
                 STATUS_FEATURES_OK => {
                     self.publish();
-                    self.generation = self.page().load(Register::ConfigGeneration);
+                    self.registers.generation = self.page().load(Register::ConfigGeneration);
                 }
-                STATUS_DRIVER_OK => self.start(),
+                STATUS_DRIVER_OK => self.driver_ok(),
                 _ => {}
             }
         }
     }
 
     fn set_status(&mut self, bits: u32) {
-        self.status |= bits;
+        self.registers.status |= bits;
         self.page().set(Register::Status, bits);
     }
 
-    fn start(&mut self) {
-        match self.try_start() {
+    fn driver_ok(&mut self) {
+        match self.start(&[]) {
             Ok(()) => {
-                self.running = true;
                 self.publish();
                 // Changed after the driver had looked, but before the device could tell it: shown since, but not reported.
-                if self.page().load(Register::ConfigGeneration) != self.generation {
+                if self.page().load(Register::ConfigGeneration) != self.registers.generation {
                     self.interrupt.config_changed();
                 }
             }
@@ -264,15 +258,25 @@ impl MmioTransport {
         }
     }
 
-    fn try_start(&mut self) -> io::Result<()> {
-        let enabled = (0_u16..).zip(&self.queues).filter(|(_, queue)| queue.phase == Phase::Enabled);
-        let queues = enabled.map(|(index, _)| self.active_queue(index)).collect::<io::Result<Vec<_>>>()?;
+    /// Hands the enabled queues over, each at its position in `positions`, or at the start of its rings.
+    fn start(&mut self, positions: &[RingPosition]) -> io::Result<()> {
+        let enabled = (0_u16..)
+            .zip(&self.registers.queues)
+            .filter(|(_, queue)| queue.phase == QueuePhase::Enabled);
+        let queues = enabled
+            .map(|(index, _)| {
+                let position = positions.iter().find(|position| position.queue == index);
+                self.active_queue(index, position.copied())
+            })
+            .collect::<io::Result<Vec<_>>>()?;
         self.device.start(Activation {
             memory: self.memory.clone(),
-            features: self.features(),
+            features: self.registers.features(),
             queues,
             interrupt: self.interrupt.clone(),
-        })
+        })?;
+        self.activity = Activity::Started;
+        Ok(())
     }
 
     fn fail(&self, what: &str, error: &io::Error) {
@@ -282,29 +286,136 @@ impl MmioTransport {
         self.interrupt.device_needs_reset();
     }
 
-    /// Everything as after power-on, but for the configuration's generation. The status reads 0 only once the device
-    /// has stopped (§2.4.1).
+    /// The status reads 0 only once the device has stopped (§2.4.1).
     fn reset(&mut self) {
-        self.stop();
-        self.interrupt.reset();
-        self.queues.iter_mut().for_each(|queue| queue.reset(Phase::Disabled));
-        self.accepted = 0;
-        self.status = 0;
-        self.device_features_sel = 0;
-        self.driver_features_sel = 0;
-        self.queue_sel = 0;
+        self.begin_reset();
+        self.catch_up();
+    }
+
+    /// Begins a device reset: Status reads as before until the drain is done, and no thread of the device touches guest memory
+    /// from then on. A reset that has begun already is not begun a second time.
+    fn begin_reset(&mut self) {
+        if !matches!(self.activity, Activity::Stopping(_)) {
+            self.activity = Activity::Stopping(self.device.stop());
+        }
+    }
+
+    /// Takes in what device threads and the kernel have finished since the last access.
+    fn catch_up(&mut self) {
+        self.interrupt.collect_acknowledgements();
+        match &self.activity {
+            Activity::Stopping(drain) if drain.is_done() => {
+                // Everything as at power-on, but for the configuration's generation.
+                self.registers.reset();
+                self.activity = Activity::Idle;
+                self.interrupt.reset();
+            }
+            Activity::StoppingQueue(index, drain) if drain.is_done() => {
+                // Without RING_RESET it cannot come back until the device is reset.
+                let again = self.registers.accepted & F_RING_RESET != 0;
+                self.registers.queues[usize::from(*index)].phase =
+                    if again { QueuePhase::Reset } else { QueuePhase::Disabled };
+                self.activity = Activity::Started;
+            }
+            _ => return,
+        }
+        self.publish();
+    }
+
+    fn has_started(&self) -> bool {
+        matches!(self.activity, Activity::Started | Activity::StoppingQueue(..))
+    }
+
+    fn configure_queue(&mut self, register: Register, value: u32) {
+        match self.registers.configurable(self.has_started()) {
+            Some(index) => self.registers.queues[usize::from(index)].write(register, value),
+            None => self.complain("the driver configured a queue at the wrong time"),
+        }
+    }
+
+    fn write_queue_ready(&mut self, value: u32) {
+        match (value, self.registers.selected_index()) {
+            // As in QEMU the addresses stay: the driver may enable the queue again without writing them.
+            (0, Some(index)) => self.disable_queue(index),
+            (1, _) => self.enable_queue(),
+            (0, None) => {}
+            _ => self.complain("the driver wrote neither 0 nor 1 to QueueReady"),
+        }
+    }
+
+    fn write_queue_reset(&mut self, value: u32) {
+        if value != 1 || self.registers.features() & F_RING_RESET == 0 {
+            return self.complain("the driver wrote to QueueReset without RING_RESET, or not 1");
+        }
+        if let Some(index) = self.registers.selected_index() {
+            self.registers.queues[usize::from(index)].forget();
+            self.disable_queue(index);
+        }
+    }
+
+    /// QueueReady stays 0 when the driver's values are not a queue: it may correct them and try again.
+    fn enable_queue(&mut self) {
+        let Some(index) = self.registers.configurable(self.has_started()) else {
+            return self.complain("the driver enabled a queue at the wrong time");
+        };
+        let start = RingPosition::default();
+        if let Err(error) =
+            self.registers.queue(index).build(&self.memory, self.registers.accepted, start)
+        {
+            return self.complain(error);
+        }
+        self.registers.queues[usize::from(index)].phase = QueuePhase::Enabled;
+        if self.has_started()
+            && let Err(error) =
+                self.active_queue(index, None).and_then(|queue| self.device.start_queue(queue))
+        {
+            self.fail("the device did not start a queue", &error);
+        }
+    }
+
+    fn disable_queue(&mut self, index: u16) {
+        if self.registers.queue(index).phase != QueuePhase::Enabled {
+            return;
+        }
+        if self.has_started() {
+            self.activity = Activity::StoppingQueue(index, self.device.stop_queue(index));
+            self.catch_up();
+        } else {
+            self.registers.queues[usize::from(index)].phase = QueuePhase::Disabled;
+        }
+    }
+
+    /// The enabled queue `index` as the device gets it.
+    ///
+    /// # Errors
+    /// When the host has no eventfd left. The registers were judged when the queue was enabled.
+    fn active_queue(&self, index: u16, position: Option<RingPosition>) -> io::Result<ActiveQueue> {
+        let queue = self
+            .registers
+            .queue(index)
+            .build(&self.memory, self.registers.accepted, position.unwrap_or_default())
+            .map_err(io::Error::other)?;
+        let kick = Arc::clone(&self.kicks[usize::from(index)]);
+        Ok(ActiveQueue { index, queue, kick, restored: position.is_some() })
     }
 }
 
 impl BusDevice for MmioTransport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
+        self.catch_up();
         self.page().read(offset, data);
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
+        self.catch_up();
         match (offset.checked_sub(CONFIG_OFFSET), Register::decode(offset), data.try_into()) {
-            (Some(offset), ..) => self.device.write_config(offset, data, self.features()),
-            (None, Some(register), Ok(data)) => self.write_register(register, u32::from_le_bytes(data)),
+            (Some(_), ..) if matches!(self.activity, Activity::Stopping(_)) => {
+                self.complain("the driver did not wait for a reset")
+            }
+            (Some(offset), ..) => self.device.write_config(offset, data, self.registers.features()),
+            (None, Some(register), Ok(data)) => {
+                self.write_register(register, u32::from_le_bytes(data))
+            }
             _ => self.complain("the driver wrote to something that is not a register"),
         }
         self.publish();
@@ -312,7 +423,14 @@ impl BusDevice for MmioTransport {
 
     fn reset(&mut self) {
         MmioTransport::reset(self);
-        self.publish();
+    }
+
+    fn draining(&mut self) -> Option<Drain> {
+        self.catch_up();
+        match &self.activity {
+            Activity::StoppingQueue(_, drain) | Activity::Stopping(drain) => Some(drain.clone()),
+            Activity::Idle | Activity::Started => None,
+        }
     }
 }
 

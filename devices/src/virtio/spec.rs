@@ -5,6 +5,8 @@
 
 pub mod blk;
 pub mod mmio;
+pub mod names;
+pub mod ring;
 
 /// Device status (§2.1): the driver found the device.
 pub const STATUS_ACKNOWLEDGE: u32 = 1;
@@ -26,9 +28,6 @@ pub const F_INDIRECT_DESC: u64 = 1 << 28;
 pub const F_EVENT_IDX: u64 = 1 << 29;
 /// Feature 32 (§6): the device follows this specification rather than its predecessors.
 pub const F_VERSION_1: u64 = 1 << 32;
-/// Feature 33 (§6): the device's memory accesses go through a platform IOMMU. Never offered: ring addresses are
-/// guest-physical.
-pub const F_ACCESS_PLATFORM: u64 = 1 << 33;
 /// Feature 35 (§2.7.9): buffers are used in the order in which they were made available.
 pub const F_IN_ORDER: u64 = 1 << 35;
 /// Feature 38 (§2.9): QueueNotify carries ring positions beside the queue's index. Never offered: it would defeat the
@@ -36,15 +35,6 @@ pub const F_IN_ORDER: u64 = 1 << 35;
 pub const F_NOTIFICATION_DATA: u64 = 1 << 38;
 /// Feature 40 (§2.6.1): queues can be reset one by one.
 pub const F_RING_RESET: u64 = 1 << 40;
-
-/// Alignment in bytes of the descriptor area (§2.7).
-pub const DESCRIPTOR_ALIGN: u64 = 16;
-/// Alignment in bytes of the driver area, the available ring (§2.7).
-pub const AVAILABLE_ALIGN: u64 = 2;
-/// Alignment in bytes of the device area, the used ring (§2.7).
-pub const USED_ALIGN: u64 = 4;
-/// Largest queue in elements; sizes are powers of two (§2.7).
-pub const QUEUE_SIZE_MAX: u16 = 32768;
 
 /// Device ID of the block device (§5.2.1).
 pub const DEVICE_ID_BLOCK: u32 = 2;

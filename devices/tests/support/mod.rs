@@ -9,8 +9,10 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use devices::GuestMemory;
 use devices::block::{BlockDevice, BlockHandle, BlockOptions};
 use devices::disk::Disk;
-use devices::irq::{Interrupt, Trigger};
+use devices::irq::InterruptLine;
+use devices::spawn::DiskThreads;
 use devices::virtio::device::{Activation, ActiveQueue, VirtioDevice};
+use devices::virtio::interrupt::Interrupt;
 use devices::virtio::spec::blk;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
@@ -31,8 +33,8 @@ const WRITE: u16 = 2;
 #[derive(Default)]
 struct Line(AtomicU64);
 
-impl Trigger for Line {
-    fn trigger(&self) -> std::io::Result<()> {
+impl InterruptLine for Line {
+    fn pulse(&self) -> std::io::Result<()> {
         self.0.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
@@ -52,10 +54,21 @@ pub(crate) struct Load {
 impl Load {
     /// Starts a device on `disk` for up to 64 requests of up to `data` bytes each.
     pub(crate) fn new(disk: Arc<dyn Disk>, data: u32) -> Self {
-        let options = BlockOptions::new("vda");
-        let mut device = BlockDevice::new(options, disk, Arc::new(|event| panic!("{event:?}"))).unwrap();
+        Self::with(disk, data, |_| {})
+    }
+
+    /// As `new`, with other options.
+    pub(crate) fn with(
+        disk: Arc<dyn Disk>,
+        data: u32,
+        change: impl FnOnce(&mut BlockOptions),
+    ) -> Self {
+        let mut options = BlockOptions::new("vda");
+        change(&mut options);
         let bytes = DATA as usize + 64 * data as usize;
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), bytes)]).unwrap();
+        let (events, threads) = (Arc::new(|event| panic!("{event:?}")), DiskThreads::default());
+        let mut device = BlockDevice::new(options, disk, &memory, events, &threads).unwrap();
         let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap();
         let mut queue = Queue::new(SIZE).unwrap();
         queue.try_set_desc_table_address(GuestAddress(DESCRIPTORS)).unwrap();
@@ -63,7 +76,9 @@ impl Load {
         queue.try_set_used_ring_address(GuestAddress(USED)).unwrap();
         queue.set_ready(true);
         let interrupt = Interrupt::new(Arc::new(Line::default()));
-        let queues = vec![ActiveQueue { index: 0, queue, kick: kick.try_clone().unwrap() }];
+        let kick_of_queue = kick.try_clone().unwrap();
+        let queues =
+            vec![ActiveQueue { index: 0, queue, kick: Arc::new(kick_of_queue), restored: false }];
         let features = device.features();
         device.start(Activation { memory: memory.clone(), features, queues, interrupt }).unwrap();
         let mut load = Self { device, memory, kick, kicks: 0, available: 0, used: 0 };
@@ -124,7 +139,8 @@ impl Load {
         if index == self.used {
             return None;
         }
-        let head: u32 = self.memory.read_obj(GuestAddress(USED + 4 + 8 * u64::from(self.used % SIZE))).unwrap();
+        let head: u32 =
+            self.memory.read_obj(GuestAddress(USED + 4 + 8 * u64::from(self.used % SIZE))).unwrap();
         self.used = self.used.wrapping_add(1);
         let slot = (head / 3) as u16;
         let status: u8 = self.memory.read_obj(GuestAddress(STATUSES + u64::from(slot))).unwrap();

@@ -4,12 +4,21 @@
 use minivmm_tests::linux::{Guest, Report, System};
 
 const CLOUD_PVH: System = System { kernel: "linux-cloud/vmlinux", initrd: "initrd-cloud.cpio" };
-const CLOUD_64: System = System { kernel: "linux-cloud/vmlinux-nopvh", initrd: "initrd-cloud.cpio" };
+const CLOUD_64: System =
+    System { kernel: "linux-cloud/vmlinux-nopvh", initrd: "initrd-cloud.cpio" };
 const CLOUD_BZ: System = System { kernel: "linux-cloud/vmlinuz", initrd: "initrd-cloud.cpio" };
+/// Debian 13's kernel.
+const NEWER_PVH: System =
+    System { kernel: "linux-backports/vmlinux", initrd: "initrd-backports.cpio" };
+const NEWER_BZ: System =
+    System { kernel: "linux-backports/vmlinuz", initrd: "initrd-backports.cpio" };
 const PLAIN_PVH: System = System { kernel: "linux-amd64/vmlinux", initrd: "initrd-amd64.cpio" };
-const NO_ACPI_PVH: System = System { kernel: "linux-amd64/vmlinux", initrd: "initrd-amd64-cmdline.cpio" };
-const NO_ACPI_64: System = System { kernel: "linux-amd64/vmlinux-nopvh", initrd: "initrd-amd64-cmdline.cpio" };
-const NO_ACPI_BZ: System = System { kernel: "linux-amd64/vmlinuz", initrd: "initrd-amd64-cmdline.cpio" };
+const NO_ACPI_PVH: System =
+    System { kernel: "linux-amd64/vmlinux", initrd: "initrd-amd64-cmdline.cpio" };
+const NO_ACPI_64: System =
+    System { kernel: "linux-amd64/vmlinux-nopvh", initrd: "initrd-amd64-cmdline.cpio" };
+const NO_ACPI_BZ: System =
+    System { kernel: "linux-amd64/vmlinuz", initrd: "initrd-amd64-cmdline.cpio" };
 
 /// How the guest ends: what its script does last, and the exit status and words that follow.
 struct End(&'static str, i32, &'static str);
@@ -20,9 +29,12 @@ const REBOOT: End = End("settle; reboot -f", 0, "");
 const DEBUG_EXIT: End = End("settle; outb 0xf4 77", 77, "");
 /// A crash that the pvpanic module reports.
 const PANIC: End = End("settle; echo c >/proc/sysrq-trigger", 3, "pvpanic port");
-/// A crash that nobody reports: the kernel resets the machine, and the monitor notices.
-const SILENT_PANIC: End =
-    End("settle; rmmod pvpanic_mmio; echo c >/proc/sysrq-trigger", 3, "reset itself after a kernel panic");
+/// A crash without a report (no pvpanic module): the kernel resets the machine, and the monitor notices.
+const SILENT_PANIC: End = End(
+    "settle; rmmod pvpanic_mmio; echo c >/proc/sysrq-trigger",
+    3,
+    "reset itself after a kernel panic",
+);
 
 const ACPI: bool = true;
 const NO_ACPI: bool = false;
@@ -48,6 +60,10 @@ matrix! {
     bzimage_small:        CLOUD_BZ    ACPI     8 cpus   72 MiB  1 disks DEFAULT; // it asks for 68 MiB itself
     bzimage_large:        CLOUD_BZ    ACPI     2 cpus 5120 MiB  0 disks PANIC;
     amd64_pvh:            PLAIN_PVH   ACPI     2 cpus  512 MiB  1 disks DEFAULT;
+    newer_pvh:            NEWER_PVH   ACPI     1 cpus  512 MiB  1 disks DEFAULT;
+    newer_pvh_smp:        NEWER_PVH   ACPI     2 cpus  512 MiB  4 disks REBOOT;
+    newer_pvh_many_cpus:  NEWER_PVH   ACPI     8 cpus  512 MiB  1 disks DEBUG_EXIT;
+    newer_bzimage:        NEWER_BZ    ACPI     2 cpus 5120 MiB  1 disks SILENT_PANIC;
     no_acpi_pvh:          NO_ACPI_PVH NO_ACPI  1 cpus  512 MiB  1 disks DEFAULT;
     no_acpi_pvh_large:    NO_ACPI_PVH NO_ACPI  2 cpus 5120 MiB  4 disks SILENT_PANIC;
     no_acpi_linux64:      NO_ACPI_64  NO_ACPI  8 cpus  512 MiB  4 disks DEBUG_EXIT;
@@ -79,8 +95,12 @@ const HARMLESS: &[&str] = &[
 fn boots(system: System, acpi: bool, cpus: u64, memory: u64, disks: usize, end: &End) {
     let End(last_words, status, says) = end;
     let acpi_option = if acpi { "on" } else { "off" };
-    let mut guest = Guest::new(system, &format!("{FACTS}\n{last_words}"))
-        .with(&format!("--cpus {cpus} --memory {memory}M --acpi {acpi_option} --debug-exit --cmdline user.word=1"));
+    let mut guest = Guest::new(system, &format!("{FACTS}\n{last_words}")).with(&format!(
+        "--cpus {cpus} --memory {memory}M --acpi {acpi_option} --cmdline user.word=1"
+    ));
+    if last_words.contains("outb 0xf4") {
+        guest = guest.with("--debug-exit");
+    }
     if memory < 80 {
         // The files of its trace events take 9 MiB, before Debian's kernel has given its start-up memory back.
         guest = guest.with("--cmdline initcall_blacklist=tracer_init_tracefs");
@@ -100,32 +120,41 @@ fn boots(system: System, acpi: bool, cpus: u64, memory: u64, disks: usize, end: 
     assert_eq!(report.get("acpi"), acpi_option);
     assert!(report.get("cmdline").starts_with("console=ttyS0 "), "{}", report.get("cmdline"));
     assert!(report.get("cmdline").contains(" user.word=1"), "{}", report.get("cmdline"));
-    assert!(matches!(report.get("clocksource"), "kvm-clock" | "tsc"), "{}", report.get("clocksource"));
+    assert!(
+        matches!(report.get("clocksource"), "kvm-clock" | "tsc"),
+        "{}",
+        report.get("clocksource")
+    );
     check_ram(&report, memory << 20);
-    let expected: Vec<_> = (0..disks).map(|n| format!("vd{} {}", letter(n), size(n) / 512)).collect();
+    let expected: Vec<_> =
+        (0..disks).map(|n| format!("vd{} {}", letter(n), size(n) / 512)).collect();
     assert_eq!(report.all("disk"), expected);
     let expected: Vec<_> = (0..disks).map(|n| format!("vd{} image-{n}", letter(n))).collect();
     assert_eq!(report.all("content"), expected);
     let complaints = report.all("complaint");
-    let complaints: Vec<_> =
-        complaints.iter().filter(|line| !HARMLESS.iter().any(|known| line.contains(known))).collect();
+    let complaints: Vec<_> = complaints
+        .iter()
+        .filter(|line| !HARMLESS.iter().any(|known| line.contains(known)))
+        .collect();
     assert!(complaints.is_empty(), "{complaints:#?}");
     if says.is_empty() {
         assert_eq!(report.ended.errors, "");
     } else {
-        assert!(report.ended.errors.contains(says) && report.ended.errors.lines().count() == 1, "{}", report.ended);
+        assert!(
+            report.ended.errors.contains(says) && report.ended.errors.lines().count() == 1,
+            "{}",
+            report.ended
+        );
     }
 }
 
-/// Told `nokaslr`, minivmm unpacks a bzImage itself and enters the kernel inside through PVH. The kernel says which way it
-/// came: PVH's number is 0xb0 (`arch/x86/platform/pvh/enlighten.c`).
+/// Linux resets by a triple fault, or through the BIOS, if its user says so; without EFI, `e` leads to the BIOS.
 #[test]
-fn bzimage_unpacked_by_minivmm() {
-    for (words, loader) in [("--cmdline nokaslr", 0xb0), ("", 0xff)] {
-        let script = "fact loader $(cat /proc/sys/kernel/bootloader_type)";
-        let report = Guest::new(CLOUD_BZ, script).with(words).run(0);
-        assert_eq!(report.number("loader"), loader, "{words}");
-        assert_eq!(report.ended.errors, "");
+fn a_reboot_by_triple_fault_bios_or_efi_is_no_panic() {
+    for method in ["t", "b", "e"] {
+        let words = format!("--cmdline reboot={method}");
+        let report = Guest::new(CLOUD_PVH, "settle; reboot -f").with(&words).run(0);
+        assert_eq!(report.ended.errors, "", "{method}");
     }
 }
 
@@ -140,7 +169,12 @@ fn letter(index: usize) -> char {
 
 fn write_at_start(image: &std::path::Path, text: &str) {
     use std::os::unix::fs::FileExt;
-    std::fs::File::options().write(true).open(image).unwrap().write_all_at(text.as_bytes(), 0).unwrap();
+    std::fs::File::options()
+        .write(true)
+        .open(image)
+        .unwrap()
+        .write_all_at(text.as_bytes(), 0)
+        .unwrap();
 }
 
 /// The kernel uses all RAM but what a PC keeps from it below 1 MiB, and none of it lies in the hole below 4 GiB.
@@ -155,7 +189,13 @@ fn check_ram(report: &Report, memory: u64) {
         })
         .collect();
     let total: u64 = ranges.iter().map(|range| range.end - range.start).sum();
-    assert!((memory - (1 << 20)..=memory).contains(&total), "{total:#x} of {memory:#x} bytes: {ranges:#x?}");
+    assert!(
+        (memory - (1 << 20)..=memory).contains(&total),
+        "{total:#x} of {memory:#x} bytes: {ranges:#x?}"
+    );
     let hole = arch::layout::HOLE_START.0..arch::layout::HOLE_END.0;
-    assert!(ranges.iter().all(|range| range.end <= hole.start || range.start >= hole.end), "{ranges:#x?}");
+    assert!(
+        ranges.iter().all(|range| range.end <= hole.start || range.start >= hole.end),
+        "{ranges:#x?}"
+    );
 }

@@ -23,7 +23,8 @@ const COMPLAINTS: &str = "dmesg -r | grep -E '^<[0-4]>' | grep -iE 'lockup|stall
 
 fn start(guest: &Guest) -> (Session, Qmp) {
     let session = guest.start();
-    let qmp = Qmp::connect(&guest.path(SOCKET));
+    let mut qmp = Qmp::connect(&guest.path(SOCKET));
+    qmp.set_bound(BOOT_BOUND);
     (session, qmp)
 }
 
@@ -47,7 +48,8 @@ fn fio(options: &str) -> String {
 
 /// The results of all such commands, in order.
 fn results(report: &Report) -> Vec<Value> {
-    let outputs = report.text.split("BEGIN\n").skip(1).map(|rest| rest.split("END\n").next().unwrap());
+    let outputs =
+        report.text.split("BEGIN\n").skip(1).map(|rest| rest.split("END\n").next().unwrap());
     outputs.map(|text| serde_json::from_str::<Value>(text).unwrap()["jobs"][0].clone()).collect()
 }
 
@@ -79,7 +81,7 @@ fn a_full_host_stops_the_guest_until_there_is_space() {
     fs::create_dir(&full).unwrap();
     let full = full.to_str().unwrap().to_owned();
     if !run("mount", &["-t", "tmpfs", "-o", "size=8m", "tmpfs", &full]) {
-        println!("skipped: mounting a small tmpfs takes root");
+        minivmm_tests::skip("mounting a small tmpfs needs root");
         return;
     }
     let _cleanup = Cleanup(|| {
@@ -90,7 +92,7 @@ fn a_full_host_stops_the_guest_until_there_is_space() {
 
     let error = qmp.event("BLOCK_IO_ERROR");
     let expected = json!({ "device": "small", "node-name": "small", "operation": "write", "action": "stop",
-        "nospace": true, "reason": "no space left on the host" });
+        "nospace": true, "reason": "No space left on device" });
     assert_eq!(error, expected);
     qmp.event("STOP");
     assert_eq!(qmp.query("query-status"), json!({"running": false, "status": "io-error"}));
@@ -132,18 +134,26 @@ fn a_failing_disk_under_each_policy() {
         assert!(run("dmsetup", &["create", "--noudevsync", &name, "--table", &failing]), "dmsetup");
         // Where no udev makes its name.
         run("dmsetup", &["mknodes", &name]);
-        let guest = guest.with(&format!("--disk /dev/mapper/{name},cache=none,rerror={policy},werror={policy}"));
+        let guest = guest
+            .with(&format!("--disk /dev/mapper/{name},cache=none,rerror={policy},werror={policy}"));
         let (session, mut qmp) = start(&guest);
         for operation in ["write", "read"] {
             let error = qmp.event("BLOCK_IO_ERROR");
-            assert_eq!((&error["action"], &error["operation"]), (&json!(action), &json!(operation)), "{policy}");
+            assert_eq!(
+                (&error["action"], &error["operation"]),
+                (&json!(action), &json!(operation)),
+                "{policy}"
+            );
             assert_eq!(error["nospace"], false);
             if policy == "stop" {
                 qmp.event("STOP");
                 assert_eq!(qmp.query("query-block")[1]["io-status"], "failed");
                 // The disk is repaired, then the request goes through; and breaks again.
                 let sound = format!("0 32768 linear {device} 0");
-                assert!(run("dmsetup", &["suspend", &name]) && run("dmsetup", &["load", &name, "--table", &sound]));
+                assert!(
+                    run("dmsetup", &["suspend", &name])
+                        && run("dmsetup", &["load", &name, "--table", &sound])
+                );
                 assert!(run("dmsetup", &["resume", "--noudevsync", &name]));
                 qmp.query("cont");
                 qmp.event("RESUME");
@@ -173,10 +183,13 @@ fn a_failing_disk_under_each_policy() {
 fn loop_device(file: &Path) -> Option<String> {
     // Where they are modules.
     run("modprobe", &["-q", "-a", "loop", "dm-mod"]);
-    let device =
-        Command::new("timeout").args(["-s", "KILL", "60", "losetup", "--find", "--show"]).arg(file).output().unwrap();
+    let device = Command::new("timeout")
+        .args(["-s", "KILL", "60", "losetup", "--find", "--show"])
+        .arg(file)
+        .output()
+        .unwrap();
     if !device.status.success() {
-        println!("skipped: a loop device takes root");
+        minivmm_tests::skip("a loop device needs root");
         return None;
     }
     Some(String::from_utf8(device.stdout).unwrap().trim().to_owned())
@@ -200,7 +213,8 @@ fn a_block_device_of_the_host_grows() {
     let (mut session, mut qmp) = start(&guest);
     assert_eq!(fact(&session, "size"), (16 << 20).to_string());
     session.send("\n");
-    let mut resize = |bytes: u64| qmp.execute("block_resize", json!({"device": "vdb", "size": bytes}));
+    let mut resize =
+        |bytes: u64| qmp.execute("block_resize", json!({"device": "vdb", "size": bytes}));
     let (_, reason) = resize(32 << 20).unwrap_err();
     assert!(reason.contains("resize it on the host first"), "{reason}");
     fs::File::options().write(true).open(&file).unwrap().set_len(32 << 20).unwrap();
@@ -267,7 +281,9 @@ fn limits_hold_and_bursts_show() {
     let jobs = results(&report);
     let [apart, mixed, burst] = &jobs[..] else { panic!("{}", report.ended) };
     let number = |job: &Value, way: &str, what: &str| job[way][what].as_f64().unwrap();
-    let seconds = |job: &Value| f64::max(number(job, "read", "runtime"), number(job, "write", "runtime")) / 1000.0;
+    let seconds = |job: &Value| {
+        f64::max(number(job, "read", "runtime"), number(job, "write", "runtime")) / 1000.0
+    };
     // No more than what may come at once, what is due by then, and what is still under way; but less where the host is busy.
     let close = |what: &str, actual: f64, at_once: f64, due: f64, under_way: f64| {
         println!("{what}: {actual} of {:.1}", at_once + due);
@@ -277,19 +293,35 @@ fn limits_hold_and_bursts_show() {
     let time = seconds(apart);
     close("reads", number(apart, "read", "total_ios"), 2.0, 20.0 * time, 4.0);
     let bytes = f64::from(1 << 18);
-    close("bytes written", number(apart, "write", "io_bytes"), bytes / 10.0, bytes * time, 4.0 * 16384.0);
+    close(
+        "bytes written",
+        number(apart, "write", "io_bytes"),
+        bytes / 10.0,
+        bytes * time,
+        4.0 * 16384.0,
+    );
     let (reads, writes) = (number(mixed, "read", "total_ios"), number(mixed, "write", "total_ios"));
     close("reads and writes", reads + writes, 6.0, 60.0 * seconds(mixed), 4.0);
     // fio throws a coin for each: of 180 or more, four standard deviations are 15%.
     let share = reads / (reads + writes);
     assert!((0.35..=0.65).contains(&share), "{share} of the operations are reads");
-    close("reads with a burst", number(burst, "read", "total_ios"), 200.0, 20.0 * seconds(burst), 4.0);
+    close(
+        "reads with a burst",
+        number(burst, "read", "total_ios"),
+        200.0,
+        20.0 * seconds(burst),
+        4.0,
+    );
 }
 
 #[test]
 fn the_accounts_are_fios() {
     let job = fio("--rw=randrw --bs=4k --size=8m --iodepth=16 --number_ios=3000 --norandommap");
-    let guest = guest(&format!("fact ready\nread go\n{job}\nfact done\nread go")).with_disk("disk", 16 << 20, "");
+    let guest = guest(&format!("fact ready\nread go\n{job}\nfact done\nread go")).with_disk(
+        "disk",
+        16 << 20,
+        "",
+    );
     let (mut session, mut qmp) = start(&guest);
     let stats = |qmp: &mut Qmp| qmp.query("query-blockstats")[1]["stats"].clone();
     session.expect("fact: ready", BOOT_BOUND);
@@ -303,7 +335,11 @@ fn the_accounts_are_fios() {
     let job = &results(&report)[0];
     for (ours, way) in [("rd", "read"), ("wr", "write")] {
         let counted = (metrics(&format!("{ours}_operations")), metrics(&format!("{ours}_bytes")));
-        assert_eq!(json!([counted.0, counted.1]), json!([job[way]["total_ios"], job[way]["io_bytes"]]), "{way}");
+        assert_eq!(
+            json!([counted.0, counted.1]),
+            json!([job[way]["total_ios"], job[way]["io_bytes"]]),
+            "{way}"
+        );
         assert!(metrics(&format!("{ours}_total_time_ns")) > 0);
     }
     assert_eq!(metrics("failed_rd_operations") + metrics("failed_wr_operations"), 0);
@@ -312,9 +348,11 @@ fn the_accounts_are_fios() {
 /// A thousand times, while fio verifies what it writes.
 #[test]
 fn pause_and_resume_a_thousand_times_under_load() {
-    let job =
-        fio("--rw=randrw --bs=4k --size=8m --iodepth=16 --verify=crc32c --verify_fatal=1 --time_based --runtime=25");
-    let guest = guest(&format!("fact started\n{job}\n{COMPLAINTS}")).with_disk("disk", 16 << 20, "");
+    let job = fio(
+        "--rw=randrw --bs=4k --size=8m --iodepth=16 --verify=crc32c --verify_fatal=1 --time_based --runtime=25",
+    );
+    let guest =
+        guest(&format!("fact started\n{job}\n{COMPLAINTS}")).with_disk("disk", 16 << 20, "");
     let (session, mut qmp) = start(&guest);
     session.expect("fact: started", BOOT_BOUND);
     let mut slowest = Duration::ZERO;
@@ -335,15 +373,20 @@ fn pause_and_resume_a_thousand_times_under_load() {
 #[test]
 fn a_reset_in_the_middle_of_fio_boots_again() {
     let load = fio("--rw=randrw --bs=4k --size=8m --iodepth=16 --time_based --runtime=1000");
-    let verified = fio("--rw=randwrite --bs=4k --size=2m --iodepth=16 --verify=crc32c --verify_fatal=1");
-    let script = format!("fact up $(nproc)\n{COMPLAINTS}\nread go\ncase $go in load)\n{load}\nesac\n{verified}");
+    let verified =
+        fio("--rw=randwrite --bs=4k --size=2m --iodepth=16 --verify=crc32c --verify_fatal=1");
+    let script = format!(
+        "fact up $(nproc)\n{COMPLAINTS}\nread go\ncase $go in load)\n{load}\nesac\n{verified}"
+    );
     let guest = guest(&script).with_disk("disk", 16 << 20, "");
     let (mut session, mut qmp) = start(&guest);
     let mut boots = Vec::new();
     for paused in [false, true] {
         boots.push(fact(&session, "up"));
         session.send("load\n");
-        let written = |qmp: &mut Qmp| qmp.query("query-blockstats")[1]["stats"]["wr_operations"].as_u64().unwrap();
+        let written = |qmp: &mut Qmp| {
+            qmp.query("query-blockstats")[1]["stats"]["wr_operations"].as_u64().unwrap()
+        };
         let before = written(&mut qmp);
         let deadline = Instant::now() + BOOT_BOUND;
         while written(&mut qmp) < before + 200 {

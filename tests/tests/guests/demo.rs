@@ -10,19 +10,32 @@ use minivmm_tests::session::Session;
 fn the_shell_shows_what_the_chapter_says() {
     let directory = tempfile::tempdir().unwrap();
     let image = directory.path().join("root.img");
-    let copied = Command::new("cp").arg("--sparse=always").arg(artefact("demo.img")).arg(&image).status().unwrap();
+    let copied = Command::new("cp")
+        .arg("--sparse=always")
+        .arg(artefact("demo.img"))
+        .arg(&image)
+        .status()
+        .unwrap();
     assert!(copied.success());
     let mut command = minivmm(["--cmdline", "loglevel=3", "--disk", "root.img", "--kernel"]);
     command.arg(artefact("linux-cloud/vmlinux")).arg("--initrd").arg(artefact("initrd-cloud.cpio"));
     let mut session = Session::start(command.current_dir(directory.path()));
 
     let greeting = session.expect("guest:/root# ", BOOT_BOUND);
-    assert!(greeting.contains("in minivmm, up after") && greeting.contains("/dev/vda"), "{greeting}");
+    assert!(
+        greeting.contains("in minivmm, up after") && greeting.contains("/dev/vda"),
+        "{greeting}"
+    );
     session.send("dmesg | head -40\n");
     let messages = session.expect("guest:/root# ", BOOT_BOUND);
-    for promised in
-        ["BIOS-provided physical RAM map", "ACPI: RSDP", "ACPI: XSDT", "ACPI: FACP", "ACPI: DSDT", "ACPI: APIC"]
-    {
+    for promised in [
+        "BIOS-provided physical RAM map",
+        "ACPI: RSDP",
+        "ACPI: XSDT",
+        "ACPI: FACP",
+        "ACPI: DSDT",
+        "ACPI: APIC",
+    ] {
         assert!(messages.contains(promised), "no {promised:?} in:\n{messages}");
     }
     session.send("echo kept > /root/note; poweroff\n");

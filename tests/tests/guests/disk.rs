@@ -40,7 +40,17 @@ fn attributes_equal_the_options() {
     .with_disk("read-only", 3 * MIB, "readonly=on");
     let report = guest.run(5);
     let table: &[(&str, &[&str])] = &[
-        ("vda", &["size 2048", "ro 0", "serial", "queues 2", "write_cache write back", "logical_block_size 512"]),
+        (
+            "vda",
+            &[
+                "size 2048",
+                "ro 0",
+                "serial",
+                "queues 2",
+                "write_cache write back",
+                "logical_block_size 512",
+            ],
+        ),
         ("vdb", &["size 4096", "serial twenty-bytes-exactly"]),
         (
             "vdc",
@@ -53,7 +63,10 @@ fn attributes_equal_the_options() {
             ],
         ),
         ("vdd", &["write_cache write through", "discard_max_bytes 0", "queues 1"]),
-        ("vde", &["queues 1", "nr_requests 64", "logical_block_size 512", "physical_block_size 4096"]),
+        (
+            "vde",
+            &["queues 1", "nr_requests 64", "logical_block_size 512", "physical_block_size 4096"],
+        ),
         ("vdf", &["size 6144", "ro 1"]),
     ];
     for (disk, attributes) in table {
@@ -63,10 +76,17 @@ fn attributes_equal_the_options() {
         }
     }
     // A guest can give space back unless that is switched off.
-    let granularity = report.all("vda").into_iter().find_map(|fact| fact.strip_prefix("discard_granularity ")).unwrap();
+    let granularity = report
+        .all("vda")
+        .into_iter()
+        .find_map(|fact| fact.strip_prefix("discard_granularity "))
+        .unwrap();
     assert_ne!(granularity, "0");
     assert_ne!(report.get("write"), "0", "a write to the read-only disk succeeded");
-    assert!(fs::read(guest.path("read-only")).unwrap().iter().all(|byte| *byte == 0), "the read-only disk was written");
+    assert!(
+        fs::read(guest.path("read-only")).unwrap().iter().all(|byte| *byte == 0),
+        "the read-only disk was written"
+    );
 }
 
 #[test]
@@ -105,7 +125,10 @@ fact done
         assert_eq!(report.number(fact), 0, "{fact}: {}", report.ended);
     }
     let raw = allocated(&guest.path("raw"));
-    assert!((4 * MIB..=8 * MIB).contains(&raw), "{raw} of 16 MiB are allocated, of which 8 or 9 were given back");
+    assert!(
+        (4 * MIB..=8 * MIB).contains(&raw),
+        "{raw} of 16 MiB are allocated, of which 8 or 9 were given back"
+    );
     assert!(report.number("before") >= 20 << 10);
     let ext4 = allocated(&guest.path("ext4"));
     assert!(ext4 < 16 * MIB, "{ext4} bytes are still allocated after fstrim");
@@ -141,7 +164,8 @@ yes "round $round" | dd of=/dev/vdb bs=512 count=1 iflag=fullblock oflag=direct 
 sync
 fact errors $(dmesg | grep -c 'needs reset' || true)
 "#;
-    let guest = Guest::new(CLOUD, script).with("--cpus 2").with_tools().with_disk("disk", 4 * MIB, "");
+    let guest =
+        Guest::new(CLOUD, script).with("--cpus 2").with_tools().with_disk("disk", 4 * MIB, "");
     let report = guest.run(0);
     assert_eq!(report.number("rounds"), 50, "{}", report.ended);
     assert_eq!(report.number("errors"), 0, "{}", report.ended);
@@ -155,7 +179,7 @@ fact errors $(dmesg | grep -c 'needs reset' || true)
 #[test]
 fn the_write_cache_can_be_switched() {
     if Command::new("strace").arg("-V").output().is_err() {
-        println!("skipped: strace is not installed");
+        minivmm_tests::skip("strace is not installed");
         return;
     }
     const WRITES: usize = 20;
@@ -191,13 +215,18 @@ writes 2097152
     // Writes, durable writes, and flushes, from the first write at or above an offset to the last one below another.
     let calls = fs::read_to_string(guest.path("calls")).unwrap();
     let count = |from: u64, to: u64| {
-        let phase = |line: &&str| offset_of(line).is_some_and(|offset| (from..to).contains(&offset));
+        let phase =
+            |line: &&str| offset_of(line).is_some_and(|offset| (from..to).contains(&offset));
         let lines: Vec<_> = calls.lines().collect();
         let first = lines.iter().position(phase).expect("a write");
         let last = lines.iter().rposition(phase).expect("a write");
         let writes: Vec<_> = lines[first..=last].iter().filter(|line| phase(line)).collect();
         let durable = writes.iter().filter(|line| line.contains("DSYNC")).count();
-        (writes.len(), durable, lines[first..=last].iter().filter(|line| line.contains("fdatasync(")).count())
+        (
+            writes.len(),
+            durable,
+            lines[first..=last].iter().filter(|line| line.contains("fdatasync(")).count(),
+        )
     };
     // The flush behind the last write is not between the writes.
     assert_eq!(count(0, MIB), (WRITES, 0, WRITES - 1), "{calls}");
@@ -208,6 +237,7 @@ writes 2097152
 /// The file offset of a write in strace's words: `pwritev2(9, [{iov_base="x"..., iov_len=512}], 1, 1024, RWF_DSYNC) = 512`.
 fn offset_of(line: &str) -> Option<u64> {
     let (_, arguments) = line.split_once("pwrite")?;
-    let (_, after_data) = arguments.rsplit_once("], 1, ").or_else(|| arguments.rsplit_once("\"..., 512, "))?;
+    let (_, after_data) =
+        arguments.rsplit_once("], 1, ").or_else(|| arguments.rsplit_once("\"..., 512, "))?;
     after_data.split([',', ')']).next()?.parse().ok()
 }

@@ -20,7 +20,8 @@ while :; do
     fact round
 done
 "#;
-    let guest = Guest::new(CLOUD, script).with("--cpus 2").with_tools().with_disk("disk", 64 << 20, "");
+    let guest =
+        Guest::new(CLOUD, script).with("--cpus 2").with_tools().with_disk("disk", 64 << 20, "");
     let session = guest.start();
     session.expect("fact: synced", BOOT_BOUND);
     session.expect("fact: round", BOOT_BOUND);
@@ -30,12 +31,21 @@ done
     assert_eq!(ended.errors, "");
 
     let image = guest.path("disk");
-    let replay = Command::new("e2fsck").args(["-p"]).arg(&image).output().expect("e2fsck is installed");
+    let replay =
+        Command::new("e2fsck").args(["-p"]).arg(&image).output().expect("e2fsck is installed");
     // 1: corrected, which is the journal's replay.
-    assert!(matches!(replay.status.code(), Some(0 | 1)), "{}", String::from_utf8_lossy(&replay.stdout));
+    assert!(
+        matches!(replay.status.code(), Some(0 | 1)),
+        "{}",
+        String::from_utf8_lossy(&replay.stdout)
+    );
     minivmm_tests::linux::assert_clean(&image);
     for n in 1..=5 {
-        let file = Command::new("debugfs").args(["-R", &format!("cat /file-{n}")]).arg(&image).output().unwrap();
+        let file = Command::new("debugfs")
+            .args(["-R", &format!("cat /file-{n}")])
+            .arg(&image)
+            .output()
+            .unwrap();
         assert_eq!(String::from_utf8_lossy(&file.stdout), format!("file {n}\n"));
     }
 }

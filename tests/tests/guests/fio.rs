@@ -33,12 +33,16 @@ fn script() -> String {
             )
         })
         .collect();
-    format!("{fio} >/run/fio.json\nfact fio $?\necho BEGIN\ncat /run/fio.json\necho END\n{}\nsync\n", writes.join("\n"))
+    format!(
+        "{fio} >/run/fio.json\nfact fio $?\necho BEGIN\ncat /run/fio.json\necho END\n{}\nsync\n",
+        writes.join("\n")
+    )
 }
 
 #[test]
 fn fio_verifies_and_the_host_agrees() {
-    let guest = Guest::new(CLOUD, &script()).with("--cpus 2").with_tools().with_disk("disk", DISK, "");
+    let guest =
+        Guest::new(CLOUD, &script()).with("--cpus 2").with_tools().with_disk("disk", DISK, "");
     let report = guest.run(0);
     assert_eq!(report.number("fio"), 0, "{}", report.ended);
     check_fio(&report);
@@ -51,10 +55,15 @@ fn fio_verifies_and_the_host_agrees() {
         bytes
     };
     for offset in PATTERN_OFFSETS {
-        assert!(sector(*offset) == pattern(*offset), "the pattern at {offset:#x} is {:?}", sector(*offset));
+        assert!(
+            sector(*offset) == pattern(*offset),
+            "the pattern at {offset:#x} is {:?}",
+            sector(*offset)
+        );
         // ... and nothing beside it.
         for neighbour in [offset.wrapping_sub(512), offset + 512] {
-            let ours = PATTERN_OFFSETS.contains(&neighbour) || !(FIO_SIZE..DISK).contains(&neighbour);
+            let ours =
+                PATTERN_OFFSETS.contains(&neighbour) || !(FIO_SIZE..DISK).contains(&neighbour);
             assert!(ours || sector(neighbour) == [0; 512], "something at {neighbour:#x}");
         }
     }
@@ -76,6 +85,10 @@ fn check_fio(report: &Report) {
     );
     for kind in ["read", "write"] {
         assert_eq!(number(&job[kind]["short_ios"]) + number(&job[kind]["drop_ios"]), 0, "{kind}");
-        assert_eq!(number(&job[kind]["total_ios"]), number(&job[kind]["io_bytes"]) / BLOCK, "{kind}");
+        assert_eq!(
+            number(&job[kind]["total_ios"]),
+            number(&job[kind]["io_bytes"]) / BLOCK,
+            "{kind}"
+        );
     }
 }

@@ -25,7 +25,8 @@ change() {
 fn qemu_img(directory: &Path, arguments: &[&str]) -> String {
     let output = Command::new("qemu-img").args(arguments).current_dir(directory).output();
     let output = output.expect("qemu-img is installed (Debian: qemu-utils)");
-    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned()
+        + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "qemu-img {arguments:?}: {text}");
     text
 }
@@ -47,15 +48,21 @@ fn a_qcow2_with_a_backing_file_boots_and_holds_what_a_raw_image_would() {
     fs::write(guest.path("raw"), &content).unwrap();
     fs::write(guest.path("base"), &content).unwrap();
     fs::write(guest.path("vanishing"), &content).unwrap();
-    qemu_img(&directory, &["create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "overlay.qcow2"]);
+    qemu_img(
+        &directory,
+        &["create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "overlay.qcow2"],
+    );
 
-    let guest = guest
-        .with("--disk root.qcow2,format=qcow2,backing=on")
-        .with("--disk overlay.qcow2,format=qcow2,backing=on --disk raw --disk vanishing,snapshot=on");
+    let guest = guest.with("--disk root.qcow2,format=qcow2,backing=on").with(
+        "--disk overlay.qcow2,format=qcow2,backing=on --disk raw --disk vanishing,snapshot=on",
+    );
     let report = guest.run(0);
     assert!(report.get("root").starts_with("/ ext4 rw"), "{}", report.get("root"));
     let sums: Vec<_> = report.get("same").split(' ').collect();
-    assert!(matches!(sums[..], [a, _, b, _, c, _] if a == b && b == c), "the guest reads back {sums:?}");
+    assert!(
+        matches!(sums[..], [a, _, b, _, c, _] if a == b && b == c),
+        "the guest reads back {sums:?}"
+    );
 
     for image in ["root.qcow2", "overlay.qcow2"] {
         qemu_img(&directory, &["check", "-q", "-f", "qcow2", image]);

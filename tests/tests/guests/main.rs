@@ -1,4 +1,4 @@
-//! Real Linux guests through the real binary, on a CPU that virtualises or in the lab (`make test-guests`).
+//! Real Linux guests through the real binary, on a CPU with hardware virtualization or in the lab (`make test-guests`).
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
 mod boot;
@@ -7,5 +7,9 @@ mod debian;
 mod demo;
 mod disk;
 mod ends;
+mod exec;
 mod fio;
 mod formats;
+mod gdb;
+mod lab;
+mod saved;

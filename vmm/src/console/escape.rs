@@ -1,23 +1,29 @@
-//! `Ctrl-A`, the key that speaks to minivmm instead of the guest.
-
-use super::input::Typed;
+//! The escape key of a terminal's user: `Ctrl-A` and the key after it are for minivmm and not for the guest.
 
 const CTRL_A: u8 = 1;
 
 /// What `Ctrl-A h` prints.
-pub(crate) const HELP: &str = "\r\nminivmm console keys:\r\n\
+pub(super) const HELP: &str = "\r\nminivmm console keys:\r\n\
     \x20 Ctrl-A h       this help\r\n\
     \x20 Ctrl-A x       quit minivmm\r\n\
     \x20 Ctrl-A Ctrl-A  send Ctrl-A to the guest\r\n";
 
-/// Follows the escape key through the typed bytes.
+/// What a typed byte turned out to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Typed {
+    Byte(u8),
+    Help,
+    Quit,
+}
+
+/// Whether the last byte was the escape key.
 #[derive(Debug, Default)]
 pub(super) struct Escape {
     pending: bool,
 }
 
 impl Escape {
-    /// What `byte` means, given what came before. `None`: wait for the next one.
+    /// What `byte` means after the bytes before it. `None`: nothing, or that depends on the next byte.
     pub(super) fn typed(&mut self, byte: u8) -> Option<Typed> {
         if !std::mem::replace(&mut self.pending, false) {
             self.pending = byte == CTRL_A;

@@ -1,37 +1,47 @@
-//! Guest output on its way to the host: a bounded buffer between the vCPUs, which never wait, and the thread `console`,
-//! which may wait for a slow reader as long as it takes.
+//! Guest output on its way to the host: a bounded buffer between the vCPUs, which never wait, and the thread `console`, which
+//! waits for a slow reader as long as it takes.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
+use devices::spawn::Spawn;
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 
-/// How much output may wait for its reader, in bytes. A guest that prints more than this to a reader that has stopped
-/// loses the newest bytes, counted and said once the reader is back; it cannot make us grow.
+use crate::error::Error;
+use crate::lock;
+
+/// Bytes of output that may wait for the reader. Of a guest that prints more to a reader that has stopped, the newest bytes are
+/// lost and counted, and the count is printed once the reader is back.
 const CAPACITY: usize = 4 << 20;
 
-/// How long the last output may take to reach its reader when the VM ends.
-const FINISH_BOUND: Duration = Duration::from_secs(2);
+/// A sink that fails, such as a file on a full disk, is tried again after this time.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The owner's end.
+/// How long the last output may take to reach its reader when the VM ends.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The buffer and the thread that empties it, `console`. The thread takes bytes out under the lock and writes them
+/// without it, so that a slow reader never holds up a vCPU.
 #[derive(Debug)]
 pub(crate) struct Output {
-    shared: Arc<Shared>,
-    thread: JoinHandle<()>,
+    buffer: Arc<Buffer>,
+    thread: Option<JoinHandle<()>>,
 }
 
-/// The UART's end: `write` never blocks and never fails.
+/// The UART's handle. `write` never blocks and never fails, because a guest that prints must not be able to stall its
+/// vCPU or to end the VM. Bytes that do not fit are dropped and counted.
 #[derive(Clone, Debug)]
 pub(crate) struct OutputWriter {
-    shared: Arc<Shared>,
+    buffer: Arc<Buffer>,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct Buffer {
     state: Mutex<State>,
     /// Signalled when there is something for the thread to do, and when it has finished.
     changed: Condvar,
@@ -40,31 +50,32 @@ struct Shared {
 #[derive(Debug)]
 struct State {
     waiting: VecDeque<u8>,
+    begun: bool,
     lost: u64,
     sink: Option<Arc<OwnedFd>>,
-    /// The sink may go away and another one come (a socket's clients): keep the output for the next.
+    /// The sink may be replaced by another one (a socket's clients): output is kept for the next.
     reconnects: bool,
+    /// No reader will come back: output is dropped.
+    sink_is_gone: bool,
+    /// Bytes that may still be written, with `max=`.
+    limit: Option<u64>,
     finishing: bool,
     finished: bool,
 }
 
-impl Shared {
-    // A panic while the lock is held cannot leave the plain data behind it inconsistent.
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 impl Write for OutputWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut state = self.shared.lock();
+        let mut state = lock(&self.buffer.state);
+        if !std::mem::replace(&mut state.begun, true) {
+            tracing::info!(target: "boot", "first console byte");
+        }
         let room = CAPACITY.saturating_sub(state.waiting.len());
         let (kept, lost) = bytes.split_at(bytes.len().min(room));
         let was_idle = state.waiting.is_empty();
         state.waiting.extend(kept);
         state.lost += lost.len() as u64;
         if was_idle {
-            self.shared.changed.notify_all();
+            self.buffer.changed.notify_all();
         }
         Ok(bytes.len())
     }
@@ -75,77 +86,118 @@ impl Write for OutputWriter {
 }
 
 impl Output {
-    /// Starts the thread. Without a `sink` the output waits for `connect`.
-    ///
-    /// # Errors
-    /// When the host has no thread left.
-    pub(crate) fn spawn(sink: Option<OwnedFd>, reconnects: bool) -> io::Result<Self> {
+    /// Without a `sink` the output waits for `connect`. No more than `limit` bytes are written.
+    pub(crate) fn new(sink: Option<OwnedFd>, reconnects: bool, limit: Option<u64>) -> Self {
         let state = State {
             waiting: VecDeque::new(),
+            begun: false,
             lost: 0,
+            sink_is_gone: sink.is_none() && !reconnects,
             sink: sink.map(Arc::new),
             reconnects,
+            limit,
             finishing: false,
             finished: false,
         };
-        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
-        let thread_shared = Arc::clone(&shared);
-        let thread = thread::Builder::new().name("console".to_owned()).spawn(move || move_output(&thread_shared))?;
-        Ok(Self { shared, thread })
+        let buffer = Arc::new(Buffer { state: Mutex::new(state), changed: Condvar::new() });
+        Self { buffer, thread: None }
     }
 
-    /// An end for the UART, or for our own words.
+    /// Starts the thread. Until then all output waits.
+    ///
+    /// # Errors
+    /// When the host has no thread left.
+    pub(crate) fn start(&mut self, spawn: &Spawn) -> Result<(), Error> {
+        let buffer = Arc::clone(&self.buffer);
+        let thread = spawn("console".to_owned(), Box::new(move || move_output(&buffer)));
+        self.thread = Some(thread.map_err(Error::host("start the console thread"))?);
+        Ok(())
+    }
+
+    /// A handle for the UART, or for minivmm's own text.
     pub(crate) fn writer(&self) -> OutputWriter {
-        OutputWriter { shared: Arc::clone(&self.shared) }
+        OutputWriter { buffer: Arc::clone(&self.buffer) }
     }
 
-    /// A client is there: it gets what waits and what follows.
     pub(crate) fn connect(&self, sink: OwnedFd) {
-        self.shared.lock().sink = Some(Arc::new(sink));
-        self.shared.changed.notify_all();
+        lock(&self.buffer.state).sink = Some(Arc::new(sink));
+        self.buffer.changed.notify_all();
     }
 
-    /// The client has gone: output waits for the next one.
+    /// The client has gone: output is kept for the next one.
     pub(crate) fn disconnect(&self) {
-        self.shared.lock().sink = None;
+        lock(&self.buffer.state).sink = None;
     }
 
     /// Waits, within a bound, until the reader has everything, then ends the thread. A reader that does not read leaves the
     /// thread behind for the process to end.
     pub(crate) fn finish(self) {
-        let deadline = Instant::now() + FINISH_BOUND;
-        let mut state = self.shared.lock();
+        let mut state = lock(&self.buffer.state);
         state.finishing = true;
-        self.shared.changed.notify_all();
-        while !state.finished {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return;
-            }
-            state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        self.buffer.changed.notify_all();
+        let is_busy = |state: &mut State| !state.finished;
+        let waited = self.buffer.changed.wait_timeout_while(state, FINISH_TIMEOUT, is_busy);
+        if waited.unwrap_or_else(PoisonError::into_inner).0.finished {
+            drop(self.thread.map(JoinHandle::join));
         }
-        drop(state);
-        let _ = self.thread.join();
     }
 }
 
-/// The thread: takes what waits, writes it, until told to finish.
-fn move_output(shared: &Shared) {
-    let mut chunk = Vec::new();
-    while let Some(sink) = next_chunk(shared, &mut chunk) {
-        if let Err(unwritten) = write_all(&sink, &chunk) {
-            lose_sink(shared, &sink, &chunk[unwritten..]);
+fn move_output(buffer: &Buffer) {
+    let (mut chunk, mut failing) = (Vec::new(), false);
+    while let Some(sink) = next_chunk(buffer, &mut chunk) {
+        match write_all(&sink, &chunk) {
+            Ok(()) => failing = false,
+            Err((written, error)) => {
+                let has_reader = !matches!(error, Errno::PIPE | Errno::CONNRESET);
+                let mut state = lock(&buffer.state);
+                if state.reconnects || has_reader {
+                    state.put_back(&chunk[written..]);
+                }
+                if state.reconnects {
+                    if state.sink.as_ref().is_some_and(|now| Arc::ptr_eq(now, &sink)) {
+                        state.sink = None;
+                    }
+                } else if has_reader {
+                    if !std::mem::replace(&mut failing, true) {
+                        tracing::warn!(%error, "the console's output cannot be written for now; it is tried again");
+                    }
+                    if wait_to_retry(buffer, state) {
+                        break;
+                    }
+                } else {
+                    state.sink_is_gone = true;
+                }
+            }
         }
         chunk.clear();
     }
-    shared.lock().finished = true;
-    shared.changed.notify_all();
+    lock(&buffer.state).finished = true;
+    buffer.changed.notify_all();
+}
+
+impl State {
+    fn put_back(&mut self, unwritten: &[u8]) {
+        let room = CAPACITY.saturating_sub(self.waiting.len());
+        let (kept, lost) = unwritten.split_at(unwritten.len().min(room));
+        self.lost += lost.len() as u64;
+        kept.iter().rev().for_each(|byte| self.waiting.push_front(*byte));
+    }
+}
+
+/// Waits until the sink may take output again. Returns true when the VM ends meanwhile.
+fn wait_to_retry(buffer: &Buffer, state: MutexGuard<'_, State>) -> bool {
+    let waited = buffer.changed.wait_timeout_while(state, RETRY_INTERVAL, |state| !state.finishing);
+    waited.unwrap_or_else(PoisonError::into_inner).0.finishing
 }
 
 /// Waits for output and a sink, and takes the output. `None`: finishing, and nothing more can be written.
-fn next_chunk(shared: &Shared, chunk: &mut Vec<u8>) -> Option<Arc<OwnedFd>> {
-    let mut state = shared.lock();
+fn next_chunk(buffer: &Buffer, chunk: &mut Vec<u8>) -> Option<Arc<OwnedFd>> {
+    let mut state = lock(&buffer.state);
     loop {
+        if state.sink_is_gone {
+            state.waiting.clear();
+        }
         match &state.sink {
             Some(sink) if !state.waiting.is_empty() => {
                 let sink = Arc::clone(sink);
@@ -153,64 +205,66 @@ fn next_chunk(shared: &Shared, chunk: &mut Vec<u8>) -> Option<Arc<OwnedFd>> {
                 if state.lost > 0 {
                     let lost = std::mem::take(&mut state.lost);
                     chunk.extend_from_slice(
-                        format!("\r\n[minivmm: {lost} bytes of output lost: the reader was too slow]\r\n").as_bytes(),
+                        format!("\r\n[minivmm: {lost} bytes of output lost: they were not taken in time]\r\n").as_bytes(),
                     );
                 }
+                state.keep_to_limit(chunk);
                 return Some(sink);
             }
             _ if state.finishing => return None,
-            _ => state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+            _ => state = buffer.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
         }
     }
 }
 
-/// Writes all of `bytes`, waiting as long as it takes.
+impl State {
+    /// Cuts the output off where `max=` is reached, with a line that says so.
+    fn keep_to_limit(&mut self, chunk: &mut Vec<u8>) {
+        let Some(left) = &mut self.limit else { return };
+        if chunk.len() as u64 > *left {
+            chunk.truncate(*left as usize);
+            chunk.extend_from_slice(
+                b"\r\n[minivmm: max= is reached: no more output is written]\r\n",
+            );
+            self.sink_is_gone = true;
+        }
+        *left = left.saturating_sub(chunk.len() as u64);
+    }
+}
+
+/// Writes all of `bytes`, and waits for the reader as long as it takes.
 ///
 /// # Errors
-/// How much was written before the reader went away.
-fn write_all(sink: &OwnedFd, bytes: &[u8]) -> Result<(), usize> {
+/// How much was written, and why no more was.
+pub(crate) fn write_all(sink: &OwnedFd, bytes: &[u8]) -> Result<(), (usize, Errno)> {
     let mut written = 0;
     while written < bytes.len() {
         match rustix::io::write(sink, &bytes[written..]) {
-            Ok(0) => return Err(written),
+            Ok(0) => return Err((written, Errno::PIPE)),
             Ok(count) => written += count,
-            Err(rustix::io::Errno::INTR) => {}
-            // Somebody who shares our standard output made it non-blocking.
-            Err(rustix::io::Errno::AGAIN) => {
+            Err(Errno::INTR) => {}
+            // Another process that shares this standard output made it non-blocking.
+            Err(Errno::AGAIN) => {
                 let _ = poll(&mut [PollFd::from_borrowed_fd(sink.as_fd(), PollFlags::OUT)], None);
             }
-            Err(_) => return Err(written),
+            Err(error) => return Err((written, error)),
         }
     }
     Ok(())
 }
 
-/// The sink broke. Where another one may come, the output waits for it; otherwise it is dropped from now on.
-fn lose_sink(shared: &Shared, broken: &Arc<OwnedFd>, unwritten: &[u8]) {
-    let mut state = shared.lock();
-    if state.reconnects {
-        if state.sink.as_ref().is_some_and(|sink| Arc::ptr_eq(sink, broken)) {
-            state.sink = None;
-        }
-        let room = CAPACITY.saturating_sub(state.waiting.len());
-        for &byte in unwritten.iter().take(room).rev() {
-            state.waiting.push_front(byte);
-        }
-    } else if let Ok(null) = std::fs::File::options().write(true).open("/dev/null") {
-        state.sink = Some(Arc::new(null.into()));
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use devices::spawn::plain;
     use std::io::Read;
     use std::os::unix::net::UnixStream;
 
     #[test]
     fn output_reaches_the_sink_in_order() {
         let (mut reader, sink) = UnixStream::pair().unwrap();
-        let output = Output::spawn(Some(sink.into()), false).unwrap();
+        let mut output = Output::new(Some(sink.into()), false, None);
+        output.start(&plain()).unwrap();
         let mut writer = output.writer();
         for byte in 0..=255u8 {
             writer.write_all(&[byte]).unwrap();
@@ -224,7 +278,8 @@ mod tests {
 
     #[test]
     fn early_output_waits_for_the_first_client_and_survives_a_lost_one() {
-        let output = Output::spawn(None, true).unwrap();
+        let mut output = Output::new(None, true, None);
+        output.start(&plain()).unwrap();
         output.writer().write_all(b"early").unwrap();
         let (mut reader, sink) = UnixStream::pair().unwrap();
         output.connect(sink.into());
@@ -244,15 +299,16 @@ mod tests {
     #[test]
     fn a_reader_that_stops_costs_bounded_memory_and_no_time() {
         let (mut reader, sink) = UnixStream::pair().unwrap();
-        let output = Output::spawn(Some(sink.into()), false).unwrap();
+        let mut output = Output::new(Some(sink.into()), false, None);
+        output.start(&plain()).unwrap();
         let mut writer = output.writer();
         let line = [b'x'; 1 << 16];
         for _ in 0..(3 * CAPACITY / line.len()) {
             writer.write_all(&line).unwrap();
         }
-        assert!(output.shared.lock().waiting.len() <= CAPACITY);
-        assert!(output.shared.lock().lost > 0);
-        let drained = thread::spawn(move || {
+        assert!(lock(&output.buffer.state).waiting.len() <= CAPACITY);
+        assert!(lock(&output.buffer.state).lost > 0);
+        let drained = std::thread::spawn(move || {
             let mut all = Vec::new();
             reader.read_to_end(&mut all).unwrap();
             all
@@ -261,5 +317,22 @@ mod tests {
         drop(writer);
         let all = drained.join().unwrap();
         assert!(String::from_utf8_lossy(&all).contains("bytes of output lost"));
+    }
+
+    #[test]
+    fn output_ends_at_its_limit() {
+        let (mut reader, sink) = UnixStream::pair().unwrap();
+        let mut output = Output::new(Some(sink.into()), false, Some(10));
+        output.start(&plain()).unwrap();
+        let mut writer = output.writer();
+        for _ in 0..100 {
+            writer.write_all(b"0123456").unwrap();
+        }
+        output.finish();
+        drop(writer);
+        let mut got = String::new();
+        reader.read_to_string(&mut got).unwrap();
+        assert!(got.starts_with("0123456012\r\n[minivmm: max="), "{got}");
+        assert_eq!(got.matches("0123456").count(), 1, "{got}");
     }
 }

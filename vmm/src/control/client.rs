@@ -1,50 +1,78 @@
-//! One connection: what it sent, what it has yet to read, and whether it has said hello.
+//! One connection: what the client sent and has yet to read, and how far it is in the protocol.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::fs::File;
+use std::io::{ErrorKind, IoSliceMut, Write};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde_json::{Value, json};
 
+use super::commands;
 use super::framing::{Frame, Framer};
-use super::protocol::{Failure, Request, answer, greeting};
+use super::migration::Migration;
+use super::protocol::{Answer, Failure, Request, answer, greeting};
+use crate::machine::{Machine, MachineEvent};
 
 /// Bytes of output above which a client's next command waits until it has read some.
 const OUTPUT_ENOUGH: usize = 64 << 10;
-/// Bytes of output, events included, above which a client that does not read is disconnected.
-const OUTPUT_MAX: usize = 1 << 20;
-/// Bytes taken from a client at a time: others want their turn.
+/// Bytes of unread events above which a client is disconnected. Answers do not count: each is bounded by what the machine has,
+/// and the next command waits until it has been read.
+const EVENTS_MAX: usize = 1 << 20;
+/// Bytes taken from a client at a time, before other clients have their turn.
 const INPUT_CHUNK: usize = 4096;
 
-/// The client is gone or beyond help: disconnect it.
+/// The client has closed the connection, or breaks the protocol's bounds: it is to be disconnected.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Gone;
 
-/// A client of the control socket. Nothing blocks, and both buffers are bounded.
+#[derive(Debug)]
+struct Pending {
+    id: Option<Value>,
+    answer: Result<Answer, Failure>,
+}
+
+/// A client of the control socket, from the greeting to the end of its connection. Its commands are executed in order,
+/// each after the answer to the one before. Nothing blocks, and both buffers are bounded.
 #[derive(Debug)]
 pub(super) struct Client {
     stream: UnixStream,
     input: Framer,
     output: Vec<u8>,
-    /// It negotiated capabilities: commands are open to it and events come.
+    /// Bytes of events since the output was last empty.
+    events: usize,
+    /// It negotiated capabilities: it may send commands, and is sent events.
     ready: bool,
-    /// It will send nothing more.
     ended: bool,
-    /// Commands may wait until it has read more.
+    /// Its next command waits until it has read some output.
     stalled: bool,
+    /// The command that is executed and not yet answered.
+    pending: Option<Pending>,
+    /// The file that came last, for `getfd`.
+    received: Option<File>,
+    /// When the client last sent something, by the server's count.
+    pub(super) last_active: u64,
 }
 
 impl Client {
-    /// Greets a client.
-    ///
-    /// # Errors
-    /// When the host refuses a non-blocking socket.
-    pub(super) fn new(stream: UnixStream) -> io::Result<Self> {
-        stream.set_nonblocking(true)?;
-        let (input, output) = (Framer::default(), Vec::new());
-        let mut client = Self { stream, input, output, ready: false, ended: false, stalled: false };
+    /// Greets a client, whose socket does not block.
+    pub(super) fn new(stream: UnixStream) -> Self {
+        let mut client = Self {
+            stream,
+            input: Framer::default(),
+            output: Vec::new(),
+            events: 0,
+            ready: false,
+            ended: false,
+            stalled: false,
+            pending: None,
+            received: None,
+            last_active: 0,
+        };
         client.send(&greeting());
-        Ok(client)
+        client
     }
 
     /// Takes what the client sent, unless it is behind with reading.
@@ -54,33 +82,41 @@ impl Client {
             if !self.wants_input() {
                 return Ok(());
             }
-            return match self.stream.read(&mut chunk) {
-                Ok(0) => {
-                    self.ended = true;
-                    Ok(())
-                }
-                Ok(count) => {
-                    self.input.push(&chunk[..count]);
-                    Ok(())
-                }
-                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(()),
-                Err(_) => Err(Gone),
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let mut chunk_slice = [IoSliceMut::new(&mut chunk)];
+            let flags = RecvFlags::CMSG_CLOEXEC;
+            let count = match recvmsg(&self.stream, &mut chunk_slice, &mut control, flags) {
+                Ok(message) => message.bytes,
+                Err(Errno::INTR) => continue,
+                Err(Errno::WOULDBLOCK) => return Ok(()),
+                Err(_) => return Err(Gone),
             };
+            for message in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(files) = message {
+                    // The kernel has closed those that found no space: one comes with one command.
+                    self.received = files.last().map(File::from);
+                }
+            }
+            self.ended = count == 0;
+            self.input.push(&chunk[..count]);
+            return Ok(());
         }
     }
 
-    /// The next command to execute. What can be answered here was answered. `None`: nothing more for now.
+    /// The next command to execute, after answering what needs no machine. `None`: nothing more for now.
     pub(super) fn next_request(&mut self) -> Result<Option<Request>, Gone> {
         loop {
             self.stalled = self.output.len() >= OUTPUT_ENOUGH;
-            if self.stalled {
+            if self.stalled || self.pending.is_some() {
                 return Ok(None);
             }
             let request = match self.input.next() {
                 None => return Ok(None),
                 Some(Frame::TooLong) => return Err(Gone),
-                Some(Frame::Garbage) => Err((None, Failure::generic("JSON parse error, expecting an object"))),
+                Some(Frame::Garbage) => {
+                    Err((None, Failure::generic("JSON parse error, expecting an object")))
+                }
                 Some(Frame::Value(bytes)) => Request::parse(bytes),
             };
             match request {
@@ -106,7 +142,11 @@ impl Client {
         match request.arguments.get("enable") {
             None => {}
             Some(Value::Array(none)) if none.is_empty() => {}
-            Some(_) => return Err(Failure::generic("Parameter 'enable' names a capability that is not offered")),
+            Some(_) => {
+                return Err(Failure::generic(
+                    "Parameter 'enable' names a capability that is not offered",
+                ));
+            }
         }
         if let Some(unknown) = request.arguments.keys().find(|key| *key != "enable") {
             return Err(Failure::generic(format!("Parameter '{unknown}' is unexpected")));
@@ -115,15 +155,52 @@ impl Client {
         Ok(json!({}))
     }
 
-    /// Answers a request.
+    /// Executes the client's next command, if there is one. `answer` follows after the events that the command causes.
+    pub(super) fn execute_next(
+        &mut self,
+        machine: &mut Machine,
+        migration: &mut Migration,
+    ) -> Result<bool, Gone> {
+        let Some(Request { command, arguments, id }) = self.next_request()? else {
+            return Ok(false);
+        };
+        migration.received = if command == "getfd" { self.received.take() } else { None };
+        let answer = commands::execute(machine, migration, &command, &arguments);
+        self.pending = Some(Pending { id, answer });
+        Ok(true)
+    }
+
+    /// Answers the command that was executed, unless its job is not among those that `events` report as done.
+    pub(super) fn answer(&mut self, events: &[MachineEvent]) {
+        let Some(Pending { id, answer }) = self.pending.take() else { return };
+        let result = match answer {
+            Ok(Answer::Now(value)) => Ok(value),
+            Err(failure) => Err(failure),
+            Ok(Answer::WhenDone(job)) => {
+                let result = events.iter().find_map(|event| match event {
+                    MachineEvent::Done(done, result) if *done == job => Some(result),
+                    _ => None,
+                });
+                let Some(result) = result else {
+                    self.pending = Some(Pending { id, answer: Ok(Answer::WhenDone(job)) });
+                    return;
+                };
+                result.as_ref().map(|()| json!({})).map_err(|error| Failure::of(error))
+            }
+        };
+        self.reply(id, result);
+    }
+
     pub(super) fn reply(&mut self, id: Option<Value>, result: Result<Value, Failure>) {
         self.send(&answer(id, result));
     }
 
-    /// Tells the client of an event, if it wants to know.
+    /// Sends an event to a client that has negotiated.
     pub(super) fn notify(&mut self, event: &Value) {
         if self.ready {
+            let before = self.output.len();
             self.send(event);
+            self.events += self.output.len() - before;
         }
     }
 
@@ -132,7 +209,6 @@ impl Client {
         self.output.extend_from_slice(b"\r\n");
     }
 
-    /// Sends what the client takes.
     pub(super) fn write(&mut self) -> Result<(), Gone> {
         while !self.output.is_empty() {
             match self.stream.write(&self.output) {
@@ -144,20 +220,28 @@ impl Client {
                 Err(_) => return Err(Gone),
             }
         }
-        if self.output.len() > OUTPUT_MAX { Err(Gone) } else { Ok(()) }
+        if self.output.is_empty() {
+            self.events = 0;
+        }
+        if self.events > EVENTS_MAX { Err(Gone) } else { Ok(()) }
+    }
+
+    /// Whether the client waits for no answer.
+    pub(super) fn is_idle(&self) -> bool {
+        self.pending.is_none()
     }
 
     /// The client sent all it wanted, and has all the answers.
     pub(super) fn is_done(&self) -> bool {
-        self.ended && !self.wants_output()
+        self.ended && !self.wants_output() && self.pending.is_none()
     }
 
-    /// The client may be read from: it is not behind with reading.
+    /// Whether to read from the client: none of its commands waits for anything.
     pub(super) fn wants_input(&self) -> bool {
-        !self.ended && self.output.len() < OUTPUT_ENOUGH
+        !self.ended && self.output.len() < OUTPUT_ENOUGH && self.pending.is_none()
     }
 
-    /// There is something to be written to the client, or to be done once it has read.
+    /// Whether output waits for the client, or a command waits until it has read.
     pub(super) fn wants_output(&self) -> bool {
         !self.output.is_empty() || self.stalled
     }

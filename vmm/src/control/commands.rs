@@ -1,244 +1,156 @@
-//! What a control client can ask for: one table of commands, with QEMU's names, arguments and results.
+//! The table of commands, with QEMU's names, arguments and results, and those that are not about disks.
 
 use serde_json::{Map, Value, json};
 
-use super::block;
+use super::arguments::{Argument, Arguments};
+use super::disk_commands as disks;
 use super::metrics;
-use super::protocol::{Event, Failure, version};
-use super::schema;
-use super::server::Handler;
+use super::migration::{self, Migration};
+use super::protocol::{Answer, Failure, version};
+use super::schema::{self, CommandTypes};
 use crate::error::Error;
-use crate::event_loop::Outcome;
-use crate::machine::{Life, Machine};
+use crate::machine::{Machine, Outcome, RunState};
 
-/// A command of the table.
-pub(super) struct Command {
-    /// Its name.
-    pub(super) name: &'static str,
-    /// What it takes.
-    pub(super) arguments: &'static [Argument],
-    /// The type of its result, in the schema's words.
-    pub(super) returns: &'static str,
-    run: fn(&mut Operator<'_>, &Arguments<'_>) -> Result<Value, Failure>,
-}
-
-/// An argument of a command.
-pub(super) struct Argument {
-    /// Its name.
-    pub(super) name: &'static str,
-    /// What it has to be.
-    pub(super) kind: ArgumentKind,
-    /// It may not be left out.
-    pub(super) required: bool,
-}
-
-/// JSON types of arguments.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum ArgumentKind {
-    Text,
-    /// Never negative in any command here.
-    Integer,
-    Boolean,
-    Integers,
-}
-
-pub(super) const fn required(name: &'static str, kind: ArgumentKind) -> Argument {
-    Argument { name, kind, required: true }
-}
-
-pub(super) const fn optional(name: &'static str, kind: ArgumentKind) -> Argument {
-    Argument { name, kind, required: false }
+struct CommandRow {
+    types: CommandTypes,
+    run: fn(&mut Machine, &Arguments<'_>) -> Result<Answer, Failure>,
 }
 
 const fn command(
     name: &'static str,
     arguments: &'static [Argument],
     returns: &'static str,
-    run: fn(&mut Operator<'_>, &Arguments<'_>) -> Result<Value, Failure>,
-) -> Command {
-    Command { name, arguments, returns, run }
+    run: fn(&mut Machine, &Arguments<'_>) -> Result<Answer, Failure>,
+) -> CommandRow {
+    CommandRow { types: CommandTypes { name, arguments, returns }, run }
+}
+
+/// A command that only looks at the machine.
+macro_rules! query {
+    ($name:literal, $arguments:expr, $returns:literal, $query:expr) => {
+        command($name, $arguments, $returns, |machine, arguments| {
+            let query: fn(&Machine, &Arguments<'_>) -> Value = $query;
+            Ok(Answer::Now(query(machine, arguments)))
+        })
+    };
 }
 
 /// Every command but `qmp_capabilities`, which belongs to the connection.
-pub(super) const COMMANDS: &[Command] = &[
-    command("query-version", &[], "VersionInfo", |_, _| Ok(version())),
-    command("query-commands", &[], "[CommandInfo]", |_, _| Ok(names(schema::command_names()))),
-    command("query-events", &[], "[EventInfo]", |_, _| Ok(names(schema::event_names()))),
-    command("query-qmp-schema", &[], "[SchemaInfo]", |_, _| Ok(schema::schema())),
-    command("query-status", &[], "StatusInfo", |operator, _| operator.query_status()),
-    command("stop", &[], "", |operator, _| operator.stop()),
-    command("cont", &[], "", |operator, _| operator.cont()),
-    command("system_reset", &[], "", |operator, _| operator.system_reset()),
-    command("system_powerdown", &[], "", |operator, _| operator.system_powerdown()),
-    command("quit", &[], "", |operator, _| operator.end(Outcome::ControlQuit)),
-    command("query-cpus-fast", &[], "[CpuInfoFast]", |operator, _| operator.query_cpus_fast()),
-    command("query-memory-size-summary", &[], "MemoryInfo", |operator, _| operator.query_memory_size_summary()),
-    command("query-block", &[], "[BlockInfo]", |operator, _| Ok(block::query_block(operator.machine))),
-    command("query-named-block-nodes", block::NODES, "[BlockDeviceInfo]", |operator, _| {
-        Ok(block::query_nodes(operator.machine))
+const COMMANDS: &[CommandRow] = &[
+    query!("query-version", &[], "VersionInfo", |_, _| version()),
+    query!("query-commands", &[], "[CommandInfo]", |_, _| names()),
+    query!("query-events", &[], "[EventInfo]", |_, _| schema::event_names()),
+    query!("query-qmp-schema", &[], "[SchemaInfo]", |_, _| schema::schema(types())),
+    query!("query-status", &[], "StatusInfo", |machine, _| query_status(machine)),
+    command("stop", &[], "", |machine, _| {
+        Ok(machine.stop(RunState::Paused).map_or_else(Answer::empty, Answer::WhenDone))
     }),
-    command("query-blockstats", block::BLOCKSTATS, "[BlockStats]", |operator, arguments| {
-        Ok(block::query_blockstats(operator.machine, arguments))
+    command("cont", &[], "", |machine, _| done(machine.resume())),
+    command("system_reset", &[], "", |machine, _| {
+        machine.reset().map(Answer::WhenDone).map_err(|error| Failure::of(&error))
     }),
-    command("x-query-metrics", &[], "HumanReadableText", |operator, _| Ok(metrics::query(operator.machine))),
-    command("block_resize", block::RESIZE, "", |operator, arguments| block::resize(operator.machine, arguments)),
-    command("block_set_io_throttle", block::THROTTLE, "", |operator, arguments| {
-        block::throttle(operator.machine, arguments)
+    command("system_powerdown", &[], "", |machine, _| done(machine.power_down())),
+    command("quit", &[], "", |machine, _| {
+        machine.end(Ok(Outcome::ControlQuit));
+        Ok(Answer::empty())
     }),
-    command("block-set-write-threshold", block::WRITE_THRESHOLD, "", |operator, arguments| {
-        block::set_write_threshold(operator.machine, arguments)
+    query!("query-cpus-fast", &[], "[CpuInfoFast]", |machine, _| query_cpus_fast(machine)),
+    query!("query-memory-size-summary", &[], "MemoryInfo", |machine, _| {
+        use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+        let bytes: u64 = machine.hardware.memory.iter().map(GuestMemoryRegion::len).sum();
+        json!({ "base-memory": bytes, "plugged-memory": 0 })
     }),
-    command("block-latency-histogram-set", block::HISTOGRAM, "", |operator, arguments| {
-        block::set_histogram(operator.machine, arguments)
+    // What clients of QEMU ask first, and is the same for every machine here.
+    query!("query-name", &[], "NameInfo", |_, _| json!({})),
+    query!("query-uuid", &[], "UuidInfo", |_, _| {
+        json!({ "UUID": "00000000-0000-0000-0000-000000000000" })
     }),
+    query!("query-kvm", &[], "KvmInfo", |_, _| json!({ "enabled": true, "present": true })),
+    query!("query-machines", &[], "[MachineInfo]", |_, _| {
+        json!([{
+            "name": "minivmm", "is-default": true, "cpu-max": arch::layout::CPUS_MAX, "acpi": true,
+            "hotpluggable-cpus": false, "numa-mem-supported": false, "deprecated": false,
+        }])
+    }),
+    query!("query-iothreads", &[], "[IOThreadInfo]", |_, _| json!([])),
+    query!("query-block-jobs", &[], "[BlockJobInfo]", |_, _| json!([])),
+    query!("query-jobs", &[], "[JobInfo]", |_, _| json!([])),
+    query!("query-block", &[], "[BlockInfo]", |machine, _| disks::query_block(machine)),
+    query!("query-named-block-nodes", disks::NODES, "[BlockDeviceInfo]", |machine, _| {
+        disks::query_nodes(machine)
+    }),
+    query!("query-blockstats", disks::BLOCKSTATS, "[BlockStats]", disks::query_blockstats),
+    query!("x-query-metrics", &[], "HumanReadableText", |machine, _| metrics::query(machine)),
+    command("block_resize", disks::RESIZE, "", disks::resize),
+    command("block_set_io_throttle", disks::THROTTLE, "", disks::throttle),
+    command("block-set-write-threshold", disks::WRITE_THRESHOLD, "", disks::set_write_threshold),
+    command("block-latency-histogram-set", disks::HISTOGRAM, "", disks::set_histogram),
 ];
 
-fn names<'a>(names: impl Iterator<Item = &'a str>) -> Value {
-    names.map(|name| json!({ "name": name })).collect()
+fn types() -> impl Iterator<Item = &'static CommandTypes> {
+    let migration = migration::COMMANDS.iter().map(|command| &command.types);
+    COMMANDS.iter().map(|command| &command.types).chain(migration)
 }
 
-/// The arguments of a command, checked against the table.
-pub(super) struct Arguments<'a>(&'a Map<String, Value>);
-
-impl<'a> Arguments<'a> {
-    fn check(command: &Command, given: &'a Map<String, Value>) -> Result<Self, Failure> {
-        for name in given.keys() {
-            if !command.arguments.iter().any(|argument| argument.name == name) {
-                return Err(Failure::generic(format!("Parameter '{name}' is unexpected")));
-            }
-        }
-        for Argument { name, kind, required } in command.arguments {
-            let expected = match (given.get(*name), kind) {
-                (None, _) if *required => return Err(Failure::generic(format!("Parameter '{name}' is missing"))),
-                (None, _) => continue,
-                (Some(value), ArgumentKind::Text) if value.is_string() => continue,
-                (Some(value), ArgumentKind::Integer) if value.is_u64() => continue,
-                (Some(value), ArgumentKind::Boolean) if value.is_boolean() => continue,
-                (Some(Value::Array(items)), ArgumentKind::Integers) if items.iter().all(Value::is_u64) => continue,
-                (_, ArgumentKind::Text) => "string",
-                (Some(value), ArgumentKind::Integer) if value.is_i64() => {
-                    return Err(Failure::generic(format!("Parameter '{name}' expects a non-negative integer")));
-                }
-                (_, ArgumentKind::Integer) => "integer",
-                (_, ArgumentKind::Boolean) => "boolean",
-                (_, ArgumentKind::Integers) => "array of non-negative integers",
-            };
-            return Err(Failure::generic(format!("Invalid parameter type for '{name}', expected: {expected}")));
-        }
-        Ok(Self(given))
-    }
-
-    pub(super) fn text(&self, name: &str) -> Option<&'a str> {
-        self.0.get(name)?.as_str()
-    }
-
-    pub(super) fn integer(&self, name: &str) -> Option<u64> {
-        self.0.get(name)?.as_u64()
-    }
-
-    pub(super) fn boolean(&self, name: &str) -> Option<bool> {
-        self.0.get(name)?.as_bool()
-    }
-
-    pub(super) fn integers(&self, name: &str) -> Option<Vec<u64>> {
-        self.0.get(name)?.as_array().map(|items| items.iter().filter_map(Value::as_u64).collect())
-    }
+/// The arguments of the command `name`.
+#[cfg(test)]
+pub(super) fn arguments_of(name: &str) -> Option<&'static [Argument]> {
+    types().find(|types| types.name == name).map(|types| types.arguments)
 }
 
-/// A client's hand on the machine.
-pub(crate) struct Operator<'a> {
-    machine: &'a mut Machine,
-    outcome: Option<Outcome>,
+/// The answer to `query-commands`.
+pub(super) fn names() -> Value {
+    schema::command_names(types())
 }
 
-impl<'a> Operator<'a> {
-    /// A hand on `machine`.
-    pub(crate) fn new(machine: &'a mut Machine) -> Self {
-        Self { machine, outcome: None }
+/// Executes a command.
+///
+/// # Errors
+/// There is no such command, its arguments are wrong, or it failed.
+pub(super) fn execute(
+    machine: &mut Machine,
+    migration: &mut Migration,
+    name: &str,
+    arguments: &Map<String, Value>,
+) -> Result<Answer, Failure> {
+    if let Some(answer) = migration.execute(machine, name, arguments) {
+        return answer;
     }
+    let command = COMMANDS.iter().find(|command| command.types.name == name);
+    let not_found = || Failure::command_not_found(format!("The command {name} has not been found"));
+    let command = command.ok_or_else(not_found)?;
+    let arguments = Arguments::check(command.types.arguments, arguments)?;
+    tracing::debug!(command = name, "control");
+    (command.run)(machine, &arguments)
+}
 
-    /// How a command ended the VM, if one did.
-    pub(crate) fn outcome(self) -> Option<Outcome> {
-        self.outcome
-    }
+fn done(result: Result<(), Error>) -> Result<Answer, Failure> {
+    result.map(|()| Answer::empty()).map_err(|error| Failure::of(&error))
+}
 
-    /// The first reason wins.
-    fn end(&mut self, outcome: Outcome) -> Result<Value, Failure> {
-        self.outcome.get_or_insert(outcome);
-        Ok(json!({}))
-    }
+fn query_status(machine: &Machine) -> Value {
+    let status = match machine.state() {
+        RunState::Prelaunch => "prelaunch",
+        RunState::Paused => "paused",
+        RunState::Debug => "debug",
+        RunState::Running => "running",
+        RunState::IoError => "io-error",
+        RunState::FinishMigrate => "finish-migrate",
+        RunState::PostMigrate => "postmigrate",
+        RunState::Shutdown => "shutdown",
+    };
+    json!({ "running": status == "running", "status": status })
+}
 
-    fn query_status(&mut self) -> Result<Value, Failure> {
-        let status = match self.machine.life() {
-            _ if self.outcome.is_some() => "shutdown",
-            Life::Prelaunch => "prelaunch",
-            Life::Paused => "paused",
-            Life::Running => "running",
-            Life::IoError => "io-error",
-        };
-        Ok(json!({ "running": status == "running", "status": status }))
-    }
-
-    fn stop(&mut self) -> Result<Value, Failure> {
-        let stopped = self.machine.pause(Life::Paused);
-        self.or_end(stopped)
-    }
-
-    fn system_reset(&mut self) -> Result<Value, Failure> {
-        let reset = self.machine.reset();
-        self.or_end(reset)
-    }
-
-    /// A machine that failed at this cannot go on.
-    fn or_end(&mut self, result: Result<(), Error>) -> Result<Value, Failure> {
-        result.map(|()| json!({})).map_err(|error| {
-            self.outcome.get_or_insert(Outcome::Failed(error.to_string()));
-            Failure::generic(error.to_string())
+fn query_cpus_fast(machine: &Machine) -> Value {
+    let cpu = |(index, thread_id): (usize, i32)| {
+        json!({
+            "cpu-index": index,
+            "qom-path": format!("/machine/unattached/device[{index}]"),
+            "thread-id": thread_id,
+            "target": "x86_64",
+            "props": { "socket-id": 0, "core-id": index, "thread-id": 0 },
         })
-    }
-
-    fn cont(&mut self) -> Result<Value, Failure> {
-        self.machine.resume();
-        Ok(json!({}))
-    }
-
-    fn system_powerdown(&mut self) -> Result<Value, Failure> {
-        self.machine.parts.power_button.write(1).map_err(|error| Failure::generic(error.to_string()))?;
-        self.machine.announce(&Event::Powerdown);
-        Ok(json!({}))
-    }
-
-    fn query_cpus_fast(&mut self) -> Result<Value, Failure> {
-        let cpu = |(index, thread_id): (usize, i32)| {
-            json!({
-                "cpu-index": index,
-                "qom-path": format!("/machine/unattached/device[{index}]"),
-                "thread-id": thread_id,
-                "target": "x86_64",
-                "props": { "socket-id": 0, "core-id": index, "thread-id": 0 },
-            })
-        };
-        Ok(self.machine.parts.vcpus.iter().map(|vcpu| vcpu.thread_id()).enumerate().map(cpu).collect())
-    }
-
-    fn query_memory_size_summary(&mut self) -> Result<Value, Failure> {
-        use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-        let bytes: u64 = self.machine.parts.memory.iter().map(GuestMemoryRegion::len).sum();
-        Ok(json!({ "base-memory": bytes, "plugged-memory": 0 }))
-    }
-}
-
-impl Handler for Operator<'_> {
-    fn execute(&mut self, name: &str, arguments: &Map<String, Value>) -> Result<Value, Failure> {
-        let command = COMMANDS.iter().find(|command| command.name == name);
-        let not_found = || Failure::command_not_found(format!("The command {name} has not been found"));
-        let command = command.ok_or_else(not_found)?;
-        let arguments = Arguments::check(command, arguments)?;
-        tracing::debug!(command = name, "control");
-        (command.run)(self, &arguments)
-    }
-
-    fn news(&mut self) -> Vec<Value> {
-        self.machine.take_news()
-    }
+    };
+    machine.hardware.vcpus.iter().map(|vcpu| vcpu.id()).enumerate().map(cpu).collect()
 }

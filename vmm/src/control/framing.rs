@@ -16,16 +16,13 @@ pub(super) struct Framer {
     start: usize,
     /// First byte that was not looked at.
     scanned: usize,
-    /// Open brackets.
     depth: usize,
-    /// The quote that ends the string.
     quote: Option<u8>,
     escaped: bool,
     /// There was garbage: what follows is part of it up to the end of the line, or to an opening bracket.
     skipping: bool,
 }
 
-/// A piece of the stream.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Frame<'a> {
     /// From an opening bracket or quote to the one that closes it: probably a JSON value.
@@ -38,17 +35,13 @@ pub(super) enum Frame<'a> {
 
 /// What a byte means after those before it.
 enum Meaning {
-    /// Nothing, between values.
     Space,
-    /// A part of a value.
     Part,
-    /// The end of a value.
     End,
     Garbage,
 }
 
 impl Framer {
-    /// Adds bytes from the client.
     pub(super) fn push(&mut self, bytes: &[u8]) {
         self.bytes.drain(..self.start);
         self.scanned -= self.start;
@@ -91,7 +84,11 @@ impl Framer {
                 _ if byte == quote => self.quote = None,
                 _ => {}
             }
-            return if self.quote.is_none() && self.depth == 0 { Meaning::End } else { Meaning::Part };
+            return if self.quote.is_none() && self.depth == 0 {
+                Meaning::End
+            } else {
+                Meaning::Part
+            };
         }
         match byte {
             b'"' | b'\'' => self.quote = Some(byte),
@@ -146,7 +143,10 @@ mod tests {
         ),
         (b"\"a {\" {}", &["\"a {\"", "{}"]),
         // Garbage takes nothing with it that may be a value, and is told of once a line.
-        (b"GET / HTTP/1.1\r\n\r\n junk, 1 {} more\n{}", &["garbage", "garbage", "{}", "garbage", "{}"]),
+        (
+            b"GET / HTTP/1.1\r\n\r\n junk, 1 {} more\n{}",
+            &["garbage", "garbage", "{}", "garbage", "{}"],
+        ),
         (b"}]\n}{}", &["garbage", "garbage", "{}"]),
         (b"\xef\xbb\xbf{}\0{}", &["garbage", "{}", "garbage", "{}"]),
         // What no JSON has begins anew, wherever it comes.

@@ -136,7 +136,10 @@ mod tests {
     #[test]
     fn a_key_twice_is_an_error() {
         for text in [r#"{"a": 1, "a": 1}"#, r#"[{"b": {"a": 1, "c": 2, "\u0061": 3}}]"#] {
-            assert!(parse(text.as_bytes()).unwrap_err().to_string().contains("duplicate key"), "{text}");
+            assert!(
+                parse(text.as_bytes()).unwrap_err().to_string().contains("duplicate key"),
+                "{text}"
+            );
         }
     }
 }

@@ -1,11 +1,13 @@
-//! The machine's accounts as Prometheus' text format (version 0.0.4): what `x-query-metrics` answers.
+//! The machine's counters in Prometheus' text format (version 0.0.4), for `x-query-metrics`.
+//!
+//! A capability: a row of the table in `commands` is all that knows it.
 
 use std::fmt::Write;
 
 use devices::block::{BlockHandle, Kind};
 use serde_json::{Value, json};
 
-use crate::machine::{Life, Machine};
+use crate::machine::{Machine, RunState};
 
 const KINDS: [(Kind, &str); 7] = [
     (Kind::Read, "read"),
@@ -21,14 +23,19 @@ const KINDS: [(Kind, &str); 7] = [
 pub(super) fn query(machine: &Machine) -> Value {
     let mut page = Page::default();
     page.family("minivmm_running", "gauge", "1 while the guest runs");
-    page.sample("minivmm_running", "", u64::from(machine.life() == Life::Running));
+    page.sample("minivmm_running", "", u64::from(machine.state() == RunState::Running));
     page.family("minivmm_vcpu_exits_total", "counter", "exits to user space");
-    for (index, vcpu) in machine.parts.vcpus.iter().enumerate() {
+    for (index, vcpu) in machine.hardware.vcpus.iter().enumerate() {
         for (reason, count) in vcpu.exits().by_reason() {
-            page.sample("minivmm_vcpu_exits_total", &format!("vcpu=\"{index}\",reason=\"{reason}\""), count);
+            page.sample(
+                "minivmm_vcpu_exits_total",
+                &format!("vcpu=\"{index}\",reason=\"{reason}\""),
+                count,
+            );
         }
     }
-    let disks: Vec<_> = machine.parts.disks.iter().map(|disk| (label(&disk.config.id), &disk.handle)).collect();
+    let disks: Vec<_> =
+        machine.hardware.disks.iter().map(|disk| (label(&disk.config.id), &disk.handle)).collect();
     by_kind(&mut page, &disks);
     by_disk(&mut page, &disks);
     latencies(&mut page, &disks);
@@ -40,10 +47,14 @@ fn by_kind(page: &mut Page, disks: &[(String, &BlockHandle)]) {
     let families: [(&str, &str, Count); 6] = [
         ("operations", "requests that succeeded", |stats| stats.operations.to_string()),
         ("bytes", "bytes of disk that those covered", |stats| stats.bytes.to_string()),
-        ("merged", "of those requests, how many travelled in another one's transfer", |stats| stats.merged.to_string()),
+        ("merged", "of those requests, how many travelled in another one's transfer", |stats| {
+            stats.merged.to_string()
+        }),
         ("errors", "requests that the host failed", |stats| stats.errors.to_string()),
         ("invalid", "requests that were refused", |stats| stats.invalid.to_string()),
-        ("seconds", "time from the ring to the answer", |stats| stats.time.as_secs_f64().to_string()),
+        ("seconds", "time from the ring to the answer", |stats| {
+            stats.time.as_secs_f64().to_string()
+        }),
     ];
     for (name, help, count) in families {
         let name = format!("minivmm_disk_{name}_total");
@@ -51,7 +62,11 @@ fn by_kind(page: &mut Page, disks: &[(String, &BlockHandle)]) {
         for (disk, handle) in disks {
             let stats = handle.stats();
             for (kind, word) in KINDS {
-                page.sample(&name, &format!("disk=\"{disk}\",kind=\"{word}\""), count(stats.kind(kind)));
+                page.sample(
+                    &name,
+                    &format!("disk=\"{disk}\",kind=\"{word}\""),
+                    count(stats.kind(kind)),
+                );
             }
         }
     }
@@ -73,7 +88,7 @@ fn by_disk(page: &mut Page, disks: &[(String, &BlockHandle)]) {
     }
 }
 
-/// Where `block-latency-histogram-set` asked for them. The format wants bins that include those below.
+/// Histograms, where `block-latency-histogram-set` asked for them. Each bin of the format includes the bins below it.
 fn latencies(page: &mut Page, disks: &[(String, &BlockHandle)]) {
     const NAME: &str = "minivmm_disk_latency_seconds";
     page.family(NAME, "histogram", "time from the ring to the answer, since the bins were set");
@@ -92,7 +107,7 @@ fn latencies(page: &mut Page, disks: &[(String, &BlockHandle)]) {
     }
 }
 
-/// A label's value: the user chose the disk's name.
+/// A label's value. The disk's name is the user's, and may have any characters.
 fn label(text: &str) -> String {
     text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }

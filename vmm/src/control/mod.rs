@@ -1,19 +1,32 @@
-//! Control of a running machine over a Unix socket, in QEMU's Machine Protocol (QMP): the chapter is `vmm/docs/control.md`.
+//! Control of a running machine over a Unix socket, in QEMU's Machine Protocol (QMP). The chapter is `vmm/docs/control.md`.
 //!
-//! [`framing`] cuts the byte stream into JSON objects, [`json`] reads them, [`protocol`] makes requests of them, [`client`] is one connection,
-//! [`server`] all of them on the main loop, [`commands`] what they can ask of the machine ([`block`]: of its disks), [`schema`] how that is described
-//! to them. Nothing here blocks, and no client can make the buffers grow beyond their bounds.
+//! This folder is a capability: the builder plugs [`ControlServer`] into the main loop as one of its sources, and nothing else
+//! imports it. It alone knows JSON. Bytes become JSON objects in [`framing`] and [`json`], requests in [`protocol`], and
+//! commands in [`commands`] (about disks: [`disk_commands`]), whose arguments [`arguments`] checks. [`client`] is one connection,
+//! [`server`] all of them. [`migration`] saves the machine, and [`deferred`] waits for one to restore. [`event_messages`] makes
+//! messages of the machine's events, [`event_limit`] holds back what a guest could flood clients with, and [`schema`] describes
+//! everything.
+//!
+//! Nothing here blocks, and no client can make the buffers grow beyond their bounds. A command that takes long answers when it
+//! is done ([`protocol::Answer::WhenDone`]); its client's next commands wait, other clients' do not.
 
-mod block;
+mod arguments;
 mod client;
 mod commands;
+mod deferred;
+mod disk_commands;
+mod event_limit;
+mod event_messages;
 mod framing;
+#[cfg(test)]
+mod fuzz;
 mod json;
 mod metrics;
+mod migration;
 mod protocol;
 mod schema;
 mod server;
 
-pub(crate) use commands::Operator;
-pub(crate) use protocol::{Event, Source};
-pub(crate) use server::Server;
+pub(crate) use deferred::listen;
+pub use deferred::{Awaited, wait};
+pub(crate) use server::ControlServer;

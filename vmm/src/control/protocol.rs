@@ -1,11 +1,12 @@
-//! QMP's messages (QEMU, docs/interop/qmp-spec.rst): the greeting, requests, answers, events.
+//! QMP's messages (QEMU, docs/interop/qmp-spec.rst): the greeting, requests and answers.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::error::Error;
 
-use devices::block::{ErrorAction, Kind};
 use serde_json::{Map, Value, json};
 
-/// The version of QEMU whose schema the commands follow: what clients decide by.
+use crate::error::WithCauses;
+
+/// The version of QEMU whose schema the commands follow: clients decide by it what to send.
 pub(super) fn version() -> Value {
     json!({
         "qemu": { "major": 9, "minor": 0, "micro": 0 },
@@ -13,14 +14,15 @@ pub(super) fn version() -> Value {
     })
 }
 
-/// What a client hears first.
+/// The first message to a client.
 pub(super) fn greeting() -> Value {
     json!({ "QMP": { "version": version(), "capabilities": [] } })
 }
 
-/// Why a command failed. The classes are the only part that clients may rely on.
+/// Why a command failed: QMP's error class, and a description for people. Clients may rely on the class alone;
+/// descriptions change between versions.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Failure {
+pub(super) struct Failure {
     class: &'static str,
     description: String,
 }
@@ -31,23 +33,39 @@ impl Failure {
         Self { class: "GenericError", description: description.into() }
     }
 
-    /// No such command, or not now.
+    /// An error of the machine, with its causes.
+    pub(super) fn of(error: &(dyn Error + 'static)) -> Self {
+        Self::generic(WithCauses(error).to_string())
+    }
+
     pub(super) fn command_not_found(description: impl Into<String>) -> Self {
         Self { class: "CommandNotFound", description: description.into() }
     }
 
-    /// No such disk.
     pub(super) fn device_not_found(device: &str) -> Self {
         Self { class: "DeviceNotFound", description: format!("Device '{device}' not found") }
     }
 }
 
-/// A command, as a client sent it.
+/// How a command that did not fail is answered: at once, or when the job that it began is done. Until then the client's
+/// next commands wait; those of other clients do not.
+#[derive(Debug)]
+pub(super) enum Answer {
+    Now(Value),
+    /// When the machine reports that this job is done.
+    WhenDone(u64),
+}
+
+impl Answer {
+    /// For a command without a result.
+    pub(super) fn empty() -> Self {
+        Self::Now(json!({}))
+    }
+}
+
 #[derive(Debug, PartialEq)]
 pub(super) struct Request {
-    /// The command's name.
     pub(super) command: String,
-    /// Its arguments.
     pub(super) arguments: Map<String, Value>,
     /// Comes back in the answer.
     pub(super) id: Option<Value>,
@@ -74,7 +92,9 @@ impl Request {
         };
         let arguments = match members.remove("arguments") {
             Some(Value::Object(arguments)) => arguments,
-            Some(_) => return fail(id, "QMP input member 'arguments' must be an object".to_owned()),
+            Some(_) => {
+                return fail(id, "QMP input member 'arguments' must be an object".to_owned());
+            }
             None => Map::new(),
         };
         match members.keys().next() {
@@ -88,128 +108,14 @@ impl Request {
 pub(super) fn answer(id: Option<Value>, result: Result<Value, Failure>) -> Value {
     let mut answer = match result {
         Ok(value) => json!({ "return": value }),
-        Err(Failure { class, description }) => json!({ "error": { "class": class, "desc": description } }),
+        Err(Failure { class, description }) => {
+            json!({ "error": { "class": class, "desc": description } })
+        }
     };
     if let (Some(id), Value::Object(members)) = (id, &mut answer) {
         members.insert("id".to_owned(), id);
     }
     answer
-}
-
-/// Who is behind a shutdown or reset (QEMU's ShutdownCause).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Source {
-    guest: bool,
-    reason: &'static str,
-}
-
-impl Source {
-    pub(crate) const GUEST_SHUTDOWN: Self = Self { guest: true, reason: "guest-shutdown" };
-    pub(crate) const GUEST_RESET: Self = Self { guest: true, reason: "guest-reset" };
-    pub(crate) const GUEST_PANIC: Self = Self { guest: true, reason: "guest-panic" };
-    pub(crate) const HOST_ERROR: Self = Self { guest: false, reason: "host-error" };
-    pub(crate) const QMP_QUIT: Self = Self { guest: false, reason: "host-qmp-quit" };
-    pub(crate) const QMP_RESET: Self = Self { guest: false, reason: "host-qmp-system-reset" };
-    pub(crate) const SIGNAL: Self = Self { guest: false, reason: "host-signal" };
-    pub(crate) const USER: Self = Self { guest: false, reason: "host-ui" };
-    /// Every reason, for the schema.
-    pub(super) const REASONS: [&str; 8] = [
-        "guest-shutdown",
-        "guest-reset",
-        "guest-panic",
-        "host-error",
-        "host-qmp-quit",
-        "host-qmp-system-reset",
-        "host-signal",
-        "host-ui",
-    ];
-}
-
-/// What clients are told unasked.
-#[derive(Clone, Debug)]
-pub(crate) enum Event {
-    /// The machine stopped.
-    Stop,
-    /// It runs again.
-    Resume,
-    /// The power button was pressed.
-    Powerdown,
-    /// The machine is about to end.
-    Shutdown(Source),
-    /// The machine was reset. When the guest did it, that ends it.
-    Reset(Source),
-    /// The guest's kernel panicked; that ends the machine.
-    GuestPanicked,
-    /// The guest's kernel panicked; its crash kernel takes over.
-    GuestCrashloaded,
-    /// The host failed a request of a disk.
-    BlockIoError {
-        /// The disk's QMP name.
-        device: String,
-        /// What was asked for.
-        operation: Kind,
-        /// What the error policy made of it.
-        action: ErrorAction,
-        /// The host is out of space.
-        nospace: bool,
-        /// The host's words.
-        reason: String,
-    },
-    /// The guest changed something past the offset that a client set.
-    BlockWriteThreshold {
-        /// The disk's QMP name.
-        device: String,
-        /// How far past it, in bytes.
-        exceeded: u64,
-        /// The offset.
-        threshold: u64,
-    },
-}
-
-impl Event {
-    /// The message, with the present time.
-    pub(crate) fn message(&self) -> Value {
-        let (name, data) = self.parts();
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let timestamp = json!({ "seconds": now.as_secs(), "microseconds": now.subsec_micros() });
-        match data {
-            Value::Null => json!({ "event": name, "timestamp": timestamp }),
-            data => json!({ "event": name, "data": data, "timestamp": timestamp }),
-        }
-    }
-
-    fn parts(&self) -> (&'static str, Value) {
-        let source = |Source { guest, reason }: &Source| json!({ "guest": guest, "reason": reason });
-        match self {
-            Self::Stop => ("STOP", Value::Null),
-            Self::Resume => ("RESUME", Value::Null),
-            Self::Powerdown => ("POWERDOWN", Value::Null),
-            Self::Shutdown(cause) => ("SHUTDOWN", source(cause)),
-            Self::Reset(cause) => ("RESET", source(cause)),
-            Self::GuestPanicked => ("GUEST_PANICKED", json!({ "action": "poweroff" })),
-            Self::GuestCrashloaded => ("GUEST_CRASHLOADED", json!({ "action": "run" })),
-            Self::BlockIoError { device, operation, action, nospace, reason } => (
-                "BLOCK_IO_ERROR",
-                json!({
-                    "device": device,
-                    "node-name": device,
-                    // All that is no read may change the disk, and is under the policy for writes.
-                    "operation": if *operation == Kind::Read { "read" } else { "write" },
-                    "action": match action {
-                        ErrorAction::Report => "report",
-                        ErrorAction::Ignore => "ignore",
-                        ErrorAction::Stop => "stop",
-                    },
-                    "nospace": nospace,
-                    "reason": reason,
-                }),
-            ),
-            Self::BlockWriteThreshold { device, exceeded, threshold } => (
-                "BLOCK_WRITE_THRESHOLD",
-                json!({ "node-name": device, "amount-exceeded": exceeded, "write-threshold": threshold }),
-            ),
-        }
-    }
 }
 
 #[cfg(test)]
@@ -222,7 +128,8 @@ mod tests {
 
     #[test]
     fn requests() {
-        let request = parse(r#"{"execute": "stop", "id": {"a": [1, null]}, "arguments": {"x": 1}}"#).unwrap();
+        let request =
+            parse(r#"{"execute": "stop", "id": {"a": [1, null]}, "arguments": {"x": 1}}"#).unwrap();
         assert_eq!((request.command.as_str(), request.id), ("stop", Some(json!({"a": [1, null]}))));
         assert_eq!(request.arguments["x"], 1);
         for (bad, says) in [
@@ -251,14 +158,5 @@ mod tests {
         assert_eq!(answer(Some(Value::Null), Ok(json!(1))), json!({"return": 1, "id": null}));
         let failed = parse(r#"{"execute": 1, "id": 7}"#).unwrap_err();
         assert_eq!(failed["id"], 7);
-    }
-
-    #[test]
-    fn events_have_a_timestamp() {
-        let event = Event::Shutdown(Source::QMP_QUIT).message();
-        assert_eq!(event["data"], json!({"guest": false, "reason": "host-qmp-quit"}));
-        assert!(event["timestamp"]["seconds"].as_u64().unwrap() > 1_600_000_000);
-        assert!(event["timestamp"]["microseconds"].as_u64().unwrap() < 1_000_000);
-        assert_eq!(Event::Stop.message().get("data"), None);
     }
 }

@@ -1,22 +1,45 @@
-//! The schema of what is implemented, as `query-qmp-schema` describes it (QEMU, qapi/introspect.json). Commands come from
-//! their table; the types of results and events are written down here.
+//! The schema of what is implemented, as `query-qmp-schema` describes it (QEMU, qapi/introspect.json). The types of commands
+//! come from their table in `commands`; the types of results and events are written down here, and the tests compare real
+//! messages with them.
 
 use serde_json::{Value, json};
 
-use super::commands::{ArgumentKind, COMMANDS};
-use super::protocol::Source;
+use super::arguments::{Argument, ArgumentKind};
+use super::event_messages::REASONS;
+
+/// A command's name, arguments and result type. Requests are checked against the same value that `query-qmp-schema`
+/// shows, so that the two cannot differ.
+pub(super) struct CommandTypes {
+    pub(super) name: &'static str,
+    pub(super) arguments: &'static [Argument],
+    /// The type of its result; empty for none.
+    pub(super) returns: &'static str,
+}
 
 /// Objects: a name, and members `name:type` of which those with `?` may be absent. `[type]` is a list.
-pub(super) const OBJECTS: &[(&str, &str)] = &[
+const OBJECTS: &[(&str, &str)] = &[
     ("VersionInfo", "qemu:VersionTriple package:str"),
     ("VersionTriple", "major:int minor:int micro:int"),
     ("CommandInfo", "name:str"),
     ("EventInfo", "name:str"),
     ("SchemaInfo", "name:str meta-type:str"),
     ("StatusInfo", "running:bool status:RunState"),
-    ("CpuInfoFast", "cpu-index:int qom-path:str thread-id:int target:str props:CpuInstanceProperties"),
+    (
+        "CpuInfoFast",
+        "cpu-index:int qom-path:str thread-id:int target:str props:CpuInstanceProperties",
+    ),
     ("CpuInstanceProperties", "socket-id:int core-id:int thread-id:int"),
     ("HumanReadableText", "human-readable-text:str"),
+    ("NameInfo", "name?:str"),
+    ("UuidInfo", "UUID:str"),
+    ("KvmInfo", "enabled:bool present:bool"),
+    (
+        "MachineInfo",
+        "name:str is-default?:bool cpu-max:int hotpluggable-cpus:bool numa-mem-supported:bool deprecated:bool acpi:bool",
+    ),
+    ("IOThreadInfo", "id:str thread-id:int"),
+    ("BlockJobInfo", "type:str device:str len:int offset:int busy:bool paused:bool speed:int"),
+    ("JobInfo", "id:str type:str status:str current-progress:int total-progress:int"),
     ("MemoryInfo", "base-memory:int plugged-memory:int"),
     (
         "BlockInfo",
@@ -51,24 +74,50 @@ pub(super) const OBJECTS: &[(&str, &str)] = &[
         "BlockIoErrorData",
         "device:str node-name:str operation:IoOperationType action:BlockErrorAction nospace:bool reason:str",
     ),
+    ("ImageCorruptedData", "device:str node-name:str msg:str offset:int size:int fatal:bool"),
     ("WriteThresholdData", "node-name:str amount-exceeded:int write-threshold:int"),
     ("CapabilitiesData", "enable?:[str]"),
+    (
+        "MigrationInfo",
+        "status?:MigrationStatus ram?:MigrationStats total-time?:int downtime?:int error-desc?:str",
+    ),
+    (
+        "MigrationStats",
+        "transferred:int remaining:int total:int duplicate:int normal:int normal-bytes:int page-size:int",
+    ),
+    ("MigrationCapabilityStatus", "capability:MigrationCapability state:bool"),
+    ("MigrationData", "status:MigrationStatus"),
 ];
 
-const RUN_STATES: &[&str] = &["prelaunch", "running", "paused", "io-error", "shutdown"];
+const RUN_STATES: &[&str] = &[
+    "prelaunch",
+    "running",
+    "paused",
+    "io-error",
+    "inmigrate",
+    "finish-migrate",
+    "postmigrate",
+    "shutdown",
+];
 
-/// Enumerations and their words.
-pub(super) const ENUMS: &[(&str, &[&str])] = &[
+/// Of a save.
+pub(super) const STATUSES: [&str; 7] =
+    ["none", "setup", "active", "completed", "failed", "cancelling", "cancelled"];
+pub(super) const CAPABILITY_NAMES: [&str; 2] = ["events", "mapped-ram"];
+
+const ENUMS: &[(&str, &[&str])] = &[
     ("RunState", RUN_STATES),
     ("BlockDeviceIoStatus", &["ok", "failed", "nospace"]),
-    ("ShutdownCause", &Source::REASONS),
+    ("ShutdownCause", &REASONS),
     ("GuestPanicAction", &["poweroff", "run"]),
     ("IoOperationType", &["read", "write"]),
     ("BlockErrorAction", &["report", "ignore", "stop"]),
+    ("MigrationStatus", &STATUSES),
+    ("MigrationCapability", &CAPABILITY_NAMES),
 ];
 
 /// Events and the types of their data.
-pub(super) const EVENTS: &[(&str, &str)] = &[
+const EVENTS: &[(&str, &str)] = &[
     ("STOP", ""),
     ("RESUME", ""),
     ("POWERDOWN", ""),
@@ -77,25 +126,29 @@ pub(super) const EVENTS: &[(&str, &str)] = &[
     ("GUEST_PANICKED", "PanicData"),
     ("GUEST_CRASHLOADED", "PanicData"),
     ("BLOCK_IO_ERROR", "BlockIoErrorData"),
+    ("BLOCK_IMAGE_CORRUPTED", "ImageCorruptedData"),
     ("BLOCK_WRITE_THRESHOLD", "WriteThresholdData"),
+    ("MIGRATION", "MigrationData"),
 ];
 
 const CAPABILITIES: &str = "qmp_capabilities";
 /// The type of what has no members.
 const EMPTY: &str = "Empty";
 
-/// Every command.
-pub(super) fn command_names() -> impl Iterator<Item = &'static str> {
-    std::iter::once(CAPABILITIES).chain(COMMANDS.iter().map(|command| command.name))
+pub(super) fn command_names<'a>(commands: impl Iterator<Item = &'a CommandTypes>) -> Value {
+    names(std::iter::once(CAPABILITIES).chain(commands.map(|command| command.name)))
 }
 
-/// Every event.
-pub(super) fn event_names() -> impl Iterator<Item = &'static str> {
-    EVENTS.iter().map(|(name, _)| *name)
+pub(super) fn event_names() -> Value {
+    names(EVENTS.iter().map(|(name, _)| *name))
+}
+
+fn names<'a>(names: impl Iterator<Item = &'a str>) -> Value {
+    names.map(|name| json!({ "name": name })).collect()
 }
 
 /// The members of an object type: name, type, and whether it may be absent.
-pub(super) fn members(text: &str) -> impl Iterator<Item = (&str, &str, bool)> {
+fn members(text: &str) -> impl Iterator<Item = (&str, &str, bool)> {
     text.split_whitespace().filter_map(|member| {
         let (name, kind) = member.split_once(':')?;
         Some(name.strip_suffix('?').map_or((name, kind, false), |name| (name, kind, true)))
@@ -122,13 +175,13 @@ fn object(name: &str, members: Vec<Value>) -> Value {
     json!({ "name": name, "meta-type": "object", "members": members })
 }
 
-/// The answer to `query-qmp-schema`.
-pub(super) fn schema() -> Value {
+pub(super) fn schema<'a>(commands: impl Iterator<Item = &'a CommandTypes>) -> Value {
     let mut all = vec![object(EMPTY, Vec::new())];
     let command = |name: &str, takes: &str, returns: &str| json!({ "name": name, "meta-type": "command", "arg-type": takes, "ret-type": or_empty(returns) });
     all.push(command(CAPABILITIES, "CapabilitiesData", ""));
-    for entry in COMMANDS {
-        let takes = if entry.arguments.is_empty() { EMPTY.to_owned() } else { argument_type(entry.name) };
+    for entry in commands {
+        let takes =
+            if entry.arguments.is_empty() { EMPTY.to_owned() } else { argument_type(entry.name) };
         all.push(command(entry.name, &takes, entry.returns));
         if !entry.arguments.is_empty() {
             let members = entry.arguments.iter().map(|argument| {
@@ -137,6 +190,7 @@ pub(super) fn schema() -> Value {
                     ArgumentKind::Integer => "int",
                     ArgumentKind::Boolean => "bool",
                     ArgumentKind::Integers => "[int]",
+                    ArgumentKind::Any => "any",
                 };
                 member(argument.name, kind, !argument.required)
             });
@@ -147,14 +201,22 @@ pub(super) fn schema() -> Value {
         all.push(json!({ "name": name, "meta-type": "event", "arg-type": or_empty(data) }));
     }
     for (name, text) in OBJECTS {
-        all.push(object(name, members(text).map(|(name, kind, optional)| member(name, kind, optional)).collect()));
+        all.push(object(
+            name,
+            members(text).map(|(name, kind, optional)| member(name, kind, optional)).collect(),
+        ));
     }
     for (name, words) in ENUMS {
         let members: Vec<_> = words.iter().map(|word| json!({ "name": word })).collect();
         all.push(json!({ "name": name, "meta-type": "enum", "members": members, "values": words }));
     }
-    for (name, kind) in [("str", "string"), ("int", "int"), ("number", "number"), ("bool", "boolean"), ("any", "value")]
-    {
+    for (name, kind) in [
+        ("str", "string"),
+        ("int", "int"),
+        ("number", "number"),
+        ("bool", "boolean"),
+        ("any", "value"),
+    ] {
         all.push(json!({ "name": name, "meta-type": "builtin", "json-type": kind }));
     }
     for name in lists(&all) {
@@ -165,7 +227,11 @@ pub(super) fn schema() -> Value {
 
 /// Each list type that something refers to.
 fn lists(all: &[Value]) -> Vec<String> {
-    let of_members = all.iter().filter_map(|entry| entry["members"].as_array()).flatten().map(|member| &member["type"]);
+    let of_members = all
+        .iter()
+        .filter_map(|entry| entry["members"].as_array())
+        .flatten()
+        .map(|member| &member["type"]);
     let of_commands = all.iter().map(|entry| &entry["ret-type"]);
     let mut names: Vec<String> = of_members
         .chain(of_commands)
@@ -182,11 +248,16 @@ fn lists(all: &[Value]) -> Vec<String> {
 mod tests {
     use std::collections::HashSet;
 
+    use devices::block::{BlockEvent, ErrorAction, Kind};
+    use devices::disk::Corruption;
+
     use super::*;
-    use crate::control::protocol::Event;
+    use crate::control::arguments::optional;
+    use crate::control::event_messages::message;
+    use crate::machine::{MachineEvent, Outcome};
 
     /// Panics where `value` is not of type `kind`.
-    pub(super) fn conforms(value: &Value, kind: &str) {
+    fn conforms(value: &Value, kind: &str) {
         if let Some(element) = kind.strip_prefix('[').and_then(|kind| kind.strip_suffix(']')) {
             return value.as_array().unwrap().iter().for_each(|value| conforms(value, element));
         }
@@ -202,8 +273,10 @@ mod tests {
             "any" => {}
             "" => assert!(value.is_null(), "{value}"),
             _ => {
-                let (_, text) =
-                    OBJECTS.iter().find(|(name, _)| *name == kind).unwrap_or_else(|| panic!("no type {kind}"));
+                let (_, text) = OBJECTS
+                    .iter()
+                    .find(|(name, _)| *name == kind)
+                    .unwrap_or_else(|| panic!("no type {kind}"));
                 let object = value.as_object().unwrap();
                 for (name, kind, optional) in members(text) {
                     match object.get(name) {
@@ -219,45 +292,59 @@ mod tests {
 
     #[test]
     fn every_type_is_defined_once() {
-        let schema = schema();
+        const ARGUMENTS: &[Argument] = &[optional("sizes", ArgumentKind::Integers)];
+        let command =
+            CommandTypes { name: "command", arguments: ARGUMENTS, returns: "[BlockStats]" };
+        let schema = schema([command].iter());
         let entries = schema.as_array().unwrap();
         let names: Vec<_> = entries.iter().map(|entry| entry["name"].as_str().unwrap()).collect();
         let defined: HashSet<_> = names.iter().copied().collect();
         assert_eq!(names.len(), defined.len(), "a name is defined twice");
         for entry in entries {
             for key in ["arg-type", "ret-type", "element-type"] {
-                assert!(entry.get(key).is_none_or(|name| defined.contains(name.as_str().unwrap())), "{entry}");
+                assert!(
+                    entry.get(key).is_none_or(|name| defined.contains(name.as_str().unwrap())),
+                    "{entry}"
+                );
             }
             for member in entry["members"].as_array().into_iter().flatten() {
-                assert!(member.get("type").is_none_or(|name| defined.contains(name.as_str().unwrap())), "{entry}");
+                assert!(
+                    member.get("type").is_none_or(|name| defined.contains(name.as_str().unwrap())),
+                    "{entry}"
+                );
             }
         }
     }
 
     #[test]
     fn events_are_as_described() {
-        use devices::block::{ErrorAction, Kind};
-        let io_error = |operation, action| Event::BlockIoError {
-            device: "vda".to_owned(),
-            operation,
-            action,
-            nospace: true,
-            reason: "no space".to_owned(),
+        let io_error = |operation, action| {
+            MachineEvent::Disk(BlockEvent::IoError {
+                device: "vda".to_owned(),
+                operation,
+                action,
+                nospace: true,
+                reason: "no space".to_owned(),
+            })
         };
+        let threshold =
+            BlockEvent::WriteThreshold { device: "vda".to_owned(), exceeded: 1, threshold: 512 };
+        let damage = Corruption { message: "damaged".to_owned(), range: 0..512 };
         let events = [
-            Event::Stop,
-            Event::Resume,
-            Event::Powerdown,
-            Event::Shutdown(Source::SIGNAL),
-            Event::Reset(Source::GUEST_RESET),
-            Event::GuestPanicked,
-            Event::GuestCrashloaded,
-            Event::BlockWriteThreshold { device: "vda".to_owned(), exceeded: 1, threshold: 512 },
+            MachineEvent::Stop,
+            MachineEvent::Resume,
+            MachineEvent::Powerdown,
+            MachineEvent::Shutdown(Some(Outcome::Timeout)),
+            MachineEvent::Reset { by_guest: true },
+            MachineEvent::GuestPanicked,
+            MachineEvent::GuestCrashloaded,
+            MachineEvent::Disk(threshold),
+            MachineEvent::ImageCorrupted("vda".to_owned(), damage),
             io_error(Kind::Read, ErrorAction::Stop),
             io_error(Kind::Flush, ErrorAction::Report),
         ];
         for event in events {
-            let message = event.message();
+            let message = message(&event).unwrap();
             let name = message["event"].as_str().unwrap();
             let (_, kind) = EVENTS.iter().find(|(known, _)| *known == name).unwrap();
             conforms(&message["data"], kind);

@@ -1,146 +1,174 @@
-//! The control socket on the main loop: connections come and go, each is served in turn.
+//! The control socket as a source of the main loop: connections come and go, and each is served in turn.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 
-use event_manager::{EventOps, EventSet, Events};
-use serde_json::{Map, Value};
+use event_manager::EventSet;
+use serde_json::Value;
 
 use super::client::{Client, Gone};
-use super::protocol::Failure;
+use super::event_limit::EventLimit;
+use super::migration::Migration;
 use crate::listener::Listener;
+use crate::machine::{Machine, MachineEvent};
+use crate::sources::{Poller, Source};
 
-/// Connections at a time. More wait in the socket's backlog.
-const CLIENTS_MAX: usize = 8;
+/// Connections at a time. One more takes the place of the client that has been silent longest.
+const CLIENTS_MAX: usize = 16;
 
-/// Who carries out what clients ask for.
-pub(crate) trait Handler {
-    /// Executes a command.
-    ///
-    /// # Errors
-    /// Goes to the client.
-    fn execute(&mut self, command: &str, arguments: &Map<String, Value>) -> Result<Value, Failure>;
+// Numbers in the main loop. Those of the clients are their places.
+const LISTENER: u8 = u8::MAX;
+const EVENT_LIMIT: u8 = u8::MAX - 1;
 
-    /// The events since the last call, oldest first.
-    fn news(&mut self) -> Vec<Value>;
-}
-
-/// The listening socket and its clients. Its descriptors' events carry numbers from `base` on.
-pub(crate) struct Server {
+/// The listening socket and its clients. A client's place in the array is also its number in the main loop's epoll set,
+/// and stays the same until the client leaves.
+pub(crate) struct ControlServer {
     listener: Listener,
-    base: u32,
-    /// A client's place is its number until it leaves.
     clients: [Option<Client>; CLIENTS_MAX],
+    event_limit: EventLimit,
+    migration: Migration,
+    /// Counts what clients do, to tell who has been silent longest.
+    activity: u64,
 }
 
-impl Server {
-    /// Listens at `path`.
+impl ControlServer {
+    /// Listens at `path`; `migration` saves the machine when a client asks for it.
     ///
     /// # Errors
     /// When the path is taken or cannot be made.
-    pub(crate) fn bind(path: &Path, base: u32) -> io::Result<Self> {
-        Ok(Self { listener: Listener::bind(path)?, base, clients: Default::default() })
+    pub(crate) fn bind(path: &Path, migration: Migration) -> io::Result<Self> {
+        Ok(Self {
+            listener: Listener::bind(path)?,
+            clients: Default::default(),
+            event_limit: EventLimit::new()?,
+            migration,
+            activity: 0,
+        })
     }
 
-    /// Begins to listen.
-    ///
-    /// # Errors
-    /// When the loop does not take the socket.
-    pub(crate) fn init(&self, ops: &mut EventOps<'_>) -> event_manager::Result<()> {
-        ops.add(Events::with_data_raw(self.listener.as_raw_fd(), self.base, EventSet::IN))
+    /// A client, before there is a machine.
+    pub(super) fn accept_first(&self) -> Option<Client> {
+        self.listener.accept().map(Client::new)
     }
 
-    /// Something happened at the descriptor with this event number.
-    pub(crate) fn process(&mut self, number: u32, ops: &mut EventOps<'_>, handler: &mut dyn Handler) {
-        match number.checked_sub(self.base + 1) {
-            None => self.accept(ops),
-            Some(place) => {
-                let place = place as usize;
-                if let Some(Some(client)) = self.clients.get_mut(place) {
-                    let served = client.read().and_then(|()| self.serve(place, handler));
-                    if served == Err(Gone) {
-                        self.disconnect(place, ops);
-                    }
-                }
-            }
-        }
-        self.announce(handler.news(), ops);
+    /// Serves a client that is connected already.
+    pub(super) fn adopt(&mut self, client: Option<Client>) {
+        self.clients[0] = client;
     }
 
-    /// Tells all clients what happened, and sends what waits for them.
-    pub(crate) fn announce(&mut self, news: Vec<Value>, ops: &mut EventOps<'_>) {
-        self.notify(&news);
-        for place in 0..CLIENTS_MAX {
-            let Some(client) = &mut self.clients[place] else { continue };
-            match client.write() {
-                Ok(()) if !client.is_done() => self.watch(place, ops),
-                Ok(()) | Err(Gone) => self.disconnect(place, ops),
-            }
-        }
+    pub(super) fn listener_fd(&self) -> RawFd {
+        self.listener.as_raw_fd()
     }
 
-    fn notify(&mut self, news: &[Value]) {
-        for client in self.clients.iter_mut().flatten() {
-            news.iter().for_each(|event| client.notify(event));
-        }
+    pub(super) fn migration(&mut self) -> &mut Migration {
+        &mut self.migration
     }
 
-    /// Executes what a client asked for, as far as it reads the answers.
-    fn serve(&mut self, place: usize, handler: &mut dyn Handler) -> Result<(), Gone> {
-        loop {
-            let Some(client) = &mut self.clients[place] else { return Ok(()) };
-            // Answers that fit into the socket make room for further commands.
-            client.write()?;
-            let Some(request) = client.next_request()? else { return Ok(()) };
-            let result = handler.execute(&request.command, &request.arguments);
-            // What the command caused comes before its answer.
-            self.notify(&handler.news());
-            if let Some(client) = &mut self.clients[place] {
-                client.reply(request.id, result);
+    fn accept(&mut self, poller: &mut Poller<'_, '_>) {
+        while let Some(mut client) = self.listener.accept().map(Client::new) {
+            let Some(place) = self.place_for_client() else { continue };
+            self.disconnect(place, poller);
+            self.activity += 1;
+            client.last_active = self.activity;
+            if poller.add(client.as_raw_fd(), place as u8).is_ok() {
+                self.clients[place] = Some(client);
             }
         }
     }
 
-    fn accept(&mut self, ops: &mut EventOps<'_>) {
-        let Some(place) = self.clients.iter().position(Option::is_none) else { return };
-        let Some(Ok(client)) = self.listener.accept().map(Client::new) else { return };
-        let number = self.base + 1 + place as u32;
-        if ops.add(Events::with_data_raw(client.as_raw_fd(), number, EventSet::IN)).is_ok() {
-            self.clients[place] = Some(client);
-        }
-        if self.clients.iter().all(Option::is_some) {
-            let _ = ops.remove(Events::empty_raw(self.listener.as_raw_fd()));
-        }
+    /// A free place, or that of the client that has been silent longest. `None`: each waits for the answer to a command.
+    fn place_for_client(&self) -> Option<usize> {
+        let silent = |place: &usize| self.clients[*place].as_ref().is_none_or(Client::is_idle);
+        let last_active = |place: &usize| self.clients[*place].as_ref().map(|c| c.last_active);
+        (0..CLIENTS_MAX).filter(silent).min_by_key(last_active)
     }
 
     /// Polls a client for what it can use: a descriptor that is ready for something else would keep the loop awake.
-    fn watch(&self, place: usize, ops: &EventOps<'_>) {
+    fn poll_client(&self, place: usize, poller: &mut Poller<'_, '_>) {
         let Some(client) = &self.clients[place] else { return };
         let mut events = EventSet::empty();
         events.set(EventSet::IN, client.wants_input());
         events.set(EventSet::OUT, client.wants_output());
-        let number = self.base + 1 + place as u32;
-        if let Err(error) = ops.modify(Events::with_data_raw(client.as_raw_fd(), number, events)) {
+        if let Err(error) = poller.set(client.as_raw_fd(), place as u8, events) {
             tracing::warn!(%error, "cannot poll a control client");
         }
     }
 
-    fn disconnect(&mut self, place: usize, ops: &mut EventOps<'_>) {
-        let full = self.clients.iter().all(Option::is_some);
+    fn disconnect(&mut self, place: usize, poller: &mut Poller<'_, '_>) {
         if let Some(client) = self.clients[place].take() {
-            // It leaves the loop before it is closed: a reused number would be refused.
-            let _ = ops.remove(Events::empty_raw(client.as_raw_fd()));
+            poller.remove(client.as_raw_fd());
         }
-        if full {
-            let _ = self.init(ops);
-        }
+    }
+
+    fn notify_of_migration(&mut self) {
+        self.migration.take_messages().iter().for_each(|message| self.notify(message));
+    }
+
+    fn notify(&mut self, message: &Value) {
+        self.clients.iter_mut().flatten().for_each(|client| client.notify(message));
     }
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        // The last events, as far as each client takes them at once.
+impl Source for ControlServer {
+    fn watch(&mut self, poller: &mut Poller<'_, '_>) -> event_manager::Result<()> {
+        poller.add_edges(&self.listener, LISTENER)?;
+        poller.add_edges(&self.event_limit.timer, EVENT_LIMIT)
+    }
+
+    fn process(&mut self, number: u8, poller: &mut Poller<'_, '_>, _: &mut Machine) {
+        match self.clients.get_mut(usize::from(number)) {
+            None if number == EVENT_LIMIT => {
+                self.event_limit.expire().iter().for_each(|message| self.notify(message));
+            }
+            None => self.accept(poller),
+            Some(None) => {}
+            Some(Some(client)) => {
+                self.activity += 1;
+                client.last_active = self.activity;
+                if client.read() == Err(Gone) {
+                    self.disconnect(number.into(), poller);
+                }
+            }
+        }
+    }
+
+    /// Sends the events, then the answers that they make possible, then executes at most one command of each client.
+    fn emit(
+        &mut self,
+        events: &[MachineEvent],
+        poller: &mut Poller<'_, '_>,
+        machine: &mut Machine,
+    ) -> bool {
+        self.notify_of_migration();
+        for event in events {
+            // The last chance of what is held back.
+            if matches!(event, MachineEvent::Shutdown(_)) {
+                self.event_limit.expire().iter().for_each(|message| self.notify(message));
+            }
+            if let Some(message) = self.event_limit.admit(event) {
+                self.notify(&message);
+            }
+        }
+        self.migration.advance(events);
+        self.notify_of_migration();
+        let mut executed = false;
+        for place in 0..CLIENTS_MAX {
+            let Some(client) = &mut self.clients[place] else { continue };
+            client.answer(events);
+            match client.write().and_then(|()| client.execute_next(machine, &mut self.migration)) {
+                Ok(true) => executed = true,
+                Ok(false) if client.write().is_ok() && !client.is_done() => {
+                    self.poll_client(place, poller)
+                }
+                Ok(false) | Err(Gone) => self.disconnect(place, poller),
+            }
+        }
+        executed
+    }
+
+    /// Sends the last events, as far as each client takes them at once.
+    fn finish(mut self: Box<Self>) {
         for client in self.clients.iter_mut().flatten() {
             let _ = client.write();
         }

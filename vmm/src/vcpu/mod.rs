@@ -1,10 +1,13 @@
-//! A vCPU: set up from register images, run on a thread of its own, stopped and reset through its handle.
+//! A vCPU: made from the register images of `arch::cpu` ([`setup`]), run on a thread of its own ([`run`], [`thread`]), and
+//! readable as a value while it stands still ([`state`]).
 
 mod exits;
-mod handle;
-mod initial;
+mod halt;
 mod run;
 mod setup;
+mod state;
+mod thread;
 
-pub(crate) use handle::{VcpuHandle, prepare_kick_signal};
-pub(crate) use setup::VcpuSetup;
+pub(crate) use setup::{Vcpu, VcpuSetup, VcpuStart};
+pub(crate) use state::{VcpuState, read_msrs};
+pub(crate) use thread::{VcpuThread, install_kick_handler};

@@ -1,97 +1,145 @@
-//! Applies the register images of `arch::cpu` to a new vCPU.
+//! Makes a vCPU, and puts it at the kernel's entry point.
+//!
+//! `arch::cpu` decides the values of all registers; this file hands them to KVM, for a new vCPU and again at a reset.
+//! [`super::state`] restores what else a guest can change.
 
 use std::sync::Arc;
 
 use arch::boot::Entry;
 use arch::cpu;
-use devices::bus::Bus;
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
+use devices::bus::{Bus, Unfinished};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use super::exits::Exits;
-use super::initial::{InitialState, write_msrs};
+use super::state::{VcpuState, write_msrs};
 use crate::error::Error;
 use crate::events::EventSender;
-use crate::timing::BootTiming;
 
-/// A vCPU that is ready to run but belongs to no thread yet.
+/// A vCPU: KVM's descriptor, the buses that serve its exits, and its state at power-on, for a reset. It is a value that
+/// moves: its thread has it while the guest runs, and the machine reaches it while it is paused.
 pub(crate) struct Vcpu {
     /// Its number, APIC id, and index in the guest's tables.
     pub index: u32,
-    pub(super) fd: VcpuFd,
-    initial: InitialState,
+    /// The leaves that it was given.
+    pub(crate) cpuid: Vec<kvm_cpuid_entry2>,
+    pub(crate) fd: VcpuFd,
+    pub(crate) at_power_on: VcpuState,
     legacy_pic: bool,
     pub(super) port_io: Arc<Bus>,
     pub(super) mmio: Arc<Bus>,
     pub(super) events: Arc<EventSender>,
     pub(super) exits: Arc<Exits>,
-    /// Told of the first entry into the guest.
-    pub(super) timing: Option<BootTiming>,
+    pub(super) has_run: bool,
+    /// A debugger sees what KVM cannot emulate, instead of the end of the machine.
+    pub(crate) debugged: bool,
+    /// KVM_RUNs in a row that returned EAGAIN.
+    pub(super) refusals: u32,
+    /// The last write waits for its device: a driver's reset with requests at the host.
+    pub(super) unfinished: Option<Unfinished>,
 }
 
-/// What all vCPUs of a VM share while they are made.
+/// What all vCPUs of a VM are made from. The builder fills it in once and calls [`VcpuSetup::create`] for each index
+/// from 0; the boot vCPU is 0.
 pub(crate) struct VcpuSetup<'a> {
-    /// /dev/kvm.
     pub kvm: &'a Kvm,
-    /// The VM, with its interrupt controllers.
     pub vm: &'a VmFd,
-    /// How many vCPUs there will be.
     pub count: u32,
     /// The guest uses the 8259s: without ACPI.
     pub legacy_pic: bool,
-    /// Port I/O devices.
+    /// The guest may run guests of its own.
+    pub nested: bool,
     pub port_io: Arc<Bus>,
-    /// Memory-mapped devices.
     pub mmio: Arc<Bus>,
     /// Where exits that end the VM are reported.
     pub events: Arc<EventSender>,
-    /// Told when the boot vCPU first enters the guest.
-    pub timing: &'a BootTiming,
+}
+
+/// How the vCPUs of a machine begin.
+pub(crate) enum VcpuStart {
+    /// As at power-on, the boot vCPU at the kernel's entry point.
+    Boot(Entry),
+    /// With the CPUID leaves of each, for a state that is written later: KVM takes no other leaves once a vCPU has run.
+    Restore(Vec<Vec<kvm_cpuid_entry2>>),
 }
 
 impl VcpuSetup<'_> {
-    /// Makes vCPU `index`, ready to start at `entry`.
+    /// Makes vCPU `index`, ready to start as `start` says.
     ///
     /// # Errors
     /// When KVM refuses an image.
-    pub(crate) fn create(&self, index: u32, entry: &Entry) -> Result<Vcpu, Error> {
+    pub(crate) fn create(&self, index: u32, start: &VcpuStart) -> Result<Vcpu, Error> {
         let fd = self.vm.create_vcpu(u64::from(index)).map_err(Error::kvm("create a vCPU"))?;
-        self.set_cpuid(&fd, index)?;
+        let leaves = match start {
+            VcpuStart::Boot(_) => self.cpuid(&fd, index)?,
+            VcpuStart::Restore(cpuid) => cpuid.get(index as usize).cloned().unwrap_or_default(),
+        };
+        set_cpuid(&fd, &leaves)?;
         let vcpu = Vcpu {
             index,
-            initial: InitialState::of(self.kvm, &fd)?,
+            cpuid: leaves,
+            at_power_on: self.power_on_state(&fd)?,
             legacy_pic: self.legacy_pic,
             fd,
             port_io: Arc::clone(&self.port_io),
             mmio: Arc::clone(&self.mmio),
             events: Arc::clone(&self.events),
             exits: Arc::default(),
-            timing: (index == 0).then(|| self.timing.clone()),
+            has_run: false,
+            debugged: false,
+            refusals: 0,
+            unfinished: None,
         };
-        vcpu.start_at(entry)?;
+        if let VcpuStart::Boot(entry) = start {
+            vcpu.start_at(entry)?;
+        }
         Ok(vcpu)
     }
 
-    fn set_cpuid(&self, fd: &VcpuFd, index: u32) -> Result<(), Error> {
-        let supported =
-            self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("read the supported CPUID"))?;
+    fn power_on_state(&self, fd: &VcpuFd) -> Result<VcpuState, Error> {
+        let listed = self.kvm.get_msr_index_list().map_err(Error::kvm("list the MSRs"))?;
+        let nested = self.nested && self.kvm.check_extension(Cap::NestedState);
+        let msrs = cpu::msrs::changeable(listed.as_slice());
+        let mut state = VcpuState::read(fd, &msrs, nested)?;
+        // The TSC goes on by itself. Written as 0 on every vCPU, the TSCs stay in step (KVM's `kvm_synchronize_tsc`).
+        let tsc = state.msrs.iter_mut().filter(|msr| msr.index == cpu::msrs::IA32_TSC);
+        tsc.for_each(|msr| msr.data = 0);
+        Ok(state)
+    }
+
+    fn cpuid(&self, fd: &VcpuFd, index: u32) -> Result<Vec<kvm_cpuid_entry2>, Error> {
+        let supported = self
+            .kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(Error::kvm("read the supported CPUID"))?;
         // KVM without a known TSC frequency says so by an error; the guest then measures it.
         let tsc_khz = fd.get_tsc_khz().ok().filter(|&khz| khz != 0);
         let tsc_deadline = self.kvm.check_extension(Cap::TscDeadlineTimer);
-        let vcpu = cpu::cpuid::Vcpu { id: index, count: self.count, tsc_khz, tsc_deadline };
-        let entries = cpu::cpuid::for_vcpu(supported.as_slice(), &vcpu);
-        let cpuid = CpuId::from_entries(&entries).map_err(|_| Error::KvmLacks("room for our CPUID leaves"))?;
-        fd.set_cpuid2(&cpuid).map_err(Error::kvm("set the CPUID"))
+        let vcpu = cpu::cpuid::Vcpu {
+            id: index,
+            count: self.count,
+            tsc_khz,
+            tsc_deadline,
+            nested: self.nested,
+        };
+        Ok(cpu::cpuid::for_vcpu(supported.as_slice(), &vcpu))
     }
 }
 
+fn set_cpuid(fd: &VcpuFd, leaves: &[kvm_cpuid_entry2]) -> Result<(), Error> {
+    let cpuid =
+        CpuId::from_entries(leaves).map_err(|_| Error::KvmLacks("room for our CPUID leaves"))?;
+    fd.set_cpuid2(&cpuid).map_err(Error::kvm("set the CPUID"))
+}
+
 impl Vcpu {
-    /// Starts over: everything as when it was made.
+    /// Goes back to the state at power-on, to start at `entry`.
     ///
     /// # Errors
-    /// When KVM refuses.
-    pub(super) fn reset(&self, entry: &Entry) -> Result<(), Error> {
-        self.initial.restore(&self.fd)?;
+    /// When KVM refuses a part of it.
+    pub(crate) fn reset(&mut self, entry: &Entry) -> Result<(), Error> {
+        self.unfinished = None;
+        self.at_power_on.write(&self.fd)?;
         self.start_at(entry)
     }
 
@@ -103,11 +151,11 @@ impl Vcpu {
         if self.index != 0 {
             return Ok(());
         }
-        let (regs, sregs) = cpu::regs::boot(entry, self.initial.sregs);
+        let (regs, sregs) = cpu::regs::boot(entry, self.at_power_on.sregs);
         fd.set_sregs(&sregs).map_err(Error::kvm("set the special registers"))?;
         fd.set_regs(&regs).map_err(Error::kvm("set the registers"))?;
         fd.set_fpu(&cpu::regs::fpu()).map_err(Error::kvm("set the FPU"))?;
-        let lapic = cpu::lapic::boot(self.initial.lapic, self.legacy_pic);
+        let lapic = cpu::lapic::boot(self.at_power_on.lapic, self.legacy_pic);
         fd.set_lapic(&lapic).map_err(Error::kvm("set the local APIC"))
     }
 }

@@ -10,8 +10,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::GuestMemory;
 use crate::disk::{
-    Completion, Disk, DiskError, Engine, GuestRange, Lifetime, Limits, Operation, ScsiCommand, ScsiDirection,
-    ScsiReply, Transfer,
+    Completion, DeviceCommand, Disk, DiskError, Engine, EngineSetup, GuestRange, Lifetime, Limits,
+    Operation, ScsiCommand, ScsiDirection, ScsiReply, Transfer,
 };
 
 /// A transfer as the engine got it.
@@ -53,11 +53,7 @@ struct State {
     reply: Option<ScsiReply>,
     /// Engines alive, and made altogether.
     engines: usize,
-    engines_made: usize,
     refuse_engines: bool,
-    /// A drain waits for `release` too.
-    hold_drain: bool,
-    draining: bool,
 }
 
 pub(in crate::block) struct TestDisk {
@@ -67,6 +63,7 @@ pub(in crate::block) struct TestDisk {
     pub(in crate::block) read_only: bool,
     pub(in crate::block) limits: Limits,
     pub(in crate::block) lifetime: Option<Lifetime>,
+    pub(in crate::block) first_sector: Option<[u8; 512]>,
     pub(in crate::block) scsi: bool,
     completion: EventFd,
 }
@@ -87,7 +84,8 @@ impl TestDisk {
 
     /// A disk of `sectors` sectors, each filled with the low byte of its number.
     pub(in crate::block) fn new(sectors: u64) -> Self {
-        let data = (0..sectors).flat_map(|sector| [sector as u8; 512]).collect();
+        let mut data = Vec::with_capacity(sectors as usize * 512);
+        (0..sectors).for_each(|sector| data.extend_from_slice(&[sector as u8; 512]));
         Self {
             state: Mutex::new(State { data, ..State::default() }),
             changed: Condvar::new(),
@@ -95,6 +93,7 @@ impl TestDisk {
             read_only: false,
             limits: Self::LIMITS,
             lifetime: None,
+            first_sector: None,
             scsi: false,
             completion: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap(),
         }
@@ -127,7 +126,7 @@ impl TestDisk {
         self.state().commits
     }
 
-    /// How many engines live.
+    /// How many engines were made.
     pub(super) fn engines(&self) -> usize {
         self.state().engines
     }
@@ -138,23 +137,13 @@ impl TestDisk {
     }
 
     /// Transfers finish at once again.
-    pub(super) fn let_go(&self) {
+    pub(super) fn finish_at_once(&self) {
         self.state().hold = false;
-    }
-
-    /// A drain waits for `release` too.
-    pub(super) fn hold_drain(&self) {
-        self.state().hold_drain = true;
     }
 
     /// Waits until `count` transfers are held.
     pub(super) fn wait_held(&self, count: usize) {
         drop(self.changed.wait_while(self.state(), |state| state.held.len() < count).unwrap());
-    }
-
-    /// Waits until an engine drains.
-    pub(super) fn wait_draining(&self) {
-        drop(self.changed.wait_while(self.state(), |state| !state.draining).unwrap());
     }
 
     pub(super) fn refuse_engines(&self) {
@@ -176,15 +165,27 @@ impl TestDisk {
         self.completion.write(1).unwrap();
     }
 
-    /// From now on everything finishes, what is held too.
-    pub(super) fn release_all(&self) {
+    /// What is held finishes.
+    pub(super) fn finish_all(&self) {
         let mut state = self.state();
-        (state.hold, state.hold_drain) = (false, false);
         while !state.held.is_empty() {
             state.finish_one();
         }
         drop(state);
         self.changed.notify_all();
+        self.completion.write(1).unwrap();
+    }
+
+    /// From now on everything finishes, what is held too.
+    pub(super) fn release_all(&self) {
+        let mut state = self.state();
+        state.hold = false;
+        while !state.held.is_empty() {
+            state.finish_one();
+        }
+        drop(state);
+        self.changed.notify_all();
+        self.completion.write(1).unwrap();
     }
 
     /// Decides from now on which transfers fail, and how.
@@ -234,6 +235,10 @@ impl Disk for TestDisk {
         self.limits
     }
 
+    fn first_sector(&self) -> Option<[u8; 512]> {
+        self.first_sector
+    }
+
     fn lifetime(&self) -> Option<Lifetime> {
         self.lifetime
     }
@@ -251,16 +256,27 @@ impl Disk for TestDisk {
         Ok(())
     }
 
-    fn engine(self: Arc<Self>, memory: GuestMemory, depth: u32) -> std::io::Result<Box<dyn Engine>> {
+    fn flush(&self) -> Result<(), DiskError> {
+        Ok(())
+    }
+
+    fn engine(self: Arc<Self>, setup: EngineSetup) -> std::io::Result<Box<dyn Engine>> {
+        let EngineSetup { memory, depth, .. } = setup;
         let mut state = self.state();
         if state.refuse_engines {
             return Err(std::io::ErrorKind::OutOfMemory.into());
         }
         state.engines += 1;
-        state.engines_made += 1;
-        let number = state.engines_made;
+        let number = state.engines;
         drop(state);
-        Ok(Box::new(TestEngine { disk: self, number, memory, depth, in_flight: 0, replied: Vec::new() }))
+        Ok(Box::new(TestEngine {
+            disk: self,
+            number,
+            memory,
+            depth,
+            in_flight: 0,
+            replied: Vec::new(),
+        }))
     }
 }
 
@@ -281,7 +297,10 @@ impl TestEngine {
         let mut state = self.disk.state();
         let State { data, done: finished, log, .. } = &mut *state;
         for (engine, completion) in finished.extract_if(.., |(engine, _)| *engine == self.number) {
-            let seen = log.iter().rfind(|seen| (seen.engine, seen.tag) == (engine, completion.tag)).unwrap();
+            let seen = log
+                .iter()
+                .rfind(|seen| (seen.engine, seen.tag) == (engine, completion.tag))
+                .unwrap();
             if completion.result.is_ok() {
                 perform(&self.memory, data, seen);
             }
@@ -301,9 +320,13 @@ impl Engine for TestEngine {
             assert_eq!(length, ranges.iter().map(|range| u64::from(range.length)).sum::<u64>());
             assert!(length > 0, "an empty transfer");
         }
-        let seen = Seen { engine: self.number, tag, operation, offset, length, ranges: ranges.to_vec() };
+        let seen =
+            Seen { engine: self.number, tag, operation, offset, length, ranges: ranges.to_vec() };
         let mut state = self.disk.state();
-        assert!(!state.held.iter().any(|held| (held.engine, held.tag) == (self.number, tag)), "a tag used twice");
+        assert!(
+            !state.held.iter().any(|held| (held.engine, held.tag) == (self.number, tag)),
+            "a tag used twice"
+        );
         state.log.push(seen.clone());
         state.held.push_back(seen);
         if !state.hold {
@@ -313,7 +336,9 @@ impl Engine for TestEngine {
         self.disk.changed.notify_all();
     }
 
-    fn submit_scsi(&mut self, tag: u32, command: Arc<ScsiCommand>, data: &[GuestRange]) {
+    fn submit_scsi(&mut self, tag: u32, command: Arc<dyn DeviceCommand>, data: &[GuestRange]) {
+        let command: Arc<dyn std::any::Any + Send + Sync> = command;
+        let command = command.downcast::<ScsiCommand>().unwrap();
         let mut state = self.disk.state();
         let mut seen = Vec::new();
         for range in data {
@@ -321,11 +346,18 @@ impl Engine for TestEngine {
             self.memory.read_slice(&mut part, range.address).unwrap();
             seen.append(&mut part);
             if command.direction() == ScsiDirection::FromDevice {
-                self.memory.write_slice(&vec![TestDisk::ANSWER; range.length as usize], range.address).unwrap();
+                self.memory
+                    .write_slice(&vec![TestDisk::ANSWER; range.length as usize], range.address)
+                    .unwrap();
             }
         }
-        state.commands.push(SeenCommand { cdb: command.cdb().to_vec(), direction: command.direction(), data: seen });
-        let result = state.reply.map(|reply| command.set_reply(reply)).ok_or(DiskError::Host(libc::EPERM));
+        state.commands.push(SeenCommand {
+            cdb: command.cdb().to_vec(),
+            direction: command.direction(),
+            data: seen,
+        });
+        let result =
+            state.reply.map(|reply| command.set_reply(reply)).ok_or(DiskError::Host(libc::EPERM));
         self.replied.push(Completion { tag, result });
     }
 
@@ -343,10 +375,7 @@ impl Engine for TestEngine {
 
     fn drain(&mut self, done: &mut Vec<Completion>) {
         let mut state = self.disk.state();
-        state.draining = true;
-        self.disk.changed.notify_all();
         let mine = |held: &Seen| held.engine == self.number;
-        state = self.disk.changed.wait_while(state, |state| state.hold_drain && state.held.iter().any(mine)).unwrap();
         while let Some(position) = state.held.iter().position(mine) {
             state.held.swap(0, position);
             state.finish_one();
@@ -358,8 +387,10 @@ impl Engine for TestEngine {
 
 impl Drop for TestEngine {
     fn drop(&mut self) {
-        self.disk.state().engines -= 1;
-        assert!(std::thread::panicking() || self.in_flight == 0, "an engine dropped with transfers in flight");
+        assert!(
+            std::thread::panicking() || self.in_flight == 0,
+            "an engine dropped with transfers in flight"
+        );
     }
 }
 

@@ -4,15 +4,15 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex};
 
-use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::GuestMemory;
-use crate::irq::{Interrupt, Trigger};
+use crate::irq::InterruptLine;
 use crate::virtio::device::ActiveQueue;
+use crate::virtio::interrupt::Interrupt;
 use crate::virtio::spec::blk;
 
 /// Bytes of guest memory, unless the test wants less.
@@ -20,9 +20,9 @@ pub(super) const MEMORY: u64 = 8 << 20;
 /// Rings live below this address, buffers above it.
 pub(super) const BUFFERS: u64 = 1 << 18;
 const RING_STRIDE: u64 = 0x8000;
-pub(super) const NEXT: u16 = VRING_DESC_F_NEXT as u16;
-pub(super) const WRITE: u16 = VRING_DESC_F_WRITE as u16;
-pub(super) const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
+pub(super) use crate::virtio::spec::ring::{
+    DESC_F_INDIRECT as INDIRECT, DESC_F_NEXT as NEXT, DESC_F_WRITE as WRITE,
+};
 /// What a status byte holds before the device writes it.
 pub(super) const UNTOUCHED: u8 = 0xa5;
 
@@ -33,8 +33,8 @@ pub(super) struct Line {
     raised: Condvar,
 }
 
-impl Trigger for Line {
-    fn trigger(&self) -> std::io::Result<()> {
+impl InterruptLine for Line {
+    fn pulse(&self) -> std::io::Result<()> {
         *self.count.lock().unwrap() += 1;
         self.raised.notify_all();
         Ok(())
@@ -114,7 +114,7 @@ impl Driver {
                 }
             })
             .collect();
-        let interrupt = Interrupt::new(Arc::clone(&line) as Arc<dyn Trigger>);
+        let interrupt = Interrupt::new(Arc::clone(&line) as Arc<dyn InterruptLine>);
         Self { memory, end: bytes, interrupt, line, rings, next_buffer: BUFFERS }
     }
 
@@ -136,7 +136,12 @@ impl Driver {
         queue.try_set_used_ring_address(GuestAddress(ring.used)).unwrap();
         queue.set_ready(true);
         assert!(queue.is_valid(&self.memory));
-        ActiveQueue { index, queue, kick: ring.kick.try_clone().unwrap() }
+        ActiveQueue {
+            index,
+            queue,
+            kick: Arc::new(ring.kick.try_clone().unwrap()),
+            restored: false,
+        }
     }
 
     pub(super) fn kick(&self, ring: usize) {
@@ -226,7 +231,11 @@ impl Driver {
             self.set_descriptor(ring, index, describe(buffer, NEXT, (index + 1) % size));
             index = (index + 1) % size;
         }
-        self.set_descriptor(ring, index, Descriptor::new(table, 16 * inside.len() as u32, INDIRECT, 0));
+        self.set_descriptor(
+            ring,
+            index,
+            Descriptor::new(table, 16 * inside.len() as u32, INDIRECT, 0),
+        );
         self.rings[ring].next_descriptor = (index + 1) % size;
         head
     }
@@ -237,11 +246,19 @@ impl Driver {
         let slot = ring.available + 4 + 2 * u64::from(ring.available_index % ring.size);
         self.memory.write_obj(head, GuestAddress(slot)).unwrap();
         ring.available_index = ring.available_index.wrapping_add(1);
-        self.memory.store(ring.available_index, GuestAddress(ring.available + 2), Ordering::Release).unwrap();
+        self.memory
+            .store(ring.available_index, GuestAddress(ring.available + 2), Ordering::Release)
+            .unwrap();
     }
 
     /// Sends header, data and status as three buffers (two without data).
-    pub(super) fn send(&mut self, ring: usize, request_type: u32, sector: u64, data: Option<Buffer>) -> Sent {
+    pub(super) fn send(
+        &mut self,
+        ring: usize,
+        request_type: u32,
+        sector: u64,
+        data: Option<Buffer>,
+    ) -> Sent {
         let header = self.header(request_type, sector);
         let status = self.writable(1);
         let buffers: Vec<_> = [Some(header), data, Some(status)].into_iter().flatten().collect();
@@ -296,7 +313,9 @@ impl Driver {
     /// With EVENT_IDX: interrupt once the used index passes `index`.
     pub(super) fn set_used_event(&self, ring: usize, index: u16) {
         let ring = &self.rings[ring];
-        self.memory.write_obj(index, GuestAddress(ring.available + 4 + 2 * u64::from(ring.size))).unwrap();
+        self.memory
+            .write_obj(index, GuestAddress(ring.available + 4 + 2 * u64::from(ring.size)))
+            .unwrap();
     }
 
     /// With EVENT_IDX: kick once the available index passes this.
@@ -337,10 +356,13 @@ impl Late {
 
     /// Makes it available once more.
     pub(super) fn publish(&mut self) {
-        let index: u16 = self.memory.load(GuestAddress(self.available + 2), Ordering::Relaxed).unwrap();
+        let index: u16 =
+            self.memory.load(GuestAddress(self.available + 2), Ordering::Relaxed).unwrap();
         let slot = self.available + 4 + 2 * u64::from(index % self.size);
         self.memory.write_obj(self.head, GuestAddress(slot)).unwrap();
-        self.memory.store(index.wrapping_add(1), GuestAddress(self.available + 2), Ordering::Release).unwrap();
+        self.memory
+            .store(index.wrapping_add(1), GuestAddress(self.available + 2), Ordering::Release)
+            .unwrap();
     }
 }
 

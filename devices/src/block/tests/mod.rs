@@ -1,10 +1,14 @@
 //! The device as a driver sees it: data, status byte, used length and interrupt.
 
 mod batching;
+mod configuration;
 mod disk;
 mod driver;
+mod exhaustive;
+mod fuzz;
 mod interrupts;
 mod lifecycle;
+mod machine;
 mod policy;
 mod properties;
 mod requests;
@@ -12,6 +16,7 @@ mod rig;
 mod rings;
 mod scsi;
 mod segments;
+mod standstill;
 mod threshold;
 mod throttling;
 

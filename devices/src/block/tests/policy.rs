@@ -1,10 +1,10 @@
-//! `rerror` and `werror`: who hears of a host error, and what is kept.
+//! `rerror` and `werror`: who hears of a host error, and what is stopped.
 
 use virtio_queue::desc::split::Descriptor;
 
 use super::driver::Sent;
 use super::rig::Rig;
-use crate::block::{BlockEvent, ErrorAction, ErrorPolicy, IoStatus, Kind};
+use crate::block::{BlockEvent, ErrorAction, ErrorPolicy, IoStatus, Kind, QueueSnapshot};
 use crate::disk::{DiskError, Operation};
 use crate::virtio::spec::blk;
 
@@ -15,7 +15,7 @@ fn rig(policy: ErrorPolicy) -> Rig {
 }
 
 fn io_error(operation: Kind, action: ErrorAction, error: DiskError) -> BlockEvent {
-    let (nospace, reason) = (error == DiskError::NoSpace, error.to_string());
+    let (nospace, reason) = (error == DiskError::NoSpace, error.strerror());
     BlockEvent::IoError { device: "vda".to_owned(), operation, action, nospace, reason }
 }
 
@@ -36,7 +36,11 @@ fn what_each_policy_does() {
         for write in [false, true] {
             let mut rig = rig(policy);
             rig.disk.fail(error);
-            let sent = if write { rig.driver.send_write(0, 0, &[1; 512]) } else { rig.driver.send_read(0, 0, 512) };
+            let sent = if write {
+                rig.driver.send_write(0, 0, &[1; 512])
+            } else {
+                rig.driver.send_read(0, 0, 512)
+            };
             rig.serve();
             let operation = if write { Kind::Write } else { Kind::Read };
             assert_eq!(rig.events(), [io_error(operation, action, error)]);
@@ -55,7 +59,11 @@ fn what_each_policy_does() {
                 Action::Stop => {
                     assert_eq!((used, rig.driver.line.count()), (vec![], 0));
                     assert_eq!((stats.operations, stats.errors), (0, 0));
-                    let status = if error == DiskError::NoSpace { IoStatus::NoSpace } else { IoStatus::Failed };
+                    let status = if error == DiskError::NoSpace {
+                        IoStatus::NoSpace
+                    } else {
+                        IoStatus::Failed
+                    };
                     assert_eq!(rig.shared().io_status(), status);
                 }
             }
@@ -76,14 +84,18 @@ fn reads_and_writes_have_policies_of_their_own() {
     rig.serve();
     let no_space = |operation, action| io_error(operation, action, DiskError::NoSpace);
     // The defaults: report for reads, enospc for everything that changes the disk.
-    assert_eq!(rig.events(), [no_space(Kind::Read, ErrorAction::Report), no_space(Kind::Flush, ErrorAction::Stop)]);
+    assert_eq!(
+        rig.events(),
+        [no_space(Kind::Read, ErrorAction::Report), no_space(Kind::Flush, ErrorAction::Stop)]
+    );
 }
 
 /// Three writes fail under `stop`, far enough apart not to merge.
 fn stopped() -> (Rig, Vec<Sent>) {
     let mut rig = rig(ErrorPolicy::Stop);
     rig.disk.fail(EIO);
-    let sent = [30, 10, 20].map(|sector| rig.driver.send_write(0, sector, &[sector as u8 + 100; 512]));
+    let sent =
+        [30, 10, 20].map(|sector| rig.driver.send_write(0, sector, &[sector as u8 + 100; 512]));
     rig.serve();
     assert_eq!(rig.events().len(), 3);
     (rig, sent.into())
@@ -109,7 +121,8 @@ fn resume_retries_in_order_and_goes_on() {
     rig.disk.heal();
     rig.worker().resume();
     // The order of failure, which was the order on the disk; then what came while the disk stood still.
-    let offsets = |log: &[super::disk::Seen]| log.iter().map(|seen| seen.offset / 512).collect::<Vec<_>>();
+    let offsets =
+        |log: &[super::disk::Seen]| log.iter().map(|seen| seen.offset / 512).collect::<Vec<_>>();
     assert_eq!(offsets(&tried), [10, 20, 30]);
     assert_eq!(offsets(&rig.disk.log()[3..]), [10, 20, 30, 10]);
     let mut used = rig.driver.used(0);
@@ -136,12 +149,14 @@ fn a_retry_may_fail_again() {
 }
 
 #[test]
-fn merged_writes_are_kept_one_by_one() {
+fn merged_writes_are_stopped_one_by_one() {
     let mut rig = rig(ErrorPolicy::Stop);
-    rig.disk.judge(|seen| if seen.offset + seen.length > 6 * 512 { Err(DiskError::NoSpace) } else { Ok(()) });
+    rig.disk.judge(|seen| {
+        if seen.offset + seen.length > 6 * 512 { Err(DiskError::NoSpace) } else { Ok(()) }
+    });
     let sent = [4, 5, 6, 7].map(|sector| rig.driver.send_write(0, sector, &[0x99; 512]));
     rig.serve();
-    // What fits is written and answered; the rest is kept.
+    // What fits is written and answered; the rest is stopped.
     assert_eq!(rig.driver.used(0), [(sent[0].head, 1), (sent[1].head, 1)]);
     assert_eq!(rig.events().len(), 2);
     rig.disk.heal();
@@ -151,10 +166,13 @@ fn merged_writes_are_kept_one_by_one() {
 }
 
 #[test]
-fn a_kept_discard_starts_over() {
+fn a_stopped_discard_starts_over() {
     let mut rig = rig(ErrorPolicy::Stop);
     rig.disk.judge(|seen| if seen.offset > 0 { Err(EIO) } else { Ok(()) });
-    let segments = [blk::Segment { sector: 0, sectors: 8, flags: 0 }, blk::Segment { sector: 8, sectors: 8, flags: 0 }];
+    let segments = [
+        blk::Segment { sector: 0, sectors: 8, flags: 0 },
+        blk::Segment { sector: 8, sectors: 8, flags: 0 },
+    ];
     let bytes = segments.map(blk::Segment::to_le_bytes).concat();
     let data = rig.driver.readable(&bytes);
     let sent = rig.driver.send(0, blk::T_DISCARD, 0, Some(data));
@@ -166,7 +184,7 @@ fn a_kept_discard_starts_over() {
 }
 
 #[test]
-fn a_reset_drops_what_was_kept() {
+fn a_reset_drops_what_was_stopped() {
     let (mut rig, sent) = stopped();
     rig.disk.heal();
     let before = rig.disk.data();
@@ -178,13 +196,17 @@ fn a_reset_drops_what_was_kept() {
 }
 
 #[test]
-fn kept_chains_that_the_driver_broke_meanwhile() {
+fn stopped_chains_that_the_driver_broke_meanwhile() {
     let (mut rig, sent) = stopped();
     rig.disk.heal();
     let tried = rig.disk.log().len();
     for sent in &sent {
         // A loop.
-        rig.driver.set_descriptor(0, sent.head, Descriptor::new(0, 0, super::driver::NEXT, sent.head));
+        rig.driver.set_descriptor(
+            0,
+            sent.head,
+            Descriptor::new(0, 0, super::driver::NEXT, sent.head),
+        );
     }
     rig.worker().resume();
     assert_eq!((rig.driver.used(0), rig.disk.log().len()), (vec![], tried));
@@ -208,7 +230,7 @@ fn a_ring_reset_drops_only_its_own() {
     rig.worker().serve(1);
     rig.release(2);
     assert_eq!(rig.events().len(), 2);
-    assert!(rig.worker().remove_ring(0).is_some());
+    assert!(rig.remove_queue(0).is_some());
     rig.disk.heal();
     rig.worker().resume();
     rig.release(1);
@@ -218,20 +240,19 @@ fn a_ring_reset_drops_only_its_own() {
 }
 
 #[test]
-fn a_kept_request_survives_a_snapshot() {
+fn a_stopped_request_survives_a_snapshot() {
     let (mut rig, sent) = stopped();
-    let kept = rig.worker().kept();
-    assert_eq!(kept.len(), 3);
+    let heads = rig.stopped();
+    assert_eq!(heads.len(), 3);
     // The queue itself is saved and restored by the transport.
-    let queue = rig.worker().remove_ring(0).unwrap();
+    let queue = rig.remove_queue(0).unwrap();
     rig.disk.heal();
-    rig.worker().pause();
-    rig.worker().add_ring(0, queue).unwrap();
-    for request in kept {
-        assert!(rig.worker().park(0, request.head));
-    }
-    assert!(!rig.worker().park(0, 64));
-    assert!(!rig.worker().park(9, 0));
+    rig.pause();
+    rig.worker().add_queue(0, queue).unwrap();
+    let stopped = |heads: Vec<u16>| QueueSnapshot { stopped: heads, ..Default::default() };
+    assert!(rig.worker().restore(0, &stopped(heads)));
+    assert!(!rig.worker().restore(0, &stopped(vec![64])));
+    assert!(!rig.worker().restore(9, &stopped(vec![0])));
     rig.worker().resume();
     assert_eq!(rig.driver.used(0).len(), 3);
     assert!(sent.iter().all(|sent| rig.driver.status(sent) == blk::S_OK));
@@ -243,7 +264,7 @@ fn a_paused_disk_answers_what_it_has_and_takes_no_more() {
     rig.disk.hold();
     let first = rig.driver.send_read(0, 1, 512);
     rig.serve();
-    rig.worker().pause();
+    rig.pause();
     assert_eq!(rig.driver.used(0), [(first.head, 513)]);
     let second = rig.driver.send_read(0, 2, 512);
     rig.serve();
@@ -251,4 +272,21 @@ fn a_paused_disk_answers_what_it_has_and_takes_no_more() {
     rig.worker().resume();
     rig.release(1);
     assert_eq!(rig.driver.used(0), [(second.head, 513)]);
+}
+
+#[test]
+fn a_failing_disk_does_not_flood_the_vm_with_events() {
+    let mut rig = rig(ErrorPolicy::Report);
+    rig.disk.fail(EIO);
+    for _ in 0..20 {
+        for sector in 0..20 {
+            rig.driver.send_read(0, 3 * sector, 512);
+        }
+        rig.serve();
+        assert_eq!(rig.driver.used(0).len(), 20);
+    }
+    // 64 a second, and the guest is answered all the same.
+    let events = rig.events().len();
+    assert!((64..400).contains(&events), "{events}");
+    assert_eq!(rig.stats().kind(Kind::Read).errors, 400);
 }

@@ -72,7 +72,12 @@ struct Expected {
 }
 
 /// Cuts `bytes` into buffers with gaps between them; an empty buffer is as good as any.
-fn cut(driver: &mut Driver, bytes: &[u8], cuts: &[prop::sample::Index], writable: bool) -> Vec<Buffer> {
+fn cut(
+    driver: &mut Driver,
+    bytes: &[u8],
+    cuts: &[prop::sample::Index],
+    writable: bool,
+) -> Vec<Buffer> {
     let mut places: Vec<_> = cuts.iter().map(|cut| cut.index(bytes.len() + 1)).collect();
     places.extend([0, bytes.len()]);
     places.sort_unstable();
@@ -107,8 +112,10 @@ fn send(rig: &mut Rig, model: &mut [u8], window: u64, ask: &Ask, framing: &Frami
         }
         Ask::Write { sector, sectors, fill } => {
             let range = bytes(*sector, *sectors);
-            let content: Vec<u8> =
-                range.clone().map(|byte| fill.wrapping_add(byte as u8 ^ (byte >> 8) as u8)).collect();
+            let content: Vec<u8> = range
+                .clone()
+                .map(|byte| fill.wrapping_add(byte as u8 ^ (byte >> 8) as u8))
+                .collect();
             model[range].copy_from_slice(&content);
             ([header(blk::T_OUT, base + sector), content].concat(), vec![blk::S_OK])
         }
@@ -116,7 +123,8 @@ fn send(rig: &mut Rig, model: &mut [u8], window: u64, ask: &Ask, framing: &Frami
             let mut message = header(blk::T_WRITE_ZEROES, 0);
             for (sector, sectors) in segments {
                 model[bytes(*sector, *sectors)].fill(0);
-                let segment = blk::Segment { sector: base + sector, sectors: *sectors as u32, flags: 0 };
+                let segment =
+                    blk::Segment { sector: base + sector, sectors: *sectors as u32, flags: 0 };
                 message.extend(segment.to_le_bytes());
             }
             (message, vec![blk::S_OK])
@@ -137,7 +145,10 @@ fn send(rig: &mut Rig, model: &mut [u8], window: u64, ask: &Ask, framing: &Frami
     let mut chain = cut(&mut rig.driver, &readable, &framing.cuts[..half], false);
     let blank = vec![super::driver::UNTOUCHED; answer.len()];
     let answers = cut(&mut rig.driver, &blank, &framing.cuts[half..], true);
-    let writable = answers.iter().map(|buffer| buffer.address..buffer.address + u64::from(buffer.length)).collect();
+    let writable = answers
+        .iter()
+        .map(|buffer| buffer.address..buffer.address + u64::from(buffer.length))
+        .collect();
     chain.extend(answers);
     let head = match framing.direct {
         None => rig.driver.chain(0, &chain),
@@ -162,7 +173,7 @@ proptest! {
         let mut model = rig.disk.data();
         let mut requests = 0;
         for (batch, slow) in batches {
-            if slow { rig.disk.hold() } else { rig.disk.let_go() }
+            if slow { rig.disk.hold() } else { rig.disk.finish_at_once() }
             let expected: Vec<_> = batch
                 .iter()
                 .zip(0..)
@@ -258,7 +269,7 @@ proptest! {
         let stray = (0..before.len()).find(|byte| before[*byte] != after[*byte] && !writable[*byte]);
         prop_assert_eq!(stray, None, "a byte outside every writable descriptor changed");
         rig.disk.heal();
-        rig.disk.let_go();
+        rig.disk.finish_at_once();
         rig.reset();
         rig.assert_alive();
     }
@@ -279,18 +290,25 @@ fn descriptor() -> impl Strategy<Value = Descriptor> {
     let length = prop_oneof![
         4 => Just(16_u32), 4 => Just(512), 2 => Just(1024), 2 => Just(1), 1 => Just(0), 2 => 0..3000_u32, 1 => any::<u32>()
     ];
-    let plain = (address, length, any::<bool>(), any::<bool>(), prop_oneof![9 => 0..16_u16, 1 => any::<u16>()])
+    let plain = (
+        address,
+        length,
+        any::<bool>(),
+        any::<bool>(),
+        prop_oneof![9 => 0..16_u16, 1 => any::<u16>()],
+    )
         .prop_map(|(address, length, writable, more, next)| {
             let buffer = Buffer { address, length, writable };
             describe(&buffer, if more { NEXT } else { 0 }, next)
         });
     // Tables that work are never writable: what the device writes must not move what it may write.
-    let indirect = (prop_oneof![8 => Just(INNER), 1 => any::<u64>()], 0..18_u32, any::<bool>()).prop_map(
-        |(table, entries, more)| Descriptor::new(table, entries * 16, INDIRECT | if more { NEXT } else { 0 }, 1),
-    );
+    let indirect = (prop_oneof![8 => Just(INNER), 1 => any::<u64>()], 0..18_u32, any::<bool>())
+        .prop_map(|(table, entries, more)| {
+            Descriptor::new(table, entries * 16, INDIRECT | if more { NEXT } else { 0 }, 1)
+        });
     // Every bit of the flags, now and then.
-    let wild =
-        (ARENA, any::<u16>(), 0..16_u16).prop_map(|(address, flags, next)| Descriptor::new(address, 512, flags, next));
+    let wild = (ARENA, any::<u16>(), 0..16_u16)
+        .prop_map(|(address, flags, next)| Descriptor::new(address, 512, flags, next));
     prop_oneof![12 => plain, 3 => indirect, 1 => wild]
 }
 

@@ -13,7 +13,8 @@ fn reads_return_the_disk() {
     for (sector, sectors) in [(0, 1), (5, 3), (63, 1), (0, 64)] {
         let sent = rig.driver.send_read(0, sector, sectors * 512);
         assert_eq!(rig.outcome(&sent), Outcome::ok(sectors * 512));
-        let expected: Vec<u8> = (sector..sector + u64::from(sectors)).flat_map(|n| [n as u8; 512]).collect();
+        let expected: Vec<u8> =
+            (sector..sector + u64::from(sectors)).flat_map(|n| [n as u8; 512]).collect();
         assert_eq!(rig.driver.data(&sent), expected);
     }
     let stats = *rig.stats().kind(Kind::Read);
@@ -98,10 +99,16 @@ fn a_read_only_disk_refuses_writes_and_nothing_else() {
 fn unknown_types_are_unsupported() {
     let mut rig = Rig::new();
     let zones = [15, 16, 18, 20, 22, 24, 26];
-    for request_type in [5, 6, 7, 9, 12, 17, 1 << 31, blk::T_OUT | 1 << 31, u32::MAX].into_iter().chain(zones) {
+    for request_type in
+        [5, 6, 7, 9, 12, 17, 1 << 31, blk::T_OUT | 1 << 31, u32::MAX].into_iter().chain(zones)
+    {
         assert_eq!(rig.request(request_type, 0, None), Outcome::UNSUPP, "type {request_type}");
         let data = rig.driver.writable(512);
-        assert_eq!(rig.request(request_type, 0, Some(data)), Outcome::UNSUPP, "type {request_type}");
+        assert_eq!(
+            rig.request(request_type, 0, Some(data)),
+            Outcome::UNSUPP,
+            "type {request_type}"
+        );
     }
     assert_eq!(rig.disk.operations(), []);
     assert_eq!(rig.stats().kind(Kind::Other).invalid, 32);
@@ -113,9 +120,10 @@ fn lifetime_is_told_where_the_host_tells() {
     let mut rig = Rig::new();
     let data = rig.driver.writable(6);
     assert_eq!(rig.request(blk::T_GET_LIFETIME, 0, Some(data)), Outcome::UNSUPP);
-    assert_eq!(rig.shared().facts.features & blk::F_LIFETIME, 0);
+    assert_eq!(rig.shared().config_space.features & blk::F_LIFETIME, 0);
 
-    let lifetime = Lifetime { pre_eol_info: 1, device_lifetime_est_typ_a: 2, device_lifetime_est_typ_b: 0x0b };
+    let lifetime =
+        Lifetime { pre_eol_info: 1, device_lifetime_est_typ_a: 2, device_lifetime_est_typ_b: 0x0b };
     let mut rig = Rig::with(|setup| setup.disk.lifetime = Some(lifetime));
     let data = rig.driver.writable(6);
     let sent = rig.driver.send(0, blk::T_GET_LIFETIME, 0, Some(data));
@@ -144,9 +152,14 @@ fn sectors_and_lengths_are_whole_logical_blocks() {
 #[test]
 fn nothing_beyond_the_end_is_touched() {
     let mut rig = Rig::new();
-    for (sector, length) in
-        [(64, 512), (63, 1024), (u64::MAX, 512), (u64::MAX / 512, 512), (u64::MAX / 512 + 1, 512), (1 << 55, 1024)]
-    {
+    for (sector, length) in [
+        (64, 512),
+        (63, 1024),
+        (u64::MAX, 512),
+        (u64::MAX / 512, 512),
+        (u64::MAX / 512 + 1, 512),
+        (1 << 55, 1024),
+    ] {
         let sent = rig.driver.send_read(0, sector, length);
         assert_eq!(rig.outcome(&sent), Outcome::IOERR, "{sector} {length}");
         assert_eq!(rig.driver.data(&sent), vec![UNTOUCHED; length as usize]);
@@ -154,7 +167,10 @@ fn nothing_beyond_the_end_is_touched() {
         assert_eq!(rig.outcome(&sent), Outcome::IOERR, "{sector} {length}");
     }
     assert_eq!(rig.disk.operations(), []);
-    assert_eq!((rig.stats().kind(Kind::Read).invalid, rig.stats().kind(Kind::Write).invalid), (6, 6));
+    assert_eq!(
+        (rig.stats().kind(Kind::Read).invalid, rig.stats().kind(Kind::Write).invalid),
+        (6, 6)
+    );
 }
 
 #[test]
@@ -223,9 +239,11 @@ fn header_and_status_may_be_split_anywhere() {
     for cut in 0..=16 {
         // A read of sector 3: the header in two parts, the status at the end of the data's second part.
         let (front, back) = header.split_at(cut);
-        let parts = [rig.driver.readable(front), rig.driver.readable(back), rig.driver.writable(100)];
+        let parts =
+            [rig.driver.readable(front), rig.driver.readable(back), rig.driver.writable(100)];
         let tail = rig.driver.writable(413);
-        let chain: Vec<_> = parts.into_iter().chain([tail]).filter(|part| part.length > 0).collect();
+        let chain: Vec<_> =
+            parts.into_iter().chain([tail]).filter(|part| part.length > 0).collect();
         assert_eq!(rig.run(&chain), Outcome::ok(512), "cut at {cut}");
         let data = [parts[2].address..parts[2].address + 100, tail.address..tail.address + 412];
         assert_eq!(data.map(|range| rig.driver.read(range)).concat(), [3; 512]);
@@ -234,7 +252,11 @@ fn header_and_status_may_be_split_anywhere() {
     header[0] = 1;
     for cut in 0..=16 {
         let joined = [&header[cut..], &[0x40 + cut as u8; 512]].concat();
-        let parts = [rig.driver.readable(&header[..cut]), rig.driver.readable(&joined), rig.driver.writable(1)];
+        let parts = [
+            rig.driver.readable(&header[..cut]),
+            rig.driver.readable(&joined),
+            rig.driver.writable(1),
+        ];
         let chain: Vec<_> = parts.into_iter().filter(|part| part.length > 0).collect();
         assert_eq!(rig.run(&chain), Outcome::ok(0), "cut at {cut}");
         assert_eq!(rig.disk.data()[3 * 512..4 * 512], [0x40 + cut as u8; 512]);
@@ -250,7 +272,8 @@ fn every_byte_in_its_own_descriptor() {
     let mut header = [0; 16];
     (header[0], header[8]) = (1, 2);
     let content: Vec<u8> = (0..512).map(|byte| byte as u8).collect();
-    let mut chain: Vec<_> = [&header[..], &content].concat().iter().map(|byte| rig.driver.readable(&[*byte])).collect();
+    let mut chain: Vec<_> =
+        [&header[..], &content].concat().iter().map(|byte| rig.driver.readable(&[*byte])).collect();
     chain.push(rig.driver.writable(1));
     assert_eq!(rig.run(&chain), Outcome::ok(0));
     assert_eq!(rig.disk.data()[2 * 512..3 * 512], content);
@@ -265,7 +288,7 @@ fn every_byte_in_its_own_descriptor() {
 #[test]
 fn full_seg_max_through_an_indirect_table() {
     let mut rig = Rig::with(|setup| setup.disk = TestDisk::new(512));
-    let seg_max = rig.shared().facts.config(0, true).seg_max;
+    let seg_max = rig.shared().config_space.config(0, true).seg_max;
     assert_eq!(seg_max, 254);
     let header = rig.driver.header(blk::T_IN, 1);
     let data: Vec<_> = (0..seg_max).map(|_| rig.driver.writable(512)).collect();
@@ -290,7 +313,7 @@ fn size_max_binds_those_who_agreed() {
         })
     };
     let mut rig = setup(u64::MAX);
-    let size_max = rig.shared().facts.config(0, true).size_max;
+    let size_max = rig.shared().config_space.config(0, true).size_max;
     assert!((1 << 20..4 << 20).contains(&size_max), "{size_max}");
     let sent = rig.driver.send_read(0, 0, size_max);
     assert_eq!(rig.outcome(&sent), Outcome::ok(size_max));

@@ -1,12 +1,18 @@
 //! A worker without its thread, between a driver and a disk that the test plays: everything happens when the test says.
 
+use crate::clock::Instant;
 use std::sync::{Arc, Mutex};
 
 use super::disk::TestDisk;
 use super::driver::{Buffer, Driver, MEMORY, Sent};
-use crate::block::device::Shared;
-use crate::block::worker::{Agreement, Worker};
-use crate::block::{BlockEvent, BlockOptions, BlockStats, EventSink};
+use crate::block::scsi::ScsiCommands;
+use crate::block::shared::Shared;
+use crate::block::throttle::Throttle;
+use crate::block::worker::{Negotiated, Worker};
+use crate::block::{BlockEvent, BlockOptions, BlockStats, EventSink, Throttling};
+use crate::disk::{Disk, EngineSetup};
+use crate::virtio::device::ActiveQueue;
+use crate::virtio::drain::Drain;
 use crate::virtio::spec::{self, blk};
 
 pub(super) struct Setup {
@@ -27,6 +33,7 @@ pub(super) struct Rig {
     /// `None` only while the device is reset.
     worker: Option<Worker>,
     shared: Arc<Shared>,
+    throttle: Arc<Throttle>,
     events: Arc<Mutex<Vec<BlockEvent>>>,
     features: u64,
     queues: u16,
@@ -51,16 +58,22 @@ impl Rig {
         let Setup { disk, options, accepted, queues, ring_size, memory } = setup;
         let disk = Arc::new(disk);
         let (sink, events) = recorder();
-        let shared = Shared::new(options, Arc::clone(&disk) as _, sink, 1).unwrap();
-        let features = shared.facts.features & accepted;
+        let throttle = Arc::new(Throttle::new(options.throttling, Instant::now()));
+        let commands = Box::new(ScsiCommands { enabled: disk.scsi() });
+        let limiter = Arc::clone(&throttle);
+        let geometry = crate::block::geometry::rule(None, &*disk);
+        let shared =
+            Shared::new(options, Arc::clone(&disk) as _, sink, 1, limiter, commands, geometry)
+                .unwrap();
+        let features = shared.config_space.features & accepted;
         let driver = Driver::with_memory(queues, ring_size, memory);
         let worker = Some(start(&shared, &driver, features, queues));
-        Self { disk, driver, worker, shared, events, features, queues }
+        Self { disk, driver, worker, shared, throttle, events, features, queues }
     }
 
     /// The driver resets the device and starts over, with fresh rings.
     pub(super) fn reset(&mut self) {
-        self.worker.take().unwrap().stop();
+        end(self.worker.take().unwrap(), &self.disk);
         self.driver.interrupt.reset();
         (0..self.queues).for_each(|ring| self.driver.reset_ring(ring.into()));
         self.worker = Some(start(&self.shared, &self.driver, self.features, self.queues));
@@ -72,6 +85,40 @@ impl Rig {
 
     pub(super) fn serve(&mut self) {
         self.worker().serve(0);
+    }
+
+    /// Pauses, and lets everything finish that the disk has.
+    pub(super) fn pause(&mut self) {
+        let worker = self.worker.as_mut().unwrap();
+        worker.pause();
+        while !worker.stands_still() {
+            self.disk.finish_all();
+            worker.reap();
+        }
+    }
+
+    /// Resets one queue, and lets everything finish that the disk has.
+    pub(super) fn remove_queue(&mut self, position: usize) -> Option<ActiveQueue> {
+        let drain = Drain::new(1);
+        let worker = self.worker.as_mut().unwrap();
+        worker.remove_queue(position, drain.clone());
+        loop {
+            worker.advance_resets();
+            if drain.is_done() {
+                return drain.take_queues().pop();
+            }
+            self.disk.finish_all();
+            worker.reap();
+        }
+    }
+
+    /// The heads of the requests that were taken and not answered.
+    pub(super) fn stopped(&mut self) -> Vec<u16> {
+        self.worker().snapshot().into_iter().flat_map(|queue| queue.stopped).collect()
+    }
+
+    pub(super) fn set_throttling(&self, throttling: Throttling) {
+        self.throttle.set(throttling, Instant::now());
     }
 
     /// Lets the oldest `count` transfers that the disk holds finish.
@@ -103,7 +150,12 @@ impl Rig {
     }
 
     /// Sends a request of this type, serves it, and says how it went.
-    pub(super) fn request(&mut self, request_type: u32, sector: u64, data: Option<Buffer>) -> Outcome {
+    pub(super) fn request(
+        &mut self,
+        request_type: u32,
+        sector: u64,
+        data: Option<Buffer>,
+    ) -> Outcome {
         let sent = self.driver.send(0, request_type, sector, data);
         self.outcome(&sent)
     }
@@ -131,21 +183,43 @@ impl Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
-        // A test may end with requests kept or held.
+        // A test may end with requests stopped or held.
         if let Some(worker) = self.worker.take()
             && !std::thread::panicking()
         {
-            worker.stop();
+            end(worker, &self.disk);
         }
     }
 }
 
 fn start(shared: &Arc<Shared>, driver: &Driver, features: u64, queues: u16) -> Worker {
-    let agreement = Agreement { memory: driver.memory.clone(), features, interrupt: driver.interrupt.clone() };
-    let mut worker =
-        Worker::new(Arc::clone(shared), shared.counters(0), agreement, usize::from(queues), false).unwrap();
-    (0..queues).for_each(|queue| worker.add_ring(usize::from(queue), driver.active(queue)).unwrap());
+    let negotiated =
+        Negotiated { memory: driver.memory.clone(), features, interrupt: driver.interrupt.clone() };
+    let setup = EngineSetup::new(driver.memory.clone(), shared.depth(usize::from(queues)));
+    let engine = Arc::clone(&shared.disk).engine(setup).unwrap();
+    let mut worker = Worker::new(
+        Arc::clone(shared),
+        Arc::clone(&shared.counters[0]),
+        negotiated,
+        usize::from(queues),
+        false,
+        engine,
+    );
+    (0..queues)
+        .for_each(|queue| worker.add_queue(usize::from(queue), driver.active(queue)).unwrap());
     worker
+}
+
+/// Stops the worker, while everything finishes that the disk has.
+fn end(mut worker: Worker, disk: &TestDisk) {
+    let drain = Drain::new(1);
+    worker.reset(drain.clone());
+    while !worker.advance_resets() {
+        disk.finish_all();
+        worker.reap();
+    }
+    worker.finish();
+    assert!(drain.is_done());
 }
 
 /// An event sink and what it received.

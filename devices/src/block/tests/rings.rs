@@ -100,7 +100,8 @@ fn an_empty_buffer_may_be_anywhere() {
     let data = rig.driver.writable(512);
     let status = rig.driver.writable(1);
     let nowhere = |writable| Buffer { address: u64::MAX, length: 0, writable };
-    let chain = [nowhere(false), header, nowhere(false), nowhere(true), data, nowhere(true), status];
+    let chain =
+        [nowhere(false), header, nowhere(false), nowhere(true), data, nowhere(true), status];
     assert_eq!(rig.run(&chain), Outcome::ok(512));
 }
 
@@ -111,7 +112,12 @@ fn readable_after_writable() {
         let data = rig.driver.writable(512);
         let stray = rig.driver.readable(&[0; 16]);
         let status = rig.driver.writable(1);
-        vec![describe(&header, NEXT, 1), describe(&data, NEXT, 2), describe(&stray, NEXT, 3), describe(&status, 0, 0)]
+        vec![
+            describe(&header, NEXT, 1),
+            describe(&data, NEXT, 2),
+            describe(&stray, NEXT, 3),
+            describe(&status, 0, 0),
+        ]
     });
 }
 
@@ -143,7 +149,9 @@ fn indirect_tables_after_direct_descriptors() {
     let data = rig.driver.writable(512);
     let status = rig.driver.writable(1);
     let table = rig.driver.allocate(64).next_multiple_of(16);
-    for (index, descriptor) in [describe(&data, NEXT, 1), describe(&status, 0, 0)].iter().enumerate() {
+    for (index, descriptor) in
+        [describe(&data, NEXT, 1), describe(&status, 0, 0)].iter().enumerate()
+    {
         rig.driver.write(table + 16 * index as u64, as_bytes(descriptor));
     }
     rig.driver.set_descriptor(0, 0, describe(&front, NEXT, 1));
@@ -169,7 +177,9 @@ fn indirect_tables_that_are_wrong() {
     with("much too long", |table, _| Descriptor::new(table, !15, INDIRECT, 0));
     with("with next", |table, length| Descriptor::new(table, length, INDIRECT | NEXT, 1));
     with("outside memory", |_, length| Descriptor::new(MEMORY, length, INDIRECT, 0));
-    with("around the end of the address space", |_, length| Descriptor::new(u64::MAX - 15, length, INDIRECT, 0));
+    with("around the end of the address space", |_, length| {
+        Descriptor::new(u64::MAX - 15, length, INDIRECT, 0)
+    });
     with("half outside memory", |_, _| Descriptor::new(MEMORY - 8, 16, INDIRECT, 0));
     assert_chain_breaks("nested", |rig| {
         let (inner, length, _) = table(rig, 0);

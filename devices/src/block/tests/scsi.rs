@@ -82,7 +82,7 @@ fn scsi_commands_are_refused_with_errors_255() {
 #[test]
 fn the_bit_is_never_offered() {
     let rig = rig(None);
-    assert_eq!(rig.shared().facts.features & blk::F_SCSI, 0);
+    assert_eq!(rig.shared().config_space.features & blk::F_SCSI, 0);
 }
 
 #[test]
@@ -105,10 +105,15 @@ fn the_buffers_give_the_direction() {
         assert_eq!(outcome, Outcome::ok(36 + 96 + 16));
         assert_eq!(reply.trailer(&rig), [0, 36, 0, 0]);
         for buffer in [first, second] {
-            let content = rig.driver.read(buffer.address..buffer.address + u64::from(buffer.length));
+            let content =
+                rig.driver.read(buffer.address..buffer.address + u64::from(buffer.length));
             assert!(content.iter().all(|byte| *byte == TestDisk::ANSWER));
         }
-        let seen = |cdb: &[u8], direction, data: Vec<u8>| SeenCommand { cdb: cdb.to_vec(), direction, data };
+        let seen = |cdb: &[u8], direction, data: Vec<u8>| SeenCommand {
+            cdb: cdb.to_vec(),
+            direction,
+            data,
+        };
         let sent = [vec![1; 512], vec![2; 100]].concat();
         let expected = [
             seen(&[0; 6], ScsiDirection::None, vec![]),
@@ -125,8 +130,15 @@ fn the_buffers_give_the_direction() {
 fn sense_and_residual_come_back() {
     let mut sense = [0; 96];
     sense[..8].copy_from_slice(&[0x70, 0, 5, 0, 0, 0, 0, 10]);
-    let reply =
-        ScsiReply { status: 2, msg_status: 3, host_status: 4, driver_status: 8, residual: 30, sense, sense_length: 18 };
+    let reply = ScsiReply {
+        status: 2,
+        msg_status: 3,
+        host_status: 4,
+        driver_status: 8,
+        residual: 30,
+        sense,
+        sense_length: 18,
+    };
     let mut rig = rig(Some(reply));
     let data = rig.driver.writable(36);
     let (outcome, reply) = send(&mut rig, blk::T_SCSI_CMD, &INQUIRY, &[data]);
@@ -145,7 +157,9 @@ fn only_the_command_needs_a_buffer_of_its_own() {
     let mut rig = rig(Some(GOOD));
     // Command in the rest of the header's buffer; data, sense, trailer and status in one.
     let mut bytes = rig.driver.header(blk::T_SCSI_CMD, 0);
-    bytes = rig.driver.readable(&[&rig.driver.read(bytes.address..bytes.address + 16)[..], &INQUIRY].concat());
+    bytes = rig
+        .driver
+        .readable(&[&rig.driver.read(bytes.address..bytes.address + 16)[..], &INQUIRY].concat());
     let rest = rig.driver.writable(36 + 96 + 16 + 1);
     assert_eq!(rig.run(&[bytes, rest]), Outcome::ok(36 + 96 + 16));
     let answer = rig.driver.read(rest.address..rest.address + 149);

@@ -3,7 +3,7 @@
 use super::driver::Buffer;
 use super::rig::{Outcome, Rig};
 use crate::block::Kind;
-use crate::block::config::{MAX_SEGMENT_SECTORS, MAX_SEGMENTS};
+use crate::block::config_space::{MAX_SEGMENT_SECTORS, MAX_SEGMENTS};
 use crate::disk::{DiskError, Operation};
 use crate::virtio::spec::blk::{self, Segment};
 
@@ -21,7 +21,11 @@ fn run(rig: &mut Rig, request_type: u32, segments: &[(u64, u32, u32)]) -> Outcom
 }
 
 fn stretches(rig: &Rig) -> Vec<(Operation, u64, u64)> {
-    rig.disk.log().iter().map(|seen| (seen.operation, seen.offset / 512, seen.length / 512)).collect()
+    rig.disk
+        .log()
+        .iter()
+        .map(|seen| (seen.operation, seen.offset / 512, seen.length / 512))
+        .collect()
 }
 
 #[test]
@@ -34,7 +38,10 @@ fn each_segment_reaches_the_disk_in_order() {
     assert_eq!((stats.operations, stats.bytes), (1, 13 * 512));
 
     let mut rig = Rig::new();
-    assert_eq!(run(&mut rig, blk::T_WRITE_ZEROES, &[(8, 8, blk::SEGMENT_UNMAP), (2, 1, 0)]), Outcome::ok(0));
+    assert_eq!(
+        run(&mut rig, blk::T_WRITE_ZEROES, &[(8, 8, blk::SEGMENT_UNMAP), (2, 1, 0)]),
+        Outcome::ok(0)
+    );
     let zeroes = |unmap| Operation::WriteZeroes { unmap, durable: false };
     assert_eq!(stretches(&rig), [(zeroes(true), 8, 8), (zeroes(false), 2, 1)]);
     assert_eq!(rig.disk.data()[8 * 512..16 * 512], [0; 8 * 512]);
@@ -86,9 +93,21 @@ fn unknown_flags_are_unsupported_and_nothing_is_done() {
 #[test]
 fn one_bad_segment_fails_the_request_before_anything_is_done() {
     let mut rig = Rig::with(|setup| setup.options.logical_block_size = Some(4096));
-    for bad in [(64, 8), (56, 16), (1, 8), (0, 4), (u64::MAX, 8), (u64::MAX / 512, 8), (0, MAX_SEGMENT_SECTORS + 8)] {
+    for bad in [
+        (64, 8),
+        (56, 16),
+        (1, 8),
+        (0, 4),
+        (u64::MAX, 8),
+        (u64::MAX / 512, 8),
+        (0, MAX_SEGMENT_SECTORS + 8),
+    ] {
         for request_type in [blk::T_DISCARD, blk::T_WRITE_ZEROES, blk::T_SECURE_ERASE] {
-            assert_eq!(run(&mut rig, request_type, &[(0, 8, 0), (bad.0, bad.1, 0)]), Outcome::IOERR, "{bad:?}");
+            assert_eq!(
+                run(&mut rig, request_type, &[(0, 8, 0), (bad.0, bad.1, 0)]),
+                Outcome::IOERR,
+                "{bad:?}"
+            );
         }
     }
     assert_eq!(rig.disk.operations(), []);
@@ -137,7 +156,9 @@ fn empty_segments_are_nothing_to_do() {
 #[test]
 fn the_first_error_ends_the_request_once() {
     let mut rig = Rig::new();
-    rig.disk.judge(|seen| if seen.offset == 8 * 512 { Err(DiskError::Host(libc::EIO)) } else { Ok(()) });
+    rig.disk.judge(
+        |seen| if seen.offset == 8 * 512 { Err(DiskError::Host(libc::EIO)) } else { Ok(()) },
+    );
     assert_eq!(run(&mut rig, blk::T_DISCARD, &[(0, 8, 0), (8, 8, 0), (16, 8, 0)]), Outcome::IOERR);
     assert_eq!(stretches(&rig), [(Operation::Discard, 0, 8), (Operation::Discard, 8, 8)]);
     let stats = *rig.stats().kind(Kind::Discard);
@@ -189,15 +210,16 @@ fn a_reset_does_not_wait_for_segments_that_have_not_begun() {
         let data = list(&mut rig, &[(0, 8, 0), (8, 8, 0), (16, 8, 0)]);
         let sent = rig.driver.send(0, blk::T_DISCARD, 0, Some(data));
         rig.serve();
-        rig.disk.let_go();
+        rig.disk.finish_at_once();
         if whole_device {
             rig.reset();
         } else {
-            assert!(rig.worker().remove_ring(0).is_some());
+            assert!(rig.remove_queue(0).is_some());
             assert_eq!(rig.driver.used(0), [(sent.head, 1)]);
         }
         assert_eq!(rig.driver.status(&sent), blk::S_IOERR);
-        let discards = rig.disk.operations().into_iter().filter(|operation| *operation == Operation::Discard);
+        let discards =
+            rig.disk.operations().into_iter().filter(|operation| *operation == Operation::Discard);
         assert_eq!(discards.count(), 1);
     }
 }

@@ -37,7 +37,8 @@ fn discards_and_zeroes_count_by_their_furthest_segment() {
         let mut rig = Rig::new();
         rig.shared().set_write_threshold(Some(512));
         let segments = [(40, 8, 0), (0, 8, 0)];
-        let list = segments.map(|(sector, sectors, flags)| Segment { sector, sectors, flags }.to_le_bytes());
+        let list = segments
+            .map(|(sector, sectors, flags)| Segment { sector, sectors, flags }.to_le_bytes());
         let data = rig.driver.readable(&list.concat());
         assert_eq!(rig.request(request, 0, Some(data)), Outcome::ok(0));
         assert_eq!(rig.events(), [hit(512, 47 * 512)]);

@@ -1,9 +1,11 @@
 //! Requests that the disk's limits keep waiting. Time stands still here: the limits are so low that nothing leaks during a
 //! test, or are lifted. Or it passes as the test says.
 
-use std::time::{Duration, Instant};
+use crate::clock::Instant;
+use std::sync::Arc;
+use std::time::Duration;
 
-use super::driver::Sent;
+use super::driver::{Sent, UNTOUCHED};
 use super::rig::Rig;
 use crate::block::{Kind, Limit, Rate, Throttling};
 
@@ -24,7 +26,7 @@ fn answered(rig: &mut Rig, sent: &[&Sent]) -> Vec<bool> {
 }
 
 fn lift(rig: &mut Rig) {
-    rig.shared().set_throttling(Throttling::default());
+    rig.set_throttling(Throttling::default());
     rig.worker().release(Instant::now());
 }
 
@@ -33,7 +35,10 @@ fn requests_wait_in_order_and_go_when_the_limit_is_lifted() {
     let mut rig = limited(Limit::OperationsTotal);
     let sent: Vec<_> = (0..6).map(|sector| rig.driver.send_read(0, sector, 512)).collect();
     rig.serve();
-    assert_eq!(answered(&mut rig, &sent.iter().collect::<Vec<_>>()), [true, false, false, false, false, false]);
+    assert_eq!(
+        answered(&mut rig, &sent.iter().collect::<Vec<_>>()),
+        [true, false, false, false, false, false]
+    );
     assert!(rig.worker().next_release(Instant::now()).is_some());
     // Too early: nothing happens.
     rig.worker().release(Instant::now());
@@ -64,8 +69,11 @@ fn the_other_direction_and_what_is_not_limited_pass_by() {
 fn both_directions_wait_for_a_total_and_take_turns() {
     let mut rig = limited(Limit::OperationsTotal);
     let first = rig.driver.send_write(0, 0, &[1; 512]);
-    let waiting =
-        [rig.driver.send_read(0, 10, 512), rig.driver.send_read(0, 20, 512), rig.driver.send_write(0, 30, &[1; 512])];
+    let waiting = [
+        rig.driver.send_read(0, 10, 512),
+        rig.driver.send_read(0, 20, 512),
+        rig.driver.send_write(0, 30, &[1; 512]),
+    ];
     rig.serve();
     assert_eq!(answered(&mut rig, &[&first]), [true]);
     lift(&mut rig);
@@ -73,36 +81,57 @@ fn both_directions_wait_for_a_total_and_take_turns() {
     assert_eq!(heads, [&waiting[0], &waiting[2], &waiting[1]].map(|sent| sent.head));
 }
 
-/// Who drains does not wait for the limits, and they count what went through.
-#[test]
-fn a_pause_and_a_reset_let_them_through() {
-    let three = |rig: &mut Rig| {
-        let sent = [1, 2, 3].map(|sector| rig.driver.send_write(0, sector, &[sector as u8 + 100; 512]));
-        rig.serve();
-        assert_eq!(answered(rig, &sent.iter().collect::<Vec<_>>()), [true, false, false]);
-        sent
-    };
-    let mut rig = limited(Limit::OperationsTotal);
-    let sent = three(&mut rig);
-    rig.worker().pause();
-    assert_eq!(answered(&mut rig, &[&sent[1], &sent[2]]), [true, true]);
-    assert_eq!(rig.worker().kept(), []);
-    let next = rig.driver.send_read(0, 1, 512);
-    rig.worker().resume();
-    assert_eq!(answered(&mut rig, &[&next]), [false]);
-    assert!(rig.worker().next_release(Instant::now()).unwrap() > Duration::from_secs(2));
+/// Three writes, of which the limit lets one through.
+fn three_writes(rig: &mut Rig) -> [Sent; 3] {
+    let sent = [1, 2, 3].map(|sector| rig.driver.send_write(0, sector, &[sector as u8 + 100; 512]));
+    rig.serve();
+    assert_eq!(answered(rig, &sent.iter().collect::<Vec<_>>()), [true, false, false]);
+    sent
+}
 
+/// A pause takes no time, whatever waits: those requests have not begun.
+#[test]
+fn requests_wait_on_through_a_pause() {
     let mut rig = limited(Limit::OperationsTotal);
-    three(&mut rig);
-    rig.reset();
-    rig.shared().set_throttling(Throttling::default());
+    let sent = three_writes(&mut rig);
+    rig.worker().pause();
+    assert!(rig.worker().stands_still());
+    assert_eq!(rig.stopped(), [sent[1].head, sent[2].head]);
+    assert_eq!(rig.worker().next_release(Instant::now()), None);
+    lift(&mut rig);
+    assert_eq!(rig.driver.used(0), []);
+    assert_eq!(rig.disk.data()[2 * 512..4 * 512], [[2; 512], [3; 512]].concat());
+    rig.worker().resume();
+    assert_eq!(answered(&mut rig, &[&sent[1], &sent[2]]), [true, true]);
     assert_eq!(rig.disk.data()[512..4 * 512], [[101; 512], [102; 512], [103; 512]].concat());
+}
+
+/// The limits count through a pause.
+#[test]
+fn a_pause_is_no_way_around_the_limits() {
+    let mut rig = limited(Limit::OperationsTotal);
+    let sent = three_writes(&mut rig);
+    rig.pause();
+    rig.worker().resume();
+    assert_eq!(answered(&mut rig, &[&sent[1], &sent[2]]), [false, false]);
+    assert!(rig.worker().next_release(Instant::now()).unwrap() > Duration::ZERO);
+}
+
+/// The driver gives up what has not begun when it resets the device.
+#[test]
+fn a_reset_gives_up_what_waits() {
+    let mut rig = limited(Limit::OperationsTotal);
+    let sent = three_writes(&mut rig);
+    rig.reset();
+    rig.set_throttling(Throttling::default());
+    assert_eq!(rig.disk.data()[512..4 * 512], [[101; 512], [2; 512], [3; 512]].concat());
+    assert!(sent[1..].iter().all(|sent| rig.driver.status(sent) == UNTOUCHED));
     rig.assert_alive();
 }
 
-/// A ring's reset lets that ring's requests through, and no others.
+/// A queue's reset gives up that queue's requests, and no others.
 #[test]
-fn a_ring_reset_lets_its_own_through() {
+fn a_queue_reset_gives_up_its_own() {
     let mut rig = Rig::with(|setup| {
         setup.options.throttling = slow(Limit::OperationsTotal);
         setup.options.num_queues = 2;
@@ -115,26 +144,25 @@ fn a_ring_reset_lets_its_own_through() {
     rig.driver.send_write(1, 2, &[102; 512]);
     rig.serve();
     rig.worker().serve(1);
-    rig.worker().remove_ring(1).unwrap();
+    rig.remove_queue(1).unwrap();
     assert_eq!(rig.driver.used(0), []);
-    assert_eq!(rig.disk.data()[512..3 * 512], [[1; 512], [102; 512]].concat());
     lift(&mut rig);
     assert_eq!(rig.driver.used(0).len(), 1);
+    assert_eq!(rig.disk.data()[512..3 * 512], [[101; 512], [2; 512]].concat());
 }
 
-/// What fails on the way is kept by the error policy; the driver's reset gives it up.
+/// What waited may fail like anything else, and is stopped by the error policy then.
 #[test]
-fn what_a_drain_lets_through_may_fail() {
+fn what_waited_may_fail() {
     let mut rig = limited(Limit::OperationsTotal);
     let sent = [rig.driver.send_write(0, 1, &[1; 512]), rig.driver.send_write(0, 9, &[2; 512])];
     rig.serve();
     assert_eq!(answered(&mut rig, &[&sent[0], &sent[1]]), [true, false]);
     rig.disk.fail(crate::disk::DiskError::NoSpace);
-    rig.worker().pause();
-    assert_eq!(rig.worker().kept().len(), 1);
+    lift(&mut rig);
+    assert_eq!(rig.stopped(), [sent[1].head]);
     rig.reset();
     rig.disk.heal();
-    rig.shared().set_throttling(Throttling::default());
     rig.assert_alive();
 }
 
@@ -145,7 +173,8 @@ fn a_minute(rates: &[(Limit, u64)]) -> [u64; 2] {
         // The driver uses descriptors in turn, and must not come round to those that still wait.
         setup.ring_size = 256;
         for (limit, average) in rates {
-            setup.options.throttling.rates[*limit as usize] = Rate { average: *average, ..Default::default() };
+            setup.options.throttling.rates[*limit as usize] =
+                Rate { average: *average, ..Default::default() };
         }
     });
     let mut waiting: Vec<(usize, Sent)> = Vec::new();
@@ -157,7 +186,11 @@ fn a_minute(rates: &[(Limit, u64)]) -> [u64; 2] {
         for direction in 0..2 {
             while waiting.iter().filter(|(of, _)| *of == direction).count() < 4 {
                 let read = direction == 0;
-                let sent = if read { rig.driver.send_read(0, 0, 512) } else { rig.driver.send_write(0, 32, &[1; 512]) };
+                let sent = if read {
+                    rig.driver.send_read(0, 0, 512)
+                } else {
+                    rig.driver.send_write(0, 32, &[1; 512])
+                };
                 waiting.push((direction, sent));
                 rig.serve();
             }
@@ -181,7 +214,10 @@ fn a_minute(rates: &[(Limit, u64)]) -> [u64; 2] {
 #[track_caller]
 fn holds(actual: u64, rate: u64) {
     let expected = 60 * rate + rate / 10;
-    assert!(actual.abs_diff(expected) <= 1 + expected / 1000, "{actual} in a minute, not {expected}");
+    assert!(
+        actual.abs_diff(expected) <= 1 + expected / 1000,
+        "{actual} in a minute, not {expected}"
+    );
 }
 
 #[test]
@@ -208,10 +244,10 @@ fn latencies_are_counted_into_bins() {
     use crate::block::Histogram;
     let mut rig = Rig::new();
     let bins = Histogram::new(vec![u64::MAX]).unwrap();
-    rig.shared().counters(0).set_histogram(Kind::Read, Some(bins));
+    Arc::clone(&rig.shared().counters[0]).set_histogram(Kind::Read, Some(bins));
     rig.assert_alive();
     rig.assert_alive();
-    let counters = rig.shared().counters(0);
+    let counters = Arc::clone(&rig.shared().counters[0]);
     assert_eq!(counters.histogram(Kind::Read).unwrap().bins, [2, 0]);
     assert_eq!(counters.histogram(Kind::Write), None);
     counters.set_histogram(Kind::Read, None);

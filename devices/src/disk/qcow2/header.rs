@@ -1,45 +1,99 @@
-//! What a qcow2 header has to say before imago may see the image. It takes the header's word for how much memory the tables
-//! need, and for clusters that nobody counts it looks without end. The limits are QEMU's (block/qcow2.h), the fields those of
-//! its docs/interop/qcow2.txt.
+//! Checks the header of a qcow2 image before imago sees it, and says what cannot be used and why.
+//!
+//! imago believes the header: it allocates as much memory for tables as the header asks for, and searches for free clusters
+//! without end where the refcount table counts nothing. So sizes are checked here, with the limits of QEMU's block/qcow2.h,
+//! and features that imago does not have are refused by name. The fields are those of QEMU's docs/interop/qcow2.txt.
 
-use std::fs::File;
 use std::io;
 
-use crate::disk::bounce::{Alignment, Bounce};
+use crate::disk::bounce::Bounce;
+use crate::disk::host_file::HostFile;
 use crate::disk::{OpenReason, SECTOR};
 
 const MAGIC: [u8; 4] = *b"QFI\xfb";
-/// Bytes of a version 2 header; version 3 has more.
-const HEADER_SIZE: usize = 72;
+/// Bytes of a version 2 header. Only these does imago change after opening, whatever the version.
+pub(super) const HEADER_SIZE: usize = 72;
+/// Where version 3's feature bits are, and where the fixed part of its header ends.
+pub(super) const INCOMPATIBLE: u64 = 72;
+pub(super) const AUTOCLEAR: u64 = 88;
+pub(super) const FEATURES_END: u64 = 104;
 /// Most entries of the first-level table: 32 MiB of them.
-const L1_MAX: u64 = 4 << 20;
+pub(super) const L1_MAX: u64 = 4 << 20;
 /// Most bytes of the refcount table.
 const REFCOUNT_TABLE_MAX: u64 = 8 << 20;
+/// Where the header extensions end at the latest, for what is looked for here.
+const EXTENSIONS_END: u64 = 4096;
+const BACKING_FORMAT: u64 = 0xe279_2aca;
+/// Incompatible feature bits: closed without writing the refcounts; found corrupt.
+pub(super) const DIRTY: u64 = 1;
+pub(super) const CORRUPT: u64 = 2;
 /// Incompatible features of which no repair rids an image.
+const DATA_FILE: u64 = 1 << 2;
 const COMPRESSION_TYPE: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
 
-/// Checks the header of `file`, which wants `direct` I/O or does not care.
-pub(super) fn check(file: &File, direct: Option<Alignment>) -> Result<(), OpenReason> {
-    let unit = direct.map_or(1, |alignment| alignment.offset);
+/// What the users of an image have to know of its header.
+#[derive(Clone, Debug)]
+pub(super) struct Header {
+    pub(super) version: u64,
+    /// Bytes of a cluster.
+    pub(super) cluster: u64,
+    pub(super) has_snapshots: bool,
+    /// What the image calls its backing file's format. imago looks for this in version 3 only.
+    pub(super) backing_format: Option<String>,
+}
+
+impl Header {
+    /// A raw image, which can only be below an overlay: then nothing here is looked at.
+    pub(super) const OF_RAW: Self =
+        Self { version: 3, cluster: SECTOR, has_snapshots: false, backing_format: None };
+    /// What imago creates.
+    pub(super) const OF_OVERLAY: Self =
+        Self { version: 3, cluster: 64 << 10, has_snapshots: false, backing_format: None };
+}
+
+pub(super) fn check(file: &HostFile, writable: bool) -> Result<Header, OpenReason> {
     let mut bounce = Bounce::default();
     let mut read = |offset, length| {
         let mut bytes = Vec::new();
-        let result = bounce.read(file, unit, offset, length, |data| bytes.extend_from_slice(data));
+        let result =
+            bounce.read(file, file.unit(), offset, length, |data| bytes.extend_from_slice(data));
         // Where the file ends early, what there is.
-        result.or_else(|error| if error.kind() == io::ErrorKind::UnexpectedEof { Ok(()) } else { Err(error) })?;
+        result.or_else(|error| {
+            if error.kind() == io::ErrorKind::UnexpectedEof { Ok(()) } else { Err(error) }
+        })?;
         Ok::<_, OpenReason>(bytes)
     };
-    let header = read(0, SECTOR)?;
+    let header = read(0, EXTENSIONS_END)?;
     if header.len() < HEADER_SIZE || header[..4] != MAGIC {
         return Err(OpenReason::NotQcow2);
     }
-    let word = |at: usize| header[at..].first_chunk().map_or(0, |bytes| u64::from(u32::from_be_bytes(*bytes)));
-    let long = |at: usize| header[at..].first_chunk().map_or(0, |bytes| u64::from_be_bytes(*bytes));
+    check_features(&header, writable)?;
+    let cluster_bits @ 9..=21 = word(&header, 20) else {
+        return Err(OpenReason::Qcow2(damaged("its clusters have an impossible size")));
+    };
+    check_tables(&header, cluster_bits).map_err(OpenReason::Qcow2)?;
+    // The first entry is for the clusters from the header's on.
+    let offset = long(&header, 48);
+    if offset > i64::MAX as u64 - SECTOR || read(offset, 8)?.iter().all(|byte| *byte == 0) {
+        return Err(OpenReason::Qcow2(damaged("its refcount table does not count the header")));
+    }
+    let version = word(&header, 4);
+    let extensions = if version >= 3 { word(&header, 100) } else { HEADER_SIZE as u64 };
+    Ok(Header {
+        version,
+        cluster: 1 << cluster_bits,
+        has_snapshots: word(&header, 60) != 0,
+        backing_format: backing_format(&header, extensions),
+    })
+}
 
-    let features = if word(4) >= 3 { long(72) } else { 0 };
+/// Refuses features that imago does not have, and to write to an image that has to be repaired first.
+fn check_features(header: &[u8], writable: bool) -> Result<(), OpenReason> {
+    let features = if word(header, 4) >= 3 { long(header, INCOMPATIBLE as usize) } else { 0 };
     for (present, feature) in [
-        (word(32) != 0, "is encrypted"),
+        (word(header, 32) != 0, "is encrypted"),
+        (features & DATA_FILE != 0, "keeps its data in another file"),
         (features & COMPRESSION_TYPE != 0, "has clusters that zstd compressed"),
         (features & EXTENDED_L2 != 0, "has extended L2 entries"),
     ] {
@@ -47,25 +101,66 @@ pub(super) fn check(file: &File, direct: Option<Alignment>) -> Result<(), OpenRe
             return Err(OpenReason::Qcow2Feature(feature));
         }
     }
-
-    let cluster_bits @ 9..=21 = word(20) else { return Err(damaged("its clusters have an impossible size")) };
-    let mapped_by_l2 = 1 << (2 * cluster_bits - 3);
-    if word(36) > L1_MAX || long(24).div_ceil(mapped_by_l2) > L1_MAX {
-        return Err(damaged("its L1 table is larger than 32 MiB, or should be"));
-    }
-    match word(56) << cluster_bits {
-        1..=REFCOUNT_TABLE_MAX => {}
-        0 => return Err(damaged("it has no refcount table")),
-        _ => return Err(damaged("its refcount table is larger than 8 MiB")),
-    }
-    // The first entry is for the clusters from the header's on.
-    let offset = long(48);
-    if offset > i64::MAX as u64 - SECTOR || read(offset, 8)?.iter().all(|byte| *byte == 0) {
-        return Err(damaged("its refcount table does not count the header"));
+    for (bit, why) in [
+        (CORRUPT, "was found to be corrupt, by QEMU or by minivmm"),
+        (DIRTY, "was not closed properly and its refcounts are out of date (lazy_refcounts=on)"),
+    ] {
+        if writable && features & bit != 0 {
+            return Err(OpenReason::Qcow2Repair(why));
+        }
     }
     Ok(())
 }
 
-fn damaged(why: &'static str) -> OpenReason {
-    OpenReason::Qcow2(io::Error::new(io::ErrorKind::InvalidData, why))
+/// Refuses tables that are larger than QEMU allows, or too small for the disk.
+fn check_tables(header: &[u8], cluster_bits: u64) -> io::Result<()> {
+    let mapped_by_l2 = 1 << (2 * cluster_bits - 3);
+    let (entries, needed) = (word(header, 36), long(header, 24).div_ceil(mapped_by_l2));
+    if entries.max(needed) > L1_MAX {
+        return Err(damaged("its L1 table is larger than 32 MiB, or should be"));
+    }
+    if entries < needed {
+        return Err(damaged("its L1 table is too small for its size"));
+    }
+    if word(header, 4) >= 3 && word(header, 96) > 6 {
+        return Err(damaged("its refcounts have more than 64 bits"));
+    }
+    match word(header, 56) << cluster_bits {
+        1..=REFCOUNT_TABLE_MAX => Ok(()),
+        0 => Err(damaged("it has no refcount table")),
+        _ => Err(damaged("its refcount table is larger than 8 MiB")),
+    }
+}
+
+/// Looks for the format of the backing file in the header extensions, which start at `at`.
+fn backing_format(header: &[u8], mut at: u64) -> Option<String> {
+    loop {
+        let (kind, length) = (word(header, at as usize), word(header, at as usize + 4));
+        let start = at as usize + 8;
+        match kind {
+            0 => return None,
+            BACKING_FORMAT => {
+                let name = header.get(start..start + length as usize)?;
+                return String::from_utf8(name.to_vec()).ok();
+            }
+            _ => at = (at + 8 + length).next_multiple_of(8),
+        }
+    }
+}
+
+/// An error that says what is wrong with the image.
+pub(super) fn damaged(why: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, why)
+}
+
+/// The 32-bit number at `at` of a header or table; 0 past its end.
+pub(super) fn word(bytes: &[u8], at: usize) -> u64 {
+    let number = bytes.get(at..).and_then(|bytes| bytes.first_chunk());
+    number.map_or(0, |bytes| u64::from(u32::from_be_bytes(*bytes)))
+}
+
+/// The 64-bit number at `at`.
+pub(super) fn long(bytes: &[u8], at: usize) -> u64 {
+    let number = bytes.get(at..).and_then(|bytes| bytes.first_chunk());
+    number.map_or(0, |bytes| u64::from_be_bytes(*bytes))
 }

@@ -6,8 +6,10 @@
 #![expect(unsafe_code, reason = "imago's own file is called as imago calls this one")]
 
 use std::fmt;
-use std::fs;
 use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr;
+use std::sync::Arc;
 
 use imago::file::File;
 use imago::io_buffers::{IoVector, IoVectorMut};
@@ -15,27 +17,49 @@ use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
 use imago::{Storage, StorageOpenOptions};
 
-use crate::disk::bounce::Alignment;
+use crate::disk::error::is_refusal;
+use crate::disk::host_file::HostFile;
+use crate::disk::positioned_io::{Direction, READ, WRITE};
+use crate::disk::{Change, OpenReason};
 
 /// A host file, and what it asks of a transfer.
 #[derive(Debug)]
 pub(super) struct HostStorage {
     file: File,
-    alignment: Alignment,
+    host: Arc<HostFile>,
 }
 
 impl HostStorage {
-    /// Wraps an open `file`, which wants `direct` I/O or does not care.
-    pub(super) fn new(file: fs::File, writable: bool, direct: Option<Alignment>) -> io::Result<Self> {
+    /// A view of `host`, with which a writable image may be written.
+    pub(super) fn new(host: &Arc<HostFile>, writable: bool) -> io::Result<Self> {
+        let direct = host.direct.is_some();
         // Without `write`, imago does not try writing to find out what direct I/O wants.
-        let options = StorageOpenOptions::new().direct(direct.is_some()).write(writable && direct.is_none());
-        let alignment = direct.unwrap_or(Alignment { memory: 1, offset: 1 });
-        Ok(Self { file: File::from_open_file(file, options)?, alignment })
+        let options = StorageOpenOptions::new().direct(direct).write(writable && !direct);
+        let file = File::from_open_file(host.file.try_clone()?, options)?;
+        Ok(Self { file, host: Arc::clone(host) })
+    }
+
+    /// Checks that the host allows the calls that imago makes for `host`, and for which it has no other: otherwise the guest would
+    /// see I/O errors.
+    ///
+    /// # Errors
+    /// The one that is refused.
+    pub(super) fn check_calls(host: &HostFile, writable: bool) -> Result<(), OpenReason> {
+        let (fd, none) = (host.file.as_raw_fd(), ptr::null::<libc::iovec>());
+        let check = |name, [_, call, _]: Direction| {
+            // SAFETY: no buffer at all, so that nothing is read or written.
+            match unsafe { libc::syscall(call, fd, none, 0_usize, 0_u64, 0_u64) } {
+                0.. => Ok(()),
+                _ => Err(OpenReason::Refused(name, io::Error::last_os_error())),
+            }
+        };
+        check("preadv", READ)?;
+        if writable { check("pwritev", WRITE) } else { Ok(()) }
     }
 
     /// What transfers, zeroes and discards may start and end on, if imago's file asks for `own`.
     fn unit(&self, own: usize) -> usize {
-        own.max(self.alignment.offset as usize)
+        own.max(self.host.unit() as usize)
     }
 }
 
@@ -47,7 +71,7 @@ impl fmt::Display for HostStorage {
 
 impl Storage for HostStorage {
     fn mem_align(&self) -> usize {
-        self.file.mem_align().max(self.alignment.memory as usize)
+        self.file.mem_align().max(self.host.direct.map_or(1, |alignment| alignment.memory as usize))
     }
 
     fn req_align(&self) -> usize {
@@ -56,10 +80,6 @@ impl Storage for HostStorage {
 
     fn zero_align(&self) -> usize {
         self.unit(self.file.zero_align())
-    }
-
-    fn discard_align(&self) -> usize {
-        self.unit(self.file.discard_align())
     }
 
     fn size(&self) -> io::Result<u64> {
@@ -72,23 +92,32 @@ impl Storage for HostStorage {
     }
 
     unsafe fn pure_writev(&self, buffers: IoVector<'_>, offset: u64) -> io::Result<()> {
+        let change = self.host.begin(|| {
+            let mut data = vec![0; buffers.len() as usize];
+            buffers.copy_into_slice(&mut data);
+            Change::Write { offset, data, durable: false }
+        });
         // SAFETY: as in `pure_readv`.
-        unsafe { self.file.pure_writev(buffers, offset) }
+        let result = unsafe { self.file.pure_writev(buffers, offset) };
+        self.host.end(change, result.is_ok());
+        result
     }
 
     unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+        let change = || Change::Zero { offset, length };
         // SAFETY: as in `pure_readv`.
-        unsafe { self.file.pure_write_zeroes(offset, length) }
+        let zeroed =
+            self.host.observe(change, || unsafe { self.file.pure_write_zeroes(offset, length) });
+        zeroed.map_err(unsupported)
     }
 
     unsafe fn pure_write_allocated_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+        let change = || Change::Zero { offset, length };
         // SAFETY: as in `pure_readv`.
-        unsafe { self.file.pure_write_allocated_zeroes(offset, length) }
-    }
-
-    unsafe fn pure_discard(&self, offset: u64, length: u64) -> io::Result<()> {
-        // SAFETY: as in `pure_readv`.
-        unsafe { self.file.pure_discard(offset, length) }
+        let zeroed = self
+            .host
+            .observe(change, || unsafe { self.file.pure_write_allocated_zeroes(offset, length) });
+        zeroed.map_err(unsupported)
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -96,11 +125,7 @@ impl Storage for HostStorage {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync()
-    }
-
-    fn settle_writes(&self) -> io::Result<()> {
-        self.file.settle_writes()
+        self.host.flush()
     }
 
     unsafe fn invalidate_cache(&self) -> io::Result<()> {
@@ -115,4 +140,9 @@ impl Storage for HostStorage {
     fn resize(&self, size: u64, mode: PreallocateMode) -> io::Result<()> {
         self.file.resize(size, mode)
     }
+}
+
+/// imago writes the zeroes itself where the host does not support another way; a seccomp filter's answer counts as that.
+fn unsupported(error: io::Error) -> io::Error {
+    if is_refusal(&error) { io::ErrorKind::Unsupported.into() } else { error }
 }

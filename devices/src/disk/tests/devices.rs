@@ -55,9 +55,18 @@ fn a_block_device_is_a_disk() {
             assert!(limits.discard_granularity >= sector && limits.physical_block_size >= sector);
             // Below the device's own sectors the guest's are read, modified and written.
             let image = || std::fs::read(&device.0).unwrap();
-            model::run(4, Discarded::ZeroOrOld, image, || disk.clone(), |model| assert!(image() == model));
+            model::run(
+                4,
+                Discarded::ZeroOrOld,
+                image,
+                || disk.clone(),
+                |model| assert!(image() == model),
+            );
             let mut rig = Rig::new(disk);
-            assert_eq!(rig.error(Request::bare(Operation::SecureErase, 0, 4096)), DiskError::Unsupported);
+            assert_eq!(
+                rig.error(Request::bare(Operation::SecureErase, 0, 4096)),
+                DiskError::Unsupported
+            );
         }
     }
 }
@@ -70,7 +79,8 @@ fn what_is_not_yet_on_the_device_can_be_discarded() {
     let Some(device) = Loop::new(file.path(), 4096) else { return };
     let length = 256 << 10;
     for locking in [true, false] {
-        let mut rig = Rig::new(open(&OpenOptions { locking, ..OpenOptions::new(&device.0) }).unwrap());
+        let mut rig =
+            Rig::new(open(&OpenOptions { locking, ..OpenOptions::new(&device.0) }).unwrap());
         rig.put(0, &vec![7; length]);
         for round in 0..20 {
             let zeroes = |unmap| Operation::WriteZeroes { unmap, durable: false };
@@ -78,7 +88,11 @@ fn what_is_not_yet_on_the_device_can_be_discarded() {
                 rig.ok(Request::plain(WRITE, 0, 0, length as u32));
                 rig.ok(Request::bare(operation, 0, length as u64));
                 rig.ok(Request::plain(Operation::Read, 0, 1 << 20, length as u32));
-                assert_eq!(rig.get(1 << 20, length), vec![0; length], "{operation:?}, round {round}");
+                assert_eq!(
+                    rig.get(1 << 20, length),
+                    vec![0; length],
+                    "{operation:?}, round {round}"
+                );
             }
         }
     }
@@ -110,7 +124,8 @@ fn a_device_that_the_host_uses_is_refused() {
     let turn = rig::without_forks();
     // What a mount does.
     let exclusive = rustix::fs::OFlags::EXCL.bits() as i32;
-    let claim = std::fs::File::options().read(true).custom_flags(exclusive).open(&device.0).unwrap();
+    let claim =
+        std::fs::File::options().read(true).custom_flags(exclusive).open(&device.0).unwrap();
     let options = OpenOptions::new(&device.0);
     assert!(matches!(open(&options).err().unwrap().reason, OpenReason::Mounted));
     assert!(open(&OpenOptions { read_only: true, ..options.clone() }).is_ok());

@@ -5,10 +5,12 @@ use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 
+use super::refusals::refuse;
 use super::rig::{self, DEPTH, Request, Rig, WRITE, directories, every_way};
-use crate::disk::engine::ImageDisk;
-use crate::disk::raw::{Kind, Policy, RawFile};
-use crate::disk::{CacheMode, DetectZeroes, Disk, DiskError, OpenOptions, OpenReason, Operation, open};
+use crate::disk::host_file::HostFile;
+use crate::disk::{
+    CacheMode, DetectZeroes, Disk, DiskError, OpenOptions, OpenReason, Operation, open,
+};
 use crate::log_limit::tests::Log;
 
 /// The image is cut short behind our back: reads past its end fail, and the rest goes on.
@@ -22,9 +24,17 @@ fn a_shrunk_image_gives_errors() {
             let mut rig = Rig::new(disk);
             let file = std::fs::File::options().write(true).open(&path).unwrap();
             file.set_len(16384).unwrap();
-            assert_eq!(rig.error(Request::plain(Operation::Read, 32768, 0, 512)), DiskError::OutOfRange, "{name}");
+            assert_eq!(
+                rig.error(Request::plain(Operation::Read, 32768, 0, 512)),
+                DiskError::Host(libc::EIO),
+                "{name}"
+            );
             // It starts before the end and runs past it.
-            assert_eq!(rig.error(Request::plain(Operation::Read, 8192, 0, 16384)), DiskError::OutOfRange, "{name}");
+            assert_eq!(
+                rig.error(Request::plain(Operation::Read, 8192, 0, 16384)),
+                DiskError::Host(libc::EIO),
+                "{name}"
+            );
             rig.ok(Request::plain(Operation::Read, 8192, 0, 8192));
             assert_eq!(rig.get(0, 8192), [1; 8192]);
             // A write brings the place back.
@@ -35,12 +45,15 @@ fn a_shrunk_image_gives_errors() {
 
 /// Runs this very test again, alone in a process with `variable` set, by way of `command`; or says that it cannot.
 fn again(test: &str, variable: &str, value: &Path, mut command: Command) {
-    let output = rig::run(command.arg(std::env::current_exe().unwrap()).arg(test).env(variable, value));
+    let output =
+        rig::run(command.arg(std::env::current_exe().unwrap()).arg(test).env(variable, value));
     match output {
         Ok(output) if output.status.success() => {
             assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"), "{output:?}");
         }
-        Ok(output) if output.status.code() == Some(101) => panic!("{}", String::from_utf8_lossy(&output.stdout)),
+        Ok(output) if output.status.code() == Some(101) => {
+            panic!("{}", String::from_utf8_lossy(&output.stdout))
+        }
         other => eprintln!("not tested here: {other:?}"),
     }
 }
@@ -50,9 +63,15 @@ fn a_full_host_is_no_space() {
     let Some(directory) = std::env::var_os("FULL") else {
         let mut command = Command::new("unshare");
         command.args(["--map-root-user", "--mount", "sh", "-c"]);
-        command.arg(r#"mount -t tmpfs -o size=256k small "$FULL" || exit 77; exec "$0" --exact "$1""#);
+        command
+            .arg(r#"mount -t tmpfs -o size=256k small "$FULL" || exit 77; exec "$0" --exact "$1""#);
         let directory = tempfile::tempdir().unwrap();
-        return again("disk::tests::faults::a_full_host_is_no_space", "FULL", directory.path(), command);
+        return again(
+            "disk::tests::faults::a_full_host_is_no_space",
+            "FULL",
+            directory.path(),
+            command,
+        );
     };
     let path = Path::new(&directory).join("image");
     let stuffing = Path::new(&directory).join("stuffing");
@@ -66,7 +85,8 @@ fn a_full_host_is_no_space() {
         assert_eq!(rig.error(write.clone()), DiskError::NoSpace, "{name}");
         let durable = Request { operation: Operation::Write { durable: true }, ..write.clone() };
         assert_eq!(rig.error(durable), DiskError::NoSpace, "{name}");
-        let zeroes = Request::bare(Operation::WriteZeroes { unmap: false, durable: false }, 0, 1 << 20);
+        let zeroes =
+            Request::bare(Operation::WriteZeroes { unmap: false, durable: false }, 0, 1 << 20);
         assert_eq!(rig.error(zeroes), DiskError::NoSpace, "{name}");
         // Reading, flushing and giving space back need none, and then there is some again.
         rig.ok(Request::plain(Operation::Read, 0, 0, 4096));
@@ -80,34 +100,20 @@ fn a_full_host_is_no_space() {
     }
 }
 
-/// From here on this thread's io_uring_setup(2) fails with EPERM, as under most container engines.
-#[expect(unsafe_code, reason = "prctl(2) with a seccomp filter")]
-fn forbid_io_uring() {
-    let statement = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
-    let mut filter = [
-        // The system call's number is the first word of `struct seccomp_data`.
-        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, libc::SYS_io_uring_setup as u32),
-        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
-        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
-    ];
-    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
-    // SAFETY: the program and its filter live through the call, which copies them.
-    unsafe {
-        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
-        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program), 0);
-    }
-}
-
 /// Threads serve the disk then, which is said once.
 #[test]
 fn a_host_without_io_uring() {
     if std::env::var_os("FORBIDDEN").is_none() {
         let mut command = Command::new("sh");
         command.args(["-c", r#"exec "$0" --exact "$1""#]);
-        return again("disk::tests::faults::a_host_without_io_uring", "FORBIDDEN", Path::new("1"), command);
+        return again(
+            "disk::tests::faults::a_host_without_io_uring",
+            "FORBIDDEN",
+            Path::new("1"),
+            command,
+        );
     }
-    forbid_io_uring();
+    refuse(libc::SYS_io_uring_setup, libc::EPERM);
     let log = Log::default();
     let _logging = tracing::subscriber::set_default(log.clone());
     let directory = tempfile::tempdir().unwrap();
@@ -123,7 +129,10 @@ fn a_host_without_io_uring() {
     let lines = log.lines();
     let about_io_uring: Vec<_> = lines.iter().filter(|line| line.contains("io_uring")).collect();
     assert_eq!(about_io_uring.len(), 1, "{lines:?}");
-    assert!(about_io_uring[0].starts_with("WARN") && about_io_uring[0].contains("disks use threads"), "{lines:?}");
+    assert!(
+        about_io_uring[0].starts_with("WARN") && about_io_uring[0].contains("disks use threads"),
+        "{lines:?}"
+    );
 }
 
 /// The host lost data that it had promised to write: no later flush may claim otherwise.
@@ -135,11 +144,14 @@ fn after_a_failed_flush_no_flush_succeeds() {
     for &aio in crate::disk::Aio::ALL {
         let options = OpenOptions { aio, ..OpenOptions::new(&path) };
         let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
-        let raw = RawFile::new(file, Kind::Regular, Policy { discard: true, direct: None }).unwrap();
-        raw.flush_failed();
-        let mut rig = Rig::new(Arc::new(ImageDisk::new(Box::new(raw), &options, Vec::new())));
+        let file = HostFile::from_file(file, None).unwrap();
+        assert!(file.check_flushed(Err(std::io::Error::from_raw_os_error(libc::EIO))).is_err());
+        let mut rig = Rig::new(rig::raw_disk(file, &options));
         for _ in 0..2 {
-            assert_eq!(rig.error(Request::bare(Operation::Flush, 0, 0)), DiskError::Host(libc::EIO));
+            assert_eq!(
+                rig.error(Request::bare(Operation::Flush, 0, 0)),
+                DiskError::Host(libc::EIO)
+            );
         }
         rig.ok(Request::plain(Operation::Read, 0, 0, 512));
     }
@@ -156,8 +168,9 @@ fn an_engine_dropped_by_another_thread() {
             Err(error) if matches!(error.reason, OpenReason::NoDirect) => continue,
             result => result.unwrap(),
         };
-        let requests: Vec<_> =
-            (0..DEPTH.into()).map(|i| Request::plain(Operation::Read, i * 4096, i * 4096, 4096)).collect();
+        let requests: Vec<_> = (0..DEPTH.into())
+            .map(|i| Request::plain(Operation::Read, i * 4096, i * 4096, 4096))
+            .collect();
         let rig = thread::spawn(move || {
             let mut rig = Rig::new(disk);
             rig.submit(&requests);

@@ -1,9 +1,13 @@
 //! The engines as a queue worker sees them, over real files.
 
+mod damaged;
 mod devices;
 mod faults;
+mod fuzz;
 mod model;
+mod powercut;
 mod qcow2;
+mod refusals;
 pub(super) mod rig;
 mod scsi;
 mod transfers;

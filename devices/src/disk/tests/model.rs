@@ -59,7 +59,10 @@ fn scatter(slot: usize, length: usize, pieces: &[(u8, u16)]) -> Vec<GuestRange> 
         at += size;
         left -= size;
     }
-    ranges.push(GuestRange { address: GuestAddress(at.next_multiple_of(512) as u64), length: left as u32 });
+    ranges.push(GuestRange {
+        address: GuestAddress(at.next_multiple_of(512) as u64),
+        length: left as u32,
+    });
     ranges
 }
 
@@ -97,7 +100,10 @@ fn check(rig: &mut Rig, model: &mut [u8], batch: &[Step], discarded: Discarded) 
             Operation::Write { .. } => {
                 let seed = usize::from(step.fill);
                 // One in eight writes nothing but zeroes.
-                let data: Vec<u8> = bytes.clone().map(|i| if seed < 32 { 0 } else { (i * 7 + seed) as u8 }).collect();
+                let data: Vec<u8> = bytes
+                    .clone()
+                    .map(|i| if seed < 32 { 0 } else { (i * 7 + seed) as u8 })
+                    .collect();
                 let mut from = 0;
                 for range in &ranges {
                     rig.put(range.address.0, &data[from..from + range.length as usize]);
@@ -115,7 +121,12 @@ fn check(rig: &mut Rig, model: &mut [u8], batch: &[Step], discarded: Discarded) 
             }
             _ => {}
         }
-        requests.push(Request { operation, offset: start * SECTOR, length: bytes.len() as u64, ranges });
+        requests.push(Request {
+            operation,
+            offset: start * SECTOR,
+            length: bytes.len() as u64,
+            ranges,
+        });
     }
     for (result, request) in rig.run(&requests).into_iter().zip(&requests) {
         assert_eq!(result, Ok(()), "{request:?}");
@@ -127,7 +138,10 @@ fn check(rig: &mut Rig, model: &mut [u8], batch: &[Step], discarded: Discarded) 
         rig.ok(Request::plain(Operation::Read, bytes.start as u64, 0, bytes.len() as u32));
         for (start, sector) in bytes.step_by(512).zip(rig.get(0, MEMORY_SIZE / 2).chunks(512)) {
             let old = &mut model[start..start + 512];
-            assert!(sector == old || sector == [0; 512], "a discarded sector reads as something new");
+            assert!(
+                sector == old || sector == [0; 512],
+                "a discarded sector reads as something new"
+            );
             old.copy_from_slice(sector);
         }
     }
@@ -168,7 +182,13 @@ fn every_engine_is_a_disk() {
             for (name, disk) in every_way(&path, detect_zeroes) {
                 eprintln!("{name}");
                 let content = || std::fs::read(&path).unwrap();
-                run(3, Discarded::Zero, content, || disk.clone(), |model| assert!(content() == model));
+                run(
+                    3,
+                    Discarded::Zero,
+                    content,
+                    || disk.clone(),
+                    |model| assert!(content() == model),
+                );
             }
         }
     }

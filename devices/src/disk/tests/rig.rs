@@ -11,11 +11,13 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::GuestMemory;
 use crate::disk::bounce::Alignment;
-use crate::disk::engine::ImageDisk;
-use crate::disk::raw::{Kind, Policy, RawFile};
+use crate::disk::engine::uring;
+use crate::disk::host_file::HostFile;
+use crate::disk::open::raw_image;
+use crate::disk::opened::{Backend, OpenedDisk};
 use crate::disk::{
-    Aio, CacheMode, DetectZeroes, Disk, DiskError, Engine, GuestRange, OpenOptions, OpenReason, Operation, Transfer,
-    open,
+    Aio, CacheMode, DetectZeroes, Disk, DiskError, Engine, EngineSetup, GuestRange, OpenOptions,
+    OpenReason, Operation, Transfer, open,
 };
 
 pub(super) const MEMORY_SIZE: usize = 4 << 20;
@@ -57,8 +59,10 @@ impl Rig {
     pub(super) fn new(disk: Arc<dyn Disk>) -> Self {
         // Two regions that touch: requests may cross.
         let half = MEMORY_SIZE / 2;
-        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), half), (GuestAddress(half as u64), half)]).unwrap();
-        let engine = Arc::clone(&disk).engine(memory.clone(), DEPTH).unwrap();
+        let memory =
+            GuestMemory::from_ranges(&[(GuestAddress(0), half), (GuestAddress(half as u64), half)])
+                .unwrap();
+        let engine = Arc::clone(&disk).engine(EngineSetup::new(memory.clone(), DEPTH)).unwrap();
         let epoll = Epoll::new().unwrap();
         let edges = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
         epoll.ctl(ControlOperation::Add, engine.completion_fd().unwrap(), edges).unwrap();
@@ -67,12 +71,22 @@ impl Rig {
 
     /// Submits a batch of at most `DEPTH` and sleeps until all of it is finished.
     pub(super) fn run(&mut self, requests: &[Request]) -> Vec<Result<(), DiskError>> {
+        self.run_watched(requests, |_| {})
+    }
+
+    /// As `run`, and calls `completed` with the tag of each request that completes.
+    pub(super) fn run_watched(
+        &mut self,
+        requests: &[Request],
+        mut completed: impl FnMut(u32),
+    ) -> Vec<Result<(), DiskError>> {
         self.submit(requests);
         let mut results = HashMap::new();
         let mut done = Vec::new();
         self.engine.reap(&mut done);
         loop {
             for completion in done.drain(..) {
+                completed(completion.tag);
                 let again = results.insert(completion.tag, completion.result);
                 assert!(again.is_none(), "completed twice");
             }
@@ -148,16 +162,23 @@ pub(super) fn every_way(path: &Path, detect_zeroes: DetectZeroes) -> Vec<(String
     let mut ways = Vec::new();
     for &aio in Aio::ALL {
         for &cache in CacheMode::ALL {
-            let options = OpenOptions { aio, cache, detect_zeroes, locking: false, ..OpenOptions::new(path) };
-            let name = format!("{} aio={aio},cache={cache},detect-zeroes={detect_zeroes}", path.display());
+            let options =
+                OpenOptions { aio, cache, detect_zeroes, locking: false, ..OpenOptions::new(path) };
+            let name =
+                format!("{} aio={aio},cache={cache},detect-zeroes={detect_zeroes}", path.display());
             match open(&options) {
                 Ok(disk) => ways.push((name.clone(), disk)),
-                Err(error) if matches!(error.reason, OpenReason::NoDirect) => eprintln!("not tested: {error}"),
+                Err(error) if matches!(error.reason, OpenReason::NoDirect) => {
+                    eprintln!("not tested: {error}")
+                }
                 Err(error) => panic!("{error}"),
             }
             if cache == CacheMode::None {
                 let alignment = Alignment { memory: 512, offset: 4096 };
-                ways.extend(demanding(&options, alignment).map(|disk| (format!("{name}, in units of 4096"), disk)));
+                ways.extend(
+                    demanding(&options, alignment)
+                        .map(|disk| (format!("{name}, in units of 4096"), disk)),
+                );
             }
         }
     }
@@ -166,11 +187,23 @@ pub(super) fn every_way(path: &Path, detect_zeroes: DetectZeroes) -> Vec<(String
 
 /// The image through direct I/O that asks for more than this host's does.
 pub(super) fn demanding(options: &OpenOptions, alignment: Alignment) -> Option<Arc<dyn Disk>> {
-    use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-    let flags = rustix::fs::OFlags::DIRECT.bits() as i32;
-    let file = std::fs::File::options().read(true).write(true).custom_flags(flags).open(&options.path).ok()?;
-    let device = file.metadata().unwrap().file_type().is_block_device();
-    let kind = if device { Kind::BlockDevice } else { Kind::Regular };
-    let raw = RawFile::new(file, kind, Policy { discard: true, direct: Some(alignment) }).unwrap();
-    Some(Arc::new(ImageDisk::new(Box::new(raw), options, Vec::new())))
+    let mut flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
+    flags |= rustix::fs::OFlags::DIRECT;
+    let file = rustix::fs::open(&options.path, flags, rustix::fs::Mode::empty()).ok()?;
+    let file = HostFile::from_file(file.into(), Some(alignment)).unwrap();
+    Some(raw_disk(file, options))
+}
+
+/// A raw disk over `file`, served as `options` say.
+pub(super) fn raw_disk(file: HostFile, options: &OpenOptions) -> Arc<dyn Disk> {
+    let backend = Backend::Raw(raw_image(file, true).unwrap());
+    let ring = options.aio == Aio::IoUring && uring::available();
+    Arc::new(OpenedDisk::new(backend, options, ring.then_some(uring::make as _)))
+}
+
+/// What a user reads about an image that is refused: the error and its causes.
+pub(in crate::disk) fn refusal(options: &OpenOptions) -> String {
+    let error = open(options).err().unwrap();
+    let causes = std::iter::successors(Some(&error as &dyn std::error::Error), |e| e.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

@@ -6,7 +6,9 @@ use std::path::Path;
 use vm_memory::GuestAddress;
 
 use super::rig::{DEPTH, MEMORY_SIZE, Request, Rig, WRITE, directories, every_way};
-use crate::disk::{Aio, DetectZeroes, DiscardMode, DiskError, GuestRange, OpenOptions, Operation, open};
+use crate::disk::{
+    Aio, DetectZeroes, DiscardMode, DiskError, GuestRange, OpenOptions, Operation, open,
+};
 
 const SIZE: u64 = 1 << 20;
 
@@ -21,6 +23,19 @@ fn allocated(path: &Path) -> u64 {
 }
 
 #[test]
+fn the_first_sector_is_read_with_any_cache_mode() {
+    for directory in directories() {
+        let path = full_image(directory.path());
+        let mut image = vec![0x5a; SIZE as usize];
+        image[..512].fill(7);
+        std::fs::write(&path, image).unwrap();
+        for (name, disk) in every_way(&path, DetectZeroes::Off) {
+            assert_eq!(disk.first_sector(), Some([7; 512]), "{name}");
+        }
+    }
+}
+
+#[test]
 fn discard_gives_blocks_back_and_zeroes_keep_them() {
     for directory in directories() {
         for (name, disk) in every_way(&full_image(directory.path()), DetectZeroes::Off) {
@@ -28,10 +43,24 @@ fn discard_gives_blocks_back_and_zeroes_keep_them() {
             let mut rig = Rig::new(disk);
             assert!(rig.disk.limits().discard_granularity > 0, "{name}");
             let full = allocated(&path);
-            rig.ok(Request::bare(Operation::WriteZeroes { unmap: false, durable: false }, 0, SIZE / 2));
-            assert!(allocated(&path) >= full, "{name}: write-zeroes without unmap must keep its blocks");
-            rig.ok(Request::bare(Operation::WriteZeroes { unmap: true, durable: true }, 0, SIZE / 4));
-            assert!(allocated(&path) <= full - SIZE / 4, "{name}: write-zeroes with unmap should give blocks back");
+            rig.ok(Request::bare(
+                Operation::WriteZeroes { unmap: false, durable: false },
+                0,
+                SIZE / 2,
+            ));
+            assert!(
+                allocated(&path) >= full,
+                "{name}: write-zeroes without unmap must keep its blocks"
+            );
+            rig.ok(Request::bare(
+                Operation::WriteZeroes { unmap: true, durable: true },
+                0,
+                SIZE / 4,
+            ));
+            assert!(
+                allocated(&path) <= full - SIZE / 4,
+                "{name}: write-zeroes with unmap should give blocks back"
+            );
             rig.ok(Request::bare(Operation::Discard, SIZE / 4, SIZE / 4));
             assert!(allocated(&path) <= full - SIZE / 2, "{name}: discard should give blocks back");
             assert_eq!(path.metadata().unwrap().len(), SIZE, "{name}");
@@ -84,8 +113,10 @@ fn detected_zeroes_take_no_space() {
 fn thousands_of_pieces() {
     for (count, piece) in [(3072_u64, 16_u32), (1536, 512)] {
         let (length, gap) = (count * u64::from(piece), 2 * u64::from(piece));
-        // Every other piece of guest memory, so that no two are neighbours.
-        let ranges: Vec<_> = (0..count).map(|i| GuestRange { address: GuestAddress(i * gap), length: piece }).collect();
+        // Every other piece of guest memory, so that no two are neighbors.
+        let ranges: Vec<_> = (0..count)
+            .map(|i| GuestRange { address: GuestAddress(i * gap), length: piece })
+            .collect();
         let pattern = |i: u64| vec![(i % 251) as u8; piece as usize];
         for directory in directories() {
             for (name, disk) in every_way(&full_image(directory.path()), DetectZeroes::Off) {
@@ -94,14 +125,25 @@ fn thousands_of_pieces() {
                 (0..count).for_each(|i| rig.put(i * gap, &pattern(i)));
                 rig.ok(Request { operation: WRITE, offset: 8192, length, ranges: ranges.clone() });
                 let expected: Vec<u8> = (0..count).flat_map(pattern).collect();
-                assert!(std::fs::read(&path).unwrap()[8192..][..length as usize] == expected, "{name}");
+                assert!(
+                    std::fs::read(&path).unwrap()[8192..][..length as usize] == expected,
+                    "{name}"
+                );
 
                 rig.put(0, &vec![0; (count * gap) as usize]);
-                rig.ok(Request { operation: Operation::Read, offset: 8192, length, ranges: ranges.clone() });
+                rig.ok(Request {
+                    operation: Operation::Read,
+                    offset: 8192,
+                    length,
+                    ranges: ranges.clone(),
+                });
                 for i in 0..count {
                     let memory = rig.get(i * gap, gap as usize);
                     assert!(memory[..piece as usize] == pattern(i), "{name}");
-                    assert!(memory[piece as usize..].iter().all(|byte| *byte == 0), "{name}: beside its piece");
+                    assert!(
+                        memory[piece as usize..].iter().all(|byte| *byte == 0),
+                        "{name}: beside its piece"
+                    );
                 }
             }
         }
@@ -114,8 +156,14 @@ fn senseless_transfers_fail_and_harm_nothing() {
         for (name, disk) in every_way(&full_image(directory.path()), DetectZeroes::Off) {
             let mut rig = Rig::new(disk);
             let end = MEMORY_SIZE as u64;
-            let range = |address, length| vec![GuestRange { address: GuestAddress(address), length }];
-            let read = |offset, length, ranges| Request { operation: Operation::Read, offset, length, ranges };
+            let range =
+                |address, length| vec![GuestRange { address: GuestAddress(address), length }];
+            let read = |offset, length, ranges| Request {
+                operation: Operation::Read,
+                offset,
+                length,
+                ranges,
+            };
             let table = [
                 (read(0, 1024, range(end - 512, 1024)), DiskError::OutOfRange),
                 (read(0, 512, range(u64::MAX - 100, 512)), DiskError::OutOfRange),
@@ -147,7 +195,9 @@ fn a_read_only_disk_writes_nothing() {
     for directory in directories() {
         for &aio in Aio::ALL {
             let path = full_image(directory.path());
-            let mut rig = Rig::new(open(&OpenOptions { read_only: true, aio, ..OpenOptions::new(&path) }).unwrap());
+            let mut rig = Rig::new(
+                open(&OpenOptions { read_only: true, aio, ..OpenOptions::new(&path) }).unwrap(),
+            );
             assert!(rig.disk.read_only());
             let writes = [
                 Request::plain(WRITE, 0, 0, 512),
@@ -175,15 +225,27 @@ fn a_disk_grows_and_shrinks() {
             assert_eq!(disk.refresh_capacity().unwrap(), SIZE, "{name}");
             let mut rig = Rig::new(disk);
             rig.disk.resize(2 * SIZE).unwrap();
-            assert_eq!((rig.disk.capacity(), path.metadata().unwrap().len()), (2 * SIZE, 2 * SIZE), "{name}");
+            assert_eq!(
+                (rig.disk.capacity(), path.metadata().unwrap().len()),
+                (2 * SIZE, 2 * SIZE),
+                "{name}"
+            );
             rig.ok(Request::plain(WRITE, 2 * SIZE - 4096, 0, 4096));
             rig.disk.resize(4096).unwrap();
-            assert_eq!(rig.error(Request::plain(WRITE, 4096, 0, 512)), DiskError::OutOfRange, "{name}");
+            assert_eq!(
+                rig.error(Request::plain(WRITE, 4096, 0, 512)),
+                DiskError::OutOfRange,
+                "{name}"
+            );
             assert_eq!(path.metadata().unwrap().len(), 4096, "{name}");
             for bad in [0, 100, 4097] {
-                assert_eq!(rig.disk.resize(bad).unwrap_err().kind(), std::io::ErrorKind::InvalidInput, "{name}");
+                assert_eq!(
+                    rig.disk.resize(bad).unwrap_err().kind(),
+                    std::io::ErrorKind::InvalidInput,
+                    "{name}"
+                );
             }
-            // Somebody else's doing is noticed on request.
+            // A size that another program has given the file is noticed on request.
             std::fs::File::options().write(true).open(&path).unwrap().set_len(8192 + 77).unwrap();
             assert_eq!(rig.disk.refresh_capacity().unwrap(), 8192, "{name}");
             assert_eq!(rig.disk.capacity(), 8192, "{name}");
@@ -201,7 +263,9 @@ fn dropping_an_engine_waits_for_its_transfers() {
             let mut rig = Rig::new(disk);
             rig.put(0, &vec![0x77; SIZE as usize]);
             let writes: Vec<_> = (0..u64::from(DEPTH))
-                .map(|i| Request::plain(WRITE, i * u64::from(length), i * u64::from(length), length))
+                .map(|i| {
+                    Request::plain(WRITE, i * u64::from(length), i * u64::from(length), length)
+                })
                 .collect();
             rig.submit(&writes);
             drop(rig);

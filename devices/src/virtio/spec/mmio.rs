@@ -21,12 +21,13 @@ pub const INTERRUPT_CONFIG_CHANGE: u32 = 2;
 
 /// Declares the registers once: as names, as offsets (`as u64`), and as the way back from an offset.
 macro_rules! registers {
-    ($($(#[$doc:meta])* $name:ident = $offset:literal,)*) => {
-        /// A control register: 32 bits wide, accessed whole and aligned (§4.2.2.2).
+    ($(#[$doc:meta])* $($name:ident = $offset:literal,)*) => {
+        $(#[$doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[expect(missing_docs, reason = "the table describes each register")]
         #[repr(u64)]
         pub enum Register {
-            $($(#[$doc])* $name = $offset,)*
+            $($name = $offset,)*
         }
 
         impl Register {
@@ -45,63 +46,67 @@ macro_rules! registers {
 }
 
 registers! {
-    /// R: [`MAGIC`].
+/// A control register: 32 bits wide, accessed whole and aligned (§4.2.2.2).
+///
+/// | register | access | meaning |
+/// |---|---|---|
+/// | `MagicValue` | R | [`MAGIC`]. |
+/// | `Version` | R | [`VERSION`]. |
+/// | `DeviceId` | R | The device type (§5); 0 is a placeholder without a device. |
+/// | `VendorId` | R | [`VENDOR_ID`]. |
+/// | `DeviceFeatures` | R | 32 of the offered feature bits, chosen by `DeviceFeaturesSel`. |
+/// | `DeviceFeaturesSel` | W | 0 for feature bits 0-31, 1 for 32-63. |
+/// | `DriverFeatures` | W | 32 of the feature bits that the driver accepts, chosen by `DriverFeaturesSel`. |
+/// | `DriverFeaturesSel` | W | As `DeviceFeaturesSel`. |
+/// | `QueueSel` | W | The index of the queue that the queue registers below speak of. |
+/// | `QueueNumMax` | R | The selected queue's largest size in elements; 0: there is no such queue. Called QueueSizeMax since 1.3. |
+/// | `QueueNum` | W | The selected queue's size in elements. Called QueueSize since 1.3. |
+/// | `QueueReady` | RW | 1 enables the selected queue. |
+/// | `QueueNotify` | W | The index of a queue with new buffers. |
+/// | `InterruptStatus` | R | Why the interrupt was raised. |
+/// | `InterruptAck` | W | Clears the bits that are written as 1. |
+/// | `Status` | RW | The device status (§2.1); writing 0 resets the device. |
+/// | `QueueDescLow` | W | Guest-physical address of the descriptor table, low half. |
+/// | `QueueDescHigh` | W | Its high half. |
+/// | `QueueDriverLow` | W | Guest-physical address of the available ring, low half. |
+/// | `QueueDriverHigh` | W | Its high half. |
+/// | `QueueDeviceLow` | W | Guest-physical address of the used ring, low half. |
+/// | `QueueDeviceHigh` | W | Its high half. |
+/// | `ShmSel` | W | The shared memory region that the SHM registers below speak of (§2.10). |
+/// | `ShmLenLow` | R | The region's length in bytes, low half; all ones: no such region. |
+/// | `ShmLenHigh` | R | Its high half. |
+/// | `ShmBaseLow` | R | The region's guest-physical address, low half; all ones: no such region. |
+/// | `ShmBaseHigh` | R | Its high half. |
+/// | `QueueReset` | RW | With `F_RING_RESET`: 1 resets the selected queue and reads back as 1 until that is done (§4.2.2.1). |
+/// | `ConfigGeneration` | R | Changes whenever a multi-access read of the configuration space could have been torn (§2.5.1). |
     MagicValue = 0x000,
-    /// R: [`VERSION`].
     Version = 0x004,
-    /// R: the device type (§5); 0 is a placeholder without a device.
     DeviceId = 0x008,
-    /// R: [`VENDOR_ID`].
     VendorId = 0x00c,
-    /// R: 32 of the offered feature bits, chosen by `DeviceFeaturesSel`.
     DeviceFeatures = 0x010,
-    /// W: 0 for feature bits 0-31, 1 for 32-63.
     DeviceFeaturesSel = 0x014,
-    /// W: 32 of the feature bits that the driver accepts, chosen by `DriverFeaturesSel`.
     DriverFeatures = 0x020,
-    /// W: as `DeviceFeaturesSel`.
     DriverFeaturesSel = 0x024,
-    /// W: the index of the queue that the queue registers below speak of.
     QueueSel = 0x030,
-    /// R: the selected queue's largest size in elements; 0: there is no such queue. Called QueueSizeMax since 1.3.
     QueueNumMax = 0x034,
-    /// W: the selected queue's size in elements. Called QueueSize since 1.3.
     QueueNum = 0x038,
-    /// RW: 1 enables the selected queue.
     QueueReady = 0x044,
-    /// W: the index of a queue with new buffers.
     QueueNotify = 0x050,
-    /// R: why the interrupt was raised.
     InterruptStatus = 0x060,
-    /// W: clears the bits that are written as 1.
     InterruptAck = 0x064,
-    /// RW: the device status (§2.1); writing 0 resets the device.
     Status = 0x070,
-    /// W: guest-physical address of the descriptor table, low half.
     QueueDescLow = 0x080,
-    /// W: its high half.
     QueueDescHigh = 0x084,
-    /// W: guest-physical address of the available ring, low half.
     QueueDriverLow = 0x090,
-    /// W: its high half.
     QueueDriverHigh = 0x094,
-    /// W: guest-physical address of the used ring, low half.
     QueueDeviceLow = 0x0a0,
-    /// W: its high half.
     QueueDeviceHigh = 0x0a4,
-    /// W: the shared memory region that the SHM registers below speak of (§2.10).
     ShmSel = 0x0ac,
-    /// R: the region's length in bytes, low half; all ones: no such region.
     ShmLenLow = 0x0b0,
-    /// R: its high half.
     ShmLenHigh = 0x0b4,
-    /// R: the region's guest-physical address, low half; all ones: no such region.
     ShmBaseLow = 0x0b8,
-    /// R: its high half.
     ShmBaseHigh = 0x0bc,
-    /// RW, with `F_RING_RESET`: 1 resets the selected queue and reads back as 1 until that is done (§4.2.2.1).
     QueueReset = 0x0c0,
-    /// R: changes whenever a multi-access read of the configuration space could have been torn (§2.5.1).
     ConfigGeneration = 0x0fc,
 }
 

@@ -23,14 +23,19 @@ pub(crate) fn draw(results: &Results) -> String {
     }
     for group in results.distinct(|key| rate(key).then_some(&key.group)) {
         y += 34.0;
-        let metric = results.keys().find(|key| key.group == group && rate(key)).map_or("", |key| &key.metric);
+        let metric = results
+            .keys()
+            .find(|key| key.group == group && rate(key))
+            .map_or("", |key| &key.metric);
         text(&mut body, 10.0, y, "start", &format!("{group}: {metric}"));
         y += 8.0;
         for row in results.distinct(|key| (key.group == group && rate(key)).then_some(&key.row)) {
             let bars: Vec<_> = systems
                 .iter()
                 .zip(COLOURS.iter().cycle())
-                .filter_map(|(system, colour)| Some((results.get(&Key::new(group, row, system, metric))?, colour)))
+                .filter_map(|(system, colour)| {
+                    Some((results.get(&Key::new(group, row, system, metric))?, colour))
+                })
                 .collect();
             let longest = bars.iter().map(|((median, _), _)| *median).fold(0.0, f64::max);
             text(&mut body, LABEL - 8.0, y + 11.0, "end", row);
@@ -42,7 +47,13 @@ pub(crate) fn draw(results: &Results) -> String {
                     THICKNESS - 2.0
                 )
                 .unwrap();
-                text(&mut body, LABEL + width + 6.0, y + 10.0, "start", &format!("{} ±{spread:.0}%", number(median)));
+                text(
+                    &mut body,
+                    LABEL + width + 6.0,
+                    y + 10.0,
+                    "start",
+                    &format!("{} ±{spread:.0}%", number(median)),
+                );
                 y += THICKNESS;
             }
             y += 7.0;

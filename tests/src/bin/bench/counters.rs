@@ -32,7 +32,11 @@ const CLOSE_ON_EXEC: libc::c_ulong = 1 << 3;
 /// out: they are the console's, on which the guest tells when a job begins and ends. (Exit reasons: SDM 3D C "VMX basic exit
 /// reasons" 30, APM 2 C "SVM intercept exit codes" 0x7b; `Documentation/virt/kvm/api.rst` KVM_EXIT_IO 2.)
 pub(crate) const EVENTS: [(&str, &str, &str); 3] = [
-    ("KVM exits a request", "kvm/kvm_exit", "(isa == 1 && exit_reason != 30) || (isa == 2 && exit_reason != 0x7b)"),
+    (
+        "KVM exits a request",
+        "kvm/kvm_exit",
+        "(isa == 1 && exit_reason != 30) || (isa == 2 && exit_reason != 0x7b)",
+    ),
     ("exits to user space a request", "kvm/kvm_userspace_exit", "reason != 2"),
     ("system calls a request", "raw_syscalls/sys_enter", ""),
 ];
@@ -66,8 +70,10 @@ impl Counters {
 fn tracepoint(event: &str) -> Option<u64> {
     let file = format!("/sys/kernel/tracing/events/{event}/id");
     let id = fs::read_to_string(&file).or_else(|why| {
-        // Where nobody has mounted it yet. Fails without root; then nothing is counted.
-        let _ = Command::new("mount").args(["-t", "tracefs", "tracefs", "/sys/kernel/tracing"]).output();
+        // Where it is not mounted yet. Fails without root; then nothing is counted.
+        let _ = Command::new("mount")
+            .args(["-t", "tracefs", "tracefs", "/sys/kernel/tracing"])
+            .output();
         fs::read_to_string(&file).map_err(|_| why)
     });
     id.ok()?.trim().parse().ok()
@@ -75,12 +81,25 @@ fn tracepoint(event: &str) -> Option<u64> {
 
 fn open(tracepoint: u64, filter: &str, thread: u32) -> Option<File> {
     let size = size_of::<Attributes>() as u32;
-    let attributes = Attributes { kind: TRACEPOINT, size, config: tracepoint, flags: INHERIT, ..Default::default() };
+    let attributes = Attributes {
+        kind: TRACEPOINT,
+        size,
+        config: tracepoint,
+        flags: INHERIT,
+        ..Default::default()
+    };
     // SAFETY: the kernel reads `size` bytes of `attributes`, which live until the call returns.
     let fd = unsafe {
-        libc::syscall(libc::SYS_perf_event_open, &raw const attributes, thread as libc::pid_t, -1, -1, CLOSE_ON_EXEC)
+        libc::syscall(
+            libc::SYS_perf_event_open,
+            &raw const attributes,
+            thread as libc::pid_t,
+            -1,
+            -1,
+            CLOSE_ON_EXEC,
+        )
     };
-    // SAFETY: a new descriptor that nobody else owns.
+    // SAFETY: a new descriptor, which nothing else owns.
     let file = (fd >= 0).then(|| unsafe { File::from_raw_fd(fd as i32) })?;
     if !filter.is_empty() {
         let filter = CString::new(filter).ok()?;

@@ -51,7 +51,14 @@ struct Job {
     count: u64,
 }
 
-const fn job(name: &'static str, block: u32, depth: u16, write: bool, random: bool, count: u64) -> Job {
+const fn job(
+    name: &'static str,
+    block: u32,
+    depth: u16,
+    write: bool,
+    random: bool,
+    count: u64,
+) -> Job {
     Job { name, block, depth, write, random, count }
 }
 
@@ -79,14 +86,22 @@ pub(crate) fn run(options: &Options, results: &mut Results) {
         for _ in 0..options.repetitions {
             for job in &JOBS {
                 ours(&group, file.path(), job, results);
-                results.add(Key::new(&group, job.name, "fio's io_uring", RATE), fio(file.path(), job));
+                results
+                    .add(Key::new(&group, job.name, "fio's io_uring", RATE), fio(file.path(), job));
             }
         }
         for job in &JOBS {
-            let rate = |system| results.get(&Key::new(&group, job.name, system, RATE)).map_or(f64::NAN, |rate| rate.0);
+            let rate = |system| {
+                results
+                    .get(&Key::new(&group, job.name, system, RATE))
+                    .map_or(f64::NAN, |rate| rate.0)
+            };
             let (ours, fios) = (rate("minivmm"), rate("fio's io_uring"));
             results.add(Key::new(&group, job.name, "minivmm", "ratio to fio"), ours / fios);
-            results.add(Key::new(&group, job.name, "minivmm", "us added to fio's"), 1e3 / ours - 1e3 / fios);
+            results.add(
+                Key::new(&group, job.name, "minivmm", "us added to fio's"),
+                1e3 / ours - 1e3 / fios,
+            );
         }
     }
 }
@@ -137,7 +152,13 @@ fn ours(group: &str, path: &Path, job: &Job, results: &mut Results) {
 fn fio(path: &Path, job: &Job) -> f64 {
     let direction = if job.write { "write" } else { "read" };
     let mut command = Command::new("fio");
-    command.args(["--name=peer", "--ioengine=io_uring", "--time_based", "--runtime=500ms", "--output-format=json"]);
+    command.args([
+        "--name=peer",
+        "--ioengine=io_uring",
+        "--time_based",
+        "--runtime=500ms",
+        "--output-format=json",
+    ]);
     command.args(["--allow_file_create=0", "--norandommap", "--invalidate=0", "--gtod_reduce=1"]);
     command.arg(format!("--filename={}", path.display())).arg(format!("--size={FILE_SIZE}"));
     command.arg(format!("--rw={}{direction}", if job.random { "rand" } else { "" }));

@@ -51,10 +51,16 @@ pub(crate) fn jobs(quick: bool) -> Vec<Job> {
 }
 
 /// A job file. With `marks`, each job says on the console when it begins and ends, by its number.
-pub(crate) fn file(jobs: &[Job], target: &str, direct: bool, milliseconds: u32, marks: bool) -> String {
+pub(crate) fn file(
+    jobs: &[Job],
+    target: &str,
+    direct: bool,
+    milliseconds: u32,
+    marks: bool,
+) -> String {
     let mut text = format!(
         "[global]\nfilename={target}\nioengine=io_uring\ndirect={}\nthread=1\nnorandommap=1\nrandrepeat=0\ntime_based=1\n\
-         runtime={milliseconds}ms\ngroup_reporting=1\nstonewall=1\nallow_file_create=0\npercentile_list=99\n",
+         runtime={milliseconds}ms\ngroup_reporting=1\nstonewall=1\nallow_file_create=0\npercentile_list=50:99:99.9\n",
         u8::from(direct)
     );
     for (number, job) in jobs.iter().enumerate() {
@@ -75,14 +81,18 @@ pub(crate) fn file(jobs: &[Job], target: &str, direct: bool, milliseconds: u32, 
     text
 }
 
+/// The latencies that are reported. Their first is the mean, and the others are percentiles, as fio names them.
+pub(crate) const LATENCIES: [&str; 4] =
+    ["mean latency, us", "p50 latency, us", "p99 latency, us", "p99.9 latency, us"];
+const PERCENTILES: [&str; 3] = ["50.000000", "99.000000", "99.900000"];
+
 /// What a job achieved.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Score {
     pub(crate) requests: f64,
     pub(crate) iops: f64,
-    /// Microseconds.
-    pub(crate) mean: f64,
-    pub(crate) p99: f64,
+    /// Microseconds, as [`LATENCIES`] names them.
+    pub(crate) latencies: [f64; LATENCIES.len()],
     /// Seconds of processor time of fio itself.
     pub(crate) cpu: f64,
 }
@@ -95,33 +105,50 @@ pub(crate) fn scores(report: &[u8], jobs: &[Job]) -> Result<Vec<Score>, String> 
     let report = report.ok_or("fio said nothing")?.map_err(|why| format!("fio's report: {why}"))?;
     let score = |(number, job): (usize, &Job)| {
         let entry = &report["jobs"][number];
-        let number =
-            |value: &Value| value.as_f64().ok_or_else(|| format!("fio's report lacks {}: {entry}", job.name()));
+        let number = |value: &Value| {
+            value.as_f64().ok_or_else(|| format!("fio's report lacks {}: {entry}", job.name()))
+        };
         if entry["error"] != 0 {
             return Err(format!("fio failed: {entry}"));
         }
         let side = &entry[if job.pattern.ends_with("read") { "read" } else { "write" }];
-        let part =
-            |latency: &Value| Ok::<_, String>((number(&latency["mean"])?, latency["percentile"]["99.000000"].as_f64()));
-        let (mut mean, p99) = part(&side["lat_ns"])?;
-        let mut p99 = p99.or(side["clat_ns"]["percentile"]["99.000000"].as_f64()).unwrap_or(f64::NAN);
+        let percentile = |latency: &Value, name| latency["percentile"][name].as_f64();
+        // Some versions of fio have percentiles of the completion's latency only.
+        let part = |latency: &Value, other: &Value| {
+            let mut all = [number(&latency["mean"])? / 1e3; LATENCIES.len()];
+            for (place, name) in all[1..].iter_mut().zip(PERCENTILES) {
+                let found = percentile(latency, name).or(percentile(other, name));
+                *place = found.map_or(f64::NAN, |nanoseconds| nanoseconds / 1e3);
+            }
+            Ok::<_, String>(all)
+        };
+        let mut latencies = part(&side["lat_ns"], &side["clat_ns"])?;
         if job.sync {
             // A write is over when its fsync is.
-            let (sync, slowest) = part(&entry["sync"]["lat_ns"])?;
-            (mean, p99) = (mean + sync, p99 + slowest.unwrap_or(f64::NAN));
+            let sync = part(&entry["sync"]["lat_ns"], &Value::Null)?;
+            latencies.iter_mut().zip(sync).for_each(|(write, sync)| *write += sync);
         }
         let time = number(&entry["job_runtime"])? / 1e3;
         let cpu = (number(&entry["usr_cpu"])? + number(&entry["sys_cpu"])?) / 100.0 * time;
         let (requests, iops) = (number(&side["total_ios"])?, number(&side["iops"])?);
-        Ok(Score { requests, iops, mean: mean / 1e3, p99: p99 / 1e3, cpu })
+        Ok(Score { requests, iops, latencies, cpu })
     };
     jobs.iter().enumerate().map(score).collect()
 }
 
 /// Runs the jobs here, on the file itself.
-pub(crate) fn on_host(jobs: &[Job], path: &Path, direct: bool, milliseconds: u32) -> Result<Vec<Score>, String> {
+pub(crate) fn on_host(
+    jobs: &[Job],
+    path: &Path,
+    direct: bool,
+    milliseconds: u32,
+) -> Result<Vec<Score>, String> {
     let list = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(list.path(), file(jobs, &path.display().to_string(), direct, milliseconds, false)).unwrap();
+    std::fs::write(
+        list.path(),
+        file(jobs, &path.display().to_string(), direct, milliseconds, false),
+    )
+    .unwrap();
     let output = Command::new("fio")
         .arg("--output-format=json")
         .arg(list.path())

@@ -11,7 +11,7 @@ use std::time::Duration;
 use minivmm_tests::linux::{SMALL, artefact, cpio};
 
 use crate::counters::{Counters, EVENTS};
-use crate::fio::{self, Job, Score};
+use crate::fio::{self, Job, LATENCIES, Score};
 use crate::monitors::{DiskSetup, Monitor, Setup};
 use crate::process::Process;
 use crate::results::{self, Key, Results};
@@ -43,9 +43,19 @@ pub(crate) fn run(options: &Options, results: &mut Results) {
     for place in places(options.quick) {
         let file = tempfile::NamedTempFile::new_in(&place.directory).unwrap();
         fill(file.path());
-        let bench = Bench { jobs: &jobs, place: &place, file: file.path(), milliseconds: options.milliseconds() };
+        let bench = Bench {
+            jobs: &jobs,
+            place: &place,
+            file: file.path(),
+            milliseconds: options.milliseconds(),
+        };
         for repetition in 0..options.repetitions {
-            eprintln!("file {}, repetition {} of {}", place.name, repetition + 1, options.repetitions);
+            eprintln!(
+                "file {}, repetition {} of {}",
+                place.name,
+                repetition + 1,
+                options.repetitions
+            );
             bench.host(results);
             for monitor in Monitor::all() {
                 bench.guest(monitor, repetition == 0, results);
@@ -58,11 +68,13 @@ pub(crate) fn run(options: &Options, results: &mut Results) {
 
 /// One file in memory and one on disk, which in the lab is an emulated one in memory that takes 100 us a request.
 fn places(quick: bool) -> Vec<Place> {
-    let mut places = vec![Place { name: "in memory", directory: PathBuf::from("/dev/shm"), direct: false }];
+    let mut places =
+        vec![Place { name: "in memory", directory: PathBuf::from("/dev/shm"), direct: false }];
     if quick {
         return places;
     }
-    let mut directory = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| PathBuf::from("target"), PathBuf::from);
+    let mut directory =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| PathBuf::from("target"), PathBuf::from);
     if std::env::var_os("MINIVMM_LAB").is_some() {
         directory = PathBuf::from("/run/bench");
         let size = (FILE_SIZE >> 20) + 64;
@@ -101,13 +113,17 @@ struct Life {
 
 impl Bench<'_> {
     fn add(&self, results: &mut Results, system: &str, row: &str, metric: &str, value: f64) {
-        results.add(Key::new(&format!("Linux guest, file {}", self.place.name), row, system, metric), value);
+        results.add(
+            Key::new(&format!("Linux guest, file {}", self.place.name), row, system, metric),
+            value,
+        );
     }
 
     fn add_score(&self, results: &mut Results, system: &str, row: &str, score: &Score) {
         self.add(results, system, row, IOPS, score.iops);
-        self.add(results, system, row, "mean latency, us", score.mean);
-        self.add(results, system, row, "p99 latency, us", score.p99);
+        for (metric, latency) in LATENCIES.into_iter().zip(score.latencies) {
+            self.add(results, system, row, metric, latency);
+        }
     }
 
     fn host(&self, results: &mut Results) {
@@ -115,7 +131,13 @@ impl Bench<'_> {
             Ok(scores) => {
                 for (job, score) in self.jobs.iter().zip(scores) {
                     self.add_score(results, "host", &job.name(), &score);
-                    self.add(results, "host", &job.name(), "CPU us a request, all", score.cpu * 1e6 / score.requests);
+                    self.add(
+                        results,
+                        "host",
+                        &job.name(),
+                        "CPU us a request, all",
+                        score.cpu * 1e6 / score.requests,
+                    );
                 }
             }
             Err(why) => eprintln!("the host itself: {why}"),
@@ -132,12 +154,22 @@ impl Bench<'_> {
         }
         let life = match life {
             Ok(life) => life,
-            Err(why) => return eprintln!("{name}: the guest was lost again ({why}): no values for this repetition"),
+            Err(why) => {
+                return eprintln!(
+                    "{name}: the guest was lost again ({why}): no values for this repetition"
+                );
+            }
         };
         for ((job, score), (all, ours)) in self.jobs.iter().zip(&life.scores).zip(&life.cpu) {
             let row = job.name();
             self.add_score(results, &name, &row, score);
-            self.add(results, &name, &row, "CPU us a request, monitor", ours * 1e6 / score.requests);
+            self.add(
+                results,
+                &name,
+                &row,
+                "CPU us a request, monitor",
+                ours * 1e6 / score.requests,
+            );
             self.add(results, &name, &row, "CPU us a request, all", all * 1e6 / score.requests);
         }
         if let Some((scores, counts)) = &life.counted {
@@ -152,7 +184,13 @@ impl Bench<'_> {
         self.add(results, &name, "RSS without the guest's memory", "KiB", life.overhead.0);
         self.add(results, &name, "PSS without the guest's memory", "KiB", life.overhead.1);
         let size = monitor.binary().and_then(|path| Some(path.metadata().ok()?.len()));
-        self.add(results, &name, "size of the binary", "KiB", size.map_or(f64::NAN, |bytes| bytes as f64 / 1024.0));
+        self.add(
+            results,
+            &name,
+            "size of the binary",
+            "KiB",
+            size.map_or(f64::NAN, |bytes| bytes as f64 / 1024.0),
+        );
     }
 
     fn once(&self, monitor: Monitor, count: bool) -> Result<Life, String> {
@@ -216,11 +254,13 @@ impl Bench<'_> {
         let mut counters: Option<Counters> = None;
         let mut last = "nothing".to_owned();
         loop {
-            let (time, line) = process.line(SILENCE).map_err(|why| format!("{why}; last it said {last}"))?;
+            let (time, line) =
+                process.line(SILENCE).map_err(|why| format!("{why}; last it said {last}"))?;
             last = format!("{line:?}");
             // The console may hold the kernel's words, too.
             let mut words = line.split_whitespace();
-            let (word, argument) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+            let (word, argument) =
+                (words.next().unwrap_or_default(), words.next().unwrap_or_default());
             let number = argument.parse::<usize>().ok().filter(|number| *number < self.jobs.len());
             match (word, number) {
                 ("INIT", _) => life.to_init = time.as_secs_f64() * 1e3,
@@ -229,7 +269,8 @@ impl Bench<'_> {
                     life.overhead = (life.overhead.0.max(rss), life.overhead.1.max(pss));
                     if argument == "counted" {
                         counters = Some(Counters::open(&process.threads()));
-                        life.counted = Some((Vec::new(), vec![[f64::NAN; EVENTS.len()]; self.jobs.len()]));
+                        life.counted =
+                            Some((Vec::new(), vec![[f64::NAN; EVENTS.len()]; self.jobs.len()]));
                     }
                     // The guest waits for it: to begin to count takes a while.
                     process.enter();
@@ -245,11 +286,13 @@ impl Bench<'_> {
                 },
                 ("END", Some(job)) => match (&counters, &mut life.counted) {
                     (Some(counters), Some((_, differences))) => {
-                        let (now, before) = (counters.read(), counts[job].ok_or("a job ended before it began")?);
+                        let (now, before) =
+                            (counters.read(), counts[job].ok_or("a job ended before it began")?);
                         differences[job] = std::array::from_fn(|event| now[event] - before[event]);
                     }
                     _ => {
-                        let (now, before) = (process.cpu(), cpu[job].ok_or("a job ended before it began")?);
+                        let (now, before) =
+                            (process.cpu(), cpu[job].ok_or("a job ended before it began")?);
                         life.cpu[job] = (now.0 - before.0, now.1 - before.1);
                     }
                 },

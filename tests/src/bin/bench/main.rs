@@ -1,23 +1,37 @@
 //! The benchmarks of `make bench`: minivmm beside QEMU's microvm and the host itself, in one run on one file.
 //!
-//! `bench driver`: the disk's rings and engine in this process, beside fio. `bench native`: a guest of our own that polls at native speed, on any /dev/kvm. `bench guests`: Linux and fio, where the
-//! processor virtualises, or in the lab. Each saves what it measured in `target/bench`. `bench report` shows all parts as
-//! one and draws them; `bench compare [FILE]` holds them against an earlier run. `--quick`: less of everything, once.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a benchmark reports by panicking")]
+//! - `bench driver`: the disk's rings and engine in this process, beside fio.
+//! - `bench native`: a guest of our own that polls at native speed, on any /dev/kvm.
+//! - `bench saved`: a save, a restore, and what clones cost.
+//! - `bench guests`: Linux and fio, on a CPU with hardware virtualization or in the lab.
+//! - `bench report` shows what the others measured, and left in `target/bench`, as one table and a picture.
+//! - `bench compare [FILE]` shows the last results beside earlier ones, and fails if ours are worse.
+//!
+//! `--quick` measures less, and once; `--repetitions=N` measures N times, all systems in turn. Another minivmm, whose path is
+//! in MINIVMM_BEFORE, takes part as the system `before`.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a benchmark reports by panicking"
+)]
 
 mod chart;
 mod counters;
 mod driver;
 mod fio;
 mod guests;
+mod limit;
 mod monitors;
 mod native;
 mod process;
 mod report;
 mod results;
+mod saved;
 mod table;
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use results::Results;
 
@@ -37,11 +51,13 @@ impl Options {
     }
 }
 
-fn main() {
+fn main() -> ExitCode {
     let mut words: Vec<String> = std::env::args().skip(1).collect();
     let quick = words.iter().any(|word| word == "--quick");
-    words.retain(|word| word != "--quick");
-    let options = Options { quick, repetitions: if quick { 1 } else { 3 } };
+    let asked = words.iter().find_map(|word| word.strip_prefix("--repetitions=")?.parse().ok());
+    words.retain(|word| !word.starts_with("--"));
+    let repetitions = asked.unwrap_or(if quick { 1 } else { 3 });
+    let options = Options { quick, repetitions };
     let save = |part: &str, run: fn(&Options, &mut Results)| {
         let mut results = Results::new();
         run(&options, &mut results);
@@ -50,12 +66,16 @@ fn main() {
     match &words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["driver"] => save("driver.json", driver::run),
         ["native"] => save("native.json", native::run),
+        ["saved"] => save(saved::PART, saved::run),
         ["guests"] => save(guests::PART, guests::run),
         ["report"] => report::run(),
-        ["compare"] => report::compare(&results::directory().join("previous.json")),
-        ["compare", path] => report::compare(&PathBuf::from(path)),
-        _ => panic!("usage: bench driver|native|guests|report|compare [FILE] [--quick]"),
+        ["compare"] => return report::compare(&results::directory().join("previous.json")),
+        ["compare", path] => return report::compare(&PathBuf::from(path)),
+        _ => panic!(
+            "usage: bench driver|native|saved|guests|report|compare [FILE] [--quick] [--repetitions=N]"
+        ),
     }
+    ExitCode::SUCCESS
 }
 
 /// Real data everywhere: reading holes would cheat.

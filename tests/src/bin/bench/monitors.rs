@@ -5,11 +5,15 @@ use std::process::Command;
 
 use minivmm_tests::polling::{self, Windows};
 
+use crate::table::BEFORE;
+
 /// A monitor with one way of doing disk I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Monitor {
     /// minivmm as it is.
     Minivmm,
+    /// Another minivmm, at this path.
+    Before(&'static str),
     /// QEMU's microvm with an I/O thread and this `aio=`.
     Microvm(&'static str),
 }
@@ -40,6 +44,8 @@ impl Monitor {
     /// Those that are installed here.
     pub(crate) fn all() -> Vec<Self> {
         let mut all = vec![Self::Minivmm];
+        let before = std::env::var("MINIVMM_BEFORE").ok().filter(|path| !path.is_empty());
+        all.extend(before.map(|path| Self::Before(path.leak())));
         if Command::new("qemu-system-x86_64").arg("--version").output().is_ok() {
             all.extend([Self::Microvm("io_uring"), Self::Microvm("threads")]);
         }
@@ -49,6 +55,7 @@ impl Monitor {
     pub(crate) fn name(self) -> String {
         match self {
             Self::Minivmm => "minivmm".to_owned(),
+            Self::Before(_) => BEFORE.to_owned(),
             Self::Microvm(aio) => format!("microvm {aio}"),
         }
     }
@@ -56,6 +63,7 @@ impl Monitor {
     pub(crate) fn binary(self) -> Option<PathBuf> {
         match self {
             Self::Minivmm => Some(minivmm_tests::binary()),
+            Self::Before(path) => Some(path.into()),
             Self::Microvm(_) => std::env::split_paths(&std::env::var_os("PATH")?)
                 .map(|directory| directory.join("qemu-system-x86_64"))
                 .find(|path| path.is_file()),
@@ -64,7 +72,7 @@ impl Monitor {
 
     pub(crate) fn windows(self) -> Windows {
         match self {
-            Self::Minivmm => polling::MINIVMM,
+            Self::Minivmm | Self::Before(_) => polling::MINIVMM,
             Self::Microvm(_) => polling::MICROVM,
         }
     }
@@ -72,16 +80,25 @@ impl Monitor {
     /// The console on standard output.
     pub(crate) fn command(self, setup: &Setup<'_>) -> Command {
         match self {
-            Self::Minivmm => minivmm(setup),
+            Self::Minivmm => minivmm(minivmm_tests::minivmm(["--kernel"]), setup),
+            Self::Before(path) => {
+                let mut command = Command::new(path);
+                command.arg("--kernel");
+                minivmm(command, setup)
+            }
             Self::Microvm(aio) => microvm(setup, aio),
         }
     }
 }
 
-fn minivmm(setup: &Setup<'_>) -> Command {
-    let mut command = minivmm_tests::minivmm(["--kernel"]);
+/// Goes on with a command line that ends with `--kernel`.
+fn minivmm(mut command: Command, setup: &Setup<'_>) -> Command {
     command.arg(setup.kernel);
-    command.arg("--memory").arg(format!("{}M", setup.memory)).arg("--cpus").arg(setup.cpus.to_string());
+    command
+        .arg("--memory")
+        .arg(format!("{}M", setup.memory))
+        .arg("--cpus")
+        .arg(setup.cpus.to_string());
     command.arg("--cmdline").arg(setup.cmdline);
     if let Some(initrd) = setup.initrd {
         command.arg("--initrd").arg(initrd);
@@ -114,7 +131,14 @@ fn microvm(setup: &Setup<'_>, aio: &str) -> Command {
         "-name",
         "bench,debug-threads=on",
     ]);
-    command.args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-serial", "stdio"]);
+    command.args([
+        "-nodefaults",
+        "-no-user-config",
+        "-nographic",
+        "-no-reboot",
+        "-serial",
+        "stdio",
+    ]);
     command.arg("-m").arg(setup.memory.to_string()).arg("-smp").arg(setup.cpus.to_string());
     command.args(["-global", "virtio-mmio.force-legacy=false", "-object", "iothread,id=t"]);
     command.arg("-kernel").arg(setup.kernel);
@@ -122,19 +146,21 @@ fn microvm(setup: &Setup<'_>, aio: &str) -> Command {
         command.arg("-initrd").arg(initrd);
     }
     // Besides the console, what minivmm adds too: it keeps the kernel from looking for hardware that is not there.
-    command.arg("-append").arg(format!("console=ttyS0 8250.nr_uarts=1 pci=off panic=-1 {}", setup.cmdline));
+    command
+        .arg("-append")
+        .arg(format!("console=ttyS0 8250.nr_uarts=1 pci=off panic=-1 {}", setup.cmdline));
     for disk in setup.disks {
         let DiskSetup { path, serial, .. } = disk;
         let cache = if disk.direct { "none" } else { "writeback" };
         let read_only = if disk.read_only { ",readonly=on" } else { "" };
         let path = path.display();
-        command
-            .arg("-drive")
-            .arg(format!("id={serial},file={path},format=raw,if=none,aio={aio},cache={cache}{read_only}"));
+        command.arg("-drive").arg(format!(
+            "id={serial},file={path},format=raw,if=none,aio={aio},cache={cache}{read_only}"
+        ));
         let queues = setup.cpus;
-        command
-            .arg("-device")
-            .arg(format!("virtio-blk-device,drive={serial},serial={serial},iothread=t,num-queues={queues}"));
+        command.arg("-device").arg(format!(
+            "virtio-blk-device,drive={serial},serial={serial},iothread=t,num-queues={queues}"
+        ));
     }
     command
 }

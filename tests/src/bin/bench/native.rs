@@ -13,8 +13,8 @@ use minivmm_tests::polling::{self, Job};
 use crate::monitors::{DiskSetup, Monitor, Setup};
 use crate::process::Process;
 use crate::results::{Key, Results};
-use crate::table::Target;
-use crate::{FILE_SIZE, Options, fill};
+use crate::table::{self, Target};
+use crate::{FILE_SIZE, Options, fill, limit};
 
 /// MiB.
 const MEMORY: u32 = 64;
@@ -70,18 +70,46 @@ pub(crate) fn run(options: &Options, results: &mut Results) {
             for monitor in Monitor::all() {
                 once(monitor, place, image.path(), hz, results);
             }
+            limits(&group(place), image.path(), results);
             for (row, engine, depth) in [(JOBS[0].0, "psync", 1), (JOBS[1].0, "io_uring", 32)] {
-                results.add(Key::new(&group(place), row, "host's fio", IOPS), fio(image.path(), engine, depth));
+                results.add(
+                    Key::new(&group(place), row, "host's fio", IOPS),
+                    fio(image.path(), engine, depth),
+                );
             }
         }
     }
 }
 
+/// What the host can do at best for each of the jobs, and what that consists of.
+fn limits(group: &str, image: &Path, results: &mut Results) {
+    let hand_over = limit::hand_over().unwrap_or(f64::NAN);
+    let mut add = |row: &str, metric: &str, value| {
+        results.add(Key::new(group, row, table::LIMIT, metric), value);
+    };
+    add("hand-over to another CPU and back", "ns", hand_over * 1e9);
+    for (row, Job { write, random, block, depth, .. }) in JOBS {
+        let copy = limit::copy(image, block.into(), depth as usize, write, random);
+        // At greater depths one request is handed over while another's data is copied.
+        let time = if depth == 1 { hand_over + copy } else { copy };
+        add(row, IOPS, 1e-3 / time);
+        add(row, "ns of the copy", copy * 1e9);
+    }
+}
+
 fn command(monitor: Monitor, directory: &Path, image: &Path) -> Command {
     let kernel = directory.join("polling.elf");
-    fs::write(&kernel, polling::kernel(monitor.windows(), &JOBS.map(|(_, job)| job), FILE_SIZE)).unwrap();
+    fs::write(&kernel, polling::kernel(monitor.windows(), &JOBS.map(|(_, job)| job), FILE_SIZE))
+        .unwrap();
     let disks = &[DiskSetup { path: image, serial: "test", read_only: false, direct: false }];
-    monitor.command(&Setup { kernel: &kernel, initrd: None, cmdline: "", memory: MEMORY, cpus: 1, disks })
+    monitor.command(&Setup {
+        kernel: &kernel,
+        initrd: None,
+        cmdline: "",
+        memory: MEMORY,
+        cpus: 1,
+        disks,
+    })
 }
 
 /// Where minivmm's time to the guest goes, as it says itself.
@@ -93,7 +121,12 @@ fn boot_phases(image: &Path, results: &mut Results) {
         // boot: PHASE  1.23 ms, 0.45 ms of CPU
         let Some(row) = line.split("boot: ").nth(1) else { continue };
         let (row, rest) = row.split_at(row.find("  ").unwrap_or(row.len()));
-        let wall = rest.trim().split(' ').next().and_then(|number| number.parse().ok()).unwrap_or(f64::NAN);
+        let wall = rest
+            .trim()
+            .split(' ')
+            .next()
+            .and_then(|number| number.parse().ok())
+            .unwrap_or(f64::NAN);
         results.add(Key::new(&group("in memory"), row, "minivmm", "ms of --boot-timing"), wall);
         if row == "first console byte" {
             return;
@@ -114,7 +147,9 @@ fn once(monitor: Monitor, place: &str, image: &Path, hz: f64, results: &mut Resu
         let (time, line) = line();
         // The first line begins with the guest's sign of life.
         let line = line.strip_prefix('R').inspect(|_| to_guest = time).unwrap_or(&line);
-        let numbers = line.split_once(' ').and_then(|(ticks, kicks)| Some((hexadecimal(ticks)?, hexadecimal(kicks)?)));
+        let numbers = line
+            .split_once(' ')
+            .and_then(|(ticks, kicks)| Some((hexadecimal(ticks)?, hexadecimal(kicks)?)));
         let (ticks, kicks) = numbers.unwrap_or_else(|| panic!("{command:?}: {line:?}"));
         let requests = job.requests as f64;
         add(row, IOPS, requests / (ticks / hz) / 1e3);
@@ -143,10 +178,18 @@ fn tsc_hz() -> f64 {
 /// The host's own fio on the same file, 4k random reads, thousands a second.
 fn fio(image: &Path, engine: &str, depth: u32) -> f64 {
     let mut command = Command::new("fio");
-    command.args(["--name=host", "--rw=randread", "--bs=4k", "--time_based", "--runtime=1", "--output-format=json"]);
+    command.args([
+        "--name=host",
+        "--rw=randread",
+        "--bs=4k",
+        "--time_based",
+        "--runtime=1",
+        "--output-format=json",
+    ]);
     command.arg(format!("--ioengine={engine}")).arg(format!("--iodepth={depth}"));
     command.arg(format!("--filename={}", image.display()));
-    let output = command.stderr(Stdio::null()).output().map(|output| output.stdout).unwrap_or_default();
+    let output =
+        command.stderr(Stdio::null()).output().map(|output| output.stdout).unwrap_or_default();
     let report: serde_json::Value = serde_json::from_slice(&output).unwrap_or_default();
     report["jobs"][0]["read"]["iops"].as_f64().map_or(f64::NAN, |iops| iops / 1e3)
 }

@@ -81,10 +81,14 @@ impl Process {
             .map(|word| word.parse().unwrap_or(0.0))
             .collect();
         let all = fields.get(11..13).map_or(0.0, |times| times.iter().sum::<f64>() / 100.0);
-        let vcpus = self.threads().into_iter().filter(|(_, name)| name.starts_with("vcpu") || name.starts_with("CPU "));
+        let vcpus = self
+            .threads()
+            .into_iter()
+            .filter(|(_, name)| name.starts_with("vcpu") || name.starts_with("CPU "));
         let vcpus = vcpus.filter_map(|(id, _)| {
             // Documentation/scheduler/sched-stats.rst: nanoseconds on the processor come first.
-            let stat = fs::read_to_string(format!("/proc/{}/task/{id}/schedstat", self.id())).ok()?;
+            let stat =
+                fs::read_to_string(format!("/proc/{}/task/{id}/schedstat", self.id())).ok()?;
             stat.split(' ').next()?.parse::<f64>().ok()
         });
         (all, all - vcpus.sum::<f64>() / 1e9)
@@ -100,7 +104,8 @@ impl Process {
     /// KiB resident now, and the process's share of them (proportional set size), without the `guest` bytes of the guest's
     /// memory.
     pub(crate) fn overhead_kib(&self, guest: u64) -> (f64, f64) {
-        let maps = mappings(&fs::read_to_string(format!("/proc/{}/smaps", self.id())).unwrap_or_default());
+        let maps =
+            mappings(&fs::read_to_string(format!("/proc/{}/smaps", self.id())).unwrap_or_default());
         let memory = guest_memory(&maps, guest);
         let rest = maps.iter().filter(|map| !memory.contains(&map.start));
         rest.fold((0.0, 0.0), |(rss, pss), map| (rss + map.rss, pss + map.pss))
@@ -111,7 +116,12 @@ impl Process {
 pub(crate) fn threads(process: u32) -> Vec<(u32, String)> {
     let tasks = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
     let ids = tasks.filter_map(|task| task.file_name().to_str()?.parse().ok());
-    let name = |id| Some((id, fs::read_to_string(format!("/proc/{process}/task/{id}/comm")).ok()?.trim().to_owned()));
+    let name = |id| {
+        Some((
+            id,
+            fs::read_to_string(format!("/proc/{process}/task/{id}/comm")).ok()?.trim().to_owned(),
+        ))
+    };
     ids.filter_map(name).collect()
 }
 
@@ -130,13 +140,16 @@ fn mappings(smaps: &str) -> Vec<Mapping> {
     for line in smaps.lines() {
         let mut words = line.split_whitespace();
         let (name, value) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
-        let range = name
-            .split_once('-')
-            .and_then(|(start, end)| Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?)));
+        let range = name.split_once('-').and_then(|(start, end)| {
+            Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
+        });
         match (range, maps.last_mut()) {
-            (Some((start, end)), _) => {
-                maps.push(Mapping { start, end, writable: value.starts_with("rw"), ..Mapping::default() })
-            }
+            (Some((start, end)), _) => maps.push(Mapping {
+                start,
+                end,
+                writable: value.starts_with("rw"),
+                ..Mapping::default()
+            }),
             (None, Some(map)) if name == "Rss:" => map.rss = value.parse().unwrap_or(0.0),
             (None, Some(map)) if name == "Pss:" => map.pss = value.parse().unwrap_or(0.0),
             _ => {}

@@ -2,14 +2,15 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::ExitCode;
 
 use crate::counters::EVENTS;
 use crate::results::{Results, directory};
 use crate::table::{self, Target};
-use crate::{chart, guests, native};
+use crate::{chart, guests, native, saved};
 
 /// What the parts save.
-const PARTS: [&str; 3] = ["driver.json", "native.json", "guests.json"];
+const PARTS: [&str; 4] = ["driver.json", "native.json", saved::PART, guests::PART];
 const ALL: &str = "results.json";
 
 /// Shows the parts that there are, and keeps them as one; the run before becomes the one to compare with.
@@ -35,9 +36,11 @@ pub(crate) fn run() {
     println!("\nSaved as {} and {}", all.display(), picture.display());
 }
 
-/// Holds the last run against the one at `old`.
-pub(crate) fn compare(old: &Path) {
-    table::compare(&Results::load(old), &Results::load(&directory().join(ALL)));
+/// Holds the last run against the one at `old`. Fails if something of minivmm's is worse by more than both runs' spread.
+pub(crate) fn compare(old: &Path) -> ExitCode {
+    let worse = table::compare(&Results::load(old), &Results::load(&directory().join(ALL)));
+    println!("{worse} of minivmm's are worse");
+    if worse == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn show(results: &Results) {
@@ -62,14 +65,25 @@ fn target(group: &str, metric: &str, row: &str) -> Option<(Target, bool)> {
             .filter(|_| [native::IOPS, "ms", "KiB"].contains(&metric))
             .map(|target| (target, false));
     }
+    if let Some(target) = saved::target(group, row) {
+        return Some((target, false));
+    }
     if group.starts_with("driver") {
         return driver_target(metric, row).map(|target| (target, false));
     }
     let single = !row.contains("jobs");
     let exits = match (metric, row) {
         (metric, _) if metric == EVENTS[1].0 => Some(0.005),
-        (metric, "4k random read, depth 1" | "4k random write, depth 1") if metric == EVENTS[0].0 => Some(3.0),
-        (metric, "4k random read, depth 32" | "4k random write, depth 32") if metric == EVENTS[0].0 => Some(0.25),
+        (metric, "4k random read, depth 1" | "4k random write, depth 1")
+            if metric == EVENTS[0].0 =>
+        {
+            Some(3.0)
+        }
+        (metric, "4k random read, depth 32" | "4k random write, depth 32")
+            if metric == EVENTS[0].0 =>
+        {
+            Some(0.25)
+        }
         _ => None,
     };
     if let Some(limit) = exits.filter(|_| single) {

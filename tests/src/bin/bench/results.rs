@@ -56,7 +56,8 @@ impl Results {
 
     /// The middle value, and half the distance between the extremes in percent of it.
     pub(crate) fn get(&self, key: &Key) -> Option<(f64, f64)> {
-        let mut sorted = self.list.iter().find(|measurement| measurement.key == *key)?.values.clone();
+        let mut sorted =
+            self.list.iter().find(|measurement| measurement.key == *key)?.values.clone();
         sorted.sort_by(f64::total_cmp);
         let median = sorted[sorted.len() / 2];
         let spread = (sorted.last()? - sorted.first()?) / 2.0;
@@ -68,7 +69,10 @@ impl Results {
     }
 
     /// The different values of a part of the keys that `select` gives, in the order of their first appearance.
-    pub(crate) fn distinct<'a>(&'a self, select: impl Fn(&'a Key) -> Option<&'a str>) -> Vec<&'a str> {
+    pub(crate) fn distinct<'a>(
+        &'a self,
+        select: impl Fn(&'a Key) -> Option<&'a str>,
+    ) -> Vec<&'a str> {
         let mut found = Vec::new();
         for value in self.keys().filter_map(select) {
             if !found.contains(&value) {
@@ -87,24 +91,33 @@ impl Results {
     pub(crate) fn save(&self, path: &Path) {
         let entry = |Measurement { key, values }: &Measurement| json!({ "group": key.group, "row": key.row, "system": key.system, "metric": key.metric, "values": values });
         let list: Vec<Value> = self.list.iter().map(entry).collect();
-        let text = serde_json::to_string_pretty(&json!({ "machine": self.machine, "measurements": list })).unwrap();
+        let text =
+            serde_json::to_string_pretty(&json!({ "machine": self.machine, "measurements": list }))
+                .unwrap();
         std::fs::write(path, text).unwrap_or_else(|why| panic!("{}: {why}", path.display()));
     }
 
     pub(crate) fn load(path: &Path) -> Self {
         let text = std::fs::read(path).unwrap_or_else(|why| panic!("{}: {why}", path.display()));
-        let value: Value = serde_json::from_slice(&text).unwrap_or_else(|why| panic!("{}: {why}", path.display()));
+        let value: Value =
+            serde_json::from_slice(&text).unwrap_or_else(|why| panic!("{}: {why}", path.display()));
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         let machine = value["machine"].as_object().into_iter().flatten();
-        let list = value["measurements"].as_array().into_iter().flatten().map(|entry| Measurement {
-            key: Key {
-                group: text(&entry["group"]),
-                row: text(&entry["row"]),
-                system: text(&entry["system"]),
-                metric: text(&entry["metric"]),
-            },
-            values: entry["values"].as_array().into_iter().flatten().filter_map(Value::as_f64).collect(),
-        });
+        let list =
+            value["measurements"].as_array().into_iter().flatten().map(|entry| Measurement {
+                key: Key {
+                    group: text(&entry["group"]),
+                    row: text(&entry["row"]),
+                    system: text(&entry["system"]),
+                    metric: text(&entry["metric"]),
+                },
+                values: entry["values"]
+                    .as_array()
+                    .into_iter()
+                    .flatten()
+                    .filter_map(Value::as_f64)
+                    .collect(),
+            });
         Self {
             machine: machine.map(|(name, value)| (name.clone(), text(value))).collect(),
             list: list.filter(|measurement| !measurement.values.is_empty()).collect(),
@@ -114,7 +127,8 @@ impl Results {
 
 /// Where results go.
 pub(crate) fn directory() -> PathBuf {
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| PathBuf::from("target"), PathBuf::from);
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| PathBuf::from("target"), PathBuf::from);
     let directory = target.join("bench");
     std::fs::create_dir_all(&directory).unwrap();
     directory
@@ -126,11 +140,15 @@ fn machine() -> BTreeMap<String, String> {
         String::from_utf8_lossy(&output.stdout).lines().next().map(str::to_owned)
     };
     let cpu_info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpu_info.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default();
+    let model =
+        cpu_info.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default();
     let lab = if std::env::var_os("MINIVMM_LAB").is_some() { " in the lab" } else { "" };
     let facts = [
         ("processor", Some(model.trim_start_matches([':', '\t', ' ']).to_owned())),
-        ("processors", Some(cpu_info.lines().filter(|line| line.starts_with("processor")).count().to_string())),
+        (
+            "processors",
+            Some(cpu_info.lines().filter(|line| line.starts_with("processor")).count().to_string()),
+        ),
         ("kernel", first_line("uname", "-r")),
         ("qemu", first_line("qemu-system-x86_64", "--version")),
         ("fio", first_line("fio", "--version")),

@@ -1,0 +1,167 @@
+//! Command lines that are refused, each with one line that names the option and its value: exit status 2.
+
+use std::error::Error as _;
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use vmm::WithCauses;
+
+/// Options that are sound by themselves but do not go together.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum UsageError {
+    #[error("--vcpu-affinity names {named} CPUs; name one for each of the --cpus {cpus}")]
+    AffinityCount { named: usize, cpus: u32 },
+    #[error(
+        "--disk {}: {key}={policy} stops the VM and only a control client can resume it; add --qmp unix:PATH", path.display()
+    )]
+    StopsForEver { path: PathBuf, key: &'static str, policy: &'static str },
+    #[error("--disk {}: id={id} is the name of another disk; give each its own id=", path.display())]
+    DuplicateId { path: PathBuf, id: String },
+    #[error("--console: given {0} times; a guest has two serial ports: give it once or twice")]
+    Consoles(usize),
+    #[error("--console stdio: given twice; write another place for one of them, such as file:PATH")]
+    StdioTwice,
+    #[error(
+        "--console stdio: standard output is for the output of --exec; write stderr or file:PATH"
+    )]
+    ExecOutput,
+    #[error("--console: given twice; --exec uses the second serial port: give it once")]
+    ExecConsole,
+    #[error("--exec: the command needs a disk with a root file system; add --disk PATH")]
+    ExecDisk,
+    #[error("--exec: with --debug-exit there are two exit statuses; leave out --debug-exit")]
+    ExecDebugExit,
+    #[error("--cmdline {0}: --exec says what init is and does; leave that word out")]
+    ExecInit(String),
+    #[error("--incoming defer: a control client names the file; add --qmp unix:PATH")]
+    DeferWithoutControl,
+    #[error("--paused: only a client can start the guest; add --qmp unix:PATH or --gdb unix:PATH")]
+    PausedForEver,
+    #[error("{second} is the same file as {first}; give each its own file")]
+    SameFile { first: String, second: String },
+}
+
+/// What users of QEMU and of other hypervisors try, without leading dashes, and what does it here.
+const OPTION_HINTS: &[(&str, &str)] = &[
+    ("api-sock", "--qmp unix:PATH"),
+    ("append", "--cmdline WORDS"),
+    ("cdrom", "--disk PATH,readonly=on"),
+    ("drive", "--disk PATH"),
+    ("gdb", "--gdb unix:PATH"),
+    ("hda", "--disk PATH"),
+    ("hdb", "--disk PATH"),
+    ("initrd", "--initrd FILE"),
+    ("kernel", "--kernel FILE"),
+    ("mem", "--memory SIZE"),
+    ("monitor", "--qmp unix:PATH"),
+    ("params", "--cmdline WORDS"),
+    ("qmp", "--qmp unix:PATH"),
+    ("ram", "--memory SIZE"),
+    ("root", "--cmdline root=/dev/vda1"),
+    ("serial", "--console WHERE"),
+    ("smp", "--cpus N"),
+    ("snapshot", "--disk PATH,snapshot=on"),
+    ("vcpus", "--cpus N"),
+];
+
+/// The first of `arguments` that another program would understand, and what to write here.
+fn foreign(arguments: &[OsString]) -> Option<(&str, &'static str)> {
+    arguments.iter().filter_map(|argument| argument.to_str()).find_map(|argument| {
+        let option = argument.split('=').next()?;
+        let name = option.strip_prefix("--").or(option.strip_prefix('-'))?;
+        let (_, hint) = OPTION_HINTS.iter().find(|(known, _)| *known == name)?;
+        // `-kernel` is QEMU's, `--kernel` is not at fault.
+        (hint.split(' ').next() != Some(option)).then_some((option, *hint))
+    })
+}
+
+/// The line for an error that clap found in `arguments`. `None`: they ask for the help or the version.
+pub(crate) fn describe(
+    error: &clap::Error,
+    arguments: &[OsString],
+    program: &str,
+) -> Option<String> {
+    let help = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+    // `-hda` begins with `-h`, for help.
+    let asked = ["-h", "-V", "--help", "--version"];
+    if help && arguments.iter().any(|argument| asked.iter().any(|option| argument == option)) {
+        return None;
+    }
+    if help || error.kind() == ErrorKind::UnknownArgument {
+        match foreign(arguments) {
+            Some((option, hint)) => return Some(format!("{option}: unknown option; write {hint}")),
+            None if help => return None,
+            None => {}
+        }
+    }
+    Some(line(error, &format!("see `{program} --help`")))
+}
+
+/// What clap found, with its option and value first; `help` says how to get the help.
+fn line(error: &clap::Error, help: &str) -> String {
+    let texts = |kind| match error.get(kind) {
+        Some(ContextValue::Strings(texts)) => texts.clone(),
+        Some(ContextValue::String(text)) => vec![text.clone()],
+        _ => Vec::new(),
+    };
+    let first = |kind| texts(kind).into_iter().next().unwrap_or_default();
+    // Such as `--memory SIZE`, or `SIZE` for an argument without an option.
+    let argument = first(ContextKind::InvalidArg).replace(['<', '>'], "");
+    let option = argument.split(' ').next().unwrap_or_default();
+    let meant = |kind| match texts(kind) {
+        known if known.is_empty() => help.to_owned(),
+        known => format!("did you mean {}? ({help})", known.join(" or ")),
+    };
+    match (error.kind(), error.source()) {
+        (ErrorKind::ValueValidation, Some(source)) => {
+            let value = first(ContextKind::InvalidValue);
+            let value: String = value.chars().take(200).collect();
+            let value = if value.is_empty() { "''" } else { &value };
+            format!("{option} {value}: {}", WithCauses(source))
+        }
+        (ErrorKind::InvalidValue, _) if first(ContextKind::InvalidValue).is_empty() => {
+            format!("{option}: its value is missing; write {argument}")
+        }
+        (ErrorKind::TooManyValues, _) => {
+            let value = first(ContextKind::InvalidValue);
+            format!("{option}={value}: the option takes no value; write {option}")
+        }
+        (ErrorKind::UnknownArgument, _) if !option.starts_with('-') => {
+            format!("{option}: unexpected argument; options begin with -- ({help})")
+        }
+        (ErrorKind::UnknownArgument, _) => {
+            format!("{option}: unknown option; {}", meant(ContextKind::SuggestedArg))
+        }
+        (ErrorKind::ArgumentConflict, _) => {
+            conflict(option, &first(ContextKind::PriorArg).replace(['<', '>'], ""))
+        }
+        (ErrorKind::MissingRequiredArgument, _) => {
+            let missing = texts(ContextKind::InvalidArg).join(" ").replace(['<', '>'], "");
+            format!("{missing} is missing; {help}")
+        }
+        (ErrorKind::InvalidSubcommand, _) => {
+            let command = first(ContextKind::InvalidSubcommand);
+            format!("{command}: unknown command; {}", meant(ContextKind::SuggestedSubcommand))
+        }
+        (ErrorKind::MissingSubcommand | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand, _) => {
+            format!("the command is missing; {help}")
+        }
+        _ => {
+            let text = error.to_string();
+            let summary = text.split("\n\n").next().unwrap_or_default();
+            let words: Vec<_> = summary.trim_start_matches("error: ").split_whitespace().collect();
+            format!("{}; {help}", words.join(" "))
+        }
+    }
+}
+
+/// `option` is given with one that it does not go with, or a second time.
+fn conflict(option: &str, other: &str) -> String {
+    match other.split(' ').next().unwrap_or_default() {
+        other if other.is_empty() || other == option => {
+            format!("{option}: given twice; give it once")
+        }
+        other => format!("{option}: cannot be given with {other}; leave out one of them"),
+    }
+}

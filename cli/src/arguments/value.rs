@@ -1,0 +1,302 @@
+//! The values of options as people write them: sizes, durations, CPU lists, switches, paths.
+//!
+//! Each parser returns a [`ValueError`] that says what to write instead. [`text`] and [`os_text`] turn a parser into one that
+//! clap calls; clap adds the option's name and the value to the error, and [`super::usage_error`] prints them.
+
+use std::ffi::{OsStr, OsString};
+use std::net::SocketAddr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::builder::{OsStringValueParser, TypedValueParser};
+use devices::disk::UnknownWord;
+use vmm::{ConsoleConfig, GdbConfig, SandboxMode};
+
+/// What is wrong with a value, and what to write instead. Its `Display` follows the option and the value in the line.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ValueError {
+    #[error("not valid UTF-8; only a path may be any bytes")]
+    NotUtf8,
+    /// The reason if it is not plain, and what to write.
+    #[error("{0}")]
+    Write(&'static str),
+    #[error("a guest needs at least {0}M of memory; write {0}M or more")]
+    MemoryTooSmall(u64),
+    #[error("memory is made of whole pages; write a multiple of 4K")]
+    MemoryNotWholePages,
+    #[error("the path is missing; write PATH[,KEY=VALUE]...")]
+    NoPath,
+    #[error("the path stands first, without a key; leave out {0}=")]
+    PathWithKey(String),
+    #[error("{0}: a key without a value; write {0}={1}")]
+    KeyWithoutValue(String, &'static str),
+    #[error("{key}={value}")]
+    Key { key: String, value: String, source: Box<ValueError> },
+    #[error("unknown key; did you mean {0}?")]
+    MeantKey(String),
+    #[error("unknown key; `minivmm --help` lists them")]
+    UnknownKey,
+    #[error("cyls=, heads= and secs= belong together; give all three or none")]
+    Geometry,
+    #[error("heads= and secs= are at most 255")]
+    GeometryRange,
+    #[error(transparent)]
+    Word(#[from] UnknownWord),
+}
+
+pub(crate) fn text<T: Clone + Send + Sync + 'static>(
+    parse: fn(&str) -> Result<T, ValueError>,
+) -> impl TypedValueParser<Value = T> {
+    OsStringValueParser::new()
+        .try_map(move |value| value.to_str().ok_or(ValueError::NotUtf8).and_then(parse))
+}
+
+/// A clap parser for values with a path in them, which may be any bytes.
+pub(crate) fn os_text<T: Clone + Send + Sync + 'static>(
+    parse: fn(&OsStr) -> Result<T, ValueError>,
+) -> impl TypedValueParser<Value = T> {
+    OsStringValueParser::new().try_map(move |value: OsString| parse(&value))
+}
+
+/// Guest memory in bytes, from `512M`, `1.5G`, `65536K`, or a plain number of MiB as QEMU's `-m` has it.
+pub(crate) fn memory(text: &str) -> Result<u64, ValueError> {
+    const MIN: u64 = 16 << 20;
+    let bytes =
+        size(text, 20).ok_or(ValueError::Write("not a size; write 512M, 1.5G or 65536K"))?;
+    match bytes {
+        ..MIN => Err(ValueError::MemoryTooSmall(MIN >> 20)),
+        _ if !bytes.is_multiple_of(PAGE) => Err(ValueError::MemoryNotWholePages),
+        _ => Ok(bytes),
+    }
+}
+
+/// Bytes from `10G`, `1.5M`, `4K`, or a plain number of bytes. Out of the range of `T`, the value is refused.
+pub(crate) fn bytes<T: TryFrom<u64>>(text: &str) -> Result<T, ValueError> {
+    let bytes = size(text, 0).and_then(|bytes| T::try_from(bytes).ok());
+    bytes.ok_or(ValueError::Write("not a size in range; write 10G, 4K or a number of bytes"))
+}
+
+pub(crate) fn number<T: FromStr>(text: &str) -> Result<T, ValueError> {
+    text.parse().map_err(|_| ValueError::Write("not a number in range"))
+}
+
+const PAGE: u64 = 4096;
+
+/// A number and its unit, a power of 1024; without a unit, times two to the power of `plain`. What a fraction leaves over a
+/// whole page is cut off: 1.1G is no whole number of bytes.
+fn size(text: &str, plain: u32) -> Option<u64> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "" => plain,
+        "K" | "KB" | "KIB" => 10,
+        "M" | "MB" | "MIB" => 20,
+        "G" | "GB" | "GIB" => 30,
+        "T" | "TB" | "TIB" => 40,
+        _ => return None,
+    };
+    let Some((whole, fraction)) = digits.split_once('.') else {
+        let count: u64 = digits.parse().ok()?;
+        return count.checked_shl(shift).filter(|bytes| bytes >> shift == count);
+    };
+    let scaled: u128 = format!("{whole}{fraction}").parse().ok()?;
+    let divisor = 10_u128.checked_pow(u32::try_from(fraction.len()).ok()?)?;
+    let bytes = u64::try_from(scaled.checked_mul(1 << shift)? / divisor).ok()?;
+    (!whole.is_empty() && !fraction.is_empty()).then_some(bytes - bytes % PAGE)
+}
+
+/// A duration from `60s`, `1m30s`, `1500ms`, `1h`, or a plain number of seconds. Zero is refused.
+pub(crate) fn duration(text: &str) -> Result<Duration, ValueError> {
+    let usage = ValueError::Write("not a time above 0; write 60s, 1m30s, 1500ms or 1h");
+    let mut milliseconds = Some(0_u64);
+    let mut rest = text;
+    while !rest.is_empty() {
+        let number = rest.trim_start_matches(|c: char| c.is_ascii_digit());
+        let after = number.trim_start_matches(|c: char| c.is_ascii_alphabetic());
+        let unit = match &number[..number.len() - after.len()] {
+            "ms" => Some(1),
+            "s" => Some(1000),
+            // Only a number that stands alone needs no unit.
+            "" if rest == text => Some(1000),
+            "m" => Some(60_000),
+            "h" => Some(3_600_000),
+            _ => None,
+        };
+        let count = rest[..rest.len() - number.len()].parse::<u64>().ok();
+        milliseconds = count
+            .zip(unit)
+            .and_then(|(count, unit)| count.checked_mul(unit)?.checked_add(milliseconds?));
+        rest = if milliseconds.is_some() { after } else { "" };
+    }
+    milliseconds.filter(|total| *total > 0).map(Duration::from_millis).ok_or(usage)
+}
+
+/// The number of vCPUs. What this host's KVM allows may be less.
+pub(crate) fn cpus(text: &str) -> Result<u32, ValueError> {
+    let count = text.parse().ok().filter(|count| (1..=255).contains(count));
+    count.ok_or(ValueError::Write("write 1 to 255"))
+}
+
+/// CPU numbers of the host in the order given, as taskset and libvirt write them: `0,2-3`.
+pub(crate) fn cpu_list(text: &str) -> Result<Vec<usize>, ValueError> {
+    const MAX: usize = 8192;
+    let usage = || ValueError::Write("not a list of CPUs; write numbers and ranges: 0,2-3");
+    let number =
+        |text: &str| text.parse::<usize>().ok().filter(|number| *number < MAX).ok_or_else(usage);
+    let mut cpus = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let range = number(first)?..=number(last)?;
+        if range.is_empty() {
+            return Err(usage());
+        }
+        cpus.extend(range);
+    }
+    Ok(cpus)
+}
+
+pub(crate) fn switch(text: &str) -> Result<bool, ValueError> {
+    match text {
+        "on" | "yes" | "true" | "y" => Ok(true),
+        "off" | "no" | "false" | "n" => Ok(false),
+        _ => Err(ValueError::Write("write on or off")),
+    }
+}
+
+pub(crate) fn sandbox(text: &str) -> Result<SandboxMode, ValueError> {
+    match (text, switch(text)) {
+        ("log", _) => Ok(SandboxMode::Log),
+        (_, Ok(true)) => Ok(SandboxMode::On),
+        (_, Ok(false)) => Ok(SandboxMode::Off),
+        _ => Err(ValueError::Write("write on, off or log")),
+    }
+}
+
+pub(crate) fn console(text: &OsStr) -> Result<ConsoleConfig, ValueError> {
+    if let Some(path) = path_after(text, "file:") {
+        let (path, max) = with_max(path)?;
+        return Ok(ConsoleConfig::File { path, max });
+    }
+    if let Some(path) = path_after(text, "unix:") {
+        return Ok(ConsoleConfig::Unix(path));
+    }
+    match text.as_bytes() {
+        b"stdio" => Ok(ConsoleConfig::Stdio),
+        b"stderr" => Ok(ConsoleConfig::Stderr),
+        b"pty" => Ok(ConsoleConfig::Pty),
+        b"none" => Ok(ConsoleConfig::None),
+        _ => Err(ValueError::Write("write stdio, stderr, file:PATH, pty, unix:PATH or none")),
+    }
+}
+
+/// Takes `,max=SIZE` from the end of a path.
+fn with_max(path: PathBuf) -> Result<(PathBuf, Option<u64>), ValueError> {
+    const KEY: &[u8] = b",max=";
+    let text = path.as_os_str().as_bytes();
+    let Some(at) = text.windows(KEY.len()).rposition(|part| part == KEY) else {
+        return Ok((path, None));
+    };
+    let max = bytes(&String::from_utf8_lossy(&text[at + KEY.len()..]))?;
+    Ok((OsStr::from_bytes(&text[..at]).into(), Some(max)))
+}
+
+pub(crate) fn socket(text: &OsStr) -> Result<PathBuf, ValueError> {
+    path_after(text, "unix:").ok_or(ValueError::Write("write unix:PATH"))
+}
+
+pub(crate) fn gdb(text: &OsStr) -> Result<GdbConfig, ValueError> {
+    const USAGE: ValueError = ValueError::Write("write unix:PATH or tcp:127.0.0.1:PORT");
+    if let Some(path) = path_after(text, "unix:") {
+        return Ok(GdbConfig::Unix(path));
+    }
+    let address = text.to_str().and_then(|text| text.strip_prefix("tcp:")).ok_or(USAGE)?;
+    let address: SocketAddr = address.parse().map_err(|_| USAGE)?;
+    if !address.ip().is_loopback() {
+        return Err(ValueError::Write(
+            "other hosts would control the guest; write tcp:127.0.0.1:PORT and forward the port by ssh",
+        ));
+    }
+    Ok(GdbConfig::Tcp(address))
+}
+
+fn path_after(text: &OsStr, prefix: &str) -> Option<PathBuf> {
+    let path = text.as_bytes().strip_prefix(prefix.as_bytes()).filter(|path| !path.is_empty());
+    path.map(|path| OsStr::from_bytes(path).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_binary_and_whole_pages() {
+        for (text, bytes) in [
+            ("512M", 512 << 20),
+            ("512", 512 << 20),
+            ("5g", 5 << 30),
+            ("65536K", 64 << 20),
+            ("1.5G", 3 << 29),
+            ("0.5g", 1 << 29),
+            ("1.1G", ((11_u64 << 30) / 10) & !4095),
+        ] {
+            assert_eq!(memory(text), Ok(bytes), "{text}");
+        }
+        for text in [
+            "",
+            "0",
+            "12Q",
+            "M",
+            "-1",
+            "1.G",
+            ".5G",
+            "1.5.5G",
+            "99999999999T",
+            "20000001K",
+            "64k",
+            "18446744073709551615",
+            "1.99999999999999999999999999999999999999999G",
+        ] {
+            assert!(memory(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn durations() {
+        for (text, milliseconds) in [
+            ("60s", 60_000),
+            ("2", 2000),
+            ("1500ms", 1500),
+            ("5m", 300_000),
+            ("1m30s", 90_000),
+            ("1h1m1s1ms", 3_661_001),
+        ] {
+            assert_eq!(duration(text), Ok(Duration::from_millis(milliseconds)), "{text}");
+        }
+        for text in ["", "0", "s", "1d", "-1s", "18446744073709551615h", "1m30", "0s", "1 s"] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn cpu_lists() {
+        assert_eq!(cpu_list("0"), Ok(vec![0]));
+        assert_eq!(cpu_list("3,0-2,3"), Ok(vec![3, 0, 1, 2, 3]));
+        for bad in ["", ",", "1,", "-1", "2-1", "0-", "a", "0-8192", "1 2", "18446744073709551616"]
+        {
+            assert!(cpu_list(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn consoles() {
+        let file = |path: &str, max| ConsoleConfig::File { path: path.into(), max };
+        assert_eq!(console("file:/a:b".as_ref()), Ok(file("/a:b", None)));
+        assert_eq!(console("file:/a,b,max=1M".as_ref()), Ok(file("/a,b", Some(1 << 20))));
+        assert!(console("file:/a,max=much".as_ref()).is_err());
+        assert_eq!(console("unix:s".as_ref()), Ok(ConsoleConfig::Unix("s".into())));
+        for bad in ["", "tty", "file:", "unix", "stdio:"] {
+            assert!(console(bad.as_ref()).is_err(), "{bad}");
+        }
+    }
+}

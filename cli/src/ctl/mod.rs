@@ -1,0 +1,288 @@
+//! `minivmm ctl SOCKET COMMAND`: a control client for people.
+//!
+//! `main` hands over the words behind `ctl`. Each command is one or a few QMP commands over [`client::Client`], and prints what
+//! a person wants to see of the answers, as a table where there are several disks (the module `table`). Nothing here knows the
+//! machine: the VM is another process.
+
+mod client;
+mod error;
+mod save;
+mod table;
+
+use std::ffi::{OsStr, OsString};
+use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use serde_json::{Map, Value, json};
+
+use self::client::Client;
+use self::error::CtlError;
+use self::table::{human, table, word};
+use crate::arguments::parse_as;
+use crate::arguments::value::{self, ValueError, os_text, text};
+use crate::exit_codes::{EXIT_CLEAN, EXIT_HOST, EXIT_USAGE};
+use crate::messages::print_message;
+
+/// Control a VM that was started with --qmp unix:SOCKET.
+#[derive(Debug, Parser)]
+#[command(name = "minivmm ctl", max_term_width = 120)]
+struct Arguments {
+    /// The VM's control socket.
+    #[arg(value_name = "SOCKET", value_parser = os_text(socket))]
+    socket: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Print whether the VM runs, and its vCPUs, memory and disks.
+    ///
+    /// For each disk: its size, the space that the image occupies on the host, the state after I/O errors, format and file.
+    Status,
+    /// Pause the VM.
+    ///
+    /// The vCPUs leave the guest and the disks finish what they have begun; then nothing changes until the VM is resumed.
+    #[command(visible_alias = "pause")]
+    Stop,
+    /// Resume the VM; requests that an I/O error stopped are tried again.
+    #[command(visible_alias = "resume")]
+    Cont,
+    /// Press the ACPI power button.
+    ///
+    /// The guest decides what to do about it; most power off cleanly.
+    Powerdown,
+    /// Reset the VM: the guest boots again.
+    Reset,
+    /// End the VM at once, with its disks flushed.
+    ///
+    /// The guest gets no chance to write what it still holds in its own caches.
+    Quit,
+    /// Print the disks' statistics.
+    ///
+    /// For each disk and kind of request: how many, how many bytes, how many were merged, failed or invalid, and the mean time.
+    Disks,
+    /// Change the size of a disk.
+    ///
+    /// The guest is told, and a Linux guest uses the new size at once.
+    Resize {
+        /// The disk's name, such as vda.
+        disk: String,
+        /// The new size: 10G, 1.5G, 512M; a plain number counts bytes.
+        #[arg(value_parser = text(value::bytes::<u64>))]
+        size: u64,
+        /// Allow a smaller size than the present one: what is behind it is lost.
+        #[arg(long)]
+        shrink: bool,
+    },
+    /// Limit a disk's speed; limits that are not named are lifted.
+    Throttle {
+        /// The disk's name, such as vda.
+        disk: String,
+        /// bps, bps_rd, bps_wr, iops, iops_rd or iops_wr=N per second; also with _max and _max_length, and iops_size.
+        #[arg(value_name = "LIMIT=N")]
+        limits: Vec<String>,
+    },
+    /// Save the VM to a file, from which `minivmm --incoming file:PATH` starts it again.
+    ///
+    /// The VM stands still meanwhile, and goes on afterwards if it ran before.
+    Save {
+        /// The file. An older saved machine of that name is replaced, any other file is not.
+        path: PathBuf,
+        /// End the VM once it is saved.
+        #[arg(long)]
+        quit: bool,
+    },
+    /// Print all counters, in Prometheus' text format.
+    Metrics,
+    /// Print events as they come, until the VM ends.
+    ///
+    /// Each line has the time in seconds, the event's QMP name and its data as JSON.
+    Events,
+}
+
+/// The path, with `unix:` before it or not.
+fn socket(text: &OsStr) -> Result<PathBuf, ValueError> {
+    let bytes = text.as_bytes();
+    Ok(OsStr::from_bytes(bytes.strip_prefix(b"unix:").unwrap_or(bytes)).into())
+}
+
+/// The command line's definition, for man pages and completions.
+#[allow(dead_code, reason = "an example makes the files that are installed")]
+pub(crate) fn command() -> clap::Command {
+    <Arguments as clap::CommandFactory>::command()
+}
+
+/// Runs `minivmm ctl` with the arguments behind that word.
+pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
+    let Arguments { socket, command } = match parse_as("minivmm ctl", arguments) {
+        Ok(arguments) => arguments,
+        Err(status) => return status,
+    };
+    let Err(error) = run(&socket, command) else { return ExitCode::from(EXIT_CLEAN) };
+    print_message(&format!("ctl {}: {}", socket.display(), vmm::WithCauses(&error)));
+    ExitCode::from(match error {
+        CtlError::Shrink { .. } | CtlError::LimitWithoutValue(_) | CtlError::Limit { .. } => {
+            EXIT_USAGE
+        }
+        _ => EXIT_HOST,
+    })
+}
+
+fn run(socket: &Path, command: Command) -> Result<(), CtlError> {
+    let vm = &mut Client::connect(socket)?;
+    let (name, arguments) = match command {
+        Command::Status => return print(&status(vm)?),
+        Command::Disks => return print(&disks(vm)?),
+        Command::Metrics => {
+            let answer = vm.execute("x-query-metrics", json!({}))?;
+            return print(answer["human-readable-text"].as_str().unwrap_or_default());
+        }
+        Command::Events => return events(vm),
+        Command::Save { path, quit } => return save::save(vm, &path, quit),
+        Command::Stop => ("stop", json!({})),
+        Command::Cont => ("cont", json!({})),
+        Command::Powerdown => ("system_powerdown", json!({})),
+        Command::Reset => ("system_reset", json!({})),
+        Command::Quit => ("quit", json!({})),
+        Command::Resize { disk, size, shrink } => {
+            if !shrink {
+                check_growth(vm, &disk, size)?;
+            }
+            ("block_resize", json!({ "device": disk, "size": size }))
+        }
+        Command::Throttle { disk, limits } => ("block_set_io_throttle", throttle(&disk, &limits)?),
+    };
+    vm.execute(name, arguments).map(|_| ())
+}
+
+/// Fails if `disk` is larger than `size`. A disk that does not exist is left to the VM to refuse.
+fn check_growth(vm: &mut Client, disk: &str, size: u64) -> Result<(), CtlError> {
+    let disks = vm.execute("query-block", json!({}))?;
+    let named = disks.as_array().into_iter().flatten().find(|found| found["device"] == disk);
+    let present = named.map_or(&Value::Null, |disk| &disk["inserted"]["image"]["virtual-size"]);
+    if present.as_u64().is_some_and(|present| present > size) {
+        return Err(CtlError::Shrink { disk: disk.to_owned(), present: human(present) });
+    }
+    Ok(())
+}
+
+fn print(text: &str) -> Result<(), CtlError> {
+    // A reader that has seen enough, as head(1) does, is no error.
+    let _ = io::stdout().write_all(text.as_bytes());
+    Ok(())
+}
+
+fn events(vm: &mut Client) -> Result<(), CtlError> {
+    while let Some(message) = vm.receive()? {
+        let seconds = &message["timestamp"]["seconds"];
+        let data = message.get("data").map(Value::to_string).unwrap_or_default();
+        if writeln!(io::stdout(), "{seconds} {} {data}", word(&message["event"])).is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn status(vm: &mut Client) -> Result<String, CtlError> {
+    let state = vm.execute("query-status", json!({}))?;
+    let memory = vm.execute("query-memory-size-summary", json!({}))?;
+    let cpus = vm.execute("query-cpus-fast", json!({}))?;
+    let disks = vm.execute("query-block", json!({}))?;
+    let mut text = format!(
+        "{}, {} vCPUs, {} of memory\n",
+        word(&state["status"]),
+        cpus.as_array().map_or(0, Vec::len),
+        human(&memory["base-memory"])
+    );
+    let mut rows = vec![
+        ["DISK", "SIZE", "USED", "STATE", "ACCESS", "FORMAT", "FILE"].map(str::to_owned).to_vec(),
+    ];
+    for disk in disks.as_array().into_iter().flatten() {
+        let inserted = &disk["inserted"];
+        rows.push(vec![
+            word(&disk["device"]),
+            human(&inserted["image"]["virtual-size"]),
+            human(&inserted["image"]["actual-size"]),
+            disk.get("io-status").map_or("ok".to_owned(), word),
+            if inserted["ro"] == true { "read-only" } else { "read-write" }.to_owned(),
+            word(&inserted["drv"]),
+            word(&inserted["file"]),
+        ]);
+    }
+    if rows.len() > 1 {
+        text.push_str(&table(&rows));
+    }
+    Ok(text)
+}
+
+fn disks(vm: &mut Client) -> Result<String, CtlError> {
+    let disks = vm.execute("query-blockstats", json!({}))?;
+    let heads = ["DISK", "KIND", "OPERATIONS", "BYTES", "MERGED", "ERRORS", "INVALID", "MEAN TIME"];
+    let mut rows = vec![heads.map(str::to_owned).to_vec()];
+    for disk in disks.as_array().into_iter().flatten() {
+        for (kind, name) in
+            [("rd", "read"), ("wr", "write"), ("flush", "flush"), ("unmap", "discard")]
+        {
+            let count = |key: String| disk["stats"][key].as_u64().unwrap_or_default();
+            let (done, failed) =
+                (count(format!("{kind}_operations")), count(format!("failed_{kind}_operations")));
+            let mean = count(format!("{kind}_total_time_ns"))
+                .checked_div(done + failed)
+                .unwrap_or_default();
+            rows.push(vec![
+                word(&disk["device"]),
+                name.to_owned(),
+                done.to_string(),
+                count(format!("{kind}_bytes")).to_string(),
+                count(format!("{kind}_merged")).to_string(),
+                failed.to_string(),
+                count(format!("invalid_{kind}_operations")).to_string(),
+                format!("{} us", mean / 1000),
+            ]);
+        }
+    }
+    Ok(table(&rows))
+}
+
+/// The arguments of `block_set_io_throttle`, which wants all of the averages.
+fn throttle(disk: &str, limits: &[String]) -> Result<Value, CtlError> {
+    let mut arguments = Map::new();
+    arguments.insert("device".to_owned(), disk.into());
+    for name in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"] {
+        arguments.insert(name.to_owned(), 0.into());
+    }
+    for limit in limits {
+        let Some((name, value)) = limit.split_once('=') else {
+            return Err(CtlError::LimitWithoutValue(limit.clone()));
+        };
+        let value = value::bytes::<u64>(value)
+            .map_err(|source| CtlError::Limit { limit: limit.clone(), source })?;
+        arguments.insert(name.replace('-', "_"), value.into());
+    }
+    Ok(Value::Object(arguments))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_declaration_is_sound() {
+        use clap::CommandFactory;
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn limits_that_are_not_named_are_lifted() {
+        let arguments = throttle("vda", &["iops-rd=100".to_owned(), "bps=1M".to_owned()]).unwrap();
+        assert_eq!(
+            (&arguments["iops_rd"], &arguments["bps"], &arguments["iops"]),
+            (&json!(100), &json!(1 << 20), &json!(0))
+        );
+        assert!(throttle("vda", &["iops".to_owned()]).is_err());
+    }
+}

@@ -1,0 +1,55 @@
+//! `minivmm ctl SOCKET save PATH`: QEMU's `migrate` to a file, and what people want around it.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+use serde_json::{Value, json};
+use vmm::NewFile;
+
+use super::client::Client;
+use super::error::CtlError;
+
+/// Refuses to replace what is no saved machine, which a mistyped path would cost.
+fn check_target(path: &Path) -> io::Result<()> {
+    let mut start = [0; 18];
+    match File::open(path).and_then(|mut file| file.read_exact(&mut start)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        // ELF's magic number and e_type ET_CORE.
+        Ok(()) if start.starts_with(b"\x7fELF") && start[16..] == [4, 0] => Ok(()),
+        _ => Err(io::Error::other("it exists and is no saved machine; give another path")),
+    }
+}
+
+/// Saves the VM and waits until that is done. A VM that ran goes on, unless it is to `quit`.
+///
+/// The file is opened here and handed over, since the VM is confined: it opens none. It gets its name when it is whole.
+pub(super) fn save(vm: &mut Client, path: &Path, quit: bool) -> Result<(), CtlError> {
+    let before = vm.execute("query-status", json!({}))?;
+    let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
+    vm.execute("migrate-set-capabilities", events)?;
+    let fails = |source| CtlError::Target(path.to_owned(), source);
+    let file = check_target(path).and_then(|()| NewFile::create(path)).map_err(fails)?;
+    vm.hand_over(file.file())?;
+    vm.execute("migrate", json!({ "uri": "fd:ctl" }))?;
+    loop {
+        let state = vm.execute("query-migrate", json!({}))?;
+        match state["status"].as_str().unwrap_or_default() {
+            "completed" => break,
+            "failed" | "cancelled" => {
+                let why = state["error-desc"].as_str().unwrap_or("it failed");
+                return Err(CtlError::Save(why.to_owned()));
+            }
+            _ => {}
+        }
+        // Each change of the status is an event.
+        vm.receive()?.ok_or(CtlError::Ended)?;
+    }
+    file.publish().map_err(fails)?;
+    if quit {
+        vm.execute("quit", json!({}))?;
+    } else if before["running"] == Value::Bool(true) {
+        vm.execute("cont", json!({}))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,97 @@
+//! Messages on standard error: one line each, after minivmm's name. Only `cli` prints: the other crates return errors or log
+//! through `tracing`, and [`start_log`] prints what they log.
+
+use std::fmt;
+use std::io::{self, Write};
+use std::sync::Mutex;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
+
+use crate::boot_timing::{self, Moment, Phases};
+
+pub(crate) fn print_message(line: &str) {
+    let _ = Stderr.write_all(format!("minivmm: {line}\n").as_bytes());
+}
+
+/// Prints what the user asked for to standard output. A reader that has seen enough, as head(1) does, is no error.
+pub(crate) fn print_text(text: &str) {
+    let _ = io::stdout().lock().write_all(text.as_bytes());
+}
+
+/// Prints what the other crates log from now on: warnings and errors, everything with `verbose`, and the phases of the boot if
+/// `boot_timing` is the moment at which `main` began.
+pub(crate) fn start_log(verbose: bool, boot_timing: Option<Moment>) {
+    let phases = boot_timing.map(|main| {
+        let (phases, row) = Phases::begin(main);
+        print_message(&row);
+        Mutex::new(phases)
+    });
+    let boot_level = if phases.is_some() { LevelFilter::INFO } else { LevelFilter::OFF };
+    let filter = Targets::new()
+        .with_default(if verbose { Level::DEBUG } else { Level::WARN })
+        .with_target(boot_timing::TARGET, boot_level);
+    let lines = tracing_subscriber::fmt::layer().with_writer(|| Stderr).event_format(Line(phases));
+    tracing_subscriber::registry().with(lines).with(filter).init();
+}
+
+/// A reader that takes longer than this for a line loses it.
+const READER_TIMEOUT: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+
+/// Standard error. Its reader may have gone (`2>&1 | head`) or stopped reading (`2>&1 | less`), which must neither end nor
+/// delay the VM: a line that the reader does not take in time is dropped. Each write is one line.
+struct Stderr;
+
+impl Write for Stderr {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let stderr = io::stderr();
+        let mut ready = [PollFd::new(&stderr, PollFlags::OUT)];
+        // A pipe that is ready takes 4096 bytes at once (pipe(7)).
+        if poll(&mut ready, Some(&READER_TIMEOUT)).is_ok()
+            && ready[0].revents().contains(PollFlags::OUT)
+        {
+            let _ = stderr.lock().write_all(line);
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// `minivmm: warning: MESSAGE FIELDS`, or the row of a boot phase.
+struct Line(Option<Mutex<Phases>>);
+
+impl<S: Subscriber + for<'a> LookupSpan<'a>, N: for<'a> FormatFields<'a> + 'static>
+    FormatEvent<S, N> for Line
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut out: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        if event.metadata().target() == boot_timing::TARGET
+            && let Some(Ok(mut phases)) = self.0.as_ref().map(Mutex::lock)
+        {
+            let mut name = String::new();
+            context.field_format().format_fields(Writer::new(&mut name), event)?;
+            return phases.over(&name).iter().try_for_each(|row| writeln!(out, "minivmm: {row}"));
+        }
+        let level = match *event.metadata().level() {
+            Level::ERROR => "error: ",
+            Level::WARN => "warning: ",
+            _ => "",
+        };
+        write!(out, "minivmm: {level}")?;
+        context.field_format().format_fields(out.by_ref(), event)?;
+        writeln!(out)
+    }
+}

@@ -1,0 +1,127 @@
+//! What a parent process can leave behind: signal masks and dispositions, closed descriptors, a umask, limits, a working
+//! directory that is gone. In each case the VM runs, ends and leaves its files as it always does.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use minivmm_tests::files::sparse;
+use minivmm_tests::guest::{self, Program};
+use minivmm_tests::qmp::Qmp;
+use minivmm_tests::session::Session;
+use minivmm_tests::{BOUND, kvm_is_usable, small_guest};
+use rustix::process::Signal;
+use tempfile::tempdir;
+
+/// minivmm behind a shell that leaves something behind and then runs it by `exec "$@"`.
+fn child_of(shell: &str, directory: &Path, program: Program) -> Command {
+    let vm = small_guest(directory, program);
+    let mut command = Command::new("sh");
+    command.args(["-c", shell, "sh"]).arg(vm.get_program());
+    command.args(["--kernel".into(), directory.join("guest.elf")]);
+    command.args(["--memory", "32M"]).current_dir(directory);
+    command
+}
+
+/// A guest that never leaves the vCPU by itself ends at once when the user wants it to.
+#[test]
+fn signals_end_the_vm_whatever_the_parent_blocked_or_ignored() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let socket = directory.path().join("socket");
+    for (shell, signal) in [
+        ("exec env --block-signal \"$@\"", Signal::TERM),
+        ("exec env --block-signal \"$@\"", Signal::INT),
+        ("exec env --ignore-signal \"$@\"", Signal::TERM),
+        ("exec env --ignore-signal --block-signal \"$@\"", Signal::QUIT),
+        ("exec env --default-signal \"$@\"", Signal::HUP),
+        ("trap '' INT QUIT; exec \"$@\"", Signal::INT),
+    ] {
+        let mut command = child_of(shell, directory.path(), Program::Spin);
+        let session = Session::start(command.args(["--cpus", "2", "--qmp", "unix:socket"]));
+        // The guest runs, and its vCPUs can be taken out of it.
+        let mut qmp = Qmp::connect(&socket);
+        qmp.query("stop");
+        qmp.query("cont");
+        let start = Instant::now();
+        session.signal(signal);
+        let ended = session.wait(BOUND).must_be(0);
+        assert!(start.elapsed() < Duration::from_secs(5), "{shell}: {ended}");
+    }
+}
+
+/// nohup keeps its promise: the terminal's end is not the VM's.
+#[test]
+fn an_ignored_hangup_stays_ignored() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let mut command = child_of("trap '' HUP; exec \"$@\"", directory.path(), Program::Echo);
+    let mut session = Session::start(command.arg("--debug-exit"));
+    session.expect("ready\n", BOUND);
+    session.signal(Signal::HUP);
+    session.send("still here");
+    session.expect("still here", BOUND);
+    session.send([4]);
+    session.wait(BOUND).must_be(guest::SUCCESS);
+}
+
+/// What is printed must not land in a file that got the number of a standard descriptor; and a VM whose home is gone, or that
+/// starts with few descriptors, works.
+#[test]
+fn the_guest_runs_and_its_disk_holds_what_it_wrote() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let image = directory.path().join("disk.img");
+    let written: Vec<u8> =
+        (0..guest::DISK_SECTORS as u32).flat_map(|sector| guest::words(sector, 128)).collect();
+    for shell in [
+        "exec \"$@\" <&-",
+        "exec \"$@\" >&-",
+        "exec \"$@\" 2>&-",
+        "exec \"$@\" <&- >&- 2>&-",
+        "exec \"$@\" </dev/null >/dev/full 2>/dev/full",
+        "mkdir gone && cd gone && rmdir ../gone && exec \"$@\"",
+        "cd / && exec \"$@\"",
+        "ulimit -S -n 20; exec \"$@\"",
+        "ulimit -S -s 256; exec \"$@\"",
+        "umask 777; exec \"$@\"",
+        "exec env -i \"$@\"",
+    ] {
+        sparse(&image, guest::DISK_SECTORS * 512);
+        let mut command = child_of(shell, directory.path(), Program::DiskLoad);
+        command.args(["--debug-exit", "--verbose", "--cpus", "8", "--disk"]).arg(&image);
+        Session::start(&mut command).wait(BOUND).must_be(guest::SUCCESS);
+        assert!(fs::read(&image).unwrap() == written, "{shell}: the image has other content");
+    }
+}
+
+#[test]
+fn new_files_are_private_with_every_umask() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    for umask in ["0", "22", "777"] {
+        let shell = format!("umask {umask}; exec \"$@\"");
+        let mut command = child_of(&shell, directory.path(), Program::Spin);
+        let session =
+            Session::start(command.args(["--console", "file:log", "--qmp", "unix:socket"]));
+        let mut qmp = Qmp::connect(&directory.path().join("socket"));
+        for name in ["log", "socket"] {
+            let mode = fs::metadata(directory.path().join(name)).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600, "{name} with umask {umask}");
+        }
+        qmp.query("quit");
+        session.wait(BOUND).must_be(0);
+        fs::remove_file(directory.path().join("log")).unwrap();
+    }
+}

@@ -1,0 +1,106 @@
+//! What people and other programs do with the file of a saved machine.
+
+use super::*;
+
+/// A command about a file, such as `show`.
+fn about(directory: &Path, word: &str) -> Ended {
+    Session::start(minivmm([word, "saved"]).current_dir(directory)).wait(BOUND)
+}
+
+#[test]
+fn people_look_into_the_file() {
+    let Some(directory) = saved_machine() else { return };
+    for word in ["show", "check"] {
+        let ended = about(directory.path(), word).must_be(0);
+        let text = String::from_utf8_lossy(&ended.output).into_owned();
+        assert!(text.contains("1 vCPUs, 32 MiB of memory, kernel "), "{text}");
+        assert!(text.contains("disk.img, 2097152 bytes, 0 stopped requests"), "{text}");
+    }
+    // The last byte of memory is a hole.
+    let file = fs::File::options().write(true).open(directory.path().join("saved")).unwrap();
+    file.write_all_at(&[1], file.metadata().unwrap().len() - 1).unwrap();
+    about(directory.path(), "show").must_be(0);
+    assert_refused(&about(directory.path(), "check"), "memory differs from its checksum");
+}
+
+#[test]
+fn debuggers_open_the_file() {
+    let Some(directory) = saved_machine() else { return };
+    let run = |program: &str, arguments: &[&str]| {
+        let output = Command::new(program).args(arguments).current_dir(directory.path()).output();
+        let output = output.ok()?;
+        assert!(output.status.success(), "{program}: {output:?}");
+        Some(String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let Some(notes) = run("readelf", &["-n", "saved"]) else {
+        return skip("readelf is not installed (Debian: binutils)");
+    };
+    for expected in ["minivmm", "CORE", "NT_PRSTATUS", "QEMU"] {
+        assert!(notes.contains(expected), "no {expected}: {notes}");
+    }
+    let commands = ["-batch", "-nx", "-c", "saved", "-ex", "p/x $rip", "-ex", "x/2wx 0x100000"];
+    let Some(text) = run("gdb", &commands) else { return skip("gdb is not installed") };
+    // The guest runs in its code, whose first words are a table.
+    assert!(text.contains("$1 = 0x100"), "{text}");
+    let (words, _) = Program::code().as_chunks::<4>();
+    let first = words[..2].iter().map(|word| format!("0x{:08x}", u32::from_le_bytes(*word)));
+    assert!(text.contains(&first.collect::<Vec<_>>().join("\t")), "{text}");
+}
+
+/// Clones share the pages of the file that they do not write to, and each writes to an overlay of the image.
+#[test]
+fn clones_go_on_side_by_side() {
+    let Some(directory) = saved_machine() else { return };
+    let before = [
+        fs::read(directory.path().join("disk.img")).unwrap(),
+        fs::read(directory.path().join("saved")).unwrap(),
+    ];
+    let clones: Vec<_> = (0..4)
+        .map(|_| {
+            let mut command = restore(directory.path(), ",map=on");
+            Session::start(command.args(["--disk", "disk.img,snapshot=on"]))
+        })
+        .collect();
+    for clone in clones {
+        clone.wait(BOUND).must_be(SUCCESS);
+    }
+    let after = [
+        fs::read(directory.path().join("disk.img")).unwrap(),
+        fs::read(directory.path().join("saved")).unwrap(),
+    ];
+    assert!(before == after, "a clone has written to the image or to the file");
+}
+
+/// To read a hole of a mapped file in tmpfs allocates its page there. Holes are therefore not mapped.
+#[test]
+fn a_file_in_memory_does_not_grow_when_it_is_mapped() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let Ok(directory) = tempfile::tempdir_in("/dev/shm") else {
+        return skip("there is no /dev/shm");
+    };
+    let session = source(directory.path());
+    session.output.expect_bytes(100, BOUND).unwrap();
+    ctl(directory.path(), &["save", "saved", "--quit"]).wait(BOUND).must_be(0);
+    session.wait(BOUND).must_be(0);
+    let before = allocated(&directory.path().join("saved"));
+    for _ in 0..3 {
+        let mut command = restore(directory.path(), ",map=on");
+        command.args(["--disk", "disk.img,snapshot=on"]);
+        Session::start(&mut command).wait(BOUND).must_be(SUCCESS);
+        // Another generation looks at all of memory.
+        let mut command = restore(directory.path(), ",map=on");
+        let session = Session::start(command.args([
+            "--paused",
+            "--qmp",
+            "unix:qmp",
+            "--save-directory",
+            ".",
+        ]));
+        Qmp::connect(&directory.path().join("qmp"));
+        ctl(directory.path(), &["save", "again", "--quit"]).wait(BOUND).must_be(0);
+        session.wait(BOUND).must_be(0);
+    }
+    assert_eq!(allocated(&directory.path().join("saved")), before);
+}

@@ -1,0 +1,126 @@
+//! Where a machine is restored: with other engines, other processors, an image in use, or without what it needs.
+
+use super::*;
+
+#[test]
+fn the_host_may_serve_the_disks_in_another_way() {
+    for keys in ["aio=threads", "aio=io_uring", "cache=writethrough", "cache=unsafe,discard=unmap"]
+    {
+        let Some(directory) = saved_machine() else { return };
+        let mut command = restore(directory.path(), "");
+        command.args(["--disk", &format!("disk.img,{keys}")]);
+        Session::start(&mut command).wait(BOUND).must_be(SUCCESS);
+        assert_complete(directory.path());
+    }
+}
+
+/// The author of the file could have named any file of this user.
+#[test]
+fn paths_in_a_file_are_opened_only_if_the_user_says_so() {
+    let Some(directory) = saved_machine() else { return };
+    let restore = |more: &[&str]| {
+        let arguments = [&["--incoming", "file:saved"], more].concat();
+        let mut command = minivmm(arguments);
+        command.current_dir(directory.path());
+        Session::start(&mut command)
+    };
+    let add = format!("add --disk {}/disk.img,id=vda, or", directory.path().display());
+    assert_refused(&restore(&[]).wait(BOUND), &add);
+    let other = restore(&["--disk", "disk.img,id=root"]).wait(BOUND);
+    assert_refused(&other, &add);
+    let defer = ["--incoming", "defer", "--qmp", "unix:qmp"];
+    let session = Session::start(minivmm(defer).current_dir(directory.path()));
+    let uri = format!("file:{}", directory.path().join("saved").display());
+    let mut qmp = Qmp::connect(&directory.path().join("qmp"));
+    let (_, why) = qmp.execute("migrate-incoming", json!({ "uri": uri })).unwrap_err();
+    assert!(why.contains(&add), "{why}");
+    qmp.query("quit");
+    session.wait(BOUND).must_be(0);
+
+    // The kernel is not opened either: nothing but a reset misses it.
+    let given = ["--disk", "disk.img", "--qmp", "unix:qmp", "--paused"];
+    let session = restore(&given);
+    let mut qmp = Qmp::connect(&directory.path().join("qmp"));
+    let (_, why) = qmp.execute("system_reset", json!({})).unwrap_err();
+    assert!(why.contains("restore it again with --kernel FILE"), "{why}");
+    // Nor does the file name one when this machine is saved again.
+    ctl(directory.path(), &["save", "saved", "--quit"]).wait(BOUND).must_be(0);
+    let ended = session.wait(BOUND).must_be(0);
+    assert!(unexpected_lines(&ended.errors).is_empty(), "{ended}");
+    let shown = Session::start(minivmm(["show", "saved"]).current_dir(directory.path()));
+    let shown = shown.wait(BOUND).must_be(0);
+    assert!(String::from_utf8_lossy(&shown.output).contains("memory, kernel \n"), "{shown}");
+
+    let session = restore(&[&given[..], &["--kernel", "guest.elf"]].concat());
+    let mut qmp = Qmp::connect(&directory.path().join("qmp"));
+    qmp.query("system_reset");
+    qmp.query("cont");
+    session.wait(BOUND).must_be(SUCCESS);
+    assert_complete(directory.path());
+}
+
+/// There is a thread for each queue, but for no more than the host has processors.
+#[test]
+fn the_host_may_have_fewer_processors() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let session = Session::start(&mut guest(directory.path(), Program::DiskLoad, ",num-queues=4"));
+    session.output.expect_bytes(100, BOUND).unwrap();
+    ctl(directory.path(), &["save", "saved", "--quit"]).wait(BOUND).must_be(0);
+    session.wait(BOUND).must_be(0);
+    let command = restore(directory.path(), "");
+    let mut pinned = Command::new("taskset");
+    pinned.args(["--cpu-list", "0"]).arg(command.get_program()).args(command.get_args());
+    Session::start(pinned.current_dir(directory.path())).wait(BOUND).must_be(SUCCESS);
+    assert_complete(directory.path());
+}
+
+#[test]
+fn a_disk_whose_writes_end_with_the_process_is_not_saved() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let mut command = guest(directory.path(), Program::DiskLoad, ",snapshot=on");
+    let session = Session::start(&mut command);
+    session.output.expect_bytes(3, BOUND).unwrap();
+    let refused = ctl(directory.path(), &["save", "saved"]).wait(BOUND).must_be(1);
+    assert!(refused.errors.contains("disk vda: snapshot=on writes to a file that"), "{refused}");
+    assert!(!directory.path().join("saved").exists());
+    session.wait(BOUND).must_be(SUCCESS);
+}
+
+/// A machine holds its images for as long as its process lives, also after it was saved.
+#[test]
+fn source_and_copy_never_have_the_disk_at_the_same_time() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let session = source(directory.path());
+    session.output.expect_bytes(100, BOUND).unwrap();
+    let mut qmp = Qmp::connect(&directory.path().join("qmp"));
+    let saved = format!("file:{}", directory.path().join("saved").display());
+    let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
+    qmp.execute("migrate-set-capabilities", events).unwrap();
+    qmp.execute("migrate", json!({ "uri": saved })).unwrap();
+    assert_eq!(statuses(&mut qmp), ["setup", "active", "completed"]);
+    for options in ["", ",disks=unchecked"] {
+        let copy = Session::start(&mut restore(directory.path(), options)).wait(BOUND);
+        assert_refused(&copy, "disk.img: is in use by another program");
+    }
+    session.signal(Signal::KILL);
+    session.wait(BOUND).must_be(128 + 9);
+    // Paused, the copy does not end by itself.
+    let mut command = restore(directory.path(), "");
+    let copy = Session::start(command.args(["--paused", "--qmp", "unix:copy"]));
+    Qmp::connect(&directory.path().join("copy"));
+    let second = Session::start(&mut restore(directory.path(), "")).wait(BOUND);
+    assert_refused(&second, "disk.img: is in use by another program");
+    copy.signal(Signal::KILL);
+    copy.wait(BOUND).must_be(128 + 9);
+    Session::start(&mut restore(directory.path(), "")).wait(BOUND).must_be(SUCCESS);
+    assert_complete(directory.path());
+}

@@ -1,0 +1,222 @@
+//! The requests that a worker has taken and not answered, each with its step: a fixed table whose index is the tag that an
+//! engine hands back.
+//!
+//! Large requests are executed in *pieces*. A piece is at most [`PIECE`] bytes of a read, write or write-zeroes, or
+//! [`DISCARD_PIECE`] bytes of a discard or secure erase, and one request has one piece with the engine at a time. So a
+//! pause or a reset waits for a piece and not for a request, whatever the guest posts, and what has not begun stays here:
+//! the entry knows the ranges that remain.
+//!
+//! The table's size bounds the requests in flight, and nothing in it is allocated anew for a request.
+
+use vm_memory::GuestAddress;
+
+use super::request::{CommandRequest, DiskRange};
+use super::stats::Kind;
+use crate::GuestRange;
+use crate::clock::Instant;
+use crate::disk::{Operation, Transfer};
+use crate::virtio::queue::DescriptorChain;
+
+/// Most bytes of a read, write or write-zeroes that the engine gets at once: 4 MiB, the largest request that Linux makes
+/// by default, so that a usual request travels whole.
+pub(super) const PIECE: u64 = 4 << 20;
+/// Most bytes of a discard or secure erase that the engine gets at once: 2 GiB, the largest segment that the driver may
+/// send, since the host moves no data for it.
+const DISCARD_PIECE: u64 = 2 << 30;
+
+/// A request in flight: taken from its queue, and not yet answered. It owns the chain's token, so that exactly one of
+/// completing, stopping and abandoning the chain can happen.
+pub(super) struct InFlightRequest {
+    pub(super) chain: DescriptorChain,
+    /// Position of its queue among the worker's queues.
+    pub(super) queue: usize,
+    pub(super) kind: Kind,
+    pub(super) status: GuestAddress,
+    /// Bytes of disk that the request covers.
+    pub(super) length: u64,
+    /// First byte of disk after a read or write.
+    pub(super) end: u64,
+    /// Bytes of data that the device has written to guest memory when the request succeeds.
+    pub(super) written: u32,
+    /// When it was taken from the queue.
+    pub(super) started: Instant,
+    pub(super) step: Step,
+    /// What it counts for among the bytes that are with the engine.
+    pub(super) cost: u64,
+    /// The next request in the same merged transfer.
+    pub(super) next: Option<u32>,
+    pub(super) merged: bool,
+}
+
+impl InFlightRequest {
+    /// A request that covers nothing of the disk.
+    #[inline]
+    pub(super) fn new(
+        chain: DescriptorChain,
+        queue: usize,
+        kind: Kind,
+        status: GuestAddress,
+        started: Instant,
+    ) -> Self {
+        Self {
+            chain,
+            queue,
+            kind,
+            status,
+            length: 0,
+            end: 0,
+            written: 0,
+            started,
+            step: Step::Whole,
+            cost: 0,
+            next: None,
+            merged: false,
+        }
+    }
+}
+
+/// What a completion means for the request.
+pub(super) enum Step {
+    /// The transfer or flush was all of it.
+    Whole,
+    /// A piece was done; `Remaining` has the rest.
+    Pieces,
+    Command(Box<dyn CommandRequest>),
+}
+
+/// What an executed-in-pieces request has yet to hand to the engine.
+#[derive(Default)]
+struct Remaining {
+    /// From `next` on; that one shrinks as its pieces are taken.
+    ranges: Vec<DiskRange>,
+    next: usize,
+    /// Guest ranges of a read or write, from `next_data` on.
+    data: Vec<GuestRange>,
+    next_data: usize,
+}
+
+#[derive(Default)]
+struct Entry {
+    request: Option<InFlightRequest>,
+    /// Beside the request, so that its allocations stay.
+    remaining: Remaining,
+}
+
+pub(super) struct InFlight {
+    entries: Vec<Entry>,
+    /// Free tags, the most recently used one last: its cache lines are warm.
+    free: Vec<u32>,
+    /// Scratch: the guest ranges of the piece at hand.
+    piece_data: Vec<GuestRange>,
+}
+
+impl InFlight {
+    pub(super) fn new(count: u32) -> Self {
+        Self {
+            entries: (0..count).map(|_| Entry::default()).collect(),
+            free: (0..count).rev().collect(),
+            piece_data: Vec::new(),
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.entries.len() - self.free.len()
+    }
+
+    /// Files a request and returns its tag. The queues together never have more outstanding than there are entries.
+    #[inline]
+    pub(super) fn insert(&mut self, request: InFlightRequest) -> u32 {
+        waypoint!();
+        let Some(tag) = self.free.pop() else {
+            unreachable!("more requests in flight than the queues hold")
+        };
+        let place = &mut self.entries[tag as usize].request;
+        debug_assert!(place.is_none(), "a free tag has no request");
+        // What was there is nothing, and need not be dropped.
+        std::mem::forget(place.replace(request));
+        tag
+    }
+
+    /// The request with this tag. A tag that the engine made up is a bug of ours.
+    pub(super) fn get(&mut self, tag: u32) -> &mut InFlightRequest {
+        match self.entries.get_mut(tag as usize).and_then(|entry| entry.request.as_mut()) {
+            Some(request) => request,
+            None => unreachable!("no request with tag {tag} is in flight"),
+        }
+    }
+
+    pub(super) fn find(&self, tag: u32) -> Option<&InFlightRequest> {
+        self.entries.get(tag as usize)?.request.as_ref()
+    }
+
+    #[inline]
+    pub(super) fn remove(&mut self, tag: u32) -> InFlightRequest {
+        let Some(request) = self.entries[tag as usize].request.take() else {
+            unreachable!("no request with tag {tag} is in flight")
+        };
+        self.free.push(tag);
+        request
+    }
+
+    /// The request with this tag is executed in pieces of these ranges, with this data.
+    pub(super) fn set_remaining(&mut self, tag: u32, ranges: &[DiskRange], data: &[GuestRange]) {
+        let remaining = &mut self.entries[tag as usize].remaining;
+        remaining.ranges.clear();
+        remaining.ranges.extend_from_slice(ranges);
+        remaining.data.clear();
+        remaining.data.extend_from_slice(data);
+        (remaining.next, remaining.next_data) = (0, 0);
+    }
+
+    pub(super) fn has_remaining(&self, tag: u32) -> bool {
+        let remaining = &self.entries[tag as usize].remaining;
+        remaining.next < remaining.ranges.len()
+    }
+
+    /// Cuts the next piece off what remains. `None`: nothing remains.
+    pub(super) fn next_piece(&mut self, tag: u32) -> Option<Transfer<'_>> {
+        self.piece_data.clear();
+        let DiskRange { operation, offset, length } =
+            self.entries[tag as usize].remaining.take_piece(&mut self.piece_data)?;
+        Some(Transfer { tag, operation, offset, length, ranges: &self.piece_data })
+    }
+}
+
+impl Remaining {
+    fn take_piece(&mut self, data: &mut Vec<GuestRange>) -> Option<DiskRange> {
+        let range = self.ranges.get_mut(self.next)?;
+        let limit = piece_limit(range.operation);
+        let length = if range.length <= limit {
+            range.length
+        } else {
+            // Pieces end at multiples of their size, so that clusters and device blocks are not split needlessly.
+            limit - range.offset % limit
+        };
+        let piece = DiskRange { length, ..*range };
+        (range.offset, range.length) = (range.offset + length, range.length - length);
+        self.next += usize::from(range.length == 0);
+        let mut left = length;
+        while left > 0 && self.next_data < self.data.len() {
+            let range = &mut self.data[self.next_data];
+            let part = left.min(range.length.into()) as u32;
+            data.push(GuestRange { address: range.address, length: part });
+            range.address = GuestAddress(range.address.0 + u64::from(part));
+            range.length -= part;
+            left -= u64::from(part);
+            self.next_data += usize::from(range.length == 0);
+        }
+        Some(piece)
+    }
+}
+
+fn piece_limit(operation: Operation) -> u64 {
+    match operation {
+        Operation::Discard | Operation::SecureErase => DISCARD_PIECE,
+        _ => PIECE,
+    }
+}
+
+/// What a piece counts for among the bytes with the engine: a full piece of any operation counts the same.
+pub(super) fn cost(operation: Operation, length: u64) -> u64 {
+    length / (piece_limit(operation) / PIECE)
+}

@@ -1,0 +1,193 @@
+//! The queues of a worker: each a virtqueue with its state, and the requests that were taken from it and wait.
+//!
+//! | state | chains are taken | leads to |
+//! | --- | --- | --- |
+//! | `Running` | yes | `Broken` when the driver broke the ring; `Leaving` when it resets the queue |
+//! | `Broken` | no; what the engine has is still answered | `Leaving` |
+//! | `Leaving` | no; what has not begun is given up | the queue is handed back when nothing of it is in flight |
+//!
+//! Stopped and waiting requests have been taken from the ring and are not with the engine. They hold their tokens, and
+//! nothing else that their chains would not say again.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::admission::{Direction, WaitingRequest};
+use crate::GuestMemory;
+use crate::virtio::device::ActiveQueue;
+use crate::virtio::queue::{DescriptorChain, SplitQueue};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum QueueState {
+    Running,
+    Broken,
+    Leaving,
+}
+
+pub(super) struct WorkerQueue {
+    pub(super) index: u16,
+    pub(super) kick: Arc<EventFd>,
+    pub(super) split: SplitQueue,
+    pub(super) state: QueueState,
+    /// Requests that wait for `resume`, in the order in which they stopped.
+    pub(super) stopped: Vec<DescriptorChain>,
+    /// Requests that wait for the limiter, by direction, in the order of arrival.
+    waiting: [VecDeque<WaitingRequest>; 2],
+}
+
+impl WorkerQueue {
+    pub(super) fn new(active: ActiveQueue, event_index: bool) -> Self {
+        let ActiveQueue { index, queue, kick, restored } = active;
+        let split = SplitQueue::new(queue, event_index, restored);
+        let (state, stopped, waiting) = (QueueState::Running, Vec::new(), Default::default());
+        Self { index, kick, split, state, stopped, waiting }
+    }
+
+    pub(super) fn into_active(self) -> ActiveQueue {
+        let queue = self.split.into_inner();
+        ActiveQueue { index: self.index, queue, kick: self.kick, restored: false }
+    }
+
+    pub(super) fn waiting(&mut self, direction: Direction) -> &mut VecDeque<WaitingRequest> {
+        &mut self.waiting[direction as usize]
+    }
+
+    /// A request of this queue waits for `resume`, or is given up if the queue is leaving. Returns whether it waits.
+    pub(super) fn stop_request(&mut self, chain: DescriptorChain) -> bool {
+        let waits = self.state != QueueState::Leaving;
+        if waits {
+            self.stopped.push(chain);
+        } else {
+            self.split.abandon(chain);
+        }
+        waits
+    }
+
+    /// The driver takes the queue back: nothing more is taken, and what waits is given up.
+    pub(super) fn leave(&mut self) {
+        self.state = QueueState::Leaving;
+        let waiting = self.waiting.iter_mut().flat_map(|queue| queue.drain(..));
+        for chain in self.stopped.drain(..).chain(waiting.map(|request| request.chain)) {
+            self.split.abandon(chain);
+        }
+    }
+
+    /// Whether there is something to take, or the ring has to be looked at to find out why it cannot be read.
+    pub(super) fn has_work(&self, memory: &GuestMemory) -> bool {
+        self.state == QueueState::Running && self.split.available(memory) != Ok(0)
+    }
+
+    /// The queue as a value. `in_flight`: the heads of its requests in the in-flight table.
+    pub(super) fn snapshot(&self, in_flight: impl Iterator<Item = u16>) -> QueueSnapshot {
+        let waiting = self.waiting.iter().flatten().map(|request| &request.chain);
+        let idle = self.stopped.iter().chain(waiting).map(DescriptorChain::head);
+        let (next_avail, next_used) = self.split.position();
+        QueueSnapshot {
+            queue: self.index,
+            next_avail,
+            next_used,
+            broken: self.state == QueueState::Broken,
+            stopped: in_flight.chain(idle).collect(),
+        }
+    }
+
+    /// Takes over what a snapshot says beside the indices, which came with the queue.
+    pub(super) fn restore(&mut self, snapshot: &QueueSnapshot) -> bool {
+        if snapshot.broken {
+            self.state = QueueState::Broken;
+        }
+        snapshot.stopped.iter().all(|head| {
+            let chain = self.split.restore_chain(*head);
+            chain.map(|chain| self.stopped.push(chain)).is_some()
+        })
+    }
+}
+
+/// The queues of a worker, by position; `None` while the driver has a queue disabled.
+pub(super) struct Queues(Vec<Option<WorkerQueue>>);
+
+impl Queues {
+    pub(super) fn new(positions: usize) -> Self {
+        Self((0..positions).map(|_| None).collect())
+    }
+
+    pub(super) fn positions(&self) -> std::ops::Range<usize> {
+        0..self.0.len()
+    }
+
+    /// Where the queue at `position` goes. `None`: there is no such position.
+    pub(super) fn place(&mut self, position: usize) -> Option<&mut Option<WorkerQueue>> {
+        self.0.get_mut(position)
+    }
+
+    pub(super) fn find(&self, position: usize) -> Option<&WorkerQueue> {
+        self.0.get(position)?.as_ref()
+    }
+
+    pub(super) fn find_mut(&mut self, position: usize) -> Option<&mut WorkerQueue> {
+        self.0.get_mut(position)?.as_mut()
+    }
+
+    /// A queue that has chains outstanding, and so cannot be gone.
+    pub(super) fn get(&mut self, position: usize) -> &mut WorkerQueue {
+        waypoint!();
+        match &mut self.0[position] {
+            Some(queue) => queue,
+            None => unreachable!("a queue stays until its chains are completed or abandoned"),
+        }
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (usize, &WorkerQueue)> {
+        self.0.iter().enumerate().filter_map(|(at, queue)| Some((at, queue.as_ref()?)))
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut WorkerQueue> {
+        self.0.iter_mut().flatten()
+    }
+
+    pub(super) fn is_leaving(&self, position: usize) -> bool {
+        self.find(position).is_some_and(|queue| queue.state == QueueState::Leaving)
+    }
+
+    /// Takes the queue at `position` out when nothing of it is outstanding.
+    pub(super) fn take_if_empty(&mut self, position: usize) -> Option<WorkerQueue> {
+        self.0.get_mut(position)?.take_if(|queue| queue.split.outstanding() == 0)
+    }
+
+    pub(super) fn into_active(self) -> impl Iterator<Item = ActiveQueue> {
+        self.0.into_iter().flatten().map(WorkerQueue::into_active)
+    }
+
+    /// Of the queues with requests that wait in this direction, the position of the one whose first came first.
+    pub(super) fn oldest_waiting(&self, direction: Direction) -> Option<usize> {
+        let first = |(at, queue): (usize, &WorkerQueue)| {
+            Some((queue.waiting[direction as usize].front()?.started, at))
+        };
+        self.iter().filter_map(first).min().map(|(_, at)| at)
+    }
+
+    pub(super) fn is_waiting(&self) -> bool {
+        self.iter().any(|(_, queue)| queue.waiting.iter().any(|waiting| !waiting.is_empty()))
+    }
+}
+
+/// A queue of a disk that stands still, as a value: with the ring's addresses and size, which the transport has, it is all
+/// there is to save and to restore.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueueSnapshot {
+    /// Index of the queue.
+    pub queue: u16,
+    /// Index into the available ring of the next chain to take.
+    pub next_avail: u16,
+    /// Index into the used ring of the next completion.
+    pub next_used: u16,
+    /// The driver broke the ring: nothing is taken from it until a reset.
+    pub broken: bool,
+    /// Heads of the chains that were taken and not completed. `resume` starts them over.
+    pub stopped: Vec<u16>,
+}

@@ -1,0 +1,99 @@
+//! What a descriptor chain asks the disk to do, as one value.
+//!
+//! [`parse`] turns the buffers of a chain into a [`Request`], or into the [`Refusal`] that answers it. A request has passed
+//! every check and holds all that serving it needs: what to do, where its data is, and where its status byte goes. The
+//! worker reads no header and no segment list itself.
+//!
+//! Request types that are no part of the block device proper (SCSI commands) come from a [`CommandSet`], which the device
+//! plugs in: this module and the worker know only the trait.
+
+mod parse;
+
+use vm_memory::GuestAddress;
+
+use super::stats::Kind;
+use crate::disk::{DiskError, Engine, Operation};
+use crate::virtio::queue::ChainBuffers;
+use crate::{GuestMemory, GuestRange};
+
+pub(super) use parse::parse;
+
+/// What requests are checked against. One value serves all chains that are taken together.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RequestLimits {
+    pub(super) features: u64,
+    pub(super) capacity: u64,
+    /// Logical block size in bytes.
+    pub(super) block_size: u64,
+    /// Largest data buffer in bytes, when SIZE_MAX was negotiated.
+    pub(super) size_max: u32,
+    pub(super) read_only: bool,
+    /// Writes are durable before they complete.
+    pub(super) write_through: bool,
+}
+
+/// A request that passed every check.
+pub(super) struct Request<'a> {
+    pub(super) kind: Kind,
+    pub(super) status: GuestAddress,
+    pub(super) action: Action,
+    /// Where a write comes from, or where a read or an answer goes.
+    pub(super) data: &'a [GuestRange],
+}
+
+pub(super) enum Action {
+    /// Move `length` bytes between the disk at `offset` and the request's data.
+    Transfer { operation: Operation, offset: u64, length: u64 },
+    /// Make the writes durable that completed before this request was taken (virtio 1.2 §5.2.6.2).
+    Flush,
+    /// Discard, zero or erase these ranges, one after the other.
+    Ranges(Vec<DiskRange>),
+    /// Write the disk's serial number, padded with NUL to 20 bytes, into the data.
+    GetId,
+    /// Write how worn the disk is into the data.
+    GetLifetime,
+    /// Carry out a command of the plugged-in [`CommandSet`].
+    Command(Box<dyn CommandRequest>),
+}
+
+/// An operation on a byte range of the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct DiskRange {
+    pub(super) operation: Operation,
+    pub(super) offset: u64,
+    pub(super) length: u64,
+}
+
+/// Why a chain did not become a request. The host's disk and the error policy never see these chains: they are counted
+/// apart from the host's errors, and logged with a rate limit, because a guest can send any number of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// The status `code` goes to `address`, after `written` bytes of data.
+    Status { kind: Kind, address: GuestAddress, code: u8, written: u32 },
+    /// No writable byte: there is nowhere to put a status.
+    Unanswerable,
+}
+
+/// Request types beyond those of virtio 1.2 §5.2.6.
+pub(super) trait CommandSet: Send + Sync {
+    /// Makes a command of the buffers behind the header. `None`: not a type of this set.
+    ///
+    /// # Errors
+    /// The status that refuses the request, and the bytes written before it.
+    fn parse(
+        &self,
+        request_type: u32,
+        buffers: &mut ChainBuffers,
+        memory: &GuestMemory,
+    ) -> Option<Result<Box<dyn CommandRequest>, (u8, u32)>>;
+}
+
+/// A request of a [`CommandSet`] on its way.
+pub(super) trait CommandRequest: Send {
+    /// Hands the command to the engine, whose completion has this tag.
+    fn submit(&self, tag: u32, data: &[GuestRange], engine: &mut dyn Engine);
+
+    /// The command came back: writes its reply, and returns the status and the bytes written before it. Failures are the
+    /// driver's to judge, so the error policy does not see them.
+    fn reply(&self, memory: &GuestMemory, result: Result<(), DiskError>) -> (u8, u32);
+}

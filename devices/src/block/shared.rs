@@ -1,0 +1,244 @@
+//! What all threads of a disk share: the workers, the transport's view and the VM's handle.
+//!
+//! Everything here is constant, atomic or behind a lock of its own; no lock is held while another is taken. `device` makes
+//! the one value of a disk, and plugs the capabilities in (a limiter, a set of further commands).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::time::Instant;
+
+use super::admission::Limiter;
+use super::config_space::{ConfigSpace, GeometryRule};
+use super::events::{BlockEvent, ErrorAction, EventLimit, EventSink};
+use super::options::{BlockError, BlockOptions};
+use super::request::{CommandSet, Refusal, RequestLimits};
+use super::stats::{BlockStats, Counters, IoStatus, Kind};
+use crate::disk::{Disk, DiskError};
+use crate::log_limit::LogLimit;
+use crate::virtio::queue::QueueError;
+use crate::virtio::spec::blk;
+
+const NO_THRESHOLD: u64 = u64::MAX;
+
+/// What all of a disk's threads share: its workers, the vCPU that accesses its registers, and the VM's
+/// [`BlockHandle`](super::BlockHandle). Fields that change are atomics or have a lock of their own, which is never held
+/// during a transfer.
+pub(super) struct Shared {
+    pub(super) options: BlockOptions,
+    pub(super) config_space: ConfigSpace,
+    pub(super) disk: Arc<dyn Disk>,
+    pub(super) events: EventSink,
+    /// The `writeback` field: what the driver chose, or the initial value.
+    writeback: AtomicBool,
+    io_status: AtomicU8,
+    /// The operator wants to hear of a change past this offset, in bytes. Nothing ever reaches past `NO_THRESHOLD`.
+    write_threshold: AtomicU64,
+    pub(super) counters: Vec<Arc<Counters>>,
+    pub(super) limiter: Arc<dyn Limiter>,
+    pub(super) commands: Box<dyn CommandSet>,
+    limits: LogLimits,
+    error_events: EventLimit,
+}
+
+/// One limit for each message that a guest can provoke, so that none hides another.
+#[derive(Default)]
+struct LogLimits {
+    bad_request: LogLimit,
+    no_status: LogLimit,
+    broken_ring: LogLimit,
+    host_error: LogLimit,
+    own_error: LogLimit,
+}
+
+impl Shared {
+    /// Checks the options and lays out the device for `workers` threads.
+    pub(super) fn new(
+        options: BlockOptions,
+        disk: Arc<dyn Disk>,
+        events: EventSink,
+        workers: usize,
+        limiter: Arc<dyn Limiter>,
+        commands: Box<dyn CommandSet>,
+        geometry: GeometryRule,
+    ) -> Result<Arc<Self>, BlockError> {
+        let sizes = options.check(&disk.limits())?;
+        Ok(Arc::new(Self {
+            config_space: ConfigSpace::new(&options, &sizes, &*disk, geometry),
+            writeback: AtomicBool::new(options.write_cache),
+            io_status: AtomicU8::new(IoStatus::Ok as u8),
+            write_threshold: AtomicU64::new(NO_THRESHOLD),
+            limiter,
+            commands,
+            options,
+            disk,
+            events,
+            counters: (0..workers).map(|_| Arc::default()).collect(),
+            limits: LogLimits::default(),
+            error_events: EventLimit::default(),
+        }))
+    }
+
+    /// How many requests of `positions` queues can be in flight.
+    pub(super) fn depth(&self, positions: usize) -> u32 {
+        u32::from(self.options.queue_size) * positions as u32
+    }
+
+    pub(super) fn stats(&self) -> BlockStats {
+        let mut stats = BlockStats::default();
+        self.counters.iter().for_each(|counters| counters.add_to(&mut stats));
+        stats
+    }
+
+    /// Whether completed writes may be volatile. Without FLUSH the driver cannot make them durable, so they always are
+    /// (virtio 1.2 §5.2.5.2, §5.2.6.2).
+    pub(super) fn writeback(&self, features: u64) -> bool {
+        features & blk::F_FLUSH != 0 && self.writeback.load(Ordering::Acquire)
+    }
+
+    /// The driver sets the write cache; `None`: as configured.
+    pub(super) fn set_writeback(&self, writeback: Option<bool>) {
+        let value = writeback.unwrap_or(self.options.write_cache);
+        self.writeback.store(value, Ordering::Release);
+    }
+
+    /// The `writeback` field, whatever the driver negotiated.
+    pub(super) fn writeback_field(&self) -> bool {
+        self.writeback.load(Ordering::Relaxed)
+    }
+
+    /// What requests are checked against as of now.
+    pub(super) fn request_limits(&self, features: u64) -> RequestLimits {
+        waypoint!();
+        RequestLimits {
+            features,
+            capacity: self.disk.capacity(),
+            block_size: u64::from(self.config_space.block_size),
+            size_max: self.config_space.size_max(features),
+            read_only: self.disk.read_only(),
+            write_through: !self.writeback(features),
+        }
+    }
+
+    /// The configuration space from `offset` on, with zeroes behind it.
+    pub(super) fn read_config(&self, offset: u64, data: &mut [u8], features: u64) {
+        let config = self.config_space.config(self.disk.capacity(), self.writeback(features));
+        let bytes = config.to_le_bytes();
+        let rest =
+            usize::try_from(offset).ok().and_then(|offset| bytes.get(offset..)).unwrap_or_default();
+        data.fill(0);
+        data.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
+    }
+
+    /// The answer to GET_ID: the serial number, padded with NUL (virtio 1.2 §5.2.6).
+    pub(super) fn id(&self) -> [u8; blk::ID_SIZE] {
+        let mut id = [0; blk::ID_SIZE];
+        let serial = self.options.serial.as_deref().unwrap_or_default().as_bytes();
+        id.iter_mut().zip(serial).for_each(|(id, byte)| *id = *byte);
+        id
+    }
+
+    /// The answer to GET_LIFETIME; what the host does not tell is 0 (virtio 1.2 §5.2.6).
+    pub(super) fn lifetime(&self) -> blk::Lifetime {
+        self.disk.lifetime().map_or(blk::Lifetime::default(), |lifetime| blk::Lifetime {
+            pre_eol_info: lifetime.pre_eol_info,
+            estimate_type_a: lifetime.device_lifetime_est_typ_a,
+            estimate_type_b: lifetime.device_lifetime_est_typ_b,
+        })
+    }
+
+    pub(super) fn io_status(&self) -> IoStatus {
+        match self.io_status.load(Ordering::Relaxed) {
+            status if status == IoStatus::Failed as u8 => IoStatus::Failed,
+            status if status == IoStatus::NoSpace as u8 => IoStatus::NoSpace,
+            _ => IoStatus::Ok,
+        }
+    }
+
+    pub(super) fn set_io_status(&self, status: IoStatus) {
+        self.io_status.store(status as u8, Ordering::Relaxed);
+    }
+
+    pub(super) fn write_threshold(&self) -> Option<u64> {
+        Some(self.write_threshold.load(Ordering::Relaxed)).filter(|offset| *offset != NO_THRESHOLD)
+    }
+
+    pub(super) fn set_write_threshold(&self, offset: Option<u64>) {
+        self.write_threshold.store(offset.unwrap_or(NO_THRESHOLD), Ordering::Relaxed);
+    }
+
+    /// Tells the VM and the log of a host error.
+    pub(super) fn report_error(&self, operation: Kind, error: DiskError, action: ErrorAction) {
+        let nospace = error == DiskError::NoSpace;
+        if action == ErrorAction::Stop {
+            self.set_io_status(if nospace { IoStatus::NoSpace } else { IoStatus::Failed });
+        }
+        let disk = &self.options.name;
+        if let Some(suppressed) = self.limits.host_error.admit() {
+            tracing::warn!(disk, ?operation, %error, ?action, suppressed, "the host failed a request");
+        }
+        // A stop is always announced: the VM has to act, and there are no more of them than the queues hold.
+        if action != ErrorAction::Stop && !self.error_events.admit(Instant::now()) {
+            return;
+        }
+        let (device, reason) = (disk.clone(), error.strerror());
+        (self.events)(BlockEvent::IoError { device, operation, action, nospace, reason });
+    }
+
+    /// Logs that an eventfd or a timer of ours failed.
+    pub(super) fn report_own_error(&self, what: &str, error: &std::io::Error) {
+        if let Some(suppressed) = self.limits.own_error.admit() {
+            let disk = &self.options.name;
+            tracing::error!(disk, %error, suppressed, "cannot {what}");
+        }
+    }
+
+    /// Logs a failed flush at the end of a worker: no request is there to report it to.
+    pub(super) fn report_last_flush(&self, error: DiskError) {
+        if let Some(suppressed) = self.limits.host_error.admit() {
+            let disk = &self.options.name;
+            tracing::error!(disk, %error, suppressed, "the disk's last flush failed");
+        }
+    }
+
+    pub(super) fn report_refusal(&self, refusal: &Refusal) {
+        let disk = &self.options.name;
+        match refusal {
+            Refusal::Status { kind, code, .. } => {
+                if let Some(suppressed) = self.limits.bad_request.admit() {
+                    tracing::debug!(disk, ?kind, code, suppressed, "the guest sent a bad request");
+                }
+            }
+            Refusal::Unanswerable => {
+                if let Some(suppressed) = self.limits.no_status.admit() {
+                    tracing::warn!(
+                        disk,
+                        suppressed,
+                        "the guest sent a request without a writable status byte"
+                    );
+                }
+            }
+        }
+    }
+
+    pub(super) fn report_broken_queue(&self, queue: u16, error: QueueError) {
+        if let Some(suppressed) = self.limits.broken_ring.admit() {
+            let disk = &self.options.name;
+            tracing::warn!(disk, queue, %error, suppressed, "the guest broke a ring; the disk needs a reset");
+        }
+    }
+
+    /// A request changes the disk up to `end`. Tells the operator if that is what they wait for, once.
+    pub(super) fn changes_up_to(&self, end: u64) {
+        let threshold = self.write_threshold.load(Ordering::Relaxed);
+        if end <= threshold {
+            return;
+        }
+        let relaxed = Ordering::Relaxed;
+        // Of several workers one is the first.
+        if self.write_threshold.compare_exchange(threshold, NO_THRESHOLD, relaxed, relaxed).is_ok()
+        {
+            let (device, exceeded) = (self.options.name.clone(), end - threshold);
+            (self.events)(BlockEvent::WriteThreshold { device, threshold, exceeded });
+        }
+    }
+}

@@ -1,0 +1,366 @@
+//! A worker's thread: an event loop over commands, the kicks of its queues, the engine's completions, and a timer.
+//!
+//! The thread and its engine are made with the device, so that they exist before the process confines itself, and sleep. `start`
+//! makes a [`Worker`] with that engine, `reset` ends the worker and keeps the engine for the next. After each event the loop
+//! looks whether a reset or a pause has what it waits for, and finishes its drain: the device never waits for this thread
+//! while the thread waits for the host.
+//! What goes wrong on the thread is decided here, in one place: the VM gets an event, and stops.
+
+use std::any::Any;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::events::BlockEvent;
+use super::options::BlockError;
+use super::queue::{QueueSnapshot, QueueState};
+use super::shared::Shared;
+use super::stats::Counters;
+use super::worker::{Negotiated, Worker};
+use crate::GuestMemory;
+use crate::clock::Instant;
+use crate::disk::{Engine, EngineSetup, MAX_THREADS, MIN_THREADS};
+use crate::lock;
+use crate::spawn::DiskThreads;
+use crate::virtio::device::ActiveQueue;
+use crate::virtio::drain::{Drain, Party};
+
+/// What the device asks of a worker thread: a call of one of the methods of [`Loop`] that the device may call.
+type Command = Box<dyn FnOnce(&mut Loop, &mut EventOps<'_>) + Send>;
+
+/// The device's end of a worker thread: a channel of commands, and the eventfd that wakes the thread for them. The
+/// thread lives as long as the device; it has a worker only between DRIVER_OK and a reset.
+pub(super) struct WorkerThread {
+    commands: Mutex<Sender<Command>>,
+    control: Arc<EventFd>,
+    join: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl WorkerThread {
+    /// Starts thread `number` of the disk with its engine; it will serve up to `positions` queues.
+    pub(super) fn spawn(
+        shared: &Arc<Shared>,
+        number: usize,
+        positions: usize,
+        memory: GuestMemory,
+        threads: &DiskThreads,
+    ) -> Result<Self, BlockError> {
+        let thread = format!("disk-{}-{number}", shared.options.name);
+        let failed = |source| BlockError::Thread { thread: thread.clone(), source };
+        let control = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed)?);
+        let timer = timerfd_create(
+            TimerfdClockId::Monotonic,
+            TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK,
+        );
+        let timer = timer.map_err(|error| failed(error.into()))?;
+        // One event each for control, completions, the timer and kicks is all that can be ready at a time.
+        let manager =
+            EventManager::new_with_capacity(positions + 3).map_err(|error| match error {
+                event_manager::Error::Epoll(error) => failed(error.into()),
+                error => failed(io::Error::other(error.to_string())),
+            })?;
+        let setup = EngineSetup {
+            memory,
+            depth: shared.depth(positions),
+            threads: (MAX_THREADS / shared.counters.len()).max(MIN_THREADS),
+            spawn: Arc::clone(&threads.io),
+        };
+        let engine = Arc::clone(&shared.disk).engine(setup).map_err(failed)?;
+        let (sender, receiver) = mpsc::channel();
+        let body = {
+            let (shared, control) = (Arc::clone(shared), Arc::clone(&control));
+            let counters = Arc::clone(&shared.counters[number]);
+            move || {
+                let state = Loop {
+                    shared,
+                    counters,
+                    positions,
+                    control,
+                    timer,
+                    commands: receiver,
+                    engine: Some(engine),
+                    worker: None,
+                    paused: false,
+                    pausing: None,
+                    exit: false,
+                    unwatched: None,
+                };
+                run(state, manager)
+            }
+        };
+        let join = (threads.worker)(thread.clone(), Box::new(body)).map_err(failed)?;
+        Ok(Self { commands: Mutex::new(sender), control, join: Mutex::new(Some(join)) })
+    }
+
+    /// Has the thread carry out a command, without waiting. `false`: the thread is gone, and has told the VM.
+    pub(super) fn send(
+        &self,
+        command: impl FnOnce(&mut Loop, &mut EventOps<'_>) + Send + 'static,
+    ) -> bool {
+        let sent = lock(&self.commands).send(Box::new(command));
+        if sent.is_ok()
+            && let Err(error) = self.control.write(1)
+        {
+            tracing::error!(%error, "cannot wake a disk's worker thread");
+        }
+        sent.is_ok()
+    }
+
+    /// Has the thread answer a question, and waits for that. `None`: the thread is gone, or the host keeps it. What may take
+    /// as long as the host takes is no question: it has a drain.
+    pub(super) fn request<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&mut Loop, &mut EventOps<'_>) -> T + Send + 'static,
+    ) -> Option<T> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        // The caller may have given up.
+        self.send(move |thread, ops| drop(reply.send(question(thread, ops))));
+        answer.recv_timeout(REPLY_TIMEOUT).ok()
+    }
+
+    /// Ends the thread, and waits until it is gone.
+    pub(super) fn join(&self) {
+        self.send(|thread, _| thread.exit = true);
+        let join = lock(&self.join).take();
+        if let Some(join) = join {
+            // The body catches panics, so that there is nothing to learn from the result.
+            let _ = join.join();
+        }
+    }
+}
+
+/// The thread's body. Whatever ends it but `WorkerThread::join` is reported to the VM.
+fn run(state: Loop, manager: EventManager<Loop>) {
+    let shared = Arc::clone(&state.shared);
+    let result = catch_unwind(AssertUnwindSafe(|| state.run(manager)));
+    let message = match result {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => format!("the event loop failed: {error}"),
+        Err(panic) => format!("a worker thread panicked: {}", panic_message(&*panic)),
+    };
+    (shared.events)(BlockEvent::WorkerFailed { device: shared.options.name.clone(), message });
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("(no message)")
+}
+
+/// The longest that a question to the thread waits. Answers need no host I/O, but the thread may be inside of some.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What a descriptor in the event loop stands for.
+const CONTROL: u32 = 0;
+const COMPLETION: u32 = 1;
+/// The disk's limits let something start.
+const TIMER: u32 = 2;
+/// And from here on: the kick of the queue at the position that follows.
+const KICK: u32 = 3;
+
+/// What the thread has. Its methods are the commands of the device, and what the event loop calls.
+pub(super) struct Loop {
+    shared: Arc<Shared>,
+    counters: Arc<Counters>,
+    positions: usize,
+    control: Arc<EventFd>,
+    /// Expires when `Worker::release` has something to do.
+    timer: OwnedFd,
+    commands: Receiver<Command>,
+    /// `None` while the worker has it.
+    engine: Option<Box<dyn Engine>>,
+    worker: Option<Worker>,
+    paused: bool,
+    /// A pause that waits for what is with the host.
+    pausing: Option<Party>,
+    exit: bool,
+    /// Why no event would come.
+    unwatched: Option<event_manager::Error>,
+}
+
+impl Loop {
+    fn run(self, mut manager: EventManager<Self>) -> Result<(), event_manager::Error> {
+        let id = manager.add_subscriber(self);
+        while !manager.subscriber_mut(id)?.exit {
+            manager.run()?;
+        }
+        manager.subscriber_mut(id)?.unwatched.take().map_or(Ok(()), Err)
+    }
+
+    /// DRIVER_OK: begins to serve; the queues come after, one by one. The transport starts a device only after its last stop is
+    /// over, so that the engine is here.
+    pub(super) fn start(&mut self, negotiated: Negotiated) {
+        let (shared, counters) = (Arc::clone(&self.shared), Arc::clone(&self.counters));
+        let (positions, paused) = (self.positions, self.paused);
+        let with = |engine| Worker::new(shared, counters, negotiated, positions, paused, engine);
+        self.worker = self.engine.take().map(with).or(self.worker.take());
+    }
+
+    /// Takes over the queue at this position.
+    pub(super) fn add_queue(
+        &mut self,
+        position: usize,
+        queue: ActiveQueue,
+        ops: &mut EventOps<'_>,
+    ) -> io::Result<()> {
+        let Some(worker) = &mut self.worker else { return Err(io::ErrorKind::NotConnected.into()) };
+        let kick = queue.kick.as_raw_fd();
+        worker.add_queue(position, queue)?;
+        add(ops, kick, KICK + position as u32)?;
+        // The driver need not kick for what it made available before.
+        worker.serve(position);
+        Ok(())
+    }
+
+    /// Hands one queue back when nothing of it is with the host.
+    pub(super) fn remove_queue(&mut self, position: usize, drain: Drain, ops: &mut EventOps<'_>) {
+        self.unwatch(position, ops);
+        match &mut self.worker {
+            Some(worker) => worker.remove_queue(position, drain),
+            None => drain.finish([]),
+        }
+    }
+
+    fn unwatch(&self, position: usize, ops: &mut EventOps<'_>) {
+        if let Some(queue) = self.worker.as_ref().and_then(|worker| worker.queue(position))
+            && queue.state != QueueState::Leaving
+        {
+            remove(ops, queue.kick.as_raw_fd());
+        }
+    }
+
+    /// The driver resets the device: ends the worker, and hands all queues back, when nothing is with the host.
+    pub(super) fn reset(&mut self, drain: Drain, ops: &mut EventOps<'_>) {
+        // Descriptors leave the loop before they are closed: a reused number would be refused.
+        (0..self.positions).for_each(|position| self.unwatch(position, ops));
+        match &mut self.worker {
+            Some(worker) => worker.reset(drain),
+            None => drain.finish([]),
+        }
+    }
+
+    /// Takes no more work until `resume`, and drops `party` when nothing is with the host.
+    pub(super) fn pause(&mut self, party: Party) {
+        (self.paused, self.pausing) = (true, Some(party));
+        self.with_worker(Worker::pause);
+    }
+
+    /// Starts the stopped requests over, and serves the queues again.
+    pub(super) fn resume(&mut self) {
+        (self.paused, self.pausing) = (false, None);
+        self.with_worker(Worker::resume);
+    }
+
+    /// Starts what may start by now: the limits changed, or the time has come.
+    pub(super) fn release(&mut self) {
+        self.with_worker(|worker| worker.release(Instant::now()));
+    }
+
+    /// The queues as values.
+    pub(super) fn snapshot(&self) -> Vec<QueueSnapshot> {
+        self.worker.as_ref().map_or(Vec::new(), Worker::snapshot)
+    }
+
+    /// Takes over what a snapshot says of a queue.
+    pub(super) fn restore(&mut self, position: usize, snapshot: &QueueSnapshot) -> bool {
+        self.worker.as_mut().is_some_and(|worker| worker.restore(position, snapshot))
+    }
+
+    fn with_worker(&mut self, act: impl FnOnce(&mut Worker)) {
+        if let Some(worker) = &mut self.worker {
+            act(worker);
+        }
+    }
+
+    /// What a reset or a pause waits for may have come, and a turn may have been cut short.
+    fn after_event(&mut self) {
+        if let Some(worker) = self.worker.take_if(|worker| worker.advance_resets()) {
+            self.engine = Some(worker.finish());
+        }
+        if self.worker.as_ref().is_none_or(Worker::stands_still) {
+            self.pausing = None;
+        }
+        if self.worker.as_ref().is_some_and(Worker::wants_turn)
+            && let Err(error) = self.control.write(1)
+        {
+            self.shared.report_own_error("continue a worker's turn", &error);
+        }
+    }
+}
+
+impl Loop {
+    /// Sets the timer for what waits for the disk's limits. Each expiry is an edge, and the timer is never read.
+    fn schedule(&self) {
+        let Some(wait) =
+            self.worker.as_ref().and_then(|worker| worker.next_release(Instant::now()))
+        else {
+            return;
+        };
+        // A timer set to zero never expires.
+        let wait = wait.max(Duration::from_micros(1));
+        let once = Itimerspec {
+            it_interval: Timespec { tv_sec: 0, tv_nsec: 0 },
+            it_value: Timespec::try_from(wait).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 }),
+        };
+        if let Err(error) = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once) {
+            self.shared.report_own_error("set the timer of its limits", &error.into());
+        }
+    }
+}
+
+impl MutEventSubscriber for Loop {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        let completions = self.engine.as_ref().and_then(|engine| engine.completion_fd());
+        let fds = [(Some(self.timer.as_raw_fd()), TIMER), (completions, COMPLETION)];
+        let mut others = fds.into_iter().filter_map(|(fd, data)| Some(edges(fd?, data)));
+        let control = Events::with_data(&*self.control, CONTROL, EventSet::IN);
+        let watched = ops.add(control).and_then(|()| others.try_for_each(|fd| ops.add(fd)));
+        (self.exit, self.unwatched) = (watched.is_err(), watched.err());
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        match events.data() {
+            CONTROL => {
+                // Clears the count.
+                let _ = self.control.read();
+                while let Ok(command) = self.commands.try_recv() {
+                    command(self, ops);
+                }
+                self.with_worker(Worker::reap);
+            }
+            COMPLETION => self.with_worker(Worker::reap),
+            TIMER => self.release(),
+            kick => {
+                waypoint!();
+                self.with_worker(|worker| worker.serve((kick - KICK) as usize));
+            }
+        }
+        self.after_event();
+        self.schedule();
+    }
+}
+
+/// Watches an eventfd edge-triggered: each write to it is an edge, so that it need never be read.
+fn add(ops: &mut EventOps<'_>, fd: RawFd, data: u32) -> io::Result<()> {
+    ops.add(edges(fd, data)).map_err(io::Error::other)
+}
+
+fn edges(fd: RawFd, data: u32) -> Events {
+    Events::with_data_raw(fd, data, EventSet::IN | EventSet::EDGE_TRIGGERED)
+}
+
+fn remove(ops: &mut EventOps<'_>, fd: RawFd) {
+    if let Err(error) = ops.remove(Events::empty_raw(fd)) {
+        tracing::error!(%error, "cannot stop watching a descriptor");
+    }
+}

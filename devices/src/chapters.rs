@@ -1,0 +1,7 @@
+//! The chapters about the disk, for readers of the generated documentation. No code: each module is a page of `devices/docs/`.
+
+#[doc = include_str!("../docs/follow-one-write.md")]
+pub mod follow_one_write {}
+
+#[doc = include_str!("../docs/virtio-blk.md")]
+pub mod virtio_blk_by_clause {}

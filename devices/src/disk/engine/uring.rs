@@ -1,0 +1,316 @@
+//! io_uring (`aio=io_uring`): reads, direct writes and flushes that the kernel makes while the worker does something else.
+//!
+//! A capability: without it the pool's threads do the same. It hooks in as a [`Ring`], which `open` plugs into an image.
+//!
+//! One ring belongs to one worker and one image. A batch of jobs costs one io_uring_enter(2). Collecting completions costs
+//! one more at most, and none while there are no completions, which the ring's shared memory shows. The ring is restricted
+//! to transfers of the image's file, because a seccomp filter does not see what goes through it.
+//!
+//! A ring that refuses submissions is *broken*: it gives back what the kernel has not taken, and the engine uses threads from
+//! then on. A new ring would need a system call that a confined process has given up.
+
+#![expect(unsafe_code, reason = "submission queue entries carry raw pointers")]
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{Ordering, fence};
+use std::sync::{Arc, OnceLock};
+
+use io_uring::register::Restriction;
+use io_uring::{IoUring, opcode, squeue, types};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::ring::{Carried, Ring};
+use crate::disk::host_file::HostFile;
+use crate::disk::job::Job;
+use crate::disk::{Change, ObservedBy, Operation};
+use crate::log_limit::LogLimit;
+
+/// The image, by its index among the ring's registered files.
+const IMAGE: types::Fixed = types::Fixed(0);
+
+/// A ring for one image.
+struct Uring {
+    uring: IoUring,
+    /// Jobs in the ring, by tag. The kernel's pointers lead into guest memory and into the jobs' iovec lists.
+    jobs: Vec<Option<Box<Job>>>,
+    in_flight: usize,
+    /// Tags of jobs that the kernel has not taken yet, in order.
+    queued: Vec<u32>,
+    /// The ring takes submissions, from the thread that enabled it.
+    enabled: bool,
+    /// The kernel has refused a submission although it had nothing else in its hands.
+    broken: bool,
+    shortages: Arc<LogLimit>,
+    observer: Option<ObservedBy>,
+}
+
+/// Whether this host provides io_uring. The host is asked once, and so is the user told.
+pub(in crate::disk) fn available() -> bool {
+    static PROBE: OnceLock<bool> = OnceLock::new();
+    // Restrictions came with Linux 5.10; all operations used here are older.
+    *PROBE.get_or_init(|| match build(1).and_then(|uring| restrict(&uring)) {
+        Ok(()) => true,
+        Err(error) => {
+            tracing::warn!(%error, "this host does not allow io_uring (kernel.io_uring_disabled, or a seccomp filter): disks use threads");
+            false
+        }
+    })
+}
+
+/// Whether a completion with this errno says nothing about the file: io_uring, a security module or the kernel's memory
+/// refused, or the request does not suit it. A blocking system call gives the file's own answer.
+fn is_own_error(errno: i32) -> bool {
+    #[rustfmt::skip]
+    let own = matches!(
+        errno,
+        libc::EAGAIN | libc::EINTR | libc::ECANCELED | libc::ENOSYS | libc::EPERM | libc::EACCES
+            | libc::EOPNOTSUPP | libc::EINVAL | libc::ENOMEM
+    );
+    own
+}
+
+/// A completion's result: bytes, or a negative errno.
+fn carried(result: i32) -> Carried {
+    match u64::try_from(result) {
+        Ok(count) => Some(Ok(count)),
+        Err(_) if is_own_error(-result) => None,
+        Err(_) => Some(Err(io::Error::from_raw_os_error(-result))),
+    }
+}
+
+/// A ring that is not enabled yet, with what makes completions cheap on this kernel.
+fn build(depth: u32) -> io::Result<IoUring> {
+    // Linux 6.1: completion work runs when the worker asks for it, rather than by interrupting it.
+    let modern = IoUring::builder()
+        .setup_r_disabled()
+        .setup_clamp()
+        .setup_submit_all()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_taskrun_flag()
+        .build(depth);
+    modern.or_else(|error| match error.raw_os_error() {
+        Some(libc::EINVAL) => IoUring::builder().setup_r_disabled().setup_clamp().build(depth),
+        _ => Err(error),
+    })
+}
+
+/// Leaves the ring nothing but transfers of registered files: seccomp cannot see what goes through it.
+fn restrict(uring: &IoUring) -> io::Result<()> {
+    let operations = [
+        opcode::Read::CODE,
+        opcode::Readv::CODE,
+        opcode::Write::CODE,
+        opcode::Writev::CODE,
+        opcode::Fsync::CODE,
+    ];
+    let [read, readv, write, writev, fsync] = operations.map(Restriction::sqe_op);
+    let fixed_file = Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits());
+    uring.submitter().register_restrictions(&mut [read, readv, write, writev, fsync, fixed_file])
+}
+
+/// A ring for `image`. `shortages` limits the messages about what the kernel refuses.
+///
+/// # Errors
+/// The host refuses one, for now or for good.
+pub(in crate::disk) fn make(
+    image: &HostFile,
+    depth: usize,
+    event: &EventFd,
+    shortages: &Arc<LogLimit>,
+) -> io::Result<Box<dyn Ring>> {
+    let mut uring = build(u32::try_from(depth).unwrap_or(u32::MAX))?;
+    uring.submitter().register_files(&[image.file.as_raw_fd()])?;
+    uring.submitter().register_eventfd(event.as_raw_fd())?;
+    restrict(&uring)?;
+    uring.completion().disable_eventfd();
+    Ok(Box::new(Uring {
+        uring,
+        jobs: (0..depth).map(|_| None).collect(),
+        in_flight: 0,
+        queued: Vec::with_capacity(depth),
+        enabled: false,
+        broken: false,
+        shortages: Arc::clone(shortages),
+        observer: image.observer.clone(),
+    }))
+}
+
+impl Ring for Uring {
+    fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    fn submit(&mut self, mut job: Box<Job>) -> Result<(), Box<Job>> {
+        let free = self.jobs.get(job.tag as usize).is_some_and(Option::is_none);
+        let Some(entry) = entry(&job).filter(|_| free && !self.broken) else { return Err(job) };
+        self.begin(&mut job);
+        // SAFETY: the entry's pointers stay valid until the completion: guest memory by the invariant of `IoBuffers`, the
+        // iovec list because `jobs` keeps the job, untouched, until `reap` has seen its completion.
+        match unsafe { self.uring.submission().push(&entry.user_data(u64::from(job.tag))) } {
+            Ok(()) => {
+                self.queued.push(job.tag);
+                self.in_flight += 1;
+                let tag = job.tag as usize;
+                self.jobs[tag] = Some(job);
+                Ok(())
+            }
+            Err(_full) => {
+                end(&self.observer, &mut job, false);
+                Err(job)
+            }
+        }
+    }
+
+    fn commit(&mut self) {
+        if !self.enabled && !self.queued.is_empty() {
+            // From here on the ring is this thread's.
+            self.enabled = self.uring.submitter().register_enable_rings().is_ok();
+        }
+        while !self.queued.is_empty() && !self.broken {
+            match self.uring.submitter().submit() {
+                Ok(count @ 1..) => drop(self.queued.drain(..count.min(self.queued.len()))),
+                Ok(0) => self.broken = true,
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EINTR) => {}
+                    // The kernel is short of something: try again when a job in its hands completes.
+                    Some(libc::EAGAIN | libc::EBUSY) if self.in_flight > self.queued.len() => {
+                        return;
+                    }
+                    _ => {
+                        if let Some(suppressed) = self.shortages.admit() {
+                            tracing::warn!(%error, suppressed, "io_uring refuses transfers: a disk's queue uses threads from now on");
+                        }
+                        self.broken = true;
+                    }
+                },
+            }
+        }
+    }
+
+    fn reap(&mut self, completed: &mut VecDeque<(Box<Job>, Carried)>) {
+        if self.in_flight == 0 {
+            return;
+        }
+        self.uring.completion().disable_eventfd();
+        loop {
+            if self.uring.submission().taskrun() && self.enter(0).is_err() {
+                // Another thread than the one that committed; `wait` will report it.
+                return;
+            }
+            for entry in self.uring.completion() {
+                if let Some(mut job) =
+                    self.jobs.get_mut(entry.user_data() as usize).and_then(Option::take)
+                {
+                    self.in_flight -= 1;
+                    end(&self.observer, &mut job, entry.result() >= 0);
+                    completed.push_back((job, carried(entry.result())));
+                }
+            }
+            self.commit();
+            if self.broken {
+                for tag in self.queued.drain(..) {
+                    self.in_flight -= 1;
+                    let Some(mut job) = self.jobs[tag as usize].take() else { continue };
+                    end(&self.observer, &mut job, false);
+                    completed.push_back((job, None));
+                }
+            }
+            if self.in_flight == 0 {
+                return;
+            }
+            self.uring.completion().enable_eventfd();
+            // Either the kernel sees the event enabled, or the next look sees what it posted before.
+            fence(Ordering::SeqCst);
+            if self.uring.completion().is_empty() && !self.uring.submission().taskrun() {
+                return;
+            }
+            self.uring.completion().disable_eventfd();
+        }
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        if self.in_flight > self.queued.len() && self.uring.completion().is_empty() {
+            self.enter(1)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// Shows the observer, if there is one, that the ring is done with a job.
+fn end(observer: &Option<ObservedBy>, job: &mut Job, succeeded: bool) {
+    if let (Some(ObservedBy(observer)), Some(change)) = (observer, job.change.take()) {
+        observer.end(change, succeeded);
+    }
+}
+
+impl Uring {
+    /// Shows the observer, if there is one, what the ring is about to change.
+    fn begin(&self, job: &mut Job) {
+        if let Some(ObservedBy(observer)) = &self.observer {
+            job.change = match job.operation {
+                Operation::Write { durable } => Some(observer.begin(job.written(durable))),
+                Operation::Flush => Some(observer.begin(Change::Sync)),
+                _ => None,
+            };
+        }
+    }
+
+    /// Lets the kernel post completions, and waits for `wait_for` of them.
+    fn enter(&self, wait_for: u32) -> io::Result<()> {
+        const GET_EVENTS: u32 = 1;
+        loop {
+            // SAFETY: no argument is a pointer.
+            match unsafe {
+                self.uring.submitter().enter::<libc::sigset_t>(0, wait_for, GET_EVENTS, None)
+            } {
+                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+                result => return result.map(drop),
+            }
+        }
+    }
+}
+
+/// The submission queue entry for a job, if io_uring has one.
+fn entry(job: &Job) -> Option<squeue::Entry> {
+    let buffers = job.buffers.pending();
+    let entry = match (job.operation, buffers) {
+        // A single buffer saves the kernel copying a list.
+        (Operation::Read, [one]) => {
+            opcode::Read::new(IMAGE, one.iov_base.cast(), length(one)).offset(job.offset).build()
+        }
+        (Operation::Read, _) => opcode::Readv::new(IMAGE, buffers.as_ptr(), buffers.len() as u32)
+            .offset(job.offset)
+            .build(),
+        (Operation::Write { durable }, [one]) => {
+            opcode::Write::new(IMAGE, one.iov_base.cast(), length(one))
+                .offset(job.offset)
+                .rw_flags(write_flags(durable))
+                .build()
+        }
+        (Operation::Write { durable }, _) => {
+            opcode::Writev::new(IMAGE, buffers.as_ptr(), buffers.len() as u32)
+                .offset(job.offset)
+                .rw_flags(write_flags(durable))
+                .build()
+        }
+        (Operation::Flush, _) => {
+            opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build()
+        }
+        _ => return None,
+    };
+    Some(entry)
+}
+
+/// As much of the buffer as fits into an entry. The kernel moves at most 2 GiB at once anyway; the rest follows as after any
+/// short transfer.
+fn length(buffer: &libc::iovec) -> u32 {
+    buffer.iov_len.min(1 << 30) as u32
+}
+
+fn write_flags(durable: bool) -> i32 {
+    if durable { libc::RWF_DSYNC } else { 0 }
+}

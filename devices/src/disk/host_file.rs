@@ -1,0 +1,324 @@
+//! The file or block device behind an image: how it is opened and locked, what it prefers, and what flushes it.
+//!
+//! Every format keeps its data in a [`HostFile`]. Opening one creates nothing, changes nothing and waits for nothing. The
+//! file's limits come from statx(2) and statvfs(3); those of a block device are in `block_device`. Reads and writes are not here:
+//! the formats and engines make them with `file`.
+
+#![expect(unsafe_code, reason = "ioctl(2)")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use rustix::fs::{
+    AtFlags, CWD, FallocateFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, openat,
+};
+use rustix::io::Errno;
+use rustix::ioctl::{Opcode, Setter, ioctl};
+
+use super::bounce::{Alignment, Bounce};
+use super::error::is_refusal;
+use super::lock::{self, LockError};
+use super::observer::{Change, ObservedBy};
+use super::{Limits, OpenOptions, OpenReason, SECTOR};
+
+const BLKDISCARD: Opcode = 0x1277;
+const BLKSECDISCARD: Opcode = 0x127d;
+
+/// What a host file is; nothing else can be a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FileKind {
+    Regular,
+    BlockDevice,
+}
+
+/// An open and, unless `locking=off`, locked file or block device. Raw images and every layer of a qcow2 chain are
+/// built on it. It knows what the host requires and offers, and nothing of formats.
+#[derive(Debug)]
+pub(super) struct HostFile {
+    pub(super) file: File,
+    pub(super) kind: FileKind,
+    /// What direct I/O requires of offsets and addresses, if the file was opened for it (O_DIRECT).
+    pub(super) direct: Option<Alignment>,
+    /// A second open file description that holds the lock until it is closed. io_uring must not get it: files
+    /// registered there stay open for a moment after the process has ended, and a machine that is started again at once
+    /// would find its own disk locked. A writable block device is claimed by it (O_EXCL).
+    lock: Option<File>,
+    /// The errno of the first flush that failed while the page cache held written data, else 0. Linux drops what it could not
+    /// write, so the next fdatasync(2) would succeed without that data: every later flush fails with this errno.
+    failed_flush: AtomicI32,
+    pub(super) observer: Option<ObservedBy>,
+}
+
+impl HostFile {
+    /// Opens `path` with the cache mode and locking of `options`.
+    pub(super) fn open(
+        path: &Path,
+        writable: bool,
+        options: &OpenOptions,
+    ) -> Result<Self, OpenReason> {
+        let direct = options.cache.direct();
+        let (file, kind) = open(path, writable, direct)?;
+        let lock = match options.locking {
+            true => Some(lock(path, &file, kind, writable)?),
+            false => None,
+        };
+        let direct = match direct {
+            true => Some(direct_alignment(&file, kind)?.ok_or(OpenReason::NoDirect)?),
+            false => None,
+        };
+        let observer = options.observer.clone();
+        Ok(Self { file, kind, direct, lock, failed_flush: AtomicI32::new(0), observer })
+    }
+
+    /// Wraps a file that something else has opened, without a lock.
+    pub(super) fn from_file(file: File, direct: Option<Alignment>) -> Result<Self, OpenReason> {
+        let kind = file_kind(rustix::fs::fstat(&file)?.st_mode)?;
+        let failed_flush = AtomicI32::new(0);
+        Ok(Self { file, kind, direct, lock: None, failed_flush, observer: None })
+    }
+
+    /// Length in bytes now. Moves the file offset, which no transfer uses.
+    pub(super) fn length(&self) -> io::Result<u64> {
+        Ok(rustix::fs::seek(&self.file, SeekFrom::End(0))?)
+    }
+
+    /// Bytes that a transfer has to start and end on: the unit of direct I/O, or 1.
+    pub(super) fn unit(&self) -> u32 {
+        self.direct.map_or(1, |alignment| alignment.offset)
+    }
+
+    /// Makes completed writes durable. Once this has failed it fails for good, except with direct I/O: then the data is
+    /// still in the device's cache, and a later flush that succeeds covers it.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        self.check_flushed(Ok(()))?;
+        let flush = || match rustix::fs::fdatasync(&self.file) {
+            // A seccomp filter may allow only one of the two.
+            Err(error) if is_refusal(&error.into()) => rustix::fs::fsync(&self.file),
+            result => result,
+        };
+        let flush = || rustix::io::retry_on_intr(flush).map_err(io::Error::from);
+        self.check_flushed(self.observe(|| Change::Sync, flush))
+    }
+
+    /// Makes a change of the file, and shows it to the observer if there is one.
+    pub(super) fn observe<R>(
+        &self,
+        change: impl FnOnce() -> Change,
+        make: impl FnOnce() -> io::Result<R>,
+    ) -> io::Result<R> {
+        let name = self.begin(change);
+        let result = make();
+        self.end(name, result.is_ok());
+        result
+    }
+
+    /// Shows the observer a change that is about to be made. `end` wants the result, which is empty if there is no observer.
+    pub(super) fn begin(&self, change: impl FnOnce() -> Change) -> Option<usize> {
+        self.observer.as_ref().map(|observed| observed.0.begin(change()))
+    }
+
+    pub(super) fn end(&self, name: Option<usize>, succeeded: bool) {
+        self.observer
+            .as_ref()
+            .zip(name)
+            .inspect(|(observed, name)| observed.0.end(*name, succeeded));
+    }
+
+    /// What a flush has to answer that ended with `result`: it succeeds only if none has failed before.
+    pub(super) fn check_flushed(&self, result: io::Result<()>) -> io::Result<()> {
+        if let (Err(error), None) = (&result, self.direct)
+            && !is_refusal(error)
+        {
+            let errno = error.raw_os_error().unwrap_or(libc::EIO);
+            // The first error stays.
+            let _ =
+                self.failed_flush.compare_exchange(0, errno, Ordering::Relaxed, Ordering::Relaxed);
+        }
+        match self.failed_flush.load(Ordering::Relaxed) {
+            0 => result,
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+
+    /// The error of a write that had to be durable. An EIO may come from its flush and may then be about other data, too.
+    pub(super) fn durable_write_failed(&self, error: io::Error) -> io::Error {
+        if error.raw_os_error() == Some(libc::EIO) {
+            let _ = self.check_flushed(Err(io::Error::from_raw_os_error(libc::EIO)));
+        }
+        error
+    }
+
+    /// The description to discard and zero ranges with. For a block device Linux drops the affected pages from the page
+    /// cache only if the caller has claimed the device; others get EBUSY if one of those pages is dirty.
+    fn for_ranges(&self) -> &File {
+        self.lock.as_ref().filter(|_| self.kind == FileKind::BlockDevice).unwrap_or(&self.file)
+    }
+
+    /// fallocate(2) that keeps the file's size: past the end, a punched hole does nothing and a zeroed range preallocates.
+    pub(super) fn fallocate(
+        &self,
+        mode: FallocateFlags,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<()> {
+        let mode = mode | FallocateFlags::KEEP_SIZE;
+        let call = || rustix::fs::fallocate(self.for_ranges(), mode, offset, length);
+        self.observe(|| Change::Zero { offset, length }, || Ok(rustix::io::retry_on_intr(call)?))
+    }
+
+    pub(super) fn discard_blocks(&self, offset: u64, length: u64) -> io::Result<()> {
+        // SAFETY: BLKDISCARD reads two 64-bit integers.
+        Ok(unsafe {
+            ioctl(self.for_ranges(), Setter::<BLKDISCARD, [u64; 2]>::new([offset, length]))
+        }?)
+    }
+
+    /// Destroys whole logical blocks of a block device and all copies of them.
+    pub(super) fn secure_erase(&self, offset: u64, length: u64) -> io::Result<()> {
+        if self.kind == FileKind::Regular {
+            return Err(Errno::OPNOTSUPP.into());
+        }
+        // SAFETY: BLKSECDISCARD reads two 64-bit integers.
+        Ok(unsafe {
+            ioctl(self.for_ranges(), Setter::<BLKSECDISCARD, [u64; 2]>::new([offset, length]))
+        }?)
+    }
+
+    /// The sizes that a disk should announce whose bytes are the file's. `discard`: the guest's discards reach the file.
+    pub(super) fn limits(&self, discard: bool) -> Limits {
+        let unit = rustix::fs::fstatvfs(&self.file).map_or(4096, |status| status.f_frsize);
+        let unit = match unit.clamp(SECTOR, 4096) as u32 {
+            unit if unit.is_power_of_two() => unit,
+            _ => SECTOR as u32,
+        };
+        // Direct I/O below its unit is read-modify-write: 512 bytes work, but the guest had better align.
+        let physical_block_size = self.unit().max(unit);
+        Limits {
+            logical_block_size: SECTOR as u32,
+            physical_block_size,
+            alignment_offset: 0,
+            min_io_size: physical_block_size,
+            opt_io_size: 0,
+            discard_granularity: if discard { unit } else { 0 },
+            secure_erase: false,
+        }
+    }
+
+    /// Whether the file is in memory (tmpfs or ramfs, linux/magic.h), so that no call on it waits for a device.
+    pub(super) fn in_memory(&self) -> bool {
+        const TMPFS_MAGIC: i64 = 0x0102_1994;
+        const RAMFS_MAGIC: i64 = 0x8584_58f6;
+        self.kind == FileKind::Regular
+            && rustix::fs::fstatfs(&self.file)
+                .is_ok_and(|status| [TMPFS_MAGIC, RAMFS_MAGIC].contains(&status.f_type))
+    }
+}
+
+impl AsFd for HostFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+fn open(path: &Path, writable: bool, direct: bool) -> Result<(File, FileKind), OpenReason> {
+    // Look before opening: opening some devices (a watchdog, a tape) does something.
+    let kind = file_kind(rustix::fs::stat(path)?.st_mode)?;
+    let mut flags = if writable { OFlags::RDWR } else { OFlags::RDONLY };
+    flags |= OFlags::CLOEXEC | OFlags::NOCTTY;
+    if kind == FileKind::Regular {
+        // If the path has become a fifo meanwhile, opening it must not wait for its other end.
+        flags |= OFlags::NONBLOCK;
+    }
+    if direct {
+        flags |= OFlags::DIRECT;
+    }
+    let file = openat(CWD, path, flags, Mode::empty()).map_err(|error| match error {
+        Errno::ACCESS | Errno::PERM => OpenReason::Permission { writable },
+        // The answer of a file system without O_DIRECT.
+        Errno::INVAL if direct => OpenReason::NoDirect,
+        error => error.into(),
+    })?;
+    if file_kind(rustix::fs::fstat(&file)?.st_mode)? != kind {
+        return Err(OpenReason::Changed);
+    }
+    // O_NONBLOCK was for open(2) only: io_uring would fail transfers rather than wait.
+    rustix::fs::fcntl_setfl(&file, rustix::fs::fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
+    Ok((file.into(), kind))
+}
+
+/// Opens `path` again, locks that description and returns it.
+fn lock(path: &Path, file: &File, kind: FileKind, writable: bool) -> Result<File, OpenReason> {
+    let claims = kind == FileKind::BlockDevice && writable;
+    let access = if claims { OFlags::RDWR } else { OFlags::RDONLY };
+    let describe = |flags| {
+        let flags = access | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK | flags;
+        openat(CWD, path, flags, Mode::empty())
+    };
+    let exclude = |description: &OwnedFd| {
+        lock::lock(description, writable).map_err(|error| match error {
+            LockError::Held => OpenReason::Locked,
+            LockError::Host(error) => OpenReason::CannotLock(error),
+        })
+    };
+    // O_EXCL without O_CREAT claims a block device: open(2) fails with EBUSY while the host has it mounted.
+    let claim = if claims { OFlags::EXCL } else { OFlags::empty() };
+    let description = describe(claim).or_else(|error| match error {
+        // Another minivmm or QEMU claims it too, but also holds the lock, which tells the two cases apart.
+        Errno::BUSY => exclude(&describe(OFlags::empty())?).and(Err(OpenReason::Mounted)),
+        error => Err(error.into()),
+    })?;
+    let identity = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
+    if identity(rustix::fs::fstat(&description)?) != identity(rustix::fs::fstat(file)?) {
+        return Err(OpenReason::Changed);
+    }
+    exclude(&description)?;
+    Ok(description.into())
+}
+
+fn file_kind(mode: u32) -> Result<FileKind, OpenReason> {
+    match FileType::from_raw_mode(mode) {
+        FileType::RegularFile => Ok(FileKind::Regular),
+        FileType::BlockDevice => Ok(FileKind::BlockDevice),
+        FileType::Directory => Err(OpenReason::NotADisk("directory")),
+        FileType::Fifo => Err(OpenReason::NotADisk("fifo")),
+        FileType::Socket => Err(OpenReason::NotADisk("socket")),
+        FileType::CharacterDevice => Err(OpenReason::NotADisk("character device")),
+        _ => Err(OpenReason::NotADisk("special file")),
+    }
+}
+
+/// Refuses an image without a whole sector, and warns about one whose last sector is incomplete.
+pub(super) fn check_length(path: &Path, length: u64) -> Result<(), OpenReason> {
+    let (sectors, rest) = (length / SECTOR, length % SECTOR);
+    if sectors == 0 {
+        return Err(OpenReason::TooSmall(length));
+    }
+    if rest != 0 {
+        tracing::warn!(
+            "disk image {path:?}: {length} bytes are no whole number of 512-byte sectors; the guest sees {sectors} sectors and not the last {rest} bytes"
+        );
+    }
+    Ok(())
+}
+
+/// What direct I/O on `file`, which was opened with O_DIRECT, requires. `None`: it does not work, whatever open(2) said.
+fn direct_alignment(file: &File, kind: FileKind) -> io::Result<Option<Alignment>> {
+    let status = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
+    if let Ok(status) = status
+        && status.stx_mask & StatxFlags::DIOALIGN.bits() != 0
+    {
+        let alignment =
+            Alignment { memory: status.stx_dio_mem_align, offset: status.stx_dio_offset_align };
+        return Ok((alignment.offset != 0 && alignment.supported()).then_some(alignment));
+    }
+    // Linux before 6.1, a file system that does not tell, or a filter that refuses statx(2): a device's logical block, otherwise by trial.
+    let works = |unit: u32| Bounce::default().probe(file, unit).is_ok();
+    let unit = match kind {
+        FileKind::BlockDevice => Some(rustix::fs::ioctl_blksszget(file)?),
+        FileKind::Regular => [SECTOR as u32, 4096].into_iter().find(|unit| works(*unit)),
+    };
+    Ok(unit.map(|unit| Alignment { memory: unit, offset: unit }))
+}

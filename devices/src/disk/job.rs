@@ -1,0 +1,230 @@
+//! One transfer under way: what is left to do, and where its data is in guest memory.
+//!
+//! [`IoBuffers`] hold guest memory as iovecs, which is what system calls and io_uring take. They are raw pointers, and no
+//! Rust reference to guest memory is ever formed: the guest may write it at any moment. The copies in `take` and `fill` are
+//! memcpy(3) calls, so if the guest writes concurrently, the copy holds old or new bytes, and each byte is read once. The
+//! engine that made the iovecs keeps the memory mapped until the job is finished.
+
+#![expect(unsafe_code, reason = "iovecs are raw pointers into guest memory")]
+
+use std::io;
+use std::os::fd::AsFd;
+use std::ptr;
+use std::sync::Arc;
+
+use libc::iovec;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, VolatileSlice};
+
+use super::bounce::Alignment;
+use super::positioned_io::{IOV_MAX, READ, WRITE, transfer};
+use super::{Change, DeviceCommand, DiskError, GuestRange, Operation};
+use crate::GuestMemory;
+
+/// What is left of a [`Transfer`](super::Transfer), with host addresses instead of guest ranges. Engines use jobs again, so
+/// that their buffer lists keep their allocations. The default is a flush, to be overwritten.
+#[derive(Default)]
+pub(super) struct Job {
+    pub(super) tag: u32,
+    pub(super) operation: Operation,
+    pub(super) offset: u64,
+    pub(super) length: u64,
+    /// Where the rest is in guest memory, for reads and writes.
+    pub(super) buffers: IoBuffers,
+    /// To be sent instead of the transfer, with its data in `buffers`.
+    pub(super) command: Option<Arc<dyn DeviceCommand>>,
+    /// The observer's name for what the ring does for this job.
+    pub(super) change: Option<usize>,
+}
+
+impl Job {
+    /// The first `count` bytes of a read or write are done.
+    pub(super) fn advance(&mut self, count: u64) {
+        self.buffers.advance(count as usize);
+        self.offset += count;
+        self.length -= count;
+    }
+
+    /// Moves the next `data.len()` bytes out of guest memory.
+    pub(super) fn take(&mut self, data: &mut [u8]) {
+        self.copy(data);
+        self.advance(data.len() as u64);
+    }
+
+    fn copy(&self, data: &mut [u8]) {
+        for (guest, at, length) in self.buffers.parts(data.len()) {
+            // SAFETY: `guest` is valid for `length` bytes by the invariant, and is no part of `data`.
+            unsafe { ptr::copy_nonoverlapping(guest, data[at..at + length].as_mut_ptr(), length) };
+        }
+    }
+
+    /// The rest of a write, as an observer sees it.
+    pub(super) fn written(&self, durable: bool) -> Change {
+        let mut data = vec![0; self.length as usize];
+        self.copy(&mut data);
+        Change::Write { offset: self.offset, data, durable }
+    }
+
+    /// Moves `data` into the next `data.len()` bytes of guest memory.
+    pub(super) fn fill(&mut self, data: &[u8]) {
+        for (guest, at, length) in self.buffers.parts(data.len()) {
+            // SAFETY: as in `take`, in the other direction.
+            unsafe { ptr::copy_nonoverlapping(data[at..at + length].as_ptr(), guest, length) };
+        }
+        self.advance(data.len() as u64);
+    }
+
+    pub(super) fn end(&self) -> u64 {
+        self.offset + self.length
+    }
+}
+
+/// Where `range` is, if that is one piece of host memory, as nearly always.
+fn in_one_region<'m>(memory: &'m GuestMemory, range: &GuestRange) -> Option<VolatileSlice<'m>> {
+    memory.iter().find_map(|region| {
+        let start = region.to_region_addr(range.address)?;
+        region.get_slice(start, range.length as usize).ok()
+    })
+}
+
+/// Guest buffers in the order of the transfer's bytes.
+///
+/// Invariant: every iovec is not empty, and lies inside guest memory that is mapped readable and writable for as long as the
+/// list is not empty.
+#[derive(Default)]
+pub(super) struct IoBuffers {
+    iovecs: Vec<iovec>,
+    /// Index of the first iovec with bytes left; those before it are done.
+    first: usize,
+}
+
+// SAFETY: the pointers name guest memory, which belongs to no thread and stays mapped (see the invariant).
+unsafe impl Send for IoBuffers {}
+
+impl IoBuffers {
+    /// Replaces the content by `ranges` and returns their length in bytes. Ranges that are neighbors in host memory become
+    /// one iovec.
+    ///
+    /// # Errors
+    /// `OutOfRange` when a range is not inside guest memory; the list is then empty.
+    ///
+    /// # Safety
+    /// The caller keeps `memory` mapped until the list is dropped, cleared or resolved anew.
+    pub(super) unsafe fn resolve(
+        &mut self,
+        memory: &GuestMemory,
+        ranges: &[GuestRange],
+    ) -> Result<u64, DiskError> {
+        self.clear();
+        let mut total = 0;
+        for range in ranges {
+            if let Some(slice) = in_one_region(memory, range) {
+                total += slice.len() as u64;
+                self.push(&slice);
+                continue;
+            }
+            for slice in memory.get_slices(range.address, range.length as usize) {
+                let Ok(slice) = slice else {
+                    self.clear();
+                    return Err(DiskError::OutOfRange);
+                };
+                total += slice.len() as u64;
+                self.push(&slice);
+            }
+        }
+        Ok(total)
+    }
+
+    fn push(&mut self, slice: &VolatileSlice<'_>) {
+        let (base, length) = (slice.ptr_guard_mut().as_ptr(), slice.len());
+        match self.iovecs.last_mut() {
+            Some(last) if last.iov_base.addr() + last.iov_len == base.addr() => {
+                last.iov_len += length
+            }
+            _ if length == 0 => {}
+            _ => self.iovecs.push(iovec { iov_base: base.cast(), iov_len: length }),
+        }
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.iovecs.clear();
+        self.first = 0;
+    }
+
+    fn rest(&self) -> &[iovec] {
+        &self.iovecs[self.first..]
+    }
+
+    /// As much of the rest as one system call takes.
+    pub(super) fn pending(&self) -> &[iovec] {
+        let rest = self.rest();
+        &rest[..rest.len().min(IOV_MAX)]
+    }
+
+    /// All of the rest, unless that takes more than one system call.
+    pub(super) fn whole(&self) -> Option<&[iovec]> {
+        Some(self.rest()).filter(|rest| rest.len() <= IOV_MAX)
+    }
+
+    fn advance(&mut self, mut count: usize) {
+        while count > 0 && self.first < self.iovecs.len() {
+            let iovec = &mut self.iovecs[self.first];
+            let step = count.min(iovec.iov_len);
+            iovec.iov_base = iovec.iov_base.wrapping_byte_add(step);
+            iovec.iov_len -= step;
+            count -= step;
+            self.first += usize::from(iovec.iov_len == 0);
+        }
+    }
+
+    /// Whether direct I/O takes the buffers as they are. Before Linux 6.18 each buffer's length has to be a multiple of the
+    /// unit, not just their sum.
+    pub(super) fn aligned(&self, alignment: Alignment) -> bool {
+        let (memory, unit) = (alignment.memory as usize, alignment.offset as usize);
+        let fits = |iovec: &iovec| {
+            iovec.iov_base.addr().is_multiple_of(memory) && iovec.iov_len.is_multiple_of(unit)
+        };
+        self.rest().iter().all(fits)
+    }
+
+    /// One read from `offset` into the buffers, which stay as they are. Returns the bytes read.
+    pub(super) fn read_from(&self, file: impl AsFd, offset: u64, flags: i32) -> io::Result<u64> {
+        // SAFETY: the iovecs are valid for writes by the invariant.
+        unsafe { transfer(READ, file, self.pending(), offset, flags) }
+    }
+
+    /// One write of the buffers to `offset`; they stay as they are. Returns the bytes written.
+    pub(super) fn write_to(&self, file: impl AsFd, offset: u64, flags: i32) -> io::Result<u64> {
+        waypoint!();
+        // SAFETY: the iovecs are valid for reads by the invariant.
+        unsafe { transfer(WRITE, file, self.pending(), offset, flags) }
+    }
+
+    /// The next `count` bytes buffer by buffer: where each part is, how many bytes come before it, how long it is.
+    fn parts(&self, count: usize) -> impl Iterator<Item = (*mut u8, usize, usize)> {
+        self.rest()
+            .iter()
+            .scan(0, move |at, iovec| {
+                let (start, length) = (*at, iovec.iov_len.min(count - *at));
+                *at += length;
+                Some((iovec.iov_base.cast(), start, length))
+            })
+            .take_while(|(_, _, length)| *length > 0)
+    }
+
+    /// Whether nothing but zeroes is left. If the guest writes meanwhile, either value may count.
+    pub(super) fn is_zero(&self) -> bool {
+        const ZEROES: [u8; 4096] = [0; 4096];
+        let mut copy = [0; ZEROES.len()];
+        self.rest().iter().all(|iovec| {
+            (0..iovec.iov_len).step_by(copy.len()).all(|at| {
+                let copy = &mut copy[..(iovec.iov_len - at).min(ZEROES.len())];
+                // SAFETY: the source lies inside the iovec, which is valid for reads by the invariant.
+                unsafe {
+                    let guest = iovec.iov_base.cast::<u8>().add(at);
+                    ptr::copy_nonoverlapping(guest, copy.as_mut_ptr(), copy.len());
+                }
+                *copy == ZEROES[..copy.len()]
+            })
+        })
+    }
+}

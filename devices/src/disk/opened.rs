@@ -1,0 +1,104 @@
+//! What is behind a disk: an opened image of some format, and how its user wants it served.
+//!
+//! Formats are plugged in here and nowhere else: one variant of [`Backend`] each, with one method per question. Engines
+//! ask [`OpenedDisk`], and go past it only to a raw image's file, where no format has to translate anything.
+
+#![expect(unsafe_code, reason = "device commands move data from and to guest memory")]
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::fs::{Mode, OFlags};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::bounce::Bounce;
+use super::engine::ring::MakeRing;
+use super::job::Job;
+use super::qcow2::Qcow2Image;
+use super::raw::RawImage;
+use super::{DetectZeroes, DiskError, GuestRange, OpenOptions, Operation};
+use crate::GuestMemory;
+use crate::log_limit::LogLimit;
+
+/// An opened image, by how its bytes become the disk's. Each blocking call may come from any thread.
+pub(super) enum Backend {
+    Raw(RawImage),
+    Qcow2(Box<Qcow2Image>),
+}
+
+/// An opened image, and the options that decide how it is served.
+pub(super) struct OpenedDisk {
+    pub(super) backend: Backend,
+    pub(super) read_only: bool,
+    pub(super) detect_zeroes: DetectZeroes,
+    pub(super) ignore_flush: bool,
+    /// The guest may send SCSI commands to the image's device (`scsi=on`).
+    pub(super) scsi: bool,
+    /// Makes the ring of an engine; `None` where threads do its share.
+    pub(super) make_ring: Option<MakeRing>,
+    /// Limits the messages about what the host refuses to this disk's engines: one disk's do not suppress another's.
+    pub(super) shortages: Arc<LogLimit>,
+    /// The file that the user named, to ask for its size on the host.
+    pub(super) file: Option<OwnedFd>,
+}
+
+impl OpenedDisk {
+    pub(super) fn new(
+        backend: Backend,
+        options: &OpenOptions,
+        make_ring: Option<MakeRing>,
+    ) -> Self {
+        Self {
+            backend,
+            read_only: options.read_only,
+            detect_zeroes: options.detect_zeroes,
+            ignore_flush: options.cache.ignores_flush() || options.snapshot,
+            scsi: options.scsi,
+            make_ring,
+            shortages: Arc::default(),
+            file: rustix::fs::open(&options.path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+                .ok(),
+        }
+    }
+
+    /// The raw image, whose file engines may use without `execute`.
+    pub(super) fn raw(&self) -> Option<&RawImage> {
+        match &self.backend {
+            Backend::Raw(image) => Some(image),
+            _ => None,
+        }
+    }
+
+    pub(super) fn capacity(&self) -> u64 {
+        match &self.backend {
+            Backend::Raw(image) => image.capacity(),
+            Backend::Qcow2(image) => image.capacity(),
+        }
+    }
+
+    /// Does what is left of `job` on the calling thread, which may have to wait. `bounce` is that thread's.
+    pub(super) fn execute(&self, job: &mut Job, bounce: &mut Bounce) -> Result<(), DiskError> {
+        match (&self.backend, job.command.take()) {
+            (Backend::Raw(image), None) => image.execute(job, bounce),
+            (Backend::Qcow2(image), None) => image.execute(job, bounce),
+            (Backend::Raw(image), Some(command)) if self.scsi => {
+                let data = job.buffers.whole().ok_or(DiskError::Host(libc::EINVAL))?;
+                // SAFETY: the iovecs are valid by the invariant of `IoBuffers`.
+                unsafe { command.execute(image.file().as_fd(), data) }
+            }
+            (_, Some(_)) => Err(DiskError::Unsupported),
+        }
+    }
+
+    /// The first 512 bytes, through memory of its own.
+    pub(super) fn first_sector(&self) -> Option<[u8; 512]> {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 4096)]).ok()?;
+        let mut job = Job { operation: Operation::Read, length: 512, ..Job::default() };
+        let range = GuestRange { address: GuestAddress(0), length: 512 };
+        // SAFETY: `memory` is dropped after `job`, which was made later.
+        unsafe { job.buffers.resolve(&memory, &[range]) }.ok()?;
+        self.execute(&mut job, &mut Bounce::default()).ok()?;
+        let mut sector = [0; 512];
+        memory.read_slice(&mut sector, range.address).ok().map(|()| sector)
+    }
+}

@@ -1,0 +1,74 @@
+//! The positioned read and write system calls over raw buffers, for guest memory and bounce buffers alike.
+//!
+//! libc's wrappers are not used: each of them is a cancellation point, which costs two atomic operations, and a wrapper for
+//! a newer call hides whether the kernel has it.
+
+#![expect(unsafe_code, reason = "system calls with raw pointers")]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+use libc::{c_long, iovec};
+
+use super::error::is_refusal;
+
+/// Most iovecs that one system call takes (Linux's UIO_MAXIOV).
+pub(super) const IOV_MAX: usize = 1024;
+
+/// The system calls of one direction: for one buffer, for several, and for several with flags.
+pub(super) type Direction = [c_long; 3];
+pub(super) const READ: Direction = [libc::SYS_pread64, libc::SYS_preadv, libc::SYS_preadv2];
+pub(super) const WRITE: Direction = [libc::SYS_pwrite64, libc::SYS_pwritev, libc::SYS_pwritev2];
+
+/// Moves bytes between `buffers` and `offset` of `file` with the cheapest system call that serves them, and returns how many.
+/// `flags` are those of preadv2(2). If a seccomp filter refuses the call for one buffer or for several, the other is tried;
+/// of several buffers it then moves the first one only.
+///
+/// # Safety
+/// `buffers` are at most IOV_MAX, and valid for reads and, if the direction is `READ`, for writes.
+pub(super) unsafe fn transfer(
+    [single, vector, flagged]: Direction,
+    file: impl AsFd,
+    buffers: &[iovec],
+    offset: u64,
+    flags: i32,
+) -> io::Result<u64> {
+    waypoint!();
+    let fd = file.as_fd().as_raw_fd();
+    let (list, count) = (buffers.as_ptr(), buffers.len());
+    let Some(first) = buffers.first() else { return Ok(0) };
+    // SAFETY: as the caller says. A 64-bit kernel takes the whole offset from the low half of its two arguments.
+    let single = || unsafe { libc::syscall(single, fd, first.iov_base, first.iov_len, offset) };
+    // SAFETY: as above.
+    let vector = || unsafe { libc::syscall(vector, fd, list, count, offset, 0_u64) };
+    // SAFETY: as above.
+    let flagged = || unsafe { libc::syscall(flagged, fd, list, count, offset, 0_u64, flags) };
+    match (flags, count) {
+        (0, 1) => either(single, vector),
+        (0, _) => either(vector, single),
+        _ => uninterrupted(flagged),
+    }
+}
+
+/// Makes a system call, or if a seccomp filter refuses it, the other.
+fn either(call: impl Fn() -> c_long, other: impl Fn() -> c_long) -> io::Result<u64> {
+    match uninterrupted(call) {
+        Err(error) if is_refusal(&error) => uninterrupted(other),
+        result => result,
+    }
+}
+
+/// Makes a system call, again if a signal interrupted it.
+fn uninterrupted(call: impl Fn() -> c_long) -> io::Result<u64> {
+    loop {
+        match u64::try_from(call()) {
+            Ok(count) => return Ok(count),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}

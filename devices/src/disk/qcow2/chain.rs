@@ -1,0 +1,111 @@
+//! Opens an image and what it builds on.
+//!
+//! An image that names a backing file chooses a file of the host, so the user has to allow that (`backing=on`), and formats
+//! are never guessed: the image has to name that of its backing file. Nothing is created or changed here.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use imago::FormatAccess;
+use imago::qcow2::Qcow2;
+use imago::raw::Raw;
+
+use super::header::{self, Header};
+use super::ordered::OrderedStorage;
+use super::storage::HostStorage;
+use crate::disk::host_file::HostFile;
+use crate::disk::{Format, OpenError, OpenOptions, OpenReason, other_formats};
+
+const MAX_CHAIN: usize = 64;
+
+/// One layer of a chain, with all below it.
+pub(super) type Layer = FormatAccess<OrderedStorage>;
+
+/// A layer, and what its user has to know about it.
+pub(super) struct Opened {
+    pub(super) layer: Layer,
+    pub(super) storage: OrderedStorage,
+    pub(super) header: Header,
+    /// Bytes of the layer below; 0 without one.
+    pub(super) backing: u64,
+    /// How many images it builds on.
+    pub(super) depth: u32,
+}
+
+/// Opens the image that `options` name and, if it is one that builds on others, those too.
+pub(super) fn open(options: &OpenOptions, writable: bool) -> Result<Opened, OpenError> {
+    open_at_depth(&options.path, options.format.unwrap_or_default(), writable, options, 0)
+}
+
+fn open_at_depth(
+    path: &Path,
+    format: Format,
+    writable: bool,
+    options: &OpenOptions,
+    depth: usize,
+) -> Result<Opened, OpenError> {
+    let refused = |reason| OpenError { path: path.to_owned(), reason };
+    let unusable = |error| refused(OpenReason::Qcow2(error));
+    if depth > MAX_CHAIN {
+        return Err(refused(OpenReason::BackingChain(MAX_CHAIN)));
+    }
+    let file = Arc::new(HostFile::open(path, writable, options).map_err(refused)?);
+    let header = match format {
+        Format::Raw => {
+            // Only an image that the user has named can be without a format.
+            if depth == 0 && options.format.is_none() {
+                other_formats::refuse(&file).map_err(refused)?;
+            }
+            Header::OF_RAW
+        }
+        Format::Qcow2 => header::check(&file, writable).map_err(refused)?,
+    };
+    HostStorage::check_calls(&file, writable).map_err(refused)?;
+    let file = HostStorage::new(&file, writable).map_err(|error| refused(error.into()))?;
+    if format == Format::Raw {
+        let storage = OrderedStorage::plain(file);
+        let layer = Raw::open_image(storage.clone(), writable);
+        let layer = FormatAccess::new(layer.map_err(|error| refused(error.into()))?);
+        return Ok(Opened { layer, storage, header, backing: 0, depth: 0 });
+    }
+    let barriers = !options.cache.ignores_flush();
+    let storage = OrderedStorage::qcow2(file, header.version, writable, barriers);
+    let storage = storage.map_err(unusable)?;
+    let mut image = Qcow2::open_image(storage.clone(), writable).map_err(unusable)?;
+    let below = match image.implicit_backing_file().cloned() {
+        Some(name) => {
+            let format = header.backing_format.as_ref().and_then(|word| word.parse().ok());
+            let (path, format) = backing(path, name, format, options).map_err(refused)?;
+            Some(open_at_depth(&path, format, false, options, depth + 1)?)
+        }
+        None => None,
+    };
+    let (backing, depth) =
+        below.as_ref().map_or((0, 0), |below| (below.layer.size(), below.depth + 1));
+    image.set_data_file(None);
+    image.set_backing(below.map(|below| below.layer));
+    Ok(Opened { layer: FormatAccess::new(image), storage, header, backing, depth })
+}
+
+/// Where the backing file `name` of the image at `path` is.
+fn backing(
+    path: &Path,
+    name: String,
+    format: Option<Format>,
+    options: &OpenOptions,
+) -> Result<(PathBuf, Format), OpenReason> {
+    if !options.backing {
+        return Err(OpenReason::Backing(name));
+    }
+    // As in QEMU, a word and a colon before any slash is a protocol.
+    let file = match name.split_once(':') {
+        Some(("file", file)) => file,
+        Some((protocol, _)) if !protocol.contains('/') => {
+            return Err(OpenReason::BackingProtocol(name));
+        }
+        _ => &name,
+    };
+    let path = path.parent().unwrap_or(Path::new("")).join(file);
+    let format = format.ok_or(OpenReason::BackingFormat(name))?;
+    Ok((path, format))
+}

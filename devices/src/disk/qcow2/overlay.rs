@@ -1,0 +1,33 @@
+//! `snapshot=on`: a temporary qcow2 image over the one that the user named, in a file that has no name, so that it goes when it
+//! is closed, however that happens.
+
+use std::io;
+use std::sync::Arc;
+
+use imago::qcow2::Qcow2;
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder};
+
+use super::chain::{Layer, Opened};
+use super::header::Header;
+use super::ordered::OrderedStorage;
+use super::storage::HostStorage;
+use crate::disk::host_file::HostFile;
+use crate::disk::{OpenReason, SECTOR, temporary_file};
+
+/// A qcow2 image over `base`, which makes a chain of `depth` images below it.
+pub(super) fn temporary_overlay(base: Layer, depth: u32) -> Result<Opened, OpenReason> {
+    let (directory, file) = temporary_file::create(std::env::var_os("TMPDIR"));
+    let (backing, size) = (base.size(), base.size() - base.size() % SECTOR);
+    let create = || -> io::Result<Opened> {
+        let file = HostFile::from_file(file?, None).map_err(io::Error::other)?;
+        let storage = OrderedStorage::plain(HostStorage::new(&Arc::new(file), true)?);
+        let overlay = Qcow2::create_builder(storage.clone())
+            .size(size)
+            .create_open(DenyImplicitOpenGate::default(), |storage| {
+                Ok(Qcow2::builder(storage).backing(Some(base)))
+            })?;
+        let layer = FormatAccess::new(overlay);
+        Ok(Opened { layer, storage, header: Header::OF_OVERLAY, backing, depth })
+    };
+    create().map_err(|source| OpenReason::Overlay { directory, source })
+}

@@ -1,0 +1,32 @@
+//! How threads are started: by a function that the machine passes, so that the machine decides what a thread does before its
+//! body runs. A machine that confines itself uses that to take rights away from the thread.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+/// What a thread does until it ends.
+pub type Body = Box<dyn FnOnce() + Send>;
+
+/// Starts a thread of this name.
+pub type Spawn = Arc<dyn Fn(String, Body) -> io::Result<JoinHandle<()>> + Send + Sync>;
+
+/// Starts threads as the standard library does, with all rights of the process.
+pub fn plain() -> Spawn {
+    Arc::new(|name, body| thread::Builder::new().name(name).spawn(body))
+}
+
+/// How the two kinds of threads of a disk are started.
+#[derive(Clone)]
+pub struct DiskThreads {
+    /// Workers, which serve queues.
+    pub worker: Spawn,
+    /// The pools of the engines, which wait for the host's disk.
+    pub io: Spawn,
+}
+
+impl Default for DiskThreads {
+    fn default() -> Self {
+        Self { worker: plain(), io: plain() }
+    }
+}

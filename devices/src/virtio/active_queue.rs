@@ -1,0 +1,31 @@
+//! A queue on its way between transport and device, and the ring position that a save of the machine needs of it.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
+
+/// A queue that the driver has enabled. The device has it until it is stopped.
+pub struct ActiveQueue {
+    /// The queue's index in the device.
+    pub index: u16,
+    /// Size, addresses (validated by the transport), and the ring position to start from.
+    pub queue: Queue,
+    /// Becomes readable when the driver notifies this queue.
+    pub kick: Arc<EventFd>,
+    /// The queue was in use before, so the driver may not have been interrupted for its last completions: the device
+    /// interrupts once in any case.
+    pub restored: bool,
+}
+
+/// How far a device has come in a queue's rings: free-running indices (virtio 1.2 §2.7.6, §2.7.8).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RingPosition {
+    /// The queue's index in the device.
+    pub queue: u16,
+    /// The entry of the available ring that the device takes next.
+    pub next_available: u16,
+    /// The element of the used ring that the device fills next.
+    pub next_used: u16,
+}

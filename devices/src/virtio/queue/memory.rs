@@ -1,0 +1,104 @@
+//! Small accesses to guest memory: one look-up of the region and one volatile access.
+//!
+//! The general functions of `vm_memory` handle ranges over several regions, which costs several times as much. They
+//! serve here where a value straddles two regions. Every access is bounds-checked by the region; `None` means that the
+//! address is not guest memory, which is the driver's fault and never a panic.
+
+use std::sync::atomic::Ordering;
+
+use vm_memory::{
+    AtomicAccess, ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion,
+    GuestRegionMmap, MemoryRegionAddress, VolatileMemory, VolatileSlice,
+};
+
+use crate::GuestMemory;
+
+/// Reads a value once. `None`: it is not all in guest memory.
+pub(crate) fn load<T: ByteValued>(memory: &GuestMemory, address: GuestAddress) -> Option<T> {
+    waypoint!();
+    match slice(memory, address, size_of::<T>()) {
+        Some(slice) => load_from(&slice, 0),
+        None => load_parts(memory, address),
+    }
+}
+
+/// Writes a value. `None`: it is not all in guest memory, and nothing is written of it outside.
+pub(crate) fn store<T: ByteValued>(
+    memory: &GuestMemory,
+    address: GuestAddress,
+    value: T,
+) -> Option<()> {
+    match slice(memory, address, size_of::<T>()) {
+        Some(slice) => slice.get_ref::<T>(0).ok().map(|place| place.store(value)),
+        None => store_parts(memory, address, value),
+    }
+}
+
+/// Reads an aligned value that the driver writes meanwhile.
+pub(crate) fn load_atomic<T: AtomicAccess>(
+    memory: &GuestMemory,
+    address: GuestAddress,
+    order: Ordering,
+) -> Option<T> {
+    let (region, offset) = find(memory, address)?;
+    region.load(offset, order).ok()
+}
+
+/// Writes an aligned value that the driver reads meanwhile.
+pub(crate) fn store_atomic<T: AtomicAccess>(
+    memory: &GuestMemory,
+    address: GuestAddress,
+    value: T,
+    order: Ordering,
+) -> Option<()> {
+    let (region, offset) = find(memory, address)?;
+    region.store(value, offset, order).ok()
+}
+
+/// Whether `length` bytes, at least one, from `address` on are guest memory.
+pub(super) fn contains(memory: &GuestMemory, address: GuestAddress, length: u32) -> bool {
+    let Some((region, offset)) = find(memory, address) else { return false };
+    u64::from(length) <= region.len() - offset.0 || contains_parts(memory, address, length)
+}
+
+/// The `length` bytes from `address` on, unless they lie in several regions.
+pub(super) fn slice(
+    memory: &GuestMemory,
+    address: GuestAddress,
+    length: usize,
+) -> Option<VolatileSlice<'_>> {
+    let (region, offset) = find(memory, address)?;
+    region.get_slice(offset, length).ok()
+}
+
+/// Reads the value at `offset` of `slice` once. `None`: the slice ends before.
+pub(super) fn load_from<T: ByteValued>(slice: &VolatileSlice<'_>, offset: usize) -> Option<T> {
+    Some(slice.get_ref::<T>(offset).ok()?.load())
+}
+
+// Values that are in no region or in several: apart, so that the usual way is short.
+
+#[cold]
+fn load_parts<T: ByteValued>(memory: &GuestMemory, address: GuestAddress) -> Option<T> {
+    memory.read_obj(address).ok()
+}
+
+#[cold]
+fn store_parts<T: ByteValued>(memory: &GuestMemory, address: GuestAddress, value: T) -> Option<()> {
+    memory.write_obj(value, address).ok()
+}
+
+#[cold]
+fn contains_parts(memory: &GuestMemory, address: GuestAddress, length: u32) -> bool {
+    GuestMemoryBackend::check_range(memory, address, length as usize)
+}
+
+/// The region of `address`, and the offset in it. RAM has one region, or two around the device memory below 4 GiB: trying
+/// them in turn takes a third of the instructions of the binary search in `to_region_addr`.
+#[inline]
+fn find(
+    memory: &GuestMemory,
+    address: GuestAddress,
+) -> Option<(&GuestRegionMmap, MemoryRegionAddress)> {
+    memory.iter().find_map(|region| Some((region, region.to_region_addr(address)?)))
+}

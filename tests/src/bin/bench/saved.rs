@@ -1,0 +1,125 @@
+//! A saved machine: how long a save and a restore take, and what a clone costs. A guest with 1 GiB of memory, of which 128 MiB are
+//! in use, on any /dev/kvm.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use minivmm_tests::guest::Program;
+use minivmm_tests::qmp::Qmp;
+use minivmm_tests::{image, minivmm};
+use serde_json::json;
+
+use crate::process::Process;
+use crate::results::{Key, Results};
+use crate::table::Target;
+use crate::{Options, results};
+
+/// The name of this part's results.
+pub(crate) const PART: &str = "saved.json";
+const GROUP: &str = "saved machine";
+/// KiB of the guest's data.
+const DATA: f64 = (128 << 10) as f64;
+const CLONES: [usize; 2] = [20, 100];
+/// How long a guest may take to print something, on the most loaded of machines.
+const SILENCE: Duration = Duration::from_secs(120);
+
+/// What minivmm has to reach.
+pub(crate) fn target(group: &str, row: &str) -> Option<Target> {
+    Some(match row {
+        _ if group != GROUP => return None,
+        "save" => Target::AtMost(150.0),
+        "exec to the restored guest" => Target::AtMost(6.0),
+        "migrate-incoming to the guest" => Target::AtMost(3.0),
+        "private memory of a clone" => Target::AtMost(8192.0),
+        "file, beyond the guest's data" => Target::AtMost(1024.0),
+        _ => return None,
+    })
+}
+
+pub(crate) fn run(options: &Options, results: &mut Results) {
+    let mut add = |row: &str, metric: &str, value| {
+        results.add(Key::new(GROUP, row, "minivmm", metric), value);
+    };
+    for _ in 0..options.repetitions {
+        let directory = tempfile::tempdir_in(results::directory()).unwrap();
+        let directory = directory.path();
+        add("save", "ms", save(directory));
+        let saved = directory.join("saved");
+        let blocks = std::os::unix::fs::MetadataExt::blocks(&fs::metadata(saved).unwrap());
+        add("file, beyond the guest's data", "KiB", blocks as f64 / 2.0 - DATA);
+        for _ in 0..9 {
+            let clone = start(directory);
+            add("exec to the restored guest", "ms", first_line(&clone).as_secs_f64() * 1e3);
+            add("private memory of a clone", "KiB", memory(&clone).0);
+            add("migrate-incoming to the guest", "ms", deferred(directory));
+        }
+        for count in CLONES.into_iter().take(if options.quick { 1 } else { 2 }) {
+            let began = Instant::now();
+            let clones: Vec<_> = (0..count).map(|_| start(directory)).collect();
+            for clone in &clones {
+                first_line(clone);
+            }
+            let row = format!("{count} clones at once");
+            add(&row, "ms", began.elapsed().as_secs_f64() * 1e3);
+            let each: Vec<_> = clones.iter().map(memory).collect();
+            let mean = |total: f64| total / count as f64;
+            add(&row, "KiB", mean(each.iter().map(|(private, _)| private).sum()));
+            add(&row, "KiB with its share", mean(each.iter().map(|(_, share)| share).sum()));
+        }
+    }
+}
+
+/// Saves a guest to `saved`. Returns milliseconds.
+fn save(directory: &Path) -> f64 {
+    fs::write(directory.join("guest.elf"), image::pvh(Program::Fill)).unwrap();
+    let mut command = minivmm(["--kernel", "guest.elf", "--memory", "1G", "--qmp", "unix:qmp"]);
+    let command = command.args(["--save-directory", "."]).current_dir(directory);
+    let source = Process::start(command);
+    first_line(&source);
+    let mut qmp = Qmp::connect(&directory.join("qmp"));
+    let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
+    qmp.execute("migrate-set-capabilities", events).unwrap();
+    let uri = format!("file:{}", directory.join("saved").display());
+    let began = Instant::now();
+    qmp.execute("migrate", json!({ "uri": uri })).unwrap();
+    loop {
+        match qmp.event("MIGRATION")["status"].as_str() {
+            Some("completed") => return began.elapsed().as_secs_f64() * 1e3,
+            Some("failed") => panic!("the save failed: {}", qmp.query("query-migrate")),
+            _ => {}
+        }
+    }
+}
+
+fn start(directory: &Path) -> Process {
+    Process::start(minivmm(["--incoming", "file:saved"]).current_dir(directory))
+}
+
+/// From a client's migrate-incoming to the guest's first byte, in milliseconds.
+fn deferred(directory: &Path) -> f64 {
+    let mut command = minivmm(["--incoming", "defer", "--qmp", "unix:defer"]);
+    let began = Instant::now();
+    let process = Process::start(command.current_dir(directory));
+    let mut qmp = Qmp::connect(&directory.join("defer"));
+    let uri = format!("file:{}", directory.join("saved").display());
+    let asked = began.elapsed();
+    qmp.execute("migrate-incoming", json!({ "uri": uri })).unwrap();
+    (first_line(&process).saturating_sub(asked)).as_secs_f64() * 1e3
+}
+
+/// When after exec the guest printed its first byte.
+fn first_line(process: &Process) -> Duration {
+    process.line(SILENCE).unwrap_or_else(|why| panic!("a guest to save or to restore: {why}")).0
+}
+
+/// KiB of the process that no other has, and with its share of what others have, too.
+fn memory(process: &Process) -> (f64, f64) {
+    let path = format!("/proc/{}/smaps_rollup", process.id());
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let value = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(f64::NAN)
+    };
+    (value("Private_Clean:") + value("Private_Dirty:"), value("Pss:"))
+}

@@ -1,0 +1,135 @@
+//! The structure that `ARCHITECTURE.md` promises, checked against the source: who may import whom, how large the core,
+//! its files and its functions may become, and the language of comments and messages.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+
+mod documents;
+mod imports;
+mod language;
+mod size;
+mod source;
+
+/// Parts that the two walks (a kernel boots, a write reaches the file) do not pass, with the files that make them up.
+/// Core files import none of them, except for the files in `PLUGS`.
+const CAPABILITIES: &[(&str, &[&str])] = &[
+    ("affinity", &["vmm/src/affinity.rs"]),
+    ("block devices", &["devices/src/disk/block_device.rs"]),
+    ("bzImage", &["arch/src/boot/bzimage.rs"]),
+    ("saved machines: words", &["cli/src/saved.rs", "cli/src/arguments/incoming.rs"]),
+    ("command line", &["cli/src"]),
+    ("chapters", &["devices/src/chapters.rs", "vmm/src/chapters.rs"]),
+    ("console arguments", &["cli/src/arguments/consoles.rs"]),
+    ("consoles beside stdio", &["vmm/src/console/backends.rs", "vmm/src/console/ports.rs"]),
+    ("save: file and memory", &["vmm/src/snapshot/core_file.rs", "vmm/src/snapshot/pages.rs"]),
+    ("save and restore", &["vmm/src/snapshot", "vmm/src/machine/save_task.rs"]),
+    ("save in QMP", &["vmm/src/control/deferred.rs", "vmm/src/control/migration.rs"]),
+    ("disk keys", &["cli/src/arguments/disk.rs", "cli/src/arguments/throttling.rs"]),
+    ("disks in QMP", &["vmm/src/control/disk_commands.rs", "vmm/src/control/metrics.rs"]),
+    ("control (QMP)", &["vmm/src/control"]),
+    ("ctl", &["cli/src/ctl"]),
+    ("debug exit", &["devices/src/legacy/debug_exit.rs"]),
+    ("directory disks", &["cli/src/directory_disk.rs"]),
+    ("exec", &["vmm/src/exec"]),
+    ("explain", &["vmm/src/explain", "devices/src/virtio/spec/names.rs"]),
+    ("gdb", &["vmm/src/gdb"]),
+    ("geometry", &["devices/src/block/geometry.rs"]),
+    (
+        "halt watch",
+        &["vmm/src/halt_watch.rs", "vmm/src/machine/halt_report.rs", "vmm/src/vcpu/halt.rs"],
+    ),
+    ("huge pages", &["vmm/src/hugepages.rs"]),
+    ("io_uring", &["devices/src/disk/engine/uring.rs"]),
+    ("MPTable", &["arch/src/tables/mptable.rs"]),
+    ("other formats", &["devices/src/disk/other_formats.rs"]),
+    ("panic port", &["devices/src/legacy/pvpanic.rs"]),
+    ("panics", &["vmm/src/machine/panic.rs", "vmm/src/snapshot/panic_dump.rs"]),
+    ("qcow2", &["devices/src/disk/qcow2"]),
+    (
+        "qcow2: order of metadata",
+        &[
+            "devices/src/disk/qcow2/metadata.rs",
+            "devices/src/disk/qcow2/ordered.rs",
+            "devices/src/disk/qcow2/publish.rs",
+        ],
+    ),
+    ("required calls", &["cli/src/required_calls.rs"]),
+    ("sandbox", &["vmm/src/sandbox"]),
+    ("scsi", &["devices/src/disk/scsi", "devices/src/block/scsi"]),
+    ("service manager", &["cli/src/service.rs"]),
+    ("state", &["devices/src/virtio/mmio/state.rs", "devices/src/legacy/serial/state.rs"]),
+    ("temporary files", &["devices/src/disk/temporary_file.rs"]),
+    ("throttling", &["devices/src/block/throttle"]),
+    ("timeout", &["vmm/src/timeout.rs"]),
+    ("Unix sockets", &["vmm/src/listener.rs"]),
+];
+
+/// Where capabilities are plugged in: builders, and the files that name every backend.
+const PLUGS: &[&str] = &[
+    "arch/src/boot/formats.rs",
+    "arch/src/tables/mod.rs",
+    "vmm/src/attach.rs",
+    "vmm/src/builder.rs",
+    "vmm/src/console/open.rs",
+    "vmm/src/lib.rs",
+    "devices/src/disk/opened.rs",
+    "devices/src/disk/open.rs",
+    "devices/src/block/device.rs",
+    "devices/src/block/options.rs",
+    "cli/src/main.rs",
+    "cli/src/arguments/disk.rs",
+];
+
+/// The capability that a file belongs to: the one with the longest path that leads to it.
+fn capability(path: &str) -> Option<&'static str> {
+    let prefixes =
+        CAPABILITIES.iter().flat_map(|(name, paths)| paths.iter().map(move |at| (at, name)));
+    let belongs = prefixes.filter(|(prefix, _)| path.starts_with(**prefix));
+    belongs.max_by_key(|(prefix, _)| prefix.len()).map(|(_, name)| *name)
+}
+
+#[test]
+fn no_core_file_imports_a_capability() {
+    let imports = imports::resolve(&source::files());
+    let mut wrong = Vec::new();
+    for (file, used) in &imports {
+        for other in used {
+            if capability(file).is_none()
+                && !PLUGS.contains(&file.as_str())
+                && let Some(name) = capability(other)
+            {
+                wrong.push(format!("{file} imports {other} ({name})"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "the core imports capabilities:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn crates_depend_in_one_direction() {
+    let allowed = |from: &str, to: &str| match from {
+        "cli" => ["vmm", "devices"].contains(&to),
+        "vmm" => ["arch", "devices"].contains(&to),
+        _ => false,
+    };
+    let krate = |path: &str| path.split('/').next().unwrap_or_default().to_owned();
+    for (file, used) in imports::resolve(&source::files()) {
+        for other in used {
+            let (from, to) = (krate(&file), krate(&other));
+            assert!(from == to || allowed(&from, &to), "{file} imports {other}");
+        }
+    }
+}
+
+#[test]
+fn no_files_import_each_other_in_a_circle() {
+    let imports = imports::resolve(&source::files());
+    let circles = imports::circles(&imports);
+    let mut report = String::new();
+    for circle in &circles {
+        report += "\na circle:\n";
+        for file in circle {
+            let inside: Vec<_> = imports[file].iter().filter(|to| circle.contains(to)).collect();
+            report += &format!("  {file} -> {inside:?}\n");
+        }
+    }
+    assert!(circles.is_empty(), "{report}");
+}

@@ -1,0 +1,58 @@
+//! Work that waits for the host's disk, such as a flush or a resize: the main thread hands it to a thread that was started with
+//! the machine, and asks for the answer after each event. A confined process starts no thread later.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+
+use devices::spawn::{Body, Spawn};
+
+use crate::error::Error;
+use crate::events::EventSender;
+
+/// A thread that does one thing after the other, and ends when this is dropped.
+pub(crate) struct BackgroundThread(Sender<Body>);
+
+/// The answer to come; the channel closes without one if the work panics.
+pub(crate) struct Answer(Receiver<Result<(), Error>>);
+
+impl BackgroundThread {
+    /// Starts the thread `name`, which wakes `main_loop` after each piece of work.
+    ///
+    /// # Errors
+    /// When the host has no thread left.
+    pub(crate) fn spawn(
+        spawn: &Spawn,
+        name: String,
+        main_loop: Arc<EventSender>,
+    ) -> Result<Self, Error> {
+        let (sender, work) = channel::<Body>();
+        let body = move || {
+            for piece in work {
+                // What panics drops its answer's sender.
+                let _ = catch_unwind(AssertUnwindSafe(piece));
+                main_loop.wake();
+            }
+        };
+        spawn(name, Box::new(body)).map_err(Error::host("start a thread"))?;
+        Ok(Self(sender))
+    }
+
+    pub(crate) fn run(&self, work: impl FnOnce() -> Result<(), Error> + Send + 'static) -> Answer {
+        let (answer, result) = channel();
+        // The thread ends only with its sender.
+        let _ = self.0.send(Box::new(move || drop(answer.send(work()))));
+        Answer(result)
+    }
+}
+
+impl Answer {
+    /// The answer, if the work is done.
+    pub(crate) fn poll(&self) -> Option<Result<(), Error>> {
+        match self.0.try_recv() {
+            Ok(result) => Some(result),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => Some(Err(Error::ThreadPanicked)),
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! Puts into guest memory what `arch::boot::plan` decided: the kernel, the initrd, and the structures the guest starts from.
+//!
+//! The builder opens the files as [`BootFile`]s, makes one [`BootImage`] of them and calls [`BootImage::load`]; a reset calls it
+//! again, with the same plan. Memory has to be new, or cleared by [`crate::memory::clear`], before each load: what the plan
+//! does not name stays zero because it is never written.
+//!
+//! A plan holds offsets from the headers that were read at the start, so it is right only for the file's content of that
+//! moment. Each load therefore compares size and time of modification with those of the start, and a reset whose files
+//! have changed is refused before anything of the machine is touched ([`BootImage::check_unchanged`]).
+//!
+//! [`crate::kernel_pages`] knows how pages of a file become pages of the guest.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use arch::boot::{self, Entry, FileRange, Kernel, Plan, ReadAt};
+use arch::layout;
+use arch::machine_layout::MachineLayout;
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::GuestMemory;
+use crate::error::Error;
+use crate::kernel_pages;
+use crate::memory::into_io;
+
+/// A kernel or an initrd, open for reading for as long as the machine lives. Errors name it by the option and the path that
+/// the user gave.
+pub(crate) struct BootFile {
+    option: &'static str,
+    path: PathBuf,
+    file: File,
+    opened: Version,
+}
+
+/// Tells a file's content from a later one. A file that is replaced by renaming another over it keeps its version: the
+/// open descriptor still reads the old content.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Version {
+    size: u64,
+    modified: Option<SystemTime>,
+}
+
+impl BootFile {
+    /// Opens the regular file that `option` names. A fifo is refused, not waited for.
+    ///
+    /// # Errors
+    /// It cannot be opened, or is not a regular file.
+    pub(crate) fn open(option: &'static str, path: &Path) -> Result<Self, Error> {
+        let path = path.to_owned();
+        let opened = File::options()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&path)
+            .and_then(|file| Ok((file.metadata()?, file)));
+        let (metadata, file) = match opened {
+            Ok(opened) => opened,
+            Err(source) => {
+                return Err(Error::Argument { option, value: path.display().to_string(), source });
+            }
+        };
+        let kind = match metadata.file_type() {
+            kind if kind.is_file() => {
+                let opened = Version { size: metadata.len(), modified: metadata.modified().ok() };
+                return Ok(Self { option, path, file, opened });
+            }
+            kind if kind.is_dir() => "a directory",
+            kind if kind.is_fifo() => "a fifo",
+            _ => "a device or socket",
+        };
+        Err(Error::NotAFile { option, path, kind })
+    }
+
+    /// Checks that the file still has the content that it had when it was opened.
+    fn check_unchanged(&self) -> Result<(), Error> {
+        let metadata = self.file.metadata().map_err(|source| self.unreadable(source))?;
+        if (Version { size: metadata.len(), modified: metadata.modified().ok() }) == self.opened {
+            Ok(())
+        } else {
+            Err(Error::FileChanged { option: self.option, path: self.path.clone() })
+        }
+    }
+
+    /// Copies `range` of the file into guest memory, except for its first `done` bytes, which are there already.
+    fn copy(&self, memory: &GuestMemory, range: &FileRange, done: u64) -> Result<(), Error> {
+        let mut file = &self.file;
+        let address = GuestAddress(range.address.0 + done);
+        let copied = file.seek(SeekFrom::Start(range.offset + done)).and_then(|_| {
+            memory
+                .read_exact_volatile_from(address, &mut file, (range.length - done) as usize)
+                .map_err(into_io)
+        });
+        copied.map_err(|source| self.unreadable(source))
+    }
+
+    fn unsuitable(&self, source: boot::Error) -> Error {
+        Error::BootFile { option: self.option, path: self.path.clone(), source }
+    }
+
+    fn unreadable(&self, source: io::Error) -> Error {
+        Error::Argument { option: self.option, value: self.path.display().to_string(), source }
+    }
+}
+
+impl ReadAt for BootFile {
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.opened.size)
+    }
+
+    fn read_at(&self, offset: u64, length: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; length];
+        let mut filled = 0;
+        loop {
+            match self.file.read_at(&mut bytes[filled..], offset + filled as u64) {
+                Ok(0) => break,
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        bytes.truncate(filled);
+        Ok(bytes)
+    }
+}
+
+/// Everything that the guest starts from: the files, which stay open for the next reset, and the plan of their place.
+pub(crate) struct BootImage {
+    kernel: BootFile,
+    initrd: Option<BootFile>,
+    pub(crate) plan: Plan,
+    /// Pages of the kernel's file may become the guest's. Without, the kernel is copied.
+    map_kernel: bool,
+}
+
+impl BootImage {
+    /// Checks that the kernel and the initrd suit each other, the command line and the machine of `layout`.
+    ///
+    /// # Errors
+    /// One of them does not; the error names the option.
+    pub(crate) fn new(
+        layout: &MachineLayout,
+        kernel: BootFile,
+        initrd: Option<BootFile>,
+        cmdline: &str,
+        map_kernel: bool,
+    ) -> Result<Self, Error> {
+        use boot::Error::{Cmdline, EmptyInitrd, InitrdDoesNotFit, InitrdNeverFits};
+        let parsed = Kernel::parse(&kernel).map_err(|error| kernel.unsuitable(error))?;
+        let initrd_size = initrd.as_ref().map(|initrd| initrd.opened.size);
+        let plan = boot::plan(layout, &parsed, initrd_size, cmdline).map_err(|error| {
+            match (error, &initrd) {
+                (Cmdline(error), _) => Error::Cmdline(error),
+                (
+                    error @ (EmptyInitrd | InitrdDoesNotFit { .. } | InitrdNeverFits { .. }),
+                    Some(initrd),
+                ) => initrd.unsuitable(error),
+                (error, _) => kernel.unsuitable(error),
+            }
+        })?;
+        Ok(Self { kernel, initrd, plan, map_kernel })
+    }
+
+    /// Logs what the guest starts from, and warns of an initrd that Linux cannot unpack.
+    pub(crate) fn describe(&self) {
+        let BootFile { path, opened, .. } = &self.kernel;
+        let (path, size, protocol) = (path.display(), opened.size, self.plan.entry.protocol);
+        tracing::debug!("kernel {path}: {size} bytes, boot protocol {protocol:?}");
+        if let Some(initrd) = &self.initrd {
+            let path = initrd.path.display();
+            tracing::debug!("initrd {path}: {} bytes", initrd.opened.size);
+            if initrd.read_at(0, 512).is_ok_and(|start| !boot::is_initrd(&start)) {
+                tracing::warn!(
+                    "--initrd {path}: neither a cpio archive nor a compressed one; Linux will not unpack it"
+                );
+            }
+        }
+    }
+
+    /// Fills `memory`, all of which is zero, and says where the boot vCPU starts.
+    ///
+    /// # Errors
+    /// A file cannot be read or has changed, or the host refuses to map it.
+    pub(crate) fn load(&self, memory: &GuestMemory) -> Result<Entry, Error> {
+        for structure in &self.plan.structures {
+            memory
+                .write_slice(&structure.bytes, structure.address)
+                .map_err(into_io)
+                .map_err(Error::host(structure.name))?;
+        }
+        // The lease comes first: once it is held, a size that was compared cannot change any more.
+        let leased = self.map_kernel && kernel_pages::lease(&self.kernel.file);
+        self.check_unchanged()?;
+        for range in &self.plan.kernel {
+            let mapped = if leased {
+                kernel_pages::map(memory, &self.kernel.file, range)
+                    .map_err(Error::host("map the kernel into guest memory"))?
+            } else {
+                kernel_pages::prefer_huge(memory, range);
+                0
+            };
+            self.kernel.copy(memory, range, mapped)?;
+        }
+        if let (Some(initrd), Some(range)) = (&self.initrd, &self.plan.initrd) {
+            initrd.copy(memory, range, 0)?;
+        }
+        // A file may have been written while it was copied.
+        self.check_unchanged()?;
+        Ok(self.plan.entry)
+    }
+
+    /// Checks that another [`BootImage::load`] would load what the first one did.
+    ///
+    /// # Errors
+    /// A file was changed in place.
+    pub(crate) fn check_unchanged(&self) -> Result<(), Error> {
+        self.initrd.iter().chain([&self.kernel]).try_for_each(BootFile::check_unchanged)
+    }
+
+    /// Gives the guest copies of the kernel's pages and lets writers of the kernel's file go on. SIGIO asks for this. Neither
+    /// the guest nor a device uses `memory` meanwhile.
+    ///
+    /// # Errors
+    /// The host has no memory left, or the file was cut off before the copy was made; the guest has lost memory.
+    pub(crate) fn give_up_kernel_file(&self, memory: &GuestMemory) -> Result<(), Error> {
+        for range in &self.plan.kernel {
+            kernel_pages::copy(memory, range)
+                .map_err(Error::host("copy the kernel's pages, whose file is being changed"))?;
+        }
+        kernel_pages::release(&self.kernel.file);
+        Ok(())
+    }
+}
+
+/// How far a guest that resets the machine, or can run no further, had come with a restart of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Restart {
+    NotBegun,
+    Reboot,
+    AfterPanic,
+}
+
+/// Reads the warm-reset flag, which Linux writes just before it resets the machine by any method: `arch::cmdline` explains its
+/// values. A guest that is not Linux leaves it alone.
+pub(crate) fn restart(memory: &GuestMemory) -> Restart {
+    match memory.read_obj(layout::WARM_RESET_FLAG) {
+        Ok(layout::WARM_RESET_MAGIC) => Restart::AfterPanic,
+        Ok(layout::WARM_RESET_UNTOUCHED) | Err(_) => Restart::NotBegun,
+        Ok(_) => Restart::Reboot,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,86 @@
+//! Consoles other than standard input and output: standard error, a file, a pseudo-terminal, a socket.
+//!
+//! A capability: `open` plugs each kind in, and everything else knows [`ConsoleEnds`] alone.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
+
+use super::ends::{Clients, ConsoleEnds, refused};
+use super::input::Input;
+use crate::error::Error;
+use crate::listener::Listener;
+
+/// Output only, to our standard error.
+pub(super) fn stderr() -> Result<ConsoleEnds, Error> {
+    let stderr = io::stderr().as_fd().try_clone_to_owned().map_err(refused("stderr".to_owned()))?;
+    Ok(ConsoleEnds::new(Some(stderr), false, None, Input::new(None, false)))
+}
+
+/// Output only, into a file that takes no more than `max` bytes.
+pub(super) fn file(path: &Path, max: Option<u64>) -> Result<ConsoleEnds, Error> {
+    let file = open_file(path).map_err(refused(format!("file:{}", path.display())))?;
+    Ok(ConsoleEnds::new(Some(file.into()), false, max, Input::new(None, false)))
+}
+
+fn open_file(path: &Path) -> io::Result<File> {
+    // A fifo without a reader refuses a non-blocking open instead of waiting for one; a regular file ignores the flag.
+    let file = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    let kind = file.metadata()?.file_type();
+    if kind.is_block_device() {
+        return Err(io::Error::other("it is a block device; the console will not overwrite it"));
+    }
+    if kind.is_file() {
+        file.set_len(0)?;
+    }
+    Ok(file)
+}
+
+/// A new pseudo-terminal, whose name is printed.
+pub(super) fn pty() -> Result<ConsoleEnds, Error> {
+    let failed = || refused("pty".to_owned());
+    let (master, slave, name) = open_pty().map_err(failed())?;
+    // Fails only when standard error is closed.
+    let _ = writeln!(io::stderr(), "minivmm: the console is at {name}");
+    let input = Input::new(Some(master.try_clone().map_err(failed())?), false);
+    let ends = ConsoleEnds::new(Some(master.into()), false, None, input);
+    // Otherwise the pseudo-terminal hangs up when a user closes it.
+    Ok(ConsoleEnds { _kept_open: Some(slave), ..ends })
+}
+
+/// A raw pseudo-terminal: its master, its slave, and the slave's name.
+fn open_pty() -> io::Result<(File, File, String)> {
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+    grantpt(&master)?;
+    unlockpt(&master)?;
+    let name = ptsname(&master, Vec::new())?.to_string_lossy().into_owned();
+    let slave =
+        OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOCTTY).open(&name)?;
+    let mut attributes = tcgetattr(&slave)?;
+    attributes.make_raw();
+    tcsetattr(&slave, OptionalActions::Now, &attributes)?;
+    Ok((File::from(master), slave, name))
+}
+
+/// A Unix socket, with one client at a time.
+pub(super) fn socket(path: &Path) -> Result<ConsoleEnds, Error> {
+    let listener = Listener::bind(path).map_err(refused(format!("unix:{}", path.display())))?;
+    let ends = ConsoleEnds::new(None, true, None, Input::new(None, false));
+    Ok(ConsoleEnds { clients: Some(Box::new(listener)), ..ends })
+}
+
+impl Clients for Listener {
+    fn accept(&self) -> Option<OwnedFd> {
+        self.accept().map(OwnedFd::from)
+    }
+}

@@ -1,0 +1,43 @@
+//! Connects each serial port of the guest to its console: one port as a rule, and a second one for those who want it.
+//!
+//! A capability: the builder calls it, and the console and the UART know nothing of other ports.
+
+use std::sync::{Arc, Mutex};
+
+use arch::layout;
+use devices::bus::Bus;
+use devices::legacy::SerialDevice;
+use devices::spawn::Spawn;
+use kvm_ioctls::VmFd;
+
+use super::open::open;
+use super::serial_console::SerialConsole;
+use crate::attach;
+use crate::config::VmConfig;
+use crate::error::Error;
+use crate::sources::Source;
+
+/// Puts the guest's serial ports on the bus, each with its console. `exec` has the second one to itself.
+///
+/// # Errors
+/// When the host or KVM refuses a resource.
+pub(crate) fn attach_ports(
+    vm: &Arc<VmFd>,
+    port_io: &mut Bus,
+    config: &VmConfig,
+    sources: &mut Vec<Box<dyn Source>>,
+    spawn: &Spawn,
+) -> Result<Vec<Arc<Mutex<SerialDevice>>>, Error> {
+    let mut ports = Vec::new();
+    for (index, place) in layout::SERIAL_PORTS.into_iter().enumerate() {
+        if !config.serial[index] || (index > 0 && config.exec.is_some()) {
+            continue;
+        }
+        let mut ends = open(&config.consoles[index])?;
+        ends.output.start(spawn)?;
+        let (serial, input_drained) = attach::serial(vm, port_io, place, ends.output.writer())?;
+        ports.push(Arc::clone(&serial));
+        sources.push(Box::new(SerialConsole::new(ends, serial, input_drained)));
+    }
+    Ok(ports)
+}

@@ -1,0 +1,187 @@
+//! Moves the console's input from the host to the UART, as a source of the main loop.
+//!
+//! The UART's receive FIFO holds 64 bytes. While it is full the host is polled for nothing but the end of the input, and the
+//! UART writes to an eventfd when the guest has made room. The states of polling:
+//!
+//! | state | event | next state |
+//! |---|---|---|
+//! | `Absent` | a client connects | `Polled`, or `AlwaysReady` for what epoll refuses |
+//! | `Polled` | the FIFO is full | `Full` |
+//! | `Full` | the guest makes room | `Polled` |
+//! | `Polled`, `AlwaysReady` | the input ends | `Absent`, and the next client may connect |
+//! | `Full` | the client hangs up | `Full`: its input is kept, and the next client may connect |
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex};
+
+use devices::legacy::SerialDevice;
+use event_manager::EventSet;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::ends::ConsoleEnds;
+use super::escape::{HELP, Typed};
+use crate::lock;
+use crate::machine::{Machine, Outcome};
+use crate::sources::{Poller, Source};
+
+// The descriptors' numbers in the main loop.
+const INPUT: u8 = 0;
+const INPUT_DRAINED: u8 = 1;
+const CLIENTS: u8 = 2;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Polling {
+    Absent,
+    Polled,
+    Full,
+    /// A regular file: epoll refuses it (EPERM), and it is always readable.
+    AlwaysReady,
+}
+
+/// The console and the UART that it belongs to.
+pub(crate) struct SerialConsole {
+    ends: ConsoleEnds,
+    serial: Arc<Mutex<SerialDevice>>,
+    input_drained: EventFd,
+    polling: Polling,
+}
+
+impl SerialConsole {
+    /// Connects the host's `ends` to the UART, which writes to `input_drained` when it takes input again.
+    pub(crate) fn new(
+        ends: ConsoleEnds,
+        serial: Arc<Mutex<SerialDevice>>,
+        input_drained: EventFd,
+    ) -> Self {
+        Self { ends, serial, input_drained, polling: Polling::Absent }
+    }
+
+    /// Moves input to the guest until the UART is full or the host has no more for now. Returns how often the user typed the
+    /// key that quits.
+    fn move_input(&mut self, poller: &mut Poller<'_, '_>) -> u32 {
+        let mut quits = 0;
+        loop {
+            let room = self.fill_uart();
+            let wanted = self.ends.input.wanted(room);
+            if wanted == 0 {
+                self.poll_for_end_only(poller);
+                return quits;
+            }
+            let mut help = false;
+            let is_open = self.ends.input.read(wanted, |typed| match typed {
+                Typed::Byte(_) => {}
+                Typed::Help => help = true,
+                Typed::Quit => quits += 1,
+            });
+            self.fill_uart();
+            if help {
+                let _ = self.ends.output.writer().write_all(HELP.as_bytes());
+            }
+            if !is_open {
+                self.close_input(poller);
+                self.listen(poller);
+            }
+            // A polled source becomes ready again when there is more.
+            if quits > 0 || !is_open || self.polling == Polling::Polled {
+                return quits;
+            }
+        }
+    }
+
+    /// Gives the UART the input that it has room for. Returns the room that is left; if that is 0, the UART writes to
+    /// `input_drained` later.
+    fn fill_uart(&mut self) -> usize {
+        let mut serial = lock(&self.serial);
+        let room = serial.input_room();
+        serial.enqueue(&self.ends.input.take(room));
+        serial.input_room()
+    }
+
+    fn poll_for_end_only(&mut self, poller: &mut Poller<'_, '_>) {
+        if self.polling == Polling::Polled
+            && let Some(fd) = self.ends.input.fd()
+        {
+            let _ = poller.modify(fd, INPUT, EventSet::empty());
+            self.polling = Polling::Full;
+        }
+    }
+
+    fn listen(&self, poller: &mut Poller<'_, '_>) {
+        if let Some(clients) = &self.ends.clients {
+            self.ends.output.disconnect();
+            let _ = poller.add_edges(&**clients, CLIENTS);
+        }
+    }
+
+    fn open_input(&mut self, poller: &mut Poller<'_, '_>) -> u32 {
+        let Some(fd) = self.ends.input.fd() else { return 0 };
+        // It may still be polled for its end.
+        let polled =
+            poller.add(fd, INPUT).or_else(|_| poller.modify(fd, INPUT, EventSet::IN)).is_ok();
+        self.polling = if polled { Polling::Polled } else { Polling::AlwaysReady };
+        if polled { 0 } else { self.move_input(poller) }
+    }
+
+    fn close_input(&mut self, poller: &mut Poller<'_, '_>) {
+        if let Some(fd) = self.ends.input.fd() {
+            poller.remove(fd);
+        }
+        self.polling = Polling::Absent;
+        self.ends.input.source = None;
+    }
+
+    /// Takes a client; the next one waits in the socket's backlog.
+    fn accept(&mut self, poller: &mut Poller<'_, '_>) -> u32 {
+        let Some(clients) = &self.ends.clients else { return 0 };
+        let Some(client) = clients.accept() else { return 0 };
+        let Ok(output) = client.try_clone() else { return 0 };
+        poller.remove(clients.as_raw_fd());
+        // The last client's input, which the guest did not take.
+        self.close_input(poller);
+        self.ends.output.connect(output);
+        self.ends.input.source = Some(File::from(client));
+        self.open_input(poller)
+    }
+}
+
+impl Source for SerialConsole {
+    fn watch(&mut self, poller: &mut Poller<'_, '_>) -> event_manager::Result<()> {
+        poller.add(self.input_drained.as_raw_fd(), INPUT_DRAINED)?;
+        if let Some(clients) = &self.ends.clients {
+            poller.add_edges(&**clients, CLIENTS)?;
+        }
+        // The key that quits cannot have come: a terminal is only polled here.
+        self.open_input(poller);
+        Ok(())
+    }
+
+    fn process(&mut self, number: u8, poller: &mut Poller<'_, '_>, machine: &mut Machine) {
+        let quits = match (number, self.polling) {
+            (INPUT, Polling::Full) => {
+                if let Some(fd) = self.ends.input.fd() {
+                    poller.remove(fd);
+                }
+                self.listen(poller);
+                0
+            }
+            (INPUT, _) => self.move_input(poller),
+            (INPUT_DRAINED, polling) => {
+                let _ = self.input_drained.read();
+                self.fill_uart();
+                match polling {
+                    Polling::Full => self.open_input(poller),
+                    Polling::AlwaysReady => self.move_input(poller),
+                    Polling::Absent | Polling::Polled => 0,
+                }
+            }
+            _ => self.accept(poller),
+        };
+        (0..quits).for_each(|_| machine.end(Ok(Outcome::Quit)));
+    }
+
+    fn finish(self: Box<Self>) {
+        self.ends.output.finish();
+    }
+}

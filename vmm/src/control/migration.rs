@@ -1,0 +1,342 @@
+//! Saving the machine in QMP's words (QEMU, qapi/migration.json): to QEMU a save is a migration to a file.
+//!
+//! `server` has the one [`Migration`] and shows it every event of the machine. A save stops the guest, which stays stopped in the
+//! state `postmigrate` when it has succeeded; after a failure, or if it was canceled, the guest goes on.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use serde_json::{Map, Value, json};
+
+use super::arguments::{Argument, ArgumentKind, Arguments, optional, required};
+use super::event_messages::stamped;
+use super::protocol::{Answer, Failure};
+use super::schema::{CAPABILITY_NAMES, CommandTypes, STATUSES};
+use crate::error::WithCauses;
+use crate::machine::{Machine, MachineEvent};
+use crate::snapshot::{self, Destination, Progress, Purpose, SavedConfig};
+
+const SETUP: &str = STATUSES[1];
+const ACTIVE: &str = STATUSES[2];
+const COMPLETED: &str = STATUSES[3];
+const FAILED: &str = STATUSES[4];
+const CANCELLING: &str = STATUSES[5];
+const CANCELLED: &str = STATUSES[6];
+
+pub(super) struct MigrationCommand {
+    pub(super) types: CommandTypes,
+    run: fn(&mut Migration, &mut Machine, &Arguments<'_>) -> Result<Answer, Failure>,
+}
+
+const fn command(
+    name: &'static str,
+    arguments: &'static [Argument],
+    returns: &'static str,
+    run: fn(&mut Migration, &mut Machine, &Arguments<'_>) -> Result<Answer, Failure>,
+) -> MigrationCommand {
+    MigrationCommand { types: CommandTypes { name, arguments, returns }, run }
+}
+
+pub(super) const COMMANDS: &[MigrationCommand] = &[
+    command("getfd", FD, "", |migration, _, arguments| {
+        let (file, name) =
+            (migration.received.take(), arguments.text("fdname").unwrap_or_default());
+        migration.keep(name, file).map(|()| Answer::empty())
+    }),
+    command("closefd", FD, "", |migration, _, arguments| {
+        let name = arguments.text("fdname").unwrap_or_default();
+        migration.given(name).map(|_| Answer::empty())
+    }),
+    command("migrate", MIGRATE, "", |migration, machine, arguments| {
+        let destination = match arguments.text("uri").and_then(|uri| uri.strip_prefix("fd:")) {
+            Some(name) => migration.given(name)?,
+            None => Destination::Path(target(arguments)?),
+        };
+        migration.begin(machine, destination).map(|()| Answer::empty())
+    }),
+    command("dump-guest-memory", DUMP, "", |migration, machine, arguments| {
+        let destination = match arguments.text("protocol").and_then(|uri| uri.split_once(':')) {
+            Some(("fd", name)) => migration.given(name)?,
+            Some(("file", path)) if !path.is_empty() => Destination::Path(path.into()),
+            _ => {
+                return Err(Failure::generic(
+                    "Invalid parameter 'protocol': minivmm dumps to file:PATH or fd:NAME",
+                ));
+            }
+        };
+        if arguments.boolean("paging") == Some(true) {
+            return Err(Failure::generic(
+                "minivmm dumps memory by guest-physical address; set 'paging' to false",
+            ));
+        }
+        let (config, progress) = (migration.config.clone(), Progress::default());
+        let job = snapshot::begin(machine, config, destination, &progress, Purpose::Dump);
+        job.map(Answer::WhenDone).map_err(|error| Failure::of(&error))
+    }),
+    command("migrate-incoming", MIGRATE, "", |_, _, _| {
+        Err(Failure::generic("the machine exists; migrate-incoming needs --incoming defer"))
+    }),
+    command("migrate_cancel", &[], "", |migration, _, _| {
+        migration.cancel();
+        Ok(Answer::empty())
+    }),
+    command("query-migrate", &[], "MigrationInfo", |migration, _, _| {
+        Ok(Answer::Now(migration.info()))
+    }),
+    command("migrate-set-capabilities", CAPABILITIES, "", |migration, _, arguments| {
+        migration.set_capabilities(arguments).map(|()| Answer::empty())
+    }),
+    command("query-migrate-capabilities", &[], "[MigrationCapabilityStatus]", |migration, _, _| {
+        let states = CAPABILITY_NAMES.iter().zip([migration.events, true]);
+        let states = states.map(|(name, state)| json!({ "capability": name, "state": state }));
+        Ok(Answer::Now(states.collect()))
+    }),
+];
+
+const FD: &[Argument] = &[required("fdname", ArgumentKind::Text)];
+const MIGRATE: &[Argument] =
+    &[optional("uri", ArgumentKind::Text), optional("channels", ArgumentKind::Any)];
+const DUMP: &[Argument] =
+    &[required("paging", ArgumentKind::Boolean), required("protocol", ArgumentKind::Text)];
+const CAPABILITIES: &[Argument] = &[required("capabilities", ArgumentKind::Any)];
+
+/// The file that `migrate-incoming` names.
+pub(super) fn source(arguments: &Map<String, Value>) -> Result<PathBuf, Failure> {
+    target(&Arguments::check(MIGRATE, arguments)?)
+}
+
+/// The file that a client names, by a URI or as QEMU's `MigrationChannel`.
+fn target(arguments: &Arguments<'_>) -> Result<PathBuf, Failure> {
+    let refuse = |why: &str| Err(Failure::generic(why));
+    match (arguments.text("uri"), arguments.any("channels")) {
+        (Some(uri), None) => match uri.strip_prefix("file:") {
+            Some(path) if !path.is_empty() => Ok(path.into()),
+            _ => refuse("unknown migration protocol: minivmm saves to file:PATH or fd:NAME"),
+        },
+        (None, Some(Value::Array(channels))) => match &channels[..] {
+            [channel] => {
+                let address = &channel["addr"];
+                let at_start = address["offset"].as_u64().unwrap_or(0) == 0;
+                match (&address["transport"], address["filename"].as_str()) {
+                    (Value::String(transport), Some(path)) if transport == "file" && at_start => {
+                        Ok(path.into())
+                    }
+                    _ => refuse("minivmm saves to a channel of transport 'file' at offset 0"),
+                }
+            }
+            _ => refuse("Channel list must have one entry"),
+        },
+        (None, Some(_)) => refuse("Invalid parameter type for 'channels', expected: array"),
+        _ => refuse("need either 'uri' or 'channels' argument"),
+    }
+}
+
+/// The last save, or the one under way.
+struct Save {
+    /// Of the machine's `Done` event.
+    job: u64,
+    status: &'static str,
+    progress: Progress,
+    began: Instant,
+    milliseconds: u64,
+    error: Option<String>,
+}
+
+/// What clients set up for saves, and how far the last one is.
+pub(crate) struct Migration {
+    config: SavedConfig,
+    /// Send MIGRATION events (the capability `events`).
+    events: bool,
+    save: Option<Save>,
+    /// Not sent yet.
+    messages: Vec<Value>,
+    /// What came with the command that is executed now.
+    pub(super) received: Option<File>,
+    /// Files that clients handed over by `getfd`, by name.
+    files: BTreeMap<String, File>,
+}
+
+/// Files that clients can hand over before they use them.
+const FILES_MAX: usize = 16;
+
+impl Migration {
+    /// Saves a machine that was built by `config`.
+    pub(crate) fn new(config: SavedConfig) -> Self {
+        snapshot::open_page_map();
+        Self {
+            config,
+            events: false,
+            save: None,
+            messages: Vec::new(),
+            received: None,
+            files: BTreeMap::new(),
+        }
+    }
+
+    /// Executes a command of this module. `None`: there is none of that name.
+    pub(super) fn execute(
+        &mut self,
+        machine: &mut Machine,
+        name: &str,
+        arguments: &Map<String, Value>,
+    ) -> Option<Result<Answer, Failure>> {
+        let command = COMMANDS.iter().find(|command| command.types.name == name)?;
+        let checked = Arguments::check(command.types.arguments, arguments);
+        Some(checked.and_then(|arguments| (command.run)(self, machine, &arguments)))
+    }
+
+    /// The machine is configured.
+    pub(super) fn set_config(&mut self, config: SavedConfig) {
+        self.config = config;
+    }
+
+    /// Executes a command before there is a machine.
+    pub(super) fn prepare(
+        &mut self,
+        name: &str,
+        arguments: &Map<String, Value>,
+    ) -> Result<Value, Failure> {
+        match name {
+            "query-migrate" => Ok(self.info()),
+            "migrate-set-capabilities" => {
+                let arguments = Arguments::check(CAPABILITIES, arguments)?;
+                self.set_capabilities(&arguments).map(|()| json!({}))
+            }
+            _ => Err(Failure::generic("there is no machine yet; send migrate-incoming first")),
+        }
+    }
+
+    fn keep(&mut self, name: &str, file: Option<File>) -> Result<(), Failure> {
+        if name.is_empty() || name.starts_with(|first: char| first.is_ascii_digit()) {
+            let why = "Parameter 'fdname' expects a name not starting with a digit";
+            return Err(Failure::generic(why));
+        }
+        let file =
+            file.ok_or_else(|| Failure::generic("No file descriptor supplied via SCM_RIGHTS"))?;
+        if self.files.len() >= FILES_MAX && !self.files.contains_key(name) {
+            return Err(Failure::generic("too many files are handed over; use closefd"));
+        }
+        self.files.insert(name.to_owned(), file);
+        Ok(())
+    }
+
+    /// Takes the file that was handed over under this name.
+    fn given(&mut self, name: &str) -> Result<Destination, Failure> {
+        let unknown = || Failure::generic(format!("File descriptor named '{name}' not found"));
+        let file = self.files.remove(name).ok_or_else(unknown)?;
+        Ok(Destination::Given(format!("fd:{name}").into(), file))
+    }
+
+    fn begin(&mut self, machine: &mut Machine, destination: Destination) -> Result<(), Failure> {
+        let is_over = |save: &Save| [COMPLETED, FAILED, CANCELLED].contains(&save.status);
+        if !self.save.as_ref().is_none_or(is_over) {
+            return Err(Failure::generic("There's a migration process in progress"));
+        }
+        if self.config.runs_command {
+            return Err(Failure::generic("a machine that runs --exec cannot be saved"));
+        }
+        let progress = Progress::default();
+        let job =
+            snapshot::begin(machine, self.config.clone(), destination, &progress, Purpose::Save)
+                .map_err(|error| Failure::of(&error))?;
+        let (began, milliseconds, error) = (Instant::now(), 0, None);
+        self.save = Some(Save { job, status: SETUP, progress, began, milliseconds, error });
+        self.set_status(SETUP);
+        self.set_status(ACTIVE);
+        Ok(())
+    }
+
+    fn set_status(&mut self, status: &'static str) {
+        if let Some(save) = &mut self.save {
+            save.status = status;
+            if self.events {
+                self.messages.push(stamped("MIGRATION", json!({ "status": status })));
+            }
+        }
+    }
+
+    fn cancel(&mut self) {
+        if let Some(save) = &self.save
+            && save.status == ACTIVE
+        {
+            save.progress.cancel.store(true, Ordering::Relaxed);
+            self.set_status(CANCELLING);
+        }
+    }
+
+    /// Messages for all clients that commands have caused.
+    pub(super) fn take_messages(&mut self) -> Vec<Value> {
+        std::mem::take(&mut self.messages)
+    }
+
+    /// Takes in what happened to the machine.
+    pub(super) fn advance(&mut self, events: &[MachineEvent]) {
+        for event in events {
+            if let MachineEvent::Done(job, result) = event
+                && let Some(save) = self.save.as_mut().filter(|save| save.job == *job)
+            {
+                save.milliseconds = save.began.elapsed().as_millis() as u64;
+                let cancelled = save.progress.cancel.load(Ordering::Relaxed);
+                save.error = result.as_ref().err().map(|error| WithCauses(error).to_string());
+                self.set_status(match result {
+                    Ok(()) => COMPLETED,
+                    Err(_) if cancelled => CANCELLED,
+                    Err(_) => FAILED,
+                });
+            }
+        }
+    }
+
+    fn set_capabilities(&mut self, arguments: &Arguments<'_>) -> Result<(), Failure> {
+        let list = arguments.any("capabilities").and_then(Value::as_array);
+        let expected = "Invalid parameter type for 'capabilities', expected: array of capabilities";
+        for entry in list.ok_or_else(|| Failure::generic(expected))? {
+            match (entry["capability"].as_str(), entry["state"].as_bool()) {
+                (Some("events"), Some(state)) => self.events = state,
+                // RAM is at fixed places of the file in any case.
+                (Some("mapped-ram"), Some(_)) => {}
+                (Some(name), Some(_)) => {
+                    let unknown = format!("Parameter 'capability' does not accept value '{name}'");
+                    return Err(Failure::generic(unknown));
+                }
+                _ => return Err(Failure::generic(expected)),
+            }
+        }
+        Ok(())
+    }
+
+    fn info(&self) -> Value {
+        let Some(save) = &self.save else { return json!({}) };
+        let ram = &save.progress.ram;
+        let [total, remaining, written, zero] =
+            [&ram.total, &ram.remaining, &ram.written, &ram.zero]
+                .map(|count| count.load(Ordering::Relaxed));
+        let page = arch::layout::PAGE_SIZE;
+        let mut info = json!({
+            "status": save.status,
+            "ram": {
+                "transferred": written,
+                "remaining": remaining,
+                "total": total,
+                "duplicate": zero / page,
+                "normal": written / page,
+                "normal-bytes": written,
+                "page-size": page,
+            },
+        });
+        if let Some(error) = &save.error {
+            info["error-desc"] = json!(error);
+        }
+        let elapsed = save.began.elapsed().as_millis() as u64;
+        let is_over = save.status == COMPLETED;
+        info["total-time"] = json!(if save.milliseconds > 0 { save.milliseconds } else { elapsed });
+        if is_over {
+            // The guest stands still from the first to the last moment.
+            info["downtime"] = json!(save.milliseconds);
+        }
+        info
+    }
+}

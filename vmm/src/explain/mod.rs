@@ -1,0 +1,219 @@
+//! `--explain`: a machine as text, read from the machine itself.
+//!
+//! A capability. `cli` calls [`explain`] instead of running the machine. [`explain`] builds it, as a run would, and then reads everything
+//! from what was built: registers from KVM, the content of memory from the placement plan, features and configuration
+//! spaces from the disks' registers (as a driver reads them), threads and descriptors from /proc/self, system calls from the
+//! lists that the filters are made of. So the text cannot differ from what would run.
+//!
+//! What a run would leave behind is left out: no socket is bound, and no console's file is created or emptied. Images are
+//! opened and locked, because whether they can be is part of the answer.
+
+mod disks;
+mod process;
+mod rows;
+
+use arch::boot::Protocol;
+use arch::layout;
+use arch::machine_layout::{MachineLayout, MachineSpec};
+use arch::memory::Kind;
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+
+use self::rows::{item, range};
+use crate::boot_image::BootImage;
+use crate::builder::{build, machine_spec};
+use crate::config::{ConsoleConfig, VmConfig};
+use crate::error::Error;
+use crate::machine::Machine;
+use crate::sandbox;
+use crate::signals::Signals;
+
+/// CR0.PG and EFER.LMA (SDM 3A §2.5, §2.2.1).
+const CR0_PG: u64 = 1 << 31;
+const EFER_LMA: u64 = 1 << 10;
+
+/// Describes the machine that `config` asks for, without running it.
+///
+/// # Errors
+/// Those of building it.
+pub fn explain(config: &VmConfig) -> Result<String, Error> {
+    let signals = Signals::block()?;
+    let machine = &build(&without_traces(config), None, signals)?.machine;
+    let disks = machine.hardware.disks.len();
+    let spec = MachineSpec { disks, ..machine_spec(config) };
+    let mut lines = summary(config, &spec);
+    lines.extend(memory_map(&MachineLayout::new(spec)));
+    lines.extend(machine.hardware.boot_image.as_ref().map(boot).unwrap_or_default());
+    lines.extend(registers(machine)?);
+    lines.extend(ports(config));
+    machine.hardware.disks.iter().for_each(|disk| lines.extend(disks::describe(disk)));
+    lines.extend(process::threads());
+    lines.extend(process::descriptors());
+    lines.extend(left_out(config));
+    lines.push("System calls that a thread may make once the guest runs".to_owned());
+    lines.extend(match sandbox::system_calls(config) {
+        Some(kinds) => {
+            kinds.into_iter().map(|(kind, calls)| item(kind, calls.join(", "))).collect()
+        }
+        None => vec!["  all: --sandbox off".to_owned()],
+    });
+    Ok(lines.join("\n") + "\n")
+}
+
+/// The same machine, but it leaves nothing on the host: its consoles are standard streams, and it has no sockets.
+fn without_traces(config: &VmConfig) -> VmConfig {
+    let quiet = |console: &ConsoleConfig| match console {
+        ConsoleConfig::None => ConsoleConfig::None,
+        _ => ConsoleConfig::Stderr,
+    };
+    let consoles = config.consoles.each_ref().map(quiet);
+    VmConfig { consoles, qmp: None, gdb: None, timeout: None, ..config.clone() }
+}
+
+/// The descriptors that only a run opens.
+fn left_out(config: &VmConfig) -> impl Iterator<Item = String> {
+    let consoles = config.consoles.iter().filter_map(|console| match console {
+        ConsoleConfig::File { path, .. } => Some(format!("  {}: a run opens it", path.display())),
+        ConsoleConfig::Unix(path) => Some(format!("  {}: a run binds it", path.display())),
+        ConsoleConfig::Pty => Some("  /dev/pts: a run makes a pseudo-terminal".to_owned()),
+        ConsoleConfig::Stdio | ConsoleConfig::Stderr | ConsoleConfig::None => None,
+    });
+    let control = config.qmp.iter().map(|path| format!("  {}: a run binds it", path.display()));
+    consoles.chain(control).chain(config.gdb.iter().map(|gdb| format!("  {gdb}: a run binds it")))
+}
+
+fn summary(config: &VmConfig, spec: &MachineSpec) -> Vec<String> {
+    let tables = if config.acpi { "ACPI" } else { "MPTable" };
+    let (memory, cpus, disks) = (spec.memory >> 10, spec.cpus, spec.disks);
+    vec![format!(
+        "Machine: {memory} KiB of memory, vCPUs: {cpus}, disks: {disks}, tables: {tables}"
+    )]
+}
+
+fn memory_map(layout: &MachineLayout) -> Vec<String> {
+    let mut lines = vec!["Memory map that the guest is given".to_owned()];
+    lines.extend(layout.memory_map.iter().map(|entry| {
+        let kind = match entry.kind {
+            Kind::Ram => "RAM",
+            Kind::Reserved => "reserved",
+            Kind::Acpi => "ACPI tables",
+        };
+        range(entry.start, entry.size, kind)
+    }));
+    lines.push("Registers of devices in the hole below 4 GiB".to_owned());
+    let windows = layout.disks.iter().enumerate();
+    lines.extend(windows.map(|(index, window)| {
+        range(window.base.0, window.size, format!("disk {index}, interrupt {}", window.gsi))
+    }));
+    lines.push(range(layout::IOAPIC.0, layout::PAGE_SIZE, "IOAPIC"));
+    lines.push(range(layout::LAPIC.0, layout::PAGE_SIZE, "local APICs"));
+    lines
+}
+
+/// What memory holds before the first instruction.
+fn boot(image: &BootImage) -> Vec<String> {
+    let plan = &image.plan;
+    let mut placed: Vec<_> = plan
+        .structures
+        .iter()
+        .map(|structure| (structure.address.0, structure.bytes.len() as u64, structure.name))
+        .chain(plan.kernel.iter().map(|file| (file.address.0, file.length, "kernel")))
+        .chain(plan.initrd.iter().map(|file| (file.address.0, file.length, "initrd")))
+        .collect();
+    placed.sort_unstable();
+    let mut lines =
+        vec!["Content of memory before the first instruction; the rest is zero".to_owned()];
+    lines.extend(placed.into_iter().map(|(start, length, name)| range(start, length, name)));
+    let cmdline = plan.structures.iter().find(|structure| structure.address == layout::CMDLINE);
+    let words = cmdline.map(|structure| structure.bytes.trim_ascii_end()).unwrap_or_default();
+    let words = words.strip_suffix(b"\0").unwrap_or(words);
+    lines.push("Kernel command line".to_owned());
+    lines.push(format!("  {}", String::from_utf8_lossy(words)));
+    let protocol = match plan.entry.protocol {
+        Protocol::Pvh => "PVH: ebx points to the start info",
+        Protocol::Linux64 => "Linux, 64-bit: rsi points to the zero page",
+    };
+    lines.push("Boot protocol".to_owned());
+    lines.push(format!("  {protocol}"));
+    lines
+}
+
+fn registers(machine: &Machine) -> Result<Vec<String>, Error> {
+    let vcpus = &machine.hardware.vcpus;
+    let mut lines = vec!["Registers of vCPU 0 at the entry; those not shown are 0".to_owned()];
+    if let Some(first) = vcpus.first() {
+        let (regs, sregs) = first.with_paused(|vcpu| {
+            let failed = || Error::kvm("read a vCPU's registers");
+            Ok((vcpu.fd.get_regs().map_err(failed())?, vcpu.fd.get_sregs().map_err(failed())?))
+        })?;
+        lines.extend(general(&regs));
+        lines.extend(system(&sregs));
+    }
+    if vcpus.len() > 1 {
+        lines.push("  The other vCPUs wait for INIT and SIPI.".to_owned());
+    }
+    Ok(lines)
+}
+
+fn general(regs: &kvm_regs) -> impl Iterator<Item = String> {
+    [
+        ("rip", regs.rip),
+        ("rflags", regs.rflags),
+        ("rax", regs.rax),
+        ("rbx", regs.rbx),
+        ("rcx", regs.rcx),
+        ("rdx", regs.rdx),
+        ("rsi", regs.rsi),
+        ("rdi", regs.rdi),
+        ("rsp", regs.rsp),
+        ("rbp", regs.rbp),
+    ]
+    .into_iter()
+    .filter(|(_, value)| *value != 0)
+    .map(|(name, value)| item(name, format_args!("{value:#x}")))
+}
+
+fn system(sregs: &kvm_sregs) -> Vec<String> {
+    let mode = match (sregs.efer & EFER_LMA != 0, sregs.cr0 & CR0_PG != 0) {
+        (true, _) => "64-bit, paging",
+        (false, true) => "32-bit, paging",
+        (false, false) => "32-bit, no paging",
+    };
+    let mut lines = vec![item("cr0", format_args!("{:#x} ({mode})", sregs.cr0))];
+    for (name, value) in [("cr3", sregs.cr3), ("cr4", sregs.cr4), ("efer", sregs.efer)] {
+        lines.push(item(name, format_args!("{value:#x}")));
+    }
+    for (name, segment) in [("cs", &sregs.cs), ("ds, es, fs, gs, ss", &sregs.ds), ("tr", &sregs.tr)]
+    {
+        let kvm_segment { selector, base, limit, .. } = segment;
+        lines.push(item(name, format_args!("{selector:#x}, base {base:#x}, limit {limit:#x}")));
+    }
+    for (name, table) in [("gdtr", &sregs.gdt), ("idtr", &sregs.idt)] {
+        lines.push(item(name, format_args!("base {:#x}, limit {:#x}", table.base, table.limit)));
+    }
+    lines.push(item("apic_base", format_args!("{:#x}", sregs.apic_base)));
+    lines
+}
+
+/// The I/O ports. Those of KVM's own interrupt controllers and timer are not minivmm's.
+fn ports(config: &VmConfig) -> Vec<String> {
+    let mut ports = vec![
+        (layout::I8042_DATA, "i8042: resets the machine".to_owned()),
+        (layout::PVPANIC, "pvpanic".to_owned()),
+        (layout::SLEEP_CONTROL, "ACPI sleep control and status".to_owned()),
+        (layout::RESET, "reset".to_owned()),
+    ];
+    for (name, (present, (port, gsi))) in
+        ["ttyS0", "ttyS1"].iter().zip(config.serial.iter().zip(layout::SERIAL_PORTS))
+    {
+        if *present {
+            ports.push((port, format!("{name}, interrupt {gsi}")));
+        }
+    }
+    if config.debug_exit {
+        ports.push((layout::DEBUG_EXIT, "debug exit".to_owned()));
+    }
+    ports.sort_unstable();
+    let mut lines = vec!["I/O ports".to_owned()];
+    lines.extend(ports.into_iter().map(|(port, what)| item(&format!("{port:#06x}"), what)));
+    lines
+}

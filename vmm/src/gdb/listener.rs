@@ -1,0 +1,75 @@
+//! Where a debugger connects: a Unix socket that only this user can open, or a TCP port of this host alone.
+
+use std::fmt;
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+use rustix::net::{SocketFlags, accept_with, sockopt};
+
+use crate::config::GdbConfig;
+use crate::error::Error;
+use crate::listener::Listener;
+
+pub(super) enum DebugListener {
+    Unix(Listener),
+    Tcp(TcpListener),
+}
+
+impl DebugListener {
+    /// # Errors
+    /// The path or the port cannot be had.
+    pub(super) fn bind(config: &GdbConfig) -> Result<Self, Error> {
+        let bound = match config {
+            GdbConfig::Unix(path) => Listener::bind(path).map(Self::Unix),
+            GdbConfig::Tcp(address) => TcpListener::bind(address).and_then(|listener| {
+                listener.set_nonblocking(true)?;
+                // Clients inherit it: the protocol is small packets, each of which waits for the other side.
+                sockopt::set_tcp_nodelay(&listener, true)?;
+                Ok(Self::Tcp(listener))
+            }),
+        };
+        bound.map_err(|source| Error::Argument {
+            option: "--gdb",
+            value: config.to_string(),
+            source,
+        })
+    }
+
+    /// The next client, whose socket does not block; `None` if there is none.
+    pub(super) fn accept(&self) -> Option<OwnedFd> {
+        match self {
+            Self::Unix(listener) => listener.accept().map(OwnedFd::from),
+            Self::Tcp(listener) => {
+                let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+                match accept_with(listener, flags).map_err(io::Error::from) {
+                    Ok(client) => Some(client),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+                    Err(error) => {
+                        tracing::warn!(%error, "--gdb: a debugger cannot be served");
+                        None
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// As it was written on the command line.
+impl fmt::Display for GdbConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Tcp(address) => write!(f, "tcp:{address}"),
+        }
+    }
+}
+
+impl AsRawFd for DebugListener {
+    fn as_raw_fd(&self) -> RawFd {
+        match self {
+            Self::Unix(listener) => listener.as_raw_fd(),
+            Self::Tcp(listener) => listener.as_raw_fd(),
+        }
+    }
+}

@@ -1,0 +1,38 @@
+//! `--hugepages`: guest RAM of pages of 2 MiB from the host's pool, all of which are taken at the start. The guest never waits
+//! for one, and the host cannot run out of them later.
+//!
+//! A capability: the builder calls [`allocate`] instead of the one in [`crate::memory`].
+
+use std::fs;
+
+use arch::machine_layout::MachineLayout;
+
+use crate::GuestMemory;
+use crate::error::Error;
+use crate::memory;
+
+const HUGE_PAGE: u64 = 2 << 20;
+/// The host's pool (Documentation/admin-guide/mm/hugetlbpage.rst).
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+/// Maps the RAM of `layout`, and takes all of its pages.
+///
+/// # Errors
+/// It is no whole number of pages, more than the pool has, or the host refuses the mapping.
+pub(crate) fn allocate(layout: &MachineLayout) -> Result<GuestMemory, Error> {
+    memory::check_size(layout)?;
+    let bytes = layout.spec.memory;
+    if !bytes.is_multiple_of(HUGE_PAGE) {
+        return Err(Error::HugePageMemory(bytes));
+    }
+    let pool = |name| fs::read_to_string(format!("{POOL}/{name}")).ok()?.trim().parse::<u64>().ok();
+    let count = |name| pool(name).unwrap_or(0);
+    // What others were promised counts as free until they touch it.
+    let free = count("free_hugepages").saturating_sub(count("resv_hugepages"));
+    let wanted = bytes / HUGE_PAGE;
+    if free < wanted {
+        let enough = count("nr_hugepages") + wanted - free;
+        return Err(Error::HugePages { wanted, free, enough });
+    }
+    memory::map(layout, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB | libc::MAP_POPULATE)
+}

@@ -1,0 +1,111 @@
+//! Pages of the kernel's file as guest memory: mapped privately where that is safe, so that starting costs neither the time
+//! nor the memory of a copy. [`crate::boot_image`] decides when; this module knows how.
+//!
+//! A private mapping shows what others write into the file, except in pages that the guest has written. A file that is cut
+//! off takes its pages away from all mappings, written ones included, and using them is then an error (mmap(2)). A compiler
+//! that writes a new kernel in place must not do that to a running guest, so pages are mapped only under one of these:
+//!
+//! - the seals of a memfd (`F_SEAL_WRITE` and `F_SEAL_SHRINK`), which hold for good;
+//! - a read lease (fcntl(2), `F_SETLEASE`). While it is held, the host makes a process that opens the file for writing, or
+//!   truncates it, wait, and sends SIGIO, which the main loop reads from its signalfd. The main loop stops the guest, [`copy`]
+//!   replaces the mapped pages by copies, and [`release`] lets the writer go on.
+//!
+//! The host takes the lease away by itself after `/proc/sys/fs/lease-break-time` (45 s). A machine that does not stand still for
+//! the copy ends earlier, at `--stop-timeout`: [`lease_outlasts`] says whether that is early enough. If the file is cut off
+//! nevertheless, [`copy`] fails with an error instead of a signal, because the host's kernel reads the pages for it (write(2)).
+//!
+//! The host gives no lease on another user's file (without CAP_LEASE), on a file that is open for writing, and on network file
+//! systems. A kernel without a lease is copied.
+
+use std::fs::File;
+use std::io::{self, Seek};
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use arch::boot::FileRange;
+use arch::layout::PAGE_SIZE;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_get_seals, memfd_create};
+use rustix::mm::{Advice, MapFlags, ProtFlags, mmap};
+use vm_memory::{Bytes, GuestMemoryBackend};
+
+use crate::GuestMemory;
+use crate::memory::{self, NO_CORE_DUMP, host_address, into_io};
+
+/// Takes a read lease on `file`, or finds that seals make one unnecessary. SIGIO has to be blocked.
+#[expect(unsafe_code, reason = "fcntl has no safe wrapper for leases")]
+pub(crate) fn lease(file: &File) -> bool {
+    let seals = SealFlags::WRITE | SealFlags::SHRINK;
+    fcntl_get_seals(file).is_ok_and(|present| present.contains(seals))
+        // SAFETY: the call touches no memory of this process.
+        || unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK) } == 0
+}
+
+/// Whether the host leaves a lease to its holder for longer than `limit` once it wants the lease back.
+pub(crate) fn lease_outlasts(limit: Duration) -> bool {
+    let seconds = std::fs::read_to_string("/proc/sys/fs/lease-break-time");
+    // Without /proc: the host's default.
+    let seconds = seconds.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(45);
+    Duration::from_secs(seconds) > limit
+}
+
+/// Gives up the lease. Without one this does nothing.
+#[expect(unsafe_code, reason = "fcntl has no safe wrapper for leases")]
+pub(crate) fn release(file: &File) {
+    // SAFETY: the call touches no memory of this process.
+    unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) };
+}
+
+/// Maps the whole pages of `range`, which is inside the leased `file`, into guest memory that is not in use yet. Returns how
+/// many bytes from the start of the range are there now; the rest has to be copied.
+///
+/// # Errors
+/// The host refuses the mapping.
+#[expect(unsafe_code, reason = "guest memory is mapped anew")]
+pub(crate) fn map(memory: &GuestMemory, file: &File, range: &FileRange) -> io::Result<u64> {
+    let length = whole_pages(memory, range);
+    if length > 0 {
+        let host = host_address(memory, range.address, length)?;
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+        // SAFETY: the range is inside one mapping of guest memory, which lives as long as `memory` and is unmapped as a
+        // whole; there are no Rust references into it. The new pages are as private, as writable, and as many.
+        unsafe { mmap(host, length as usize, protection, flags, file, range.offset) }?;
+        memory::advise(memory, range.address, length, NO_CORE_DUMP);
+    }
+    Ok(length)
+}
+
+/// Replaces the pages that [`map`] may have mapped for `range` by copies. Nothing uses that memory meanwhile. It is not enough
+/// to write to the pages: cutting off a file takes even written pages of its mappings away.
+///
+/// # Errors
+/// The host has no memory left, or the file was cut off already.
+pub(crate) fn copy(memory: &GuestMemory, range: &FileRange) -> io::Result<()> {
+    let length = whole_pages(memory, range);
+    let mut content = File::from(memfd_create("kernel-pages", MemfdFlags::CLOEXEC)?);
+    memory.write_all_volatile_to(range.address, &mut content, length as usize).map_err(into_io)?;
+    content.rewind()?;
+    memory::renew(memory, range.address, length)?;
+    prefer_huge(memory, range);
+    memory.read_exact_volatile_from(range.address, &mut content, length as usize).map_err(into_io)
+}
+
+/// Asks for transparent huge pages where `range` will be copied to: most of a copy's time is page faults. A host without
+/// them refuses, which is harmless.
+pub(crate) fn prefer_huge(memory: &GuestMemory, range: &FileRange) {
+    memory::advise(memory, range.address, whole_pages(memory, range), Advice::LinuxHugepage);
+}
+
+/// How many bytes of `range` are whole pages that pages of a file can replace: where file and memory agree on where pages
+/// begin, and guest memory is private and has pages of the ordinary size.
+fn whole_pages(memory: &GuestMemory, range: &FileRange) -> u64 {
+    let FileRange { offset, address, length } = *range;
+    let flags = memory.find_region(address).map_or(0, |region| region.flags());
+    let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    let suitable = flags & (private | libc::MAP_HUGETLB) == private;
+    if suitable && offset.is_multiple_of(PAGE_SIZE) && address.0.is_multiple_of(PAGE_SIZE) {
+        length & !(PAGE_SIZE - 1)
+    } else {
+        0
+    }
+}

@@ -1,0 +1,112 @@
+//! The end of the machine: each disk is drained and flushed on its own, whatever else fails, and what hangs is left behind at the
+//! deadline.
+//!
+//! [`Machine::end`] stops the vCPUs and pauses the disks. From then on [`Machine::advance`] takes each disk from
+//! draining to flushing when that disk is ready, so that one that hangs does not keep another's data from the medium.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::{DiskEnd, End, Machine, MachineDisk, MachineEvent, Outcome, is_paused};
+use crate::error::Error;
+use crate::vcpu::VcpuThread;
+
+impl Machine {
+    /// Begins to end the machine: vCPUs stop, disks are drained and flushed, each as soon as it stands still. The first
+    /// outcome counts. A second signal, or `Ctrl-A x`, ends the machine at once.
+    pub(crate) fn end(&mut self, outcome: Result<Outcome, Error>) {
+        let is_users = matches!(outcome, Ok(Outcome::Signal(_) | Outcome::Quit));
+        if let Some(end) = &mut self.end {
+            end.requests += u32::from(is_users);
+            if is_users && end.requests == 2 {
+                self.abandon_end();
+            }
+            return;
+        }
+        match outcome {
+            Ok(Outcome::Panicked(_)) => {
+                self.warn_of_missing_drivers();
+                self.emit(MachineEvent::GuestPanicked);
+                // As in QEMU, unless it has stopped for a dump.
+                if !self.panicked {
+                    self.emit(MachineEvent::Stop);
+                }
+            }
+            Ok(Outcome::Reset) => self.emit(MachineEvent::Reset { by_guest: true }),
+            _ => {}
+        }
+        self.emit(MachineEvent::Shutdown(outcome.as_ref().ok().cloned()));
+        self.cancel_task(Error::Stopping);
+        if let Some(standstill) = self.standstill.take() {
+            self.emit(MachineEvent::Done(standstill.job, Err(Error::Stopping)));
+        }
+        let began = self.begin_to_pause();
+        let disks = self.hardware.disks.iter().map(|_| DiskEnd::Draining).collect();
+        self.end = Some(End { outcome, began, disks, requests: is_users.into(), over: false });
+    }
+
+    pub(super) fn advance_end(&mut self) {
+        let Some(mut end) = self.end.take() else { return };
+        for (disk, state) in self.hardware.disks.iter().zip(&mut end.disks) {
+            if matches!(state, DiskEnd::Draining) && is_paused(disk) {
+                *state = begin_flush(disk);
+            }
+            if let DiskEnd::Flushing(answer) = state
+                && let Some(result) = answer.poll()
+            {
+                *state = DiskEnd::Done;
+                end.outcome = end.outcome.and_then(|outcome| result.map(|()| outcome));
+            }
+        }
+        let stands_still = end.disks.iter().all(|disk| matches!(disk, DiskEnd::Done))
+            && self.hardware.vcpus.iter().all(VcpuThread::has_left);
+        let is_late = end.began.elapsed() >= self.stop_timeout;
+        end.over |= stands_still;
+        self.end = Some(end);
+        if is_late && !stands_still {
+            self.abandon_end();
+        }
+    }
+
+    /// Ends without what has not come to a standstill.
+    fn abandon_end(&mut self) {
+        let Some(began) = self.end.as_ref().map(|end| end.began) else { return };
+        let hung = self.hung(began);
+        if let Some(end) = &mut self.end {
+            end.over = true;
+            if let Some(error) = hung {
+                end.outcome = Err(error);
+            }
+        }
+    }
+
+    /// Whether the end is complete: `finish` is to be called.
+    pub(crate) fn is_over(&self) -> bool {
+        self.end.as_ref().is_some_and(|end| end.over)
+    }
+
+    /// Frees everything. What hangs is left for the process to end, and with it guest memory, which it may still use.
+    ///
+    /// # Errors
+    /// The failure that ended the machine, or what hangs, or a disk that could not be flushed.
+    pub(crate) fn finish(mut self) -> Result<Outcome, Error> {
+        let hangs = self.hung(Instant::now()).is_some();
+        let outcome = self.end.take().map_or(Err(Error::Stopping), |end| end.outcome);
+        if hangs {
+            std::mem::forget(self);
+        } else {
+            self.hardware.vcpus.into_iter().for_each(VcpuThread::finish);
+        }
+        outcome.map_err(|error| Error::Stopped(Box::new(error)))
+    }
+}
+
+/// Flushes on the disk's own thread for such work, so that a disk that hangs holds up no other.
+fn begin_flush(disk: &MachineDisk) -> DiskEnd {
+    if disk.image.read_only() {
+        return DiskEnd::Done;
+    }
+    let (image, device) = (Arc::clone(&disk.image), disk.config.id.clone());
+    let flush = move || image.flush().map_err(|source| Error::Flush { device, source });
+    DiskEnd::Flushing(disk.background.run(flush))
+}

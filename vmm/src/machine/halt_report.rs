@@ -1,0 +1,27 @@
+//! Looks, at a standstill, whether no vCPU can ever run again by itself, and says so once until a reset. `halt_watch` asks for it
+//! when no vCPU has used its CPU for a while.
+
+use super::Machine;
+use crate::vcpu::Vcpu;
+
+impl Machine {
+    /// Warns if no vCPU can ever run again by itself. Once, until a reset.
+    pub(crate) fn look_for_halt(&mut self) {
+        if !self.halt_reported && self.standstill.is_none() && self.end.is_none() {
+            self.stand_still(|standstill| standstill.look_for_halt = true);
+        }
+    }
+
+    /// Everything stands still.
+    pub(super) fn report_halt(&mut self) {
+        let vcpus = &self.hardware.vcpus;
+        self.halt_reported =
+            vcpus.iter().all(|vcpu| vcpu.with_paused(Vcpu::is_halted_for_good).unwrap_or(false));
+        if self.halt_reported {
+            tracing::warn!(
+                "the guest has halted for good: every vCPU waits with interrupts disabled; end the VM (Ctrl-A x, SIGTERM) \
+                 or reset it (`minivmm ctl SOCKET reset`)"
+            );
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! A guest that panics: what the user is told, and a panic that is held for a dump.
+//!
+//! A capability: it adds methods to the machine. `Machine::vm_event` hands over each outcome that an event of a vCPU has.
+//! `--dump-on-panic` (`snapshot::panic_dump`) sets [`Machine::hold_panic`], and ends the machine when the dump is over.
+
+use super::{Machine, MachineEvent, Outcome};
+use crate::boot_image::{self, Restart};
+use crate::error::Error;
+
+impl Machine {
+    /// What a reset or a triple fault means, which is `unexpected` if the guest's kernel had not begun to restart. Linux triple faults
+    /// on purpose for `reboot=t`.
+    pub(super) fn restarted(&self, unexpected: Outcome) -> Outcome {
+        match boot_image::restart(&self.hardware.memory) {
+            Restart::AfterPanic => Outcome::Panicked("it reset itself after a kernel panic"),
+            Restart::NotBegun => unexpected,
+            Restart::Reboot => Outcome::Reset,
+        }
+    }
+
+    /// Ends the machine, unless it is held because its guest has panicked. What the guest does afterwards is of no interest.
+    pub(super) fn end_unless_held(&mut self, outcome: Result<Outcome, Error>) {
+        match outcome {
+            Ok(_) if self.panicked => {}
+            Ok(Outcome::Panicked(how)) if self.hold_panic => {
+                self.panicked = true;
+                self.emit(MachineEvent::PanicHeld(how));
+            }
+            outcome => self.end(outcome),
+        }
+    }
+
+    /// The usual reason for a panic at boot: the kernel has no driver for its root file system's disk.
+    pub(super) fn warn_of_missing_drivers(&self) {
+        let disks = self.hardware.disks.iter().filter(|disk| !disk.handle.has_driver());
+        let names: Vec<_> = disks.map(|disk| disk.handle.name()).collect();
+        if !names.is_empty() {
+            tracing::warn!(
+                "no driver in the guest has started {}: the kernel needs virtio_mmio and virtio_blk built in, or an \
+                 initrd that loads them",
+                names.join(", ")
+            );
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! The task of a save: it stops the guest, begins to save once everything stands still, and leaves the machine in the state
+//! `postmigrate`, or as it was before if the save fails. A dump leaves it as it was before in any case.
+//!
+//! | state of the machine | event | next state |
+//! |---|---|---|
+//! | any but `Shutdown` | everything stands still, and no event of a vCPU waits | `FinishMigrate` |
+//! | `FinishMigrate` | the save is done | `PostMigrate` |
+//! | `FinishMigrate` | the save failed, or was canceled | the one before; a guest that ran goes on |
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use kvm_bindings::kvm_clock_data;
+
+use super::{Machine, MachineEvent, RunState, Task};
+use crate::background::Answer;
+use crate::error::Error;
+
+/// The slow part of a save, for the machine's background thread.
+pub(crate) type Work = Box<dyn FnOnce() -> Result<(), Error> + Send>;
+
+/// Reads what only the main thread can read.
+pub(crate) type BeginSave = Box<dyn FnOnce(&Machine) -> Result<Work, Error>>;
+
+struct SaveTask {
+    /// For the `Done` event.
+    job: u64,
+    begin: Option<BeginSave>,
+    /// Ends the work early.
+    cancel: Arc<AtomicBool>,
+    work: Option<Answer>,
+    before: RunState,
+    goes_on: bool,
+}
+
+impl Machine {
+    /// Saves the machine at a standstill; afterwards it `goes_on`, or stays stopped. Returns the number of the `Done` event.
+    ///
+    /// # Errors
+    /// The machine ends, or is being saved.
+    pub(crate) fn save(
+        &mut self,
+        begin: BeginSave,
+        cancel: Arc<AtomicBool>,
+        goes_on: bool,
+    ) -> Result<u64, Error> {
+        let busy = self.standstill.as_ref().is_some_and(|standstill| standstill.task.is_some());
+        if busy || self.end.is_some() {
+            return Err(Error::Stopping);
+        }
+        let (job, before) = (self.next_job(), self.state);
+        let task = SaveTask { job, begin: Some(begin), cancel, work: None, before, goes_on };
+        self.stand_still(|standstill| standstill.task = Some(Box::new(task)));
+        Ok(job)
+    }
+
+    pub(super) fn cancel_task(&mut self, error: Error) {
+        if let Some(mut task) = self.standstill.as_mut().and_then(|still| still.task.take()) {
+            task.cancel(self, error);
+        }
+    }
+
+    /// The guest's clock now, with the wall clock's time in nanoseconds as `realtime`: KVM has that only on some hosts.
+    pub(super) fn read_clock(&self) -> Option<kvm_clock_data> {
+        let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let realtime = wall.as_nanos() as u64;
+        self.hardware.vm.get_clock().ok().map(|clock| kvm_clock_data { realtime, ..clock })
+    }
+
+    /// The state and clock from which the machine goes on.
+    pub(crate) fn stopped_at(&self) -> (RunState, Option<kvm_clock_data>) {
+        (self.state, self.clock)
+    }
+
+    /// Makes a machine that has not run yet one that was stopped.
+    pub(crate) fn restore(&mut self, state: RunState, clock: kvm_clock_data) {
+        (self.state, self.clock) = (state, Some(clock));
+    }
+}
+
+impl Task for SaveTask {
+    fn advance(&mut self, machine: &mut Machine) -> bool {
+        // An event that waits may end the machine, and would be missing in what is saved.
+        if let Some(begin) = self.begin.take_if(|_| !machine.wake_main_loop.is_awake()) {
+            self.before = machine.state;
+            let work = begin(machine).unwrap_or_else(|error| Box::new(|| Err(error)));
+            if machine.state == RunState::Running {
+                machine.emit(MachineEvent::Stop);
+            }
+            machine.state = RunState::FinishMigrate;
+            self.work = Some(machine.background.run(work));
+        }
+        let Some(result) = self.work.as_ref().and_then(Answer::poll) else { return false };
+        self.finish(machine, result);
+        true
+    }
+
+    fn cancel(&mut self, machine: &mut Machine, error: Error) {
+        self.cancel.store(true, Ordering::Relaxed);
+        self.finish(machine, Err(error));
+    }
+}
+
+impl SaveTask {
+    fn finish(&mut self, machine: &mut Machine, result: Result<(), Error>) {
+        if machine.state == RunState::FinishMigrate {
+            let stays = result.is_ok() && !self.goes_on;
+            machine.state = if stays { RunState::PostMigrate } else { self.before };
+            if machine.state == RunState::Running {
+                machine.emit(MachineEvent::Resume);
+            }
+        }
+        machine.emit(MachineEvent::Done(self.job, result));
+    }
+}

@@ -1,0 +1,235 @@
+//! Confinement: after the start, a guest that takes over a thread of minivmm can do with it little more than that thread does.
+//!
+//! Before the guest's first instruction every thread gives up, for good:
+//!
+//! - privileges: it gets none by execve(2), and has no capability (`privileges`);
+//! - paths: Landlock lets it open, create and look into nothing, and connect to nothing. All that the machine uses is open by
+//!   then. One thing is left: removing files where the machine's own sockets are;
+//! - system calls: a seccomp filter for each kind of thread (`filters`). A call that is not on its list ends the VM (`violation`);
+//! - being looked into by other processes of the same user: the process is not dumpable.
+//!
+//! The builder plugs this in, and no other module knows it. Threads are started by the functions of [`Sandbox::spawn`], which
+//! confine the thread before its body. The main loop's last act before the guest runs is to watch [`Sandbox::source`], which
+//! waits until all of them have, and then confines the main thread. What a host lacks is said in one line, and the rest is used.
+
+mod filters;
+mod ioctls;
+mod privileges;
+mod violation;
+
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+
+use devices::spawn::{self, Body, Spawn};
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+use seccompiler::{BpfProgram, SeccompAction};
+
+pub(crate) use self::filters::Kind;
+use self::filters::Needs;
+use self::violation::Violations;
+pub use self::violation::on_violation;
+use crate::config::{ConsoleConfig, GdbConfig, SandboxMode, VmConfig};
+use crate::error::Error;
+use crate::lock;
+use crate::sources::Source;
+
+/// The directory that a confined process may save to. Not set: the process is not confined.
+static SAVE: OnceLock<Option<PathBuf>> = OnceLock::new();
+
+/// Whether the process is confined, if it may save to `directory`.
+///
+/// # Errors
+/// It is confined, and may not.
+pub(crate) fn check_save(directory: &Path) -> io::Result<bool> {
+    let Some(allowed) = SAVE.get() else { return Ok(false) };
+    let refused = |why| Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+    match allowed {
+        None => refused(
+            "the VM is confined and opens no files; use `minivmm ctl SOCKET save PATH`, hand a file over with getfd, or start the VM with --save-directory DIR"
+                .to_owned(),
+        ),
+        Some(allowed) if allowed == directory => Ok(true),
+        Some(allowed) => {
+            refused(format!("the VM is confined and may save to {} only", allowed.display()))
+        }
+    }
+}
+
+/// The system calls of each kind of thread, for people. `None`: none is refused.
+pub(crate) fn system_calls(config: &VmConfig) -> Option<Vec<(&'static str, Vec<String>)>> {
+    let calls = |kind: Kind| {
+        let calls = filters::allowed(kind, needs(config)).into_iter();
+        let shown = calls.map(|call| match call.condition {
+            "" => call.name.to_owned(),
+            condition => format!("{} ({condition})", call.name),
+        });
+        (kind.name(), shown.collect())
+    };
+    (config.sandbox == SandboxMode::On).then(|| Kind::ALL.map(calls).into())
+}
+
+fn needs(config: &VmConfig) -> Needs {
+    Needs {
+        process: std::process::id(),
+        scsi: config.disks.iter().any(|disk| disk.image.scsi),
+        saves: config.save_directory.is_some(),
+        debugs: config.gdb.is_some(),
+    }
+}
+
+/// The absolute path of the directory.
+fn save_directory(path: &Path) -> Result<PathBuf, Error> {
+    let listed = std::fs::read_dir(path).and_then(|_| std::path::absolute(path));
+    listed.map_err(|source| {
+        let value = path.display().to_string();
+        Error::Argument { option: "--save-directory", value, source }
+    })
+}
+
+/// The confinement of one process, or none with `--sandbox off`.
+#[derive(Clone)]
+pub(crate) struct Sandbox(Option<Arc<Rules>>);
+
+struct Rules {
+    /// By `Kind`.
+    filters: Vec<BpfProgram>,
+    ruleset: Option<OwnedFd>,
+    /// Threads that are started and not confined yet.
+    unconfined: Mutex<usize>,
+    confined: Condvar,
+    /// The pieces of confinement that this host lacks, which have been said.
+    lacking: Mutex<Vec<&'static str>>,
+}
+
+impl Sandbox {
+    /// Prepares the confinement that `config` asks for. There is only one thread yet.
+    ///
+    /// # Errors
+    /// A mistake in the filters.
+    pub(crate) fn prepare(config: &VmConfig) -> Result<Self, Error> {
+        let otherwise = match config.sandbox {
+            SandboxMode::Off => return Ok(Self(None)),
+            SandboxMode::On => SeccompAction::Trap,
+            SandboxMode::Log => SeccompAction::Log,
+        };
+        privileges::use_one_heap();
+        let needs = needs(config);
+        let compile = |kind: Kind| filters::compile(kind, needs, otherwise.clone());
+        let filters = Kind::ALL.into_iter().map(compile).collect::<Result<_, _>>();
+        let consoles = config.consoles.iter().filter_map(|console| match console {
+            ConsoleConfig::Unix(path) => Some(path.as_path()),
+            _ => None,
+        });
+        let debugger = config.gdb.iter().filter_map(|gdb| match gdb {
+            GdbConfig::Unix(path) => Some(path.as_path()),
+            GdbConfig::Tcp(_) => None,
+        });
+        let sockets = config.qmp.as_deref().into_iter().chain(consoles).chain(debugger);
+        let sockets: Vec<&Path> = sockets.collect();
+        let save = config.save_directory.as_deref();
+        let save = save.map(save_directory).transpose()?;
+        let ruleset = match privileges::no_paths(&sockets, save.as_deref()) {
+            Ok(Some(ruleset)) => Some(ruleset),
+            Ok(None) => {
+                tracing::warn!("--sandbox: paths are not restricted (this host has no Landlock)");
+                None
+            }
+            Err(error) => {
+                if let Some(source) = privileges::shortage(&*error) {
+                    return Err(Error::Host { what: "make a Landlock ruleset", source });
+                }
+                tracing::warn!(%error, "--sandbox: paths are not restricted (the host does not allow it)");
+                None
+            }
+        };
+        violation::install_handler();
+        let _ = SAVE.set(save);
+        Ok(Self(Some(Arc::new(Rules {
+            filters: filters.map_err(|error| Error::Sandbox(error.into()))?,
+            ruleset,
+            unconfined: Mutex::new(0),
+            confined: Condvar::new(),
+            lacking: Mutex::default(),
+        }))))
+    }
+
+    /// What starts threads of this kind.
+    pub(crate) fn spawn(&self, kind: Kind) -> Spawn {
+        let plain = spawn::plain();
+        let Some(rules) = self.0.clone() else { return plain };
+        Arc::new(move |name, body| {
+            *lock(&rules.unconfined) += 1;
+            let of_thread = Arc::clone(&rules);
+            let confined: Body = Box::new(move || {
+                of_thread.confine(kind);
+                of_thread.one_less();
+                drop(of_thread);
+                body();
+            });
+            plain(name, confined).inspect_err(|_| rules.one_less())
+        })
+    }
+
+    /// The last row of the main loop. When the loop begins to watch it, the main thread is confined; it ends the machine when a
+    /// thread made a forbidden system call.
+    ///
+    /// # Errors
+    /// When the host has no descriptor left.
+    pub(crate) fn source(self) -> Result<Option<Box<dyn Source>>, Error> {
+        let Some(rules) = self.0 else { return Ok(None) };
+        let confine = Box::new(move || rules.confine_main());
+        let violations = Violations::new(confine).map_err(Error::host("make an eventfd"))?;
+        Ok(Some(Box::new(violations)))
+    }
+}
+
+impl Rules {
+    /// Confines the main thread, after all others are confined.
+    fn confine_main(&self) {
+        let waiting = |unconfined: &mut usize| *unconfined > 0;
+        let waited = self.confined.wait_while(lock(&self.unconfined), waiting);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+            self.warn("the process stays dumpable", &error);
+        }
+        // The terminal's handlers may have come after.
+        violation::install_handler();
+        self.confine(Kind::Main);
+        tracing::debug!("all threads are confined");
+    }
+
+    /// Takes everything from the calling thread that its kind does not need.
+    fn confine(&self, kind: Kind) {
+        violation::name_thread(kind);
+        if let Err(error) = privileges::drop_privileges() {
+            self.warn("privileges stay", &error);
+        }
+        if let Some(Err(error)) = self.ruleset.as_ref().map(privileges::restrict) {
+            self.warn("paths are not restricted", &error);
+        }
+        if let Some(filter) = self.filters.get(kind as usize)
+            && let Err(error) = seccompiler::apply_filter(filter)
+        {
+            self.warn("system calls are not restricted", &error);
+        }
+    }
+
+    /// Says once what this host lacks: the other threads lack the same.
+    fn warn(&self, what: &'static str, error: &dyn std::fmt::Display) {
+        let mut lacking = lock(&self.lacking);
+        if !lacking.contains(&what) {
+            lacking.push(what);
+            tracing::warn!(%error, "--sandbox: {what} (the host does not allow it)");
+        }
+    }
+
+    fn one_less(&self) {
+        *lock(&self.unconfined) -= 1;
+        self.confined.notify_all();
+    }
+}

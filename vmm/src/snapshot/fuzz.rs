@@ -1,0 +1,95 @@
+//! Saved machines that are anything but: the file around the description, and the description.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use super::checksum::checksum;
+use super::core_file::{CoreFile, CoreLayout};
+use super::incoming;
+
+fn file(head: &[u8], length: u64) -> File {
+    let file: File = memfd_create(c"saved", MemfdFlags::CLOEXEC).unwrap().into();
+    file.write_all_at(head, 0).unwrap();
+    file.set_len(length).unwrap();
+    file
+}
+
+fn assert_sound(core: &CoreFile, length: u64) {
+    let mut end = 0;
+    for segment in &core.segments {
+        assert!(segment.length > 0 && segment.offset >= end, "{segment:?}");
+        end = segment.offset + segment.length;
+        assert!(end <= length);
+    }
+    let blocks: u64 = core.segments.iter().map(|segment| segment.length.div_ceil(2 << 20)).sum();
+    assert_eq!(core.ram_checksums.len() as u64, blocks);
+    assert!(core.machine.len() as u64 <= length);
+}
+
+/// The file's checksum is right again, so that what it covers is read.
+fn seal(head: &mut [u8]) {
+    if let Some(end) = head.len().checked_sub(8) {
+        let sum = checksum(&head[..end]).to_le_bytes();
+        head[end..].copy_from_slice(&sum);
+    }
+}
+
+#[test]
+fn core_files() {
+    minivmm_fuzz::run("vmm/core_files", |input| {
+        let ranges = [(0, 0x40_0000), (0x1_0000_0000, 0x1000), (0x2_0000_0000, 0x20_1000)];
+        let ranges = &ranges[..1 + input.below(3) as usize];
+        let machine = input.sized().to_vec();
+        let layout = CoreLayout::new(&machine, &[Default::default()], ranges);
+        let mut length = layout.file_length();
+        let blocks =
+            ranges.iter().map(|(_, length): &(u64, u64)| length.div_ceil(2 << 20)).sum::<u64>();
+        let mut head = layout.head(&vec![7; blocks as usize]);
+        let patches = input.below(8);
+        for _ in 0..patches {
+            let at = input.u16() as usize % head.len();
+            let count = input.below(9) as usize;
+            let patch = input.bytes(count);
+            for (byte, patch) in head[at..].iter_mut().zip(patch) {
+                *byte = *patch;
+            }
+        }
+        if input.bool() {
+            length = length.wrapping_add_signed(i64::from(input.u32() as i32)).min(1 << 32);
+        }
+        seal(&mut head);
+        match CoreFile::read(file(&head, length)) {
+            Ok(core) => assert_sound(&core, length),
+            Err(error) => assert!(!error.to_string().contains('\n')),
+        }
+    });
+}
+
+/// Descriptions that are read are written as they were read, and only those that fit their file pass the check.
+#[test]
+fn descriptions() {
+    minivmm_fuzz::run("vmm/descriptions", |input| {
+        let mut text = include_bytes!("fixture-1.0.json").to_vec();
+        while !input.is_empty() {
+            let at = input.below(text.len() as u64) as usize;
+            let gone = input.pick(&[0, 1, 1, 2, 4, 64]).min(text.len() - at);
+            let count = input.below(24) as usize;
+            text.splice(at..at + gone, input.bytes(count).iter().copied());
+        }
+        let Ok(saved) = incoming::parse(&text) else { return };
+        let again = serde_json::to_vec(&saved).unwrap();
+        let read = incoming::parse(&again).unwrap();
+        assert_eq!(serde_json::to_vec(&read).unwrap(), again);
+        saved.describe();
+        let memory = (1 << 20) + (input.u64() & 0x1_ffff_f000);
+        let layout = CoreLayout::new(&again, &[], &[(0, memory)]);
+        let length = layout.file_length();
+        let blocks = memory.div_ceil(2 << 20) as usize;
+        let core = CoreFile::read(file(&layout.head(&vec![0; blocks]), length)).unwrap();
+        if incoming::check(&saved, &core).is_ok() {
+            assert_eq!(core.segments.iter().map(|segment| segment.length).sum::<u64>(), memory);
+        }
+    });
+}

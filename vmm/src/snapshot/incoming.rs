@@ -1,0 +1,331 @@
+//! How a machine comes out of a file: the builder's second way to start.
+//!
+//! [`Incoming::open`] checks all of the file but its RAM before anything is made, and says how the machine is configured. The
+//! builder then builds it as it builds any other, and calls [`Incoming::load`] where it would load a kernel and
+//! [`Incoming::restore`] when all parts exist. RAM comes first, then the vCPUs get their saved CPUID (KVM takes no other once they have run), and the state last.
+//!
+//! RAM is *mapped* from the file where the host gives a lease on it: pages are read when the guest touches them, and shared by all
+//! machines that come from the file. A program that opens the file for writing then waits until each machine has made itself
+//! copies. Without a lease, nested under another hypervisor (where each page costs an exit through both), or from the pool of
+//! huge pages, RAM is *copied*, and compared with its checksums.
+
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use arch::boot::FileRange;
+use arch::machine_layout::{MachineLayout, MachineSpec};
+use kvm_ioctls::Kvm;
+
+use super::SnapshotError;
+use super::core_file::CoreFile;
+use super::saved::{MAJOR, SavedDisk, SavedMachine, Versioned};
+use super::{fit, pages};
+use crate::GuestMemory;
+use crate::config::{DiskConfig, VmConfig};
+use crate::control::ControlServer;
+use crate::error::Error;
+use crate::kernel_pages;
+use crate::kvm;
+use crate::machine::{Machine, UnmapFiles};
+use crate::vcpu::VcpuStart;
+
+/// Whether RAM is mapped from the file or copied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MapMode {
+    /// Mapped where that is safe and fast.
+    #[default]
+    Auto,
+    /// Mapped, or the start fails.
+    On,
+    /// Copied.
+    Off,
+}
+
+/// Which time it is for the guest when it goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ClockMode {
+    /// That of the save: no time has passed, as in QEMU.
+    #[default]
+    Stopped,
+    /// The host's: as much has passed as on the host.
+    Host,
+}
+
+/// `--incoming`: a file to start from, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IncomingConfig {
+    /// The file.
+    pub path: PathBuf,
+    /// `map=`.
+    pub map: MapMode,
+    /// `clock=`.
+    pub clock: ClockMode,
+    /// `disks=checked`: refuse an image that was changed after the save.
+    pub check_disks: bool,
+    /// `paths=saved`: open the images, the kernel and the initrd that the file names, where the user names none.
+    pub trust_paths: bool,
+}
+
+impl IncomingConfig {
+    /// The file at `path`, with the defaults.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        let (map, clock) = (MapMode::default(), ClockMode::default());
+        Self { path: path.into(), map, clock, check_disks: true, trust_paths: false }
+    }
+}
+
+/// A saved machine that is about to go on.
+pub struct Incoming {
+    /// The control socket on which the file was named.
+    pub(crate) control: Option<ControlServer>,
+    options: IncomingConfig,
+    core: CoreFile,
+    saved: SavedMachine,
+}
+
+impl std::fmt::Debug for Incoming {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Incoming").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+impl Incoming {
+    /// Opens and checks the file, and puts what of the configuration is the guest's into `config`. A disk of `config` takes the
+    /// place of the saved one of the same name.
+    ///
+    /// The file's author may be anyone, and what is opened before the process is confined is opened with all the user's rights.
+    /// So paths come from the user: without `trust_paths` every disk has to be in `config`, and a reset has the kernel of `config`
+    /// or none. Nested virtualization is the user's decision, too.
+    ///
+    /// # Errors
+    /// The file cannot be read, is not whole, or does not go with `config`.
+    pub fn open(mut options: IncomingConfig, config: &mut VmConfig) -> Result<Self, Error> {
+        if options.map == MapMode::Auto && !kernel_pages::lease_outlasts(config.stop_timeout) {
+            options.map = MapMode::Off;
+        }
+        let failed = |error: SnapshotError| Error::incoming(error).of_file(&options.path);
+        let (core, saved) = Self::read(&options.path).map_err(failed)?;
+        saved.disks.iter().try_for_each(SavedDisk::check_kept).map_err(failed)?;
+        if saved.config.nested && !config.nested {
+            return Err(failed(SnapshotError::Nested));
+        }
+        saved.config.apply(config, options.trust_paths);
+        let given = std::mem::take(&mut config.disks);
+        let disks = merge_disks(&saved, given, options.trust_paths, config.qmp.is_some());
+        config.disks = disks.map_err(failed)?;
+        Ok(Self { control: None, options, core, saved })
+    }
+
+    /// What the file at `path` has, as lines for people. With `compare_memory` all of it is compared with its checksums.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn describe(path: &Path, compare_memory: bool) -> Result<String, Error> {
+        let failed = |error: SnapshotError| Error::incoming(error).of_file(path);
+        let (core, saved) = Self::read(path).map_err(failed)?;
+        if compare_memory {
+            let CoreFile { file, segments, ram_checksums, .. } = &core;
+            pages::read(None, file, segments, ram_checksums).map_err(failed)?;
+        }
+        Ok(saved.describe())
+    }
+
+    fn read(path: &Path) -> Result<(CoreFile, SavedMachine), SnapshotError> {
+        // A fifo is refused, not waited for.
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+        let core = CoreFile::read(file)?;
+        let saved = parse(&core.machine)?;
+        check(&saved, &core)?;
+        Ok((core, saved))
+    }
+
+    /// Fills RAM, all of which is zero. Returns how the vCPUs begin, and the file if parts of it are the guest's memory now.
+    ///
+    /// # Errors
+    /// The CPU does not suit this host, or the file cannot be read.
+    pub(crate) fn load(
+        &self,
+        kvm: &Kvm,
+        memory: &GuestMemory,
+    ) -> Result<(VcpuStart, Option<UnmapFiles>), Error> {
+        fit::check(kvm, &self.saved.vcpus, self.saved.config.nested)
+            .map_err(|error| self.named(error))?;
+        let mapped = self.map(memory).map_err(|error| self.named(error))?;
+        if mapped.is_none() {
+            let CoreFile { file, segments, ram_checksums, .. } = &self.core;
+            pages::read(Some(memory), file, segments, ram_checksums)
+                .map_err(|error| self.named(Error::incoming(error)))?;
+        }
+        let cpuid = self.saved.vcpus.iter().map(|vcpu| vcpu.cpuid.clone()).collect();
+        Ok((VcpuStart::Restore(cpuid), mapped))
+    }
+
+    /// The guest's kernel or initrd is not what it was, which does not keep a saved guest from running.
+    pub(crate) fn warn_of_reset(error: &Error) {
+        let error = crate::error::WithCauses(error);
+        tracing::warn!("the guest goes on, but cannot be reset: {error}");
+    }
+
+    fn map(&self, memory: &GuestMemory) -> Result<Option<UnmapFiles>, Error> {
+        let unreadable = |error: std::io::Error| Error::incoming(SnapshotError::Host(error));
+        let mode = self.options.map;
+        let wanted = match mode {
+            MapMode::Auto => !self.saved.config.hugepages && !kvm::is_nested(),
+            MapMode::On => true,
+            MapMode::Off => false,
+        };
+        if !wanted {
+            return Ok(None);
+        }
+        let file = self.core.file.try_clone().map_err(unreadable)?;
+        let size = file.metadata().map_err(unreadable)?.len();
+        let end = self.core.segments.last().map_or(0, |last| last.offset + last.length);
+        // The lease comes first: what was checked before may have been cut off since.
+        let leased = kernel_pages::lease(&file) && size == end;
+        let ranges = match leased {
+            true => pages::map(memory, &file, &self.core.segments).map_err(unreadable)?,
+            false => None,
+        };
+        match ranges {
+            Some(ranges) => Ok(Some(Box::new(move |memory| unmap(memory, &file, &ranges)))),
+            None if mode == MapMode::On => Err(Error::incoming(SnapshotError::NoLease)),
+            None => {
+                kernel_pages::release(&file);
+                crate::memory::clear(memory).map(|()| None)
+            }
+        }
+    }
+
+    /// Puts the state into the machine that was built for it. Returns whether the guest was stopped when it was saved.
+    ///
+    /// # Errors
+    /// An image was changed after the save, or a state does not fit this host.
+    pub(crate) fn restore(self, machine: &mut Machine) -> Result<bool, Error> {
+        if self.options.check_disks {
+            for (disk, saved) in machine.hardware.disks.iter().zip(&self.saved.disks) {
+                let checked = saved.check_image(disk).map_err(Error::incoming);
+                checked.map_err(|error| self.named(error))?;
+            }
+        }
+        let passed = match self.options.clock {
+            ClockMode::Stopped => 0,
+            ClockMode::Host => {
+                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                (now.as_nanos() as u64).saturating_sub(self.saved.clock.realtime)
+            }
+        };
+        self.saved.write(machine, passed).map_err(|error| self.named(error))
+    }
+
+    /// Names the file in an error about it.
+    fn named(&self, error: Error) -> Error {
+        error.of_file(&self.options.path)
+    }
+}
+
+impl Error {
+    fn of_file(self, path: &Path) -> Self {
+        match self {
+            Self::Incoming { source, .. } => Self::Incoming { path: path.to_owned(), source },
+            other => other,
+        }
+    }
+}
+
+/// Gives the guest copies of the pages, and lets writers of the file go on. Neither the guest nor a device uses `memory`
+/// meanwhile.
+fn unmap(memory: &GuestMemory, file: &File, ranges: &[FileRange]) -> Result<(), Error> {
+    let copied = ranges.iter().try_for_each(|range| kernel_pages::copy(memory, range));
+    copied.map_err(Error::host("copy guest memory, whose file is being changed"))?;
+    kernel_pages::release(file);
+    Ok(())
+}
+
+/// The description, of a format that this program knows.
+pub(super) fn parse(json: &[u8]) -> Result<SavedMachine, SnapshotError> {
+    let Versioned { format } = serde_json::from_slice(json).map_err(SnapshotError::Description)?;
+    if format.major != MAJOR {
+        return Err(SnapshotError::Format(format.major, format.minor));
+    }
+    if !format.needs.is_empty() {
+        return Err(SnapshotError::Needs(format.needs.join(", ")));
+    }
+    serde_json::from_slice(json).map_err(SnapshotError::Description)
+}
+
+/// Whether the parts of the description agree with each other and with the file's RAM.
+pub(super) fn check(saved: &SavedMachine, core: &CoreFile) -> Result<(), SnapshotError> {
+    let damaged = SnapshotError::Damaged;
+    let config = &saved.config;
+    if !(1..=arch::layout::CPUS_MAX).contains(&config.cpus)
+        || saved.vcpus.len() != config.cpus as usize
+    {
+        return Err(damaged("the number of vCPUs"));
+    }
+    let serial_ports = config.serial.iter().filter(|present| **present).count();
+    if saved.serial.len() != serial_ports {
+        return Err(damaged("the number of serial ports"));
+    }
+    if saved.disks.len() > arch::layout::VIRTIO_MMIO_MAX {
+        return Err(damaged("the number of disks"));
+    }
+    // They become names of threads and parts of messages.
+    let mut names = saved.disks.iter().flat_map(|disk| [&disk.config.id, &disk.config.device.name]);
+    if names.any(|name| name.contains(char::is_control)) {
+        return Err(damaged("the name of a disk"));
+    }
+    let spec = MachineSpec {
+        memory: config.memory,
+        cpus: config.cpus,
+        serial: config.serial,
+        acpi: config.acpi,
+        disks: saved.disks.len(),
+    };
+    let pages = config.memory.is_multiple_of(arch::layout::PAGE_SIZE);
+    let total: u64 = core.segments.iter().map(|segment| segment.length).sum();
+    if !pages || total != config.memory {
+        return Err(damaged("the size of memory"));
+    }
+    let ram = MachineLayout::new(spec).ram;
+    let ranges = ram.iter().map(|(start, length)| (start.0, *length as u64));
+    if !ranges.eq(core.segments.iter().map(|segment| (segment.address, segment.length))) {
+        return Err(damaged("the ranges of memory"));
+    }
+    Ok(())
+}
+
+/// The saved disks, with the images of those that were given again.
+fn merge_disks(
+    saved: &SavedMachine,
+    given: Vec<DiskConfig>,
+    trust_paths: bool,
+    control: bool,
+) -> Result<Vec<DiskConfig>, SnapshotError> {
+    let is_missing = |disk: &&SavedDisk| given.iter().all(|given| given.id != disk.config.id);
+    let missing: Vec<_> = saved.disks.iter().filter(is_missing).map(SavedDisk::option).collect();
+    if !trust_paths && !missing.is_empty() {
+        return Err(SnapshotError::DisksNotGiven(missing.join(" ")));
+    }
+    let mut disks: Vec<_> = saved.disks.iter().map(|disk| disk.config.clone()).collect();
+    let names =
+        || saved.disks.iter().map(|disk| disk.config.id.clone()).collect::<Vec<_>>().join(", ");
+    for moved in given {
+        let disk = disks.iter_mut().find(|disk| disk.id == moved.id);
+        let disk = disk.ok_or_else(|| SnapshotError::NoSuchDisk(moved.id.clone(), names()))?;
+        // What the guest sees of the disk stays.
+        let read_only = disk.image.read_only;
+        disk.image = devices::disk::OpenOptions { read_only, ..moved.image };
+    }
+    for disk in disks.iter_mut().filter(|_| !control) {
+        // No client could resume the machine.
+        use devices::block::ErrorPolicy::{Enospc, Report, Stop};
+        for policy in [&mut disk.device.read_errors, &mut disk.device.write_errors] {
+            if matches!(policy, Stop | Enospc) {
+                *policy = Report;
+            }
+        }
+    }
+    Ok(disks)
+}

@@ -1,0 +1,87 @@
+//! Save and restore: a machine that stands still becomes a file, and a file a machine.
+//!
+//! This folder is a capability. Saving hooks in as a task of the machine (`machine::save_task`; `control::migration` begins
+//! it); restoring is the builder's second way to start, an [`Incoming`] machine. The chapter is `vmm/docs/stop-reset-save.md`.
+//!
+//! [`saved`] has the machine as a value, [`vcpu`] a vCPU, [`core_file`] the file around it, [`pages`] guest RAM, and [`checksum`]
+//! what finds damage. [`save`] and [`incoming`] put them together, each in an order that has its reasons; [`panic_dump`] saves a guest that has panicked; [`fit`] compares a
+//! saved CPU with this host's.
+//!
+//! Every field of a file is checked before use: nothing of a file that fails a check reaches a guest. The paths of images and
+//! kernel are used only if the user says so (`paths=saved`): the author of the file could name any file of that user.
+
+mod checksum;
+mod core_file;
+mod fit;
+#[cfg(test)]
+mod fuzz;
+mod incoming;
+mod new_file;
+mod pages;
+mod panic_dump;
+mod save;
+mod saved;
+#[cfg(test)]
+mod tests;
+mod vcpu;
+
+use std::io;
+use std::path::PathBuf;
+
+pub use incoming::{ClockMode, Incoming, IncomingConfig, MapMode};
+pub use new_file::NewFile;
+pub(crate) use pages::open_page_map;
+pub(crate) use panic_dump::PanicDump;
+pub(crate) use save::{Destination, Progress, begin};
+pub(crate) use saved::{Purpose, SavedConfig};
+
+/// Why a machine cannot be saved, or a file is not a machine that can go on here.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SnapshotError {
+    #[error("{}", path.display())]
+    Target { path: PathBuf, source: io::Error },
+    #[error("disk {disk}: {why}")]
+    Unsaveable { disk: String, why: &'static str },
+    #[error(transparent)]
+    Host(#[from] io::Error),
+    #[error("it is not a saved machine; give a file that `minivmm ctl SOCKET save` wrote")]
+    NotOurs,
+    #[error("it is damaged: {0}; use another copy")]
+    Damaged(&'static str),
+    #[error("its description cannot be read; use another copy, or a minivmm that knows it")]
+    Description(#[source] serde_json::Error),
+    #[error("it has format {0}.{1}, and this minivmm reads {major}.x; use the minivmm that saved it", major = saved::MAJOR)]
+    Format(u32, u32),
+    #[error("it needs {0}, which this minivmm does not know; use the minivmm that saved it")]
+    Needs(String),
+    #[error("map=on: the host gives no lease on it; give map=auto")]
+    NoLease,
+    #[error(
+        "the saved CPU has features that this host's lacks: {0}; restore on the host that saved it"
+    )]
+    Cpu(String),
+    #[error(
+        "the saved CPU's TSC has {saved} kHz and this host's {present}; restore on the host that saved it"
+    )]
+    Tsc { saved: u32, present: u32 },
+    #[error(
+        "the images of its disks are not given; add {0}, or the key paths=saved to open what the file names"
+    )]
+    DisksNotGiven(String),
+    #[error("it is a dump, for gdb and crash: of disk {disk}, {why}")]
+    Dump { disk: String, why: String },
+    #[error("its guest may run guests of its own; add --nested on to allow that")]
+    Nested,
+    #[error("--disk id={0}: the saved machine has no such disk; its disks are {1}")]
+    NoSuchDisk(String, String),
+    #[error(
+        "disk {id}: {} was changed after the machine was saved ({what}); give the image as it was, or disks=unchecked", path.display()
+    )]
+    DiskChanged { id: String, path: PathBuf, what: String },
+    #[error(
+        "disk {0}: the image does not fit the saved device; give the image that the machine had"
+    )]
+    Transport(String, #[source] devices::virtio::mmio::RestoreError),
+    #[error("disk {0}: a saved queue does not fit the device; use another copy")]
+    Queue(String),
+}

@@ -1,0 +1,105 @@
+//! A file that gets its name only when it is whole.
+//!
+//! Until then it has no name, or a hidden one beside the target. Whatever happens, the target is absent, the one of before, or
+//! whole.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, openat, renameat, unlinkat};
+
+use crate::sandbox;
+
+/// The file to be. Dropped before [`NewFile::publish`], nothing is left of it.
+pub struct NewFile {
+    path: PathBuf,
+    directory: File,
+    file: File,
+    /// Its name beside the target, if it has one.
+    hidden: Option<OsString>,
+}
+
+impl NewFile {
+    /// An empty file with mode 0600 on the file system of `path`.
+    ///
+    /// # Errors
+    /// The directory does not allow it, or a confined process may not write there.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        let path = std::path::absolute(path)?;
+        let parent = path.parent().ok_or(io::ErrorKind::IsADirectory)?;
+        let confined = sandbox::check_save(parent)?;
+        let directory = File::open(parent)?;
+        let mode = Mode::RUSR | Mode::WUSR;
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        let mut hidden = None;
+        // A confined process cannot give a file without a name one later.
+        let nameless = match confined {
+            true => Err(rustix::io::Errno::OPNOTSUPP),
+            false => openat(&directory, ".", flags | OFlags::TMPFILE, mode),
+        };
+        let file = match nameless {
+            Ok(file) => file,
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) => {
+                let name = hidden.insert(hidden_name(&path)?);
+                openat(&directory, &*name, flags | OFlags::CREATE | OFlags::EXCL, mode)?
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let file = File::from(file);
+        // Whatever the umask says: guest memory may hold secrets.
+        file.set_permissions(fs::Permissions::from_mode(0o600))?;
+        Ok(Self { path, directory, file, hidden })
+    }
+
+    /// The file, open for reading and writing.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The target's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Gives the file its name, in place of one that has it now. Its data is to be synced before.
+    ///
+    /// # Errors
+    /// The host's, from giving the name or from writing the directory to the medium.
+    pub fn publish(mut self) -> io::Result<()> {
+        let hidden = match self.hidden.take() {
+            Some(hidden) => hidden,
+            None => {
+                let hidden = hidden_name(&self.path)?;
+                // By its descriptor, linkat(2) needs a capability.
+                let file = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+                linkat(CWD, file, &self.directory, &*hidden, AtFlags::SYMLINK_FOLLOW)?;
+                hidden
+            }
+        };
+        let hidden = self.hidden.insert(hidden);
+        let name = self.path.file_name().ok_or(io::ErrorKind::IsADirectory)?;
+        renameat(&self.directory, &**hidden, &self.directory, name)?;
+        self.hidden = None;
+        self.directory.sync_all()
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        if let Some(hidden) = &self.hidden {
+            let _ = unlinkat(&self.directory, &**hidden, AtFlags::empty());
+        }
+    }
+}
+
+/// `.NAME.PID` beside the target. One process saves one machine at a time.
+fn hidden_name(path: &Path) -> io::Result<OsString> {
+    let mut hidden = OsString::from(".");
+    hidden.push(path.file_name().ok_or(io::ErrorKind::IsADirectory)?);
+    hidden.push(format!(".{}", std::process::id()));
+    Ok(hidden)
+}

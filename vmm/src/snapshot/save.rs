@@ -1,0 +1,209 @@
+//! How a machine gets into a file.
+//!
+//! [`begin`] opens the target before the guest notices anything, and gives the machine a task (`machine::save_task`). What that does once all
+//! stands still, in this order:
+//!
+//! 1. The machine is read as a value, on the main thread: see [`super::saved`].
+//! 2. On the background thread: each disk is flushed, so that the image on the medium is the one that the guest's memory knows.
+//! 3. RAM is written, then headers and notes, and the file is synced.
+//! 4. Only then the file gets its name ([`NewFile`]). A file that a client handed over has one, or gets one from the client.
+//!
+//! The thread gets every file that it needs opened: the main loop goes on meanwhile, and answers how far it is.
+
+use std::fs::{self, File, Metadata};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use devices::disk::Disk;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use super::SnapshotError;
+use super::core_file::CoreLayout;
+use super::new_file::NewFile;
+use super::pages::{self, PageMap, RamProgress};
+use super::saved::{Purpose, SavedConfig, SavedMachine};
+use crate::GuestMemory;
+use crate::error::Error;
+use crate::machine::save_task::Work;
+use crate::machine::{Machine, MachineDisk};
+
+/// A save under way, as its client sees it.
+#[derive(Clone, Default)]
+pub(crate) struct Progress {
+    pub(crate) ram: Arc<RamProgress>,
+    pub(crate) cancel: Arc<AtomicBool>,
+}
+
+/// Saves `machine` at the next standstill. Returns the number of the `Done` event.
+///
+/// # Errors
+/// The target cannot be made, or the machine is busy. Nothing has changed then.
+pub(crate) fn begin(
+    machine: &mut Machine,
+    config: SavedConfig,
+    destination: Destination,
+    progress: &Progress,
+    purpose: Purpose,
+) -> Result<u64, Error> {
+    let target = Target::prepare(destination, machine, &config)?;
+    let cancel = Arc::clone(&progress.cancel);
+    let progress = progress.clone();
+    let begin = move |machine: &Machine| prepare(machine, config, target, progress, purpose);
+    machine.save(Box::new(begin), cancel, purpose == Purpose::Dump)
+}
+
+fn save_error(path: &Path, source: io::Error) -> Error {
+    Error::Save(SnapshotError::Target { path: path.to_owned(), source }.into())
+}
+
+/// Refuses a target that is no plain file, or one of the machine's.
+fn check_target(machine: &Machine, config: &SavedConfig, target: &Metadata) -> io::Result<()> {
+    if !target.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    let disks = machine.hardware.disks.iter().map(|disk| &disk.config.image.path);
+    let same = |other: Metadata| (other.dev(), other.ino()) == (target.dev(), target.ino());
+    let files = disks.chain([&config.kernel]).chain(&config.initrd);
+    if files.filter_map(|file| fs::metadata(file).ok()).any(same) {
+        return Err(io::Error::other("the machine uses it; give another path"));
+    }
+    Ok(())
+}
+
+/// At the standstill, on the main thread: everything that is small.
+fn prepare(
+    machine: &Machine,
+    config: SavedConfig,
+    target: Target,
+    progress: Progress,
+    purpose: Purpose,
+) -> Result<Work, Error> {
+    let saved = SavedMachine::read(machine, config, purpose)?;
+    let memory = machine.hardware.memory.clone();
+    let bytes = memory.iter().map(GuestMemoryRegion::len).sum();
+    progress.ram.total.store(bytes, Ordering::Relaxed);
+    progress.ram.remaining.store(bytes, Ordering::Relaxed);
+    let flushed = |disk: &&MachineDisk| purpose == Purpose::Save && !disk.image.read_only();
+    let disks = machine.hardware.disks.iter().filter(flushed);
+    let disks = disks.map(|disk| (Arc::clone(&disk.image), disk.config.id.clone())).collect();
+    let job = Job { saved, memory, disks, map: PageMap::read(), target, progress };
+    Ok(Box::new(move || job.run()))
+}
+
+struct Job {
+    saved: SavedMachine,
+    memory: GuestMemory,
+    /// Those to flush, with their names.
+    disks: Vec<(Arc<dyn Disk>, String)>,
+    map: Option<PageMap>,
+    target: Target,
+    progress: Progress,
+}
+
+impl Job {
+    fn run(self) -> Result<(), Error> {
+        let Self { mut saved, memory, disks, map, target, progress } = self;
+        for (image, device) in disks {
+            image.flush().map_err(|source| Error::Flush { device, source })?;
+        }
+        saved.disks.iter_mut().for_each(|disk| disk.look_again());
+        let path = target.path().to_owned();
+        let written = target.write(&saved, &memory, map.as_ref(), &progress);
+        written.map_err(|error| save_error(&path, error))
+    }
+}
+
+/// Where a machine is saved to.
+pub(crate) enum Destination {
+    /// A new file that gets this name when it is whole.
+    Path(PathBuf),
+    /// A file that is open already, and what messages call it. What it held before is lost.
+    Given(PathBuf, File),
+}
+
+enum Target {
+    New(NewFile),
+    Given(PathBuf, File),
+}
+
+impl Target {
+    /// Refuses to replace a file of the machine, which a mistyped path would cost.
+    fn prepare(
+        destination: Destination,
+        machine: &Machine,
+        config: &SavedConfig,
+    ) -> Result<Self, Error> {
+        match destination {
+            Destination::Path(path) => {
+                let check = || match fs::metadata(&path) {
+                    Ok(present) => check_target(machine, config, &present),
+                    Err(_) => Ok(()),
+                };
+                let new = check().and_then(|()| NewFile::create(&path));
+                new.map(Self::New).map_err(|error| save_error(&path, error))
+            }
+            Destination::Given(name, file) => {
+                let check = file.metadata().and_then(|file| check_target(machine, config, &file));
+                check.map_err(|error| save_error(&name, error))?;
+                Ok(Self::Given(name, file))
+            }
+        }
+    }
+
+    fn path(&self) -> &Path {
+        match self {
+            Self::New(new) => new.path(),
+            Self::Given(name, _) => name,
+        }
+    }
+
+    fn file(&self) -> &File {
+        match self {
+            Self::New(new) => new.file(),
+            Self::Given(_, file) => file,
+        }
+    }
+
+    fn publish(self) -> io::Result<()> {
+        match self {
+            Self::New(new) => new.publish(),
+            Self::Given(..) => Ok(()),
+        }
+    }
+
+    fn write(
+        self,
+        saved: &SavedMachine,
+        memory: &GuestMemory,
+        map: Option<&PageMap>,
+        progress: &Progress,
+    ) -> io::Result<()> {
+        let file = self.file();
+        let json = serde_json::to_vec(saved)?;
+        let cpus: Vec<_> =
+            saved.vcpus.iter().map(|vcpu| (vcpu.state.regs, vcpu.state.sregs)).collect();
+        let ram: Vec<_> =
+            memory.iter().map(|region| (region.start_addr().0, region.len())).collect();
+        let layout = CoreLayout::new(&json, &cpus, &ram);
+        if let Self::Given(..) = &self {
+            file.set_len(0)?;
+        }
+        let layout_length = layout.file_length();
+        file.set_len(layout_length)?;
+        let checksums =
+            pages::write(memory, map, file, &layout.segments, &progress.ram, &progress.cancel)?;
+        file.write_all_at(&layout.head(&checksums), 0)?;
+        file.sync_all()?;
+        if file.metadata()?.len() != layout_length {
+            // pwrite(2) ignores the offset then.
+            return Err(io::Error::other("it is open for appending; open it for writing"));
+        }
+        if progress.cancel.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        self.publish()
+    }
+}

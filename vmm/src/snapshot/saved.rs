@@ -1,0 +1,358 @@
+//! A machine that stands still as a value: everything but its RAM.
+//!
+//! [`SavedMachine::read`] takes it from a machine, [`SavedMachine::write`] puts it into a new one of the same configuration. Both
+//! run on the main thread, while no vCPU is in the guest and no disk has anything with the host. The order matters:
+//!
+//! - to read: the disks have been drained before, since a completion interrupts; then transports and queues, the vCPUs, and
+//!   last the interrupt controllers;
+//! - to write: KVM's clock, because MSRs of the vCPUs refer to it; the vCPUs with their local APICs; then the interrupt
+//!   controllers, which deliver what is pending at once; last the devices, which may interrupt.
+
+use std::fs::Metadata;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use devices::block::QueueSnapshot;
+use devices::legacy::SerialState;
+use devices::virtio::mmio::TransportState;
+use kvm_bindings::kvm_clock_data;
+use serde::{Deserialize, Serialize};
+
+use super::SnapshotError;
+use super::vcpu::{SavedVcpu, TscShift};
+use crate::config::{DiskConfig, VmConfig};
+use crate::error::Error;
+use crate::irq_chips::IrqChips;
+use crate::lock;
+use crate::machine::{Machine, MachineDisk, RunState};
+
+/// A file of another major format cannot be read.
+pub(super) const MAJOR: u32 = 1;
+const MINOR: u32 = 0;
+
+/// The version of a file's description. It is read before all else, so that a file from the future is refused by name.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Format {
+    pub(super) major: u32,
+    pub(super) minor: u32,
+    /// What a reader has to know although the major version is its own.
+    pub(super) needs: Vec<String>,
+}
+
+/// What a machine is written to a file for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// To go on from the file. The machine stays stopped.
+    Save,
+    /// For debuggers. The machine goes on as before.
+    Dump,
+    /// For debuggers, since its guest has panicked. The machine stays stopped.
+    LastDump,
+}
+
+/// Requests that one queue can hold: `queue-size=` has this limit.
+const MAX_STOPPED: usize = 1024;
+
+#[derive(Deserialize)]
+pub(super) struct Versioned {
+    pub(super) format: Format,
+}
+
+/// The configuration, as far as the guest can see it, or a reset needs it.
+#[derive(Clone, Serialize, Deserialize)]
+pub(crate) struct SavedConfig {
+    pub(super) kernel: PathBuf,
+    pub(super) initrd: Option<PathBuf>,
+    pub(super) cmdline: String,
+    pub(super) memory: u64,
+    pub(super) hugepages: bool,
+    pub(super) cpus: u32,
+    pub(super) acpi: bool,
+    pub(super) nested: bool,
+    pub(super) serial: [bool; 2],
+    pub(super) debug_exit: bool,
+    /// `--exec`: the command's output and status belong to the process that began it.
+    #[serde(skip)]
+    pub(crate) runs_command: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SavedDisk {
+    pub(super) config: DiskConfig,
+    pub(super) image: ImageVersion,
+    /// In a dump, why no machine can go on with this disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    lost: Option<String>,
+    transport: TransportState,
+    queues: Vec<QueueSnapshot>,
+}
+
+/// Tells the content of an image from a later one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct ImageVersion {
+    capacity: u64,
+    /// Bytes and time of modification, in seconds and nanoseconds. `None`: a block device, which has neither.
+    file: Option<(u64, i64, i64)>,
+}
+
+#[derive(Serialize, Deserialize)]
+pub(super) struct SavedMachine {
+    pub(super) format: Format,
+    /// The version of minivmm that saved it, for people.
+    pub(super) minivmm: String,
+    pub(super) config: SavedConfig,
+    pub(super) state: RunState,
+    /// With the wall clock's time of the stop in nanoseconds as `realtime`.
+    pub(super) clock: kvm_clock_data,
+    pub(super) vcpus: Vec<SavedVcpu>,
+    pub(super) irq_chips: IrqChips,
+    pub(super) disks: Vec<SavedDisk>,
+    pub(super) serial: Vec<SerialState>,
+}
+
+impl SavedConfig {
+    pub(crate) fn of(config: &VmConfig) -> Self {
+        let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+        Self {
+            kernel: absolute(&config.kernel),
+            initrd: config.initrd.as_ref().map(absolute),
+            cmdline: config.cmdline.clone(),
+            memory: config.memory,
+            hugepages: config.hugepages,
+            cpus: config.cpus,
+            acpi: config.acpi,
+            nested: config.nested,
+            serial: config.serial,
+            debug_exit: config.debug_exit,
+            runs_command: config.exec.is_some(),
+        }
+    }
+
+    /// A kernel that the user named stays; one that the file names needs `trust_paths`.
+    pub(super) fn apply(&self, config: &mut VmConfig, trust_paths: bool) {
+        if config.kernel.as_os_str().is_empty() && trust_paths {
+            config.kernel.clone_from(&self.kernel);
+            config.initrd.clone_from(&self.initrd);
+        }
+        config.cmdline.clone_from(&self.cmdline);
+        config.memory = self.memory;
+        config.hugepages = self.hugepages;
+        config.cpus = self.cpus;
+        config.acpi = self.acpi;
+        config.nested = self.nested;
+        config.serial = self.serial;
+        config.debug_exit = self.debug_exit;
+    }
+}
+
+impl ImageVersion {
+    fn of(path: &Path, capacity: u64) -> std::io::Result<Self> {
+        let regular = |file: &Metadata| !file.file_type().is_block_device();
+        let metadata = path.metadata()?;
+        let file =
+            regular(&metadata).then(|| (metadata.len(), metadata.mtime(), metadata.mtime_nsec()));
+        Ok(Self { capacity, file })
+    }
+
+    /// What of the image is not as it was when the machine was saved.
+    fn difference(&self, now: &Self) -> Option<String> {
+        if self.capacity != now.capacity {
+            return Some(format!("it has {} bytes and had {}", now.capacity, self.capacity));
+        }
+        (self.file.is_some() && self.file != now.file)
+            .then(|| "its size or time of modification is another".to_owned())
+    }
+}
+
+impl SavedMachine {
+    /// Reads a machine that stands still.
+    pub(super) fn read(
+        machine: &Machine,
+        config: SavedConfig,
+        purpose: Purpose,
+    ) -> Result<Self, Error> {
+        let hardware = &machine.hardware;
+        let (state, clock) = machine.stopped_at();
+        let clock = match clock {
+            Some(clock) => clock,
+            None => hardware.vm.get_clock().map_err(Error::kvm("read the guest's clock"))?,
+        };
+        let failed = |disk: &MachineDisk| disk.handle.io_status() != Default::default();
+        let state = if hardware.disks.iter().any(failed) { RunState::IoError } else { state };
+        let disks = hardware.disks.iter().map(|disk| SavedDisk::read(disk, purpose));
+        let disks = disks.collect::<Result<_, _>>()?;
+        let serial = hardware.serial.iter().map(|serial| lock(serial).save()).collect();
+        let vcpus = hardware
+            .vcpus
+            .iter()
+            .map(|vcpu| vcpu.with_paused(SavedVcpu::read))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            format: Format { major: MAJOR, minor: MINOR, needs: Vec::new() },
+            minivmm: env!("CARGO_PKG_VERSION").to_owned(),
+            config,
+            state,
+            clock,
+            vcpus,
+            irq_chips: IrqChips::read(&hardware.vm)?,
+            disks,
+            serial,
+        })
+    }
+
+    /// For people.
+    pub(super) fn describe(&self) -> String {
+        let Self { minivmm, format, config, clock, .. } = self;
+        let state = if self.state == RunState::Running { "running" } else { "stopped" };
+        let mut text = format!(
+            "saved by minivmm {minivmm} in format {}.{}, {} seconds after 1970-01-01 UTC, while {state}\n\
+             {} vCPUs, {} MiB of memory, kernel {}\n",
+            format.major,
+            format.minor,
+            clock.realtime / 1_000_000_000,
+            config.cpus,
+            config.memory >> 20,
+            printable(config.kernel.display()),
+        );
+        for SavedDisk { config, image, queues, .. } in &self.disks {
+            let stopped: usize = queues.iter().map(|queue| queue.stopped.len()).sum();
+            let path = printable(config.image.path.display());
+            let (id, bytes) = (&config.id, image.capacity);
+            text += &format!("disk {id}: {path}, {bytes} bytes, {stopped} stopped requests\n");
+        }
+        text
+    }
+
+    /// Puts the state into a new machine, whose RAM is in place, as of `passed` nanoseconds after the save. Returns whether the
+    /// guest was stopped, and stays so.
+    pub(super) fn write(&self, machine: &mut Machine, passed: u64) -> Result<bool, Error> {
+        let clock = kvm_clock_data {
+            clock: self.clock.clock.wrapping_add(passed),
+            realtime: self.clock.realtime.wrapping_add(passed),
+            ..Default::default()
+        };
+        let hardware = &machine.hardware;
+        let set = kvm_clock_data { clock: clock.clock, ..Default::default() };
+        hardware.vm.set_clock(&set).map_err(Error::kvm("set the guest's clock"))?;
+        let mut shift = TscShift::default();
+        for (index, (vcpu, saved)) in hardware.vcpus.iter().zip(&self.vcpus).enumerate() {
+            vcpu.with_paused(|vcpu| {
+                if index == 0 {
+                    let khz = vcpu.fd.get_tsc_khz().unwrap_or(0);
+                    super::fit::check_tsc(saved.tsc_khz, khz).map_err(Error::incoming)?;
+                    shift = saved.shift(vcpu, passed)?;
+                }
+                saved.write(vcpu, shift)
+            })?;
+        }
+        self.irq_chips.write(&hardware.vm)?;
+        for (disk, saved) in hardware.disks.iter().zip(&self.disks) {
+            saved.write(disk).map_err(Error::incoming)?;
+        }
+        for (serial, saved) in hardware.serial.iter().zip(&self.serial) {
+            lock(serial).restore(saved).map_err(Error::host("restore a serial port"))?;
+        }
+        let (state, stays) = match self.state {
+            stopped @ (RunState::Paused | RunState::IoError | RunState::Prelaunch) => {
+                (stopped, true)
+            }
+            _ => (RunState::Paused, false),
+        };
+        machine.restore(state, clock);
+        Ok(stays)
+    }
+}
+
+impl SavedDisk {
+    fn read(disk: &MachineDisk, purpose: Purpose) -> Result<Self, Error> {
+        let mut config = disk.config.clone();
+        let path = &config.image.path;
+        let lost = match () {
+            () if config.image.snapshot => {
+                Some("snapshot=on writes to a file that ends with the machine")
+            }
+            // An image that was made from a directory, or that the parent process opened.
+            () if path.starts_with("/proc/self/fd") => {
+                Some("its image has no path that another process finds")
+            }
+            () => None,
+        };
+        if let (Some(why), Purpose::Save) = (lost, purpose) {
+            return Err(unsaveable(&config.id, why));
+        }
+        let image = ImageVersion::of(path, disk.image.capacity())
+            .map_err(Error::host("look at a disk's image"))?;
+        if let Ok(path) = std::path::absolute(path) {
+            config.image.path = path;
+        }
+        let transport = lock(&disk.transport)
+            .save()
+            .ok_or_else(|| unsaveable(&config.id, "its driver is resetting it; try again"))?;
+        let lost = lost.map(str::to_owned);
+        Ok(Self { config, image, lost, transport, queues: disk.handle.queues() })
+    }
+
+    /// # Errors
+    /// No machine can go on with this disk.
+    pub(super) fn check_kept(&self) -> Result<(), SnapshotError> {
+        let refused = |why: &String| SnapshotError::Dump {
+            disk: self.config.id.clone(),
+            why: printable(why),
+        };
+        self.lost.as_ref().map_or(Ok(()), |why| Err(refused(why)))
+    }
+
+    /// The `--disk` option for the image as it was saved.
+    pub(super) fn option(&self) -> String {
+        let DiskConfig { id, image, .. } = &self.config;
+        let path = printable(image.path.display()).replace(',', ",,");
+        let format = image.format.map_or_else(String::new, |format| format!(",format={format}"));
+        format!("--disk {path}{format},id={id}")
+    }
+
+    /// The image's version after a flush: the flush may have written metadata.
+    pub(super) fn look_again(&mut self) {
+        if let Ok(version) = ImageVersion::of(&self.config.image.path, self.image.capacity) {
+            self.image = version;
+        }
+    }
+
+    /// Checks that the image is the one that the guest's memory knows.
+    pub(super) fn check_image(&self, disk: &MachineDisk) -> Result<(), SnapshotError> {
+        let path = &disk.config.image.path;
+        let now = ImageVersion::of(path, disk.image.capacity())?;
+        match self.image.difference(&now) {
+            None => Ok(()),
+            Some(what) => {
+                let (id, path) = (disk.config.id.clone(), path.clone());
+                Err(SnapshotError::DiskChanged { id, path, what })
+            }
+        }
+    }
+
+    /// The new device starts where the saved one stood, and stays paused: its queues wait for `resume`.
+    fn write(&self, disk: &MachineDisk) -> Result<(), SnapshotError> {
+        let id = || disk.config.id.clone();
+        disk.handle.pause();
+        let restored = lock(&disk.transport).restore(&self.transport);
+        restored.map_err(|error| SnapshotError::Transport(id(), error))?;
+        for queue in &self.queues {
+            let twice = |at: usize| queue.stopped[..at].contains(&queue.stopped[at]);
+            let sound = queue.stopped.len() <= MAX_STOPPED && !(0..queue.stopped.len()).any(twice);
+            if !sound || !disk.handle.restore_queue(queue.clone()) {
+                return Err(SnapshotError::Queue(id()));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A text of the file without characters that a terminal acts on.
+fn printable(text: impl std::fmt::Display) -> String {
+    text.to_string().replace(char::is_control, "\u{fffd}")
+}
+
+fn unsaveable(disk: &str, why: &'static str) -> Error {
+    Error::Save(SnapshotError::Unsaveable { disk: disk.to_owned(), why }.into())
+}

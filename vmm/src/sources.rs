@@ -1,0 +1,122 @@
+//! What the main loop waits for: the trait of a row in its table, and the rows that every machine has.
+//!
+//! The console and the control socket are rows, too; they live in their own folders.
+
+use std::os::fd::{AsRawFd, RawFd};
+
+use event_manager::{EventOps, EventSet, Events};
+
+use crate::events::EventReceiver;
+use crate::machine::{Machine, MachineEvent, Outcome};
+use crate::signals::{KERNEL_FILE_WANTED, Signals};
+
+/// A row of the main loop's table: descriptors, and what to do when one of them is ready. A source never blocks: while
+/// it is busy no other source is served, and even a second SIGTERM would have to wait.
+pub(crate) trait Source {
+    /// Adds the source's descriptors, each with a number of its own choice.
+    ///
+    /// # Errors
+    /// When the host refuses to poll one.
+    fn watch(&mut self, poller: &mut Poller<'_, '_>) -> event_manager::Result<()>;
+
+    fn process(&mut self, number: u8, poller: &mut Poller<'_, '_>, machine: &mut Machine);
+
+    /// Called after every event of any source, with what has happened to the machine since. Returns true if the source acted on
+    /// the machine: then it is called again.
+    fn emit(
+        &mut self,
+        _events: &[MachineEvent],
+        _poller: &mut Poller<'_, '_>,
+        _machine: &mut Machine,
+    ) -> bool {
+        false
+    }
+
+    /// The machine has ended; `emit` had its last events.
+    fn finish(self: Box<Self>) {}
+}
+
+/// A row's descriptors in the main loop's epoll set. Each descriptor has 32 bits of user data: the source's own number
+/// in the low 8, so that a source has at most 256 descriptors, and the row above.
+pub(crate) struct Poller<'a, 'b> {
+    ops: &'a mut EventOps<'b>,
+    row: u32,
+}
+
+impl<'a, 'b> Poller<'a, 'b> {
+    pub(crate) fn new(ops: &'a mut EventOps<'b>, row: usize) -> Self {
+        Self { ops, row: row as u32 }
+    }
+
+    /// The row and the source's number of an event.
+    pub(crate) fn decode(event: &Events) -> (usize, u8) {
+        ((event.data() >> 8) as usize, event.data() as u8)
+    }
+
+    pub(crate) fn add(&mut self, fd: RawFd, number: u8) -> event_manager::Result<()> {
+        self.ops.add(self.events(fd, number, EventSet::IN))
+    }
+
+    /// Polls for edges: a timer, of which each expiry is one, so that it need not be read; or a listener, of which each new client
+    /// is one, so that a client that cannot be accepted does not keep the loop awake.
+    pub(crate) fn add_edges(&mut self, fd: &dyn AsRawFd, number: u8) -> event_manager::Result<()> {
+        let edges = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        self.ops.add(self.events(fd.as_raw_fd(), number, edges))
+    }
+
+    /// Polls a descriptor that was added for something else; with an empty set for a hang-up alone.
+    pub(crate) fn modify(&self, fd: RawFd, number: u8, set: EventSet) -> event_manager::Result<()> {
+        self.ops.modify(self.events(fd, number, set))
+    }
+
+    /// Polls for `set`, or for nothing at all: not even for a hang-up.
+    pub(crate) fn set(
+        &mut self,
+        fd: RawFd,
+        number: u8,
+        set: EventSet,
+    ) -> event_manager::Result<()> {
+        if set.is_empty() {
+            self.remove(fd);
+            return Ok(());
+        }
+        self.modify(fd, number, set).or_else(|_| self.ops.add(self.events(fd, number, set)))
+    }
+
+    /// Before the descriptor is closed: a reused number would be refused. A descriptor that is not polled is ignored.
+    pub(crate) fn remove(&mut self, fd: RawFd) {
+        let _ = self.ops.remove(Events::empty_raw(fd));
+    }
+
+    fn events(&self, fd: RawFd, number: u8, set: EventSet) -> Events {
+        Events::with_data_raw(fd, self.row << 8 | u32::from(number), set)
+    }
+}
+
+impl Source for Signals {
+    fn watch(&mut self, poller: &mut Poller<'_, '_>) -> event_manager::Result<()> {
+        poller.add(self.as_raw_fd(), 0)
+    }
+
+    fn process(&mut self, _: u8, _: &mut Poller<'_, '_>, machine: &mut Machine) {
+        match self.read() {
+            Some(KERNEL_FILE_WANTED) => machine.release_kernel_file(),
+            Some(signal) => machine.end(Ok(Outcome::Signal(signal))),
+            None => {}
+        }
+    }
+}
+
+impl Source for EventReceiver {
+    fn watch(&mut self, poller: &mut Poller<'_, '_>) -> event_manager::Result<()> {
+        poller.add(self.wake_fd().as_raw_fd(), 0)
+    }
+
+    fn process(&mut self, _: u8, _: &mut Poller<'_, '_>, machine: &mut Machine) {
+        self.clear();
+        machine.disk_events(self.disk_events());
+        while let Some(event) = self.next() {
+            machine.vm_event(event);
+        }
+    }
+}

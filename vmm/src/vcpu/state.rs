@@ -1,0 +1,142 @@
+//! The whole state of a vCPU as a value: read once when KVM has made the vCPU, and written back at a reset, since KVM has no
+//! call that resets a vCPU.
+//!
+//! The value holds everything that the guest, or KVM on its behalf, may change (`api.rst`, section 4; QEMU saves the same).
+//! Both directions need a vCPU outside the guest; the thread that calls does not matter. The order in which the parts are
+//! written does, and each order has its reason in [`VcpuState::write`].
+
+use kvm_bindings::{
+    Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::{KvmNestedStateBuffer, VcpuFd};
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+
+/// A vCPU's registers, model-specific registers, FPU, local APIC, pending events, and its start-up state.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct VcpuState {
+    pub(crate) regs: kvm_regs,
+    pub(crate) sregs: kvm_sregs,
+    xsave: Box<kvm_xsave>,
+    xcrs: kvm_xcrs,
+    debug_registers: kvm_debugregs,
+    pub(crate) lapic: kvm_lapic_state,
+    events: kvm_vcpu_events,
+    mp_state: kvm_mp_state,
+    /// Of the MSRs that guests can change, those that this KVM has, in the order in which they are written.
+    pub(crate) msrs: Vec<kvm_msr_entry>,
+    /// `None` where KVM has no nested virtualization.
+    nested: Option<Box<KvmNestedStateBuffer>>,
+}
+
+impl VcpuState {
+    /// Reads the state of a vCPU, with those of `msrs` that it has.
+    ///
+    /// # Errors
+    /// When KVM refuses a part of it.
+    pub(crate) fn read(fd: &VcpuFd, msrs: &[u32], nested: bool) -> Result<Self, Error> {
+        let failed = || Error::kvm("read a vCPU's state");
+        // First: reading it makes KVM act on a pending INIT or SIPI, which changes the registers.
+        let mp_state = fd.get_mp_state().map_err(failed())?;
+        let nested = if nested {
+            let mut state = Box::new(KvmNestedStateBuffer::empty());
+            fd.nested_state(&mut state).map_err(failed())?;
+            Some(state)
+        } else {
+            None
+        };
+        Ok(Self {
+            regs: fd.get_regs().map_err(failed())?,
+            sregs: fd.get_sregs().map_err(failed())?,
+            xsave: Box::new(fd.get_xsave().map_err(failed())?),
+            xcrs: fd.get_xcrs().map_err(failed())?,
+            debug_registers: fd.get_debug_regs().map_err(failed())?,
+            msrs: read_msrs(fd, msrs)?,
+            lapic: fd.get_lapic().map_err(failed())?,
+            events: fd.get_vcpu_events().map_err(failed())?,
+            mp_state,
+            nested,
+        })
+    }
+
+    /// The state of the same vCPU now.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub(crate) fn read_again(&self, fd: &VcpuFd) -> Result<Self, Error> {
+        let msrs: Vec<_> = self.msrs.iter().map(|msr| msr.index).collect();
+        Self::read(fd, &msrs, self.nested.is_some())
+    }
+
+    /// Gives the vCPU this state.
+    ///
+    /// # Errors
+    /// When KVM refuses a part of it.
+    #[expect(unsafe_code, reason = "KVM reads as much extended state as the vCPU has")]
+    pub(crate) fn write(&self, fd: &VcpuFd) -> Result<(), Error> {
+        let failed = || Error::kvm("write a vCPU's state");
+        // Reading it makes KVM act on a pending INIT or SIPI, which would otherwise take effect afterwards.
+        fd.get_mp_state().map_err(failed())?;
+        // Leave nested guest mode first: the registers below are L1's.
+        if let Some(state) = &self.nested {
+            fd.set_nested_state(state).map_err(failed())?;
+        }
+        fd.set_sregs(&self.sregs).map_err(failed())?;
+        fd.set_regs(&self.regs).map_err(failed())?;
+        // SAFETY: a vCPU has more state than fits `kvm_xsave` only once its process has asked for dynamic features
+        // (`arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM)`), which this one never does.
+        unsafe { fd.set_xsave(&self.xsave) }.map_err(failed())?;
+        // Without XSAVE there are none, and KVM takes none.
+        if self.xcrs.nr_xcrs > 0 {
+            fd.set_xcrs(&self.xcrs).map_err(failed())?;
+        }
+        // After the special registers, whose APIC base says whether these registers are in x2APIC format.
+        fd.set_lapic(&self.lapic).map_err(failed())?;
+        self.write_changed_msrs(fd)?;
+        fd.set_mp_state(self.mp_state).map_err(failed())?;
+        fd.set_vcpu_events(&self.events).map_err(failed())?;
+        fd.set_debug_regs(&self.debug_registers).map_err(failed())
+    }
+
+    /// Writes the MSRs whose value differs from the present one: read-only MSRs never differ, and KVM would refuse them.
+    fn write_changed_msrs(&self, fd: &VcpuFd) -> Result<(), Error> {
+        let indices: Vec<_> = self.msrs.iter().map(|msr| msr.index).collect();
+        let now = read_msrs(fd, &indices)?;
+        let is_new = |msr: &&kvm_msr_entry| {
+            now.iter().any(|now| now.index == msr.index && now.data != msr.data)
+        };
+        write_msrs(fd, &self.msrs.iter().filter(is_new).copied().collect::<Vec<_>>())
+    }
+}
+
+/// Writes `entries` in this order.
+///
+/// # Errors
+/// When KVM refuses one.
+pub(super) fn write_msrs(fd: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), Error> {
+    let msrs = Msrs::from_entries(entries).map_err(|_| Error::KvmLacks("room for our MSRs"))?;
+    let set = fd.set_msrs(&msrs).map_err(Error::kvm("set the MSRs"))?;
+    match entries.get(set) {
+        None => Ok(()),
+        Some(refused) => Err(Error::Msr(refused.index)),
+    }
+}
+
+pub(crate) fn read_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, Error> {
+    let mut found = Vec::with_capacity(indices.len());
+    let mut rest = indices;
+    while !rest.is_empty() {
+        let wanted: Vec<_> =
+            rest.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
+        let mut msrs =
+            Msrs::from_entries(&wanted).map_err(|_| Error::KvmLacks("room for its own MSRs"))?;
+        let read = fd.get_msrs(&mut msrs).map_err(Error::kvm("read the MSRs"))?;
+        found.extend(msrs.as_slice().iter().take(read));
+        // KVM stops at the first MSR that the vCPU does not have.
+        rest = rest.get(read + 1..).unwrap_or_default();
+    }
+    Ok(found)
+}

@@ -1,0 +1,248 @@
+//! A vCPU's thread, as the machine sees it.
+//!
+//! The machine gives orders and returns at once; the thread carries them out and wakes the main loop when it has left the
+//! guest. While the vCPU is paused it lies in the shared state as a value, so that the machine can read it, change it and put
+//! it back from the main thread ([`VcpuThread::with_paused`]). No order waits: the deadline for leaving the guest belongs to
+//! `Machine`.
+//!
+//! | state | order or event | next state |
+//! |---|---|---|
+//! | `Paused` | `resume` | `Running` |
+//! | `Running` | `pause` and the kick | `Paused`: the device access that the guest was in is complete |
+//! | `Running` | triple fault, KVM error, panic: reported as a `VmEvent` | `Finished` |
+//! | `Paused`, `Running` | `finish` | `Finished` |
+
+use std::cell::Cell;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::unix::thread::JoinHandleExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use devices::spawn::Spawn;
+use kvm_bindings::kvm_run;
+use vmm_sys_util::signal::{register_signal_handler, unblock_signal};
+
+use super::exits::Exits;
+use super::setup::Vcpu;
+use crate::error::{Error, VcpuError};
+use crate::events::VmEvent;
+use crate::lock;
+
+/// Takes a vCPU out of KVM_RUN. A standard signal, because those are delivered even where the user's quota of queued signals
+/// (RLIMIT_SIGPENDING) is used up; and one that is ignored by default, so that one from outside does no harm.
+const KICK: libc::c_int = libc::SIGURG;
+
+enum ThreadState {
+    Paused(Box<Vcpu>),
+    Running,
+    /// It can run no more. Until the thread ends its vCPU can be read.
+    Finished(Option<Box<Vcpu>>),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Order {
+    Pause,
+    Run,
+    Finish,
+}
+
+struct Shared {
+    state: Mutex<(ThreadState, Order)>,
+    ordered: Condvar,
+    /// The order is not `Run`: what the vCPU's loop looks at after a kick.
+    leave: AtomicBool,
+}
+
+/// A vCPU and its thread, `vcpu-N`. Every method but [`VcpuThread::finish`] returns at once. The state's lock is not
+/// held while the vCPU is in the guest, and the kick is sent after it is released.
+pub(crate) struct VcpuThread {
+    index: u32,
+    id: i32,
+    exits: Arc<Exits>,
+    thread: JoinHandle<()>,
+    shared: Arc<Shared>,
+    /// Stays outside the guest when the machine goes on.
+    pub(crate) held: bool,
+}
+
+impl VcpuThread {
+    /// Starts the thread with `vcpu` paused on it.
+    ///
+    /// # Errors
+    /// When the host cannot start a thread.
+    pub(crate) fn spawn(vcpu: Vcpu, spawn: &Spawn) -> Result<Self, Error> {
+        let (index, exits) = (vcpu.index, Arc::clone(&vcpu.exits));
+        let shared = Arc::new(Shared {
+            state: Mutex::new((ThreadState::Paused(Box::new(vcpu)), Order::Pause)),
+            ordered: Condvar::new(),
+            leave: AtomicBool::new(true),
+        });
+        let (send_id, id) = std::sync::mpsc::channel();
+        let on_thread = Arc::clone(&shared);
+        let body = move || {
+            let _ = send_id.send(rustix::thread::gettid().as_raw_nonzero().get());
+            serve(&on_thread);
+        };
+        let thread = spawn(format!("vcpu-{index}"), Box::new(body))
+            .map_err(Error::host("start a vCPU thread"))?;
+        Ok(Self { index, id: id.recv().unwrap_or_default(), exits, thread, shared, held: false })
+    }
+
+    /// The host's number for the thread, as in `/proc/PID/task`.
+    pub(crate) fn id(&self) -> i32 {
+        self.id
+    }
+
+    /// How long the thread has used a CPU, in the guest and outside. `None` if the host does not say.
+    #[expect(unsafe_code, reason = "the clock of a thread has no safe wrapper")]
+    pub(crate) fn cpu_time(&self) -> Option<Duration> {
+        let (mut clock, mut time) = (0, MaybeUninit::<libc::timespec>::zeroed());
+        // SAFETY: the thread has not been joined, so its pthread_t is valid; both calls get valid pointers, and all-zero bytes
+        // are a valid timespec.
+        let time = unsafe {
+            let got = libc::pthread_getcpuclockid(self.thread.as_pthread_t(), &raw mut clock) == 0
+                && libc::clock_gettime(clock, time.as_mut_ptr()) == 0;
+            got.then(|| time.assume_init())
+        }?;
+        Some(Duration::new(time.tv_sec.try_into().ok()?, time.tv_nsec.try_into().ok()?))
+    }
+
+    pub(crate) fn exits(&self) -> &Exits {
+        &self.exits
+    }
+
+    pub(crate) fn resume(&self) {
+        if !self.held {
+            self.order(Order::Run);
+        }
+    }
+
+    /// Asks the vCPU to leave the guest; `has_left` tells when it has.
+    pub(crate) fn pause(&self) {
+        self.order(Order::Pause);
+    }
+
+    /// Whether the vCPU is outside the guest with its registers whole: no device access is half done.
+    pub(crate) fn has_left(&self) -> bool {
+        !matches!(lock(&self.shared.state).0, ThreadState::Running)
+    }
+
+    /// Runs `act` on the vCPU, which has left the guest, on the caller's thread.
+    ///
+    /// # Errors
+    /// Those of `act`, or the vCPU is in the guest.
+    pub(crate) fn with_paused<T>(
+        &self,
+        act: impl FnOnce(&mut Vcpu) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        match &mut lock(&self.shared.state).0 {
+            ThreadState::Paused(vcpu) | ThreadState::Finished(Some(vcpu)) => act(vcpu),
+            ThreadState::Running => Err(self.failed(VcpuError::Running)),
+            ThreadState::Finished(None) => Err(self.failed(VcpuError::Ended)),
+        }
+    }
+
+    /// Ends the thread of a vCPU that has left the guest, and waits for it.
+    pub(crate) fn finish(self) {
+        self.order(Order::Finish);
+        // The thread reports its own panic.
+        let _ = self.thread.join();
+    }
+
+    pub(crate) fn failed(&self, source: VcpuError) -> Error {
+        Error::Vcpu { index: self.index, source }
+    }
+
+    fn order(&self, order: Order) {
+        let leave = order != Order::Run;
+        self.shared.leave.store(leave, Ordering::Release);
+        let mut state = lock(&self.shared.state);
+        state.1 = order;
+        self.shared.ordered.notify_all();
+        if leave && matches!(state.0, ThreadState::Running) {
+            drop(state);
+            self.kick();
+        }
+    }
+
+    #[expect(unsafe_code, reason = "pthread_kill has no safe wrapper that reports its error")]
+    fn kick(&self) {
+        // SAFETY: the thread has not been joined, so its pthread_t is valid.
+        let error = unsafe { libc::pthread_kill(self.thread.as_pthread_t(), KICK) };
+        if error != 0 {
+            let error = io::Error::from_raw_os_error(error);
+            tracing::error!(vcpu = self.index, %error, "a vCPU cannot be taken out of the guest");
+        }
+        // It may be waiting for a device's drain instead (`Vcpu::run_once`).
+        self.thread.thread().unpark();
+    }
+}
+
+/// The thread's body: carries out the orders until `Finish`.
+fn serve(shared: &Shared) {
+    // The parent process may have blocked the signal, and threads inherit the mask. The call fails only for numbers that are
+    // no signals.
+    let _ = unblock_signal(KICK);
+    while let Some(mut vcpu) = next_run(shared) {
+        let (index, events) = (vcpu.index, Arc::clone(&vcpu.events));
+        KVM_RUN_PAGE.set(ptr::from_mut(vcpu.fd.get_kvm_run()));
+        let ran = catch_unwind(AssertUnwindSafe(|| vcpu.run(&shared.leave)));
+        KVM_RUN_PAGE.set(ptr::null_mut());
+        let can_go_on = ran.unwrap_or_else(|_| {
+            events.send(VmEvent::Failed(Error::Vcpu { index, source: VcpuError::Panicked }));
+            false
+        });
+        lock(&shared.state).0 =
+            if can_go_on { ThreadState::Paused(vcpu) } else { ThreadState::Finished(Some(vcpu)) };
+        events.wake();
+    }
+    lock(&shared.state).0 = ThreadState::Finished(None);
+}
+
+/// Waits for the order to run, and takes the vCPU. `None`: the thread is to end.
+fn next_run(shared: &Shared) -> Option<Box<Vcpu>> {
+    let mut state = lock(&shared.state);
+    loop {
+        match state.1 {
+            Order::Finish => return None,
+            Order::Pause => {}
+            Order::Run => match std::mem::replace(&mut state.0, ThreadState::Running) {
+                ThreadState::Paused(vcpu) => return Some(vcpu),
+                // It can run no more; the thread waits for its end.
+                other => state.0 = other,
+            },
+        }
+        state = shared.ordered.wait(state).unwrap_or_else(PoisonError::into_inner);
+    }
+}
+
+thread_local! {
+    /// The kvm_run page of the vCPU that this thread is running, for the signal handler.
+    static KVM_RUN_PAGE: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
+}
+
+/// Installs the handler of the signal that takes a vCPU out of KVM_RUN. Once for the process, before the first vCPU.
+///
+/// # Errors
+/// When the host refuses the handler.
+pub(crate) fn install_kick_handler() -> io::Result<()> {
+    register_signal_handler(KICK, leave_guest).map_err(io::Error::from)
+}
+
+/// The signal interrupts a KVM_RUN under way by itself; `immediate_exit` covers one that is about to begin
+/// (`api.rst`, 5 "immediate_exit").
+#[expect(unsafe_code, reason = "a signal handler reaches the kvm_run page by a raw pointer")]
+extern "C" fn leave_guest(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let page = KVM_RUN_PAGE.get();
+    if !page.is_null() {
+        // SAFETY: the pointer is to the mapping of the vCPU that this thread is running, and is cleared before the vCPU is
+        // given away or dropped. KVM reads the byte at its next entry; nothing in this thread holds a reference to it across
+        // a signal.
+        unsafe { ptr::write_volatile(&raw mut (*page).immediate_exit, 1) };
+    }
+}
