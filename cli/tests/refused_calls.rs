@@ -125,6 +125,9 @@ fn parse(line: &str) -> Option<(Call, String)> {
     Some((Call { number, request: Some(request) }, name.to_owned()))
 }
 
+/// How long an answer may take. Some calls are needed for any, so that their rows wait for all of it.
+const ANSWER: Duration = Duration::from_secs(20);
+
 /// Talks to the control socket until the machine ends.
 fn converse(directory: &Path, session: &Session) -> Result<(), String> {
     let mut reader = loop {
@@ -135,8 +138,8 @@ fn converse(directory: &Path, session: &Session) -> Result<(), String> {
         }
     };
     // The guest uses its disk.
-    session.output.expect_bytes(1, BOUND / 6)?;
-    reader.get_mut().set_read_timeout(Some(BOUND / 6)).unwrap();
+    session.output.expect_bytes(1, ANSWER)?;
+    reader.get_mut().set_read_timeout(Some(ANSWER)).unwrap();
     for command in [
         r#"{"execute":"qmp_capabilities"}"#,
         r#"{"execute":"stop"}"#,
@@ -167,7 +170,7 @@ fn outcome(directory: &Path, run: Run, call: Call, errno: i32) -> String {
             session.signal(Signal::TERM);
         }
     }
-    let Some(ended) = session.wait_within(BOUND / 3) else { return "HANGS".to_owned() };
+    let Some(ended) = session.wait_within(BOUND) else { return "HANGS".to_owned() };
     if ended.code() == guest::SUCCESS {
         let disk = fs::read(directory.join("first")).unwrap();
         let right = (0..DISK_SECTORS as u32).flat_map(|sector| words(sector, 128));

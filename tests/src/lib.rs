@@ -32,7 +32,7 @@ use std::process::Command;
 use std::time::Duration;
 
 /// How long anything that takes milliseconds may take before a test gives up, on the most loaded of machines.
-pub const BOUND: Duration = Duration::from_secs(60);
+pub const BOUND: Duration = Duration::from_secs(180);
 
 /// The binary under test: `MINIVMM_BIN`, or the one that cargo put beside the running test.
 pub fn binary() -> PathBuf {

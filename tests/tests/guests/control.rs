@@ -38,19 +38,18 @@ fn finish(session: Session) -> Report {
     Report::new(session.wait(BOOT_BOUND).must_be(0))
 }
 
-/// A fio command whose JSON result, all its jobs together, comes out between BEGIN and END.
+/// A fio command whose result, all its jobs together, is for [`results`].
 fn fio(options: &str) -> String {
     format!(
         "fio --filename=/dev/vdb --direct=1 --ioengine=libaio --output-format=json --output=/run/fio.json --eta=never \
-         --group_reporting --name=job {options}\nfact fio $?\necho BEGIN\ncat /run/fio.json\necho END\n"
+         --group_reporting --name=job {options}\nfact fio $?\nresult /run/fio.json\n"
     )
 }
 
 /// The results of all such commands, in order.
-fn results(report: &Report) -> Vec<Value> {
-    let outputs =
-        report.text.split("BEGIN\n").skip(1).map(|rest| rest.split("END\n").next().unwrap());
-    outputs.map(|text| serde_json::from_str::<Value>(text).unwrap()["jobs"][0].clone()).collect()
+fn results(guest: &Guest) -> Vec<Value> {
+    let parse = |text: &String| serde_json::from_str::<Value>(text).unwrap()["jobs"][0].clone();
+    guest.results().iter().map(parse).collect()
 }
 
 /// Bounded: what hangs in the host's kernel must not keep the other tests from running.
@@ -87,7 +86,7 @@ fn a_full_host_stops_the_guest_until_there_is_space() {
     let _cleanup = Cleanup(|| {
         run("umount", &["-l", &full]);
     });
-    let guest = guest.with_disk("full/disk", 32 << 20, "id=small,werror=enospc");
+    let guest = guest.with_disk("full/disk", 32 << 20, "id=small,werror=enospc").with_results();
     let (session, mut qmp) = start(&guest);
 
     let error = qmp.event("BLOCK_IO_ERROR");
@@ -108,7 +107,7 @@ fn a_full_host_stops_the_guest_until_there_is_space() {
     qmp.query("cont");
     let report = finish(session);
     assert_eq!(report.number("fio"), 0, "{}", report.ended);
-    let job = &results(&report)[0];
+    let job = &results(&guest)[0];
     assert_eq!((&job["error"], &job["write"]["io_bytes"]), (&json!(0), &json!(24 << 20)), "{job}");
 }
 
@@ -261,7 +260,7 @@ fn limits_hold_and_bursts_show() {
         job("--rw=randread --bs=4k --runtime=4"),
     ]
     .map(|job| format!("fact next\nread go\n{job}"));
-    let guest = guest(&script.concat()).with_disk("disk", 32 << 20, "");
+    let guest = guest(&script.concat()).with_disk("disk", 32 << 20, "").with_results();
     let (mut session, mut qmp) = start(&guest);
     let none = json!({"device": "vdb", "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
     let limits: [&[(&str, u64)]; 3] = [
@@ -278,7 +277,7 @@ fn limits_hold_and_bursts_show() {
         session.send("\n");
     }
     let report = finish(session);
-    let jobs = results(&report);
+    let jobs = results(&guest);
     let [apart, mixed, burst] = &jobs[..] else { panic!("{}", report.ended) };
     let number = |job: &Value, way: &str, what: &str| job[way][what].as_f64().unwrap();
     let seconds = |job: &Value| {
@@ -317,11 +316,9 @@ fn limits_hold_and_bursts_show() {
 #[test]
 fn the_accounts_are_fios() {
     let job = fio("--rw=randrw --bs=4k --size=8m --iodepth=16 --number_ios=3000 --norandommap");
-    let guest = guest(&format!("fact ready\nread go\n{job}\nfact done\nread go")).with_disk(
-        "disk",
-        16 << 20,
-        "",
-    );
+    let guest = guest(&format!("fact ready\nread go\n{job}\nfact done\nread go"))
+        .with_disk("disk", 16 << 20, "")
+        .with_results();
     let (mut session, mut qmp) = start(&guest);
     let stats = |qmp: &mut Qmp| qmp.query("query-blockstats")[1]["stats"].clone();
     session.expect("fact: ready", BOOT_BOUND);
@@ -331,8 +328,8 @@ fn the_accounts_are_fios() {
     let after = stats(&mut qmp);
     session.send("\n");
     let metrics = |name: &str| after[name].as_u64().unwrap() - before[name].as_u64().unwrap();
-    let report = finish(session);
-    let job = &results(&report)[0];
+    finish(session);
+    let job = &results(&guest)[0];
     for (ours, way) in [("rd", "read"), ("wr", "write")] {
         let counted = (metrics(&format!("{ours}_operations")), metrics(&format!("{ours}_bytes")));
         assert_eq!(

@@ -17,7 +17,17 @@ fn it_boots_logs_in_and_powers_off() {
         .status()
         .unwrap();
     assert!(copied.success());
-    let mut command = minivmm(["--memory", "1G", "--cpus", "2", "--disk", "root.img", "--kernel"]);
+    let mut command = minivmm([
+        "--memory",
+        "1G",
+        "--cpus",
+        "2",
+        "--cmdline",
+        "quiet",
+        "--disk",
+        "root.img",
+        "--kernel",
+    ]);
     command.arg(artefact("debian/vmlinuz")).arg("--initrd").arg(artefact("debian/initrd.img"));
     let mut session = Session::start(command.current_dir(directory.path()));
     session.expect("debian login: ", BOOT_BOUND);

@@ -36,7 +36,7 @@ fn tools() -> String {
 fn check(command: &str, status: i32, output: &str, says: &str) {
     let directory = tempfile::tempdir().unwrap();
     let mut minivmm = exec(CLOUD, directory.path(), &tools(), command);
-    let ended = finish(minivmm.args(["--timeout", "200s"])).must_be(status);
+    let ended = finish(minivmm.args(["--timeout", "500s"])).must_be(status);
     assert_eq!(String::from_utf8_lossy(&ended.output), output, "{ended}");
     assert!(ended.errors.contains(says), "{ended}");
 }

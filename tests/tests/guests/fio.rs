@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use minivmm_tests::linux::{CLOUD, Guest, Report};
+use minivmm_tests::linux::{CLOUD, Guest};
 use serde_json::Value;
 
 const DISK: u64 = 64 << 20;
@@ -34,18 +34,18 @@ fn script() -> String {
         })
         .collect();
     format!(
-        "{fio} >/run/fio.json\nfact fio $?\necho BEGIN\ncat /run/fio.json\necho END\n{}\nsync\n",
+        "{fio} >/run/fio.json\nfact fio $?\nresult /run/fio.json\n{}\nsync\n",
         writes.join("\n")
     )
 }
 
 #[test]
 fn fio_verifies_and_the_host_agrees() {
-    let guest =
-        Guest::new(CLOUD, &script()).with("--cpus 2").with_tools().with_disk("disk", DISK, "");
+    let guest = Guest::new(CLOUD, &script()).with("--cpus 2").with_tools();
+    let guest = guest.with_disk("disk", DISK, "").with_results();
     let report = guest.run(0);
     assert_eq!(report.number("fio"), 0, "{}", report.ended);
-    check_fio(&report);
+    check_fio(&guest.results()[0]);
 
     let image = File::open(guest.path("disk")).unwrap();
     assert_eq!(image.metadata().unwrap().len(), DISK);
@@ -71,8 +71,7 @@ fn fio_verifies_and_the_host_agrees() {
 
 /// Zero errors, and every block once: written in the mixed phase and read back in the verification, or read in the mixed
 /// phase.
-fn check_fio(report: &Report) {
-    let json = report.text.split_once("BEGIN\n").unwrap().1.split_once("\nEND").unwrap().0;
+fn check_fio(json: &str) {
     let json: Value = serde_json::from_str(json).unwrap_or_else(|why| panic!("{why}: {json}"));
     let job = &json["jobs"][0];
     let number = |value: &Value| value.as_u64().unwrap_or_else(|| panic!("{value} in {job:#}"));
