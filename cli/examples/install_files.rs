@@ -21,6 +21,8 @@ mod ctl;
 mod exit_codes;
 #[path = "../src/messages.rs"]
 mod messages;
+#[path = "../src/trace/mod.rs"]
+mod trace;
 
 use std::fs::{self, File};
 use std::path::PathBuf;

@@ -15,6 +15,7 @@ mod required_calls;
 mod saved;
 mod service;
 mod terminal;
+mod trace;
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -27,6 +28,7 @@ use exit_codes::{
     EXIT_CLEAN, EXIT_GUEST_PANIC, EXIT_HOST, EXIT_NO_STATUS, EXIT_TIMEOUT, EXIT_USAGE,
 };
 use messages::{print_message, print_text};
+use trace::Trace;
 use vmm::{Awaited, Incoming, Outcome, VmConfig};
 
 fn main() -> ExitCode {
@@ -46,11 +48,19 @@ fn main() -> ExitCode {
             return saved::main(word, std::env::args_os().skip(2).collect());
         }
     }
-    let Parsed { mut config, incoming, verbose, boot_timing, explain } = match arguments::parse() {
-        Ok(parsed) => parsed,
-        Err(status) => return status,
-    };
-    messages::start_log(verbose, boot_timing.then_some(started));
+    if std::env::args_os().skip(1).eq(["--trace", "help"]) {
+        print_text(&trace::help());
+        return ExitCode::from(EXIT_CLEAN);
+    }
+    let Parsed { mut config, incoming, verbose, boot_timing, explain, trace } =
+        match arguments::parse() {
+            Ok(parsed) => parsed,
+            Err(status) => return status,
+        };
+    let trace = trace.filter(|_| !explain);
+    let (trace, layer) =
+        trace.map(|options| Trace::new(&options, messages::Stderr, print_message)).unzip();
+    messages::start_log(verbose, boot_timing.then_some(started), layer);
     tracing::info!(target: boot_timing::TARGET, "arguments");
     // The disks are opened by the files' numbers.
     let _images = match directory_disk::make(&mut config) {
@@ -66,7 +76,11 @@ fn main() -> ExitCode {
             Err(error) => fail(&error, error.is_usage()),
         };
     }
-    match run(&mut config, incoming) {
+    let ended = run(&mut config, incoming);
+    if let Some(trace) = trace {
+        trace.finish();
+    }
+    match ended {
         Ok(outcome) => ExitCode::from(exit_status(&outcome, &config)),
         Err(error) => fail(&error, error.is_usage()),
     }

@@ -10,11 +10,12 @@ use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
-use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::boot_timing::{self, Moment, Phases};
+use crate::trace::{IsOn, TraceLayer};
 
 pub(crate) fn print_message(line: &str) {
     let _ = Stderr.write_all(format!("minivmm: {line}\n").as_bytes());
@@ -26,8 +27,8 @@ pub(crate) fn print_text(text: &str) {
 }
 
 /// Prints what the other crates log from now on: warnings and errors, everything with `verbose`, and the phases of the boot if
-/// `boot_timing` is the moment at which `main` began.
-pub(crate) fn start_log(verbose: bool, boot_timing: Option<Moment>) {
+/// `boot_timing` is the moment at which `main` began. `trace` records trace events.
+pub(crate) fn start_log(verbose: bool, boot_timing: Option<Moment>, trace: Option<TraceLayer>) {
     let phases = boot_timing.map(|main| {
         let (phases, row) = Phases::begin(main);
         print_message(&row);
@@ -38,7 +39,13 @@ pub(crate) fn start_log(verbose: bool, boot_timing: Option<Moment>) {
         .with_default(if verbose { Level::DEBUG } else { Level::WARN })
         .with_target(boot_timing::TARGET, boot_level);
     let lines = tracing_subscriber::fmt::layer().with_writer(|| Stderr).event_format(Line(phases));
-    tracing_subscriber::registry().with(lines).with(filter).init();
+    match trace {
+        None => tracing_subscriber::registry().with(lines).with(filter).init(),
+        Some(trace) => tracing_subscriber::registry()
+            .with(lines.with_filter(filter))
+            .with(trace.with_filter(IsOn))
+            .init(),
+    }
 }
 
 /// A reader that takes longer than this for a line loses it.
@@ -46,7 +53,7 @@ const READER_TIMEOUT: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// Standard error. Its reader may have gone (`2>&1 | head`) or stopped reading (`2>&1 | less`), which must neither end nor
 /// delay the VM: a line that the reader does not take in time is dropped. Each write is one line.
-struct Stderr;
+pub(crate) struct Stderr;
 
 impl Write for Stderr {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {

@@ -443,6 +443,13 @@ fn what_clients_of_qemu_ask_first_has_an_answer() {
     let machines = qmp.query("query-machines");
     assert_eq!(machines[0]["name"], "minivmm");
     assert_eq!(machines[0]["cpu-max"], 255);
+    assert_eq!(
+        qmp.query("query-chardev"),
+        json!([
+            { "label": "compat_monitor0", "filename": "unix:control.sock,server=on", "frontend-open": true },
+            { "label": "serial0", "filename": "stdio", "frontend-open": true },
+        ])
+    );
     for none in ["query-iothreads", "query-block-jobs", "query-jobs"] {
         assert_eq!(qmp.query(none), json!([]), "{none}");
     }

@@ -42,10 +42,10 @@ fn every_thread_of_a_running_vm_is_confined() {
         return;
     }
     let directory = tempdir().unwrap();
-    let mut session = start(directory.path(), &[]);
+    let mut session = start(directory.path(), &["--trace", "file=trace"]);
     let confined = threads(session.id());
     let names: Vec<_> = confined.iter().map(|(name, _)| name.as_str()).collect();
-    for kind in ["minivmm", "vcpu-0", "vcpu-1", "disk-vda-0", "disk-io-0", "console"] {
+    for kind in ["minivmm", "vcpu-0", "vcpu-1", "disk-vda-0", "disk-io-0", "console", "trace"] {
         assert!(names.contains(&kind), "{names:?}");
     }
     for (name, status) in &confined {

@@ -125,9 +125,8 @@ impl Bus {
         length: u64,
         device: Arc<Mutex<dyn BusDevice>>,
     ) -> Result<(), BusError> {
-        let last = match length.checked_sub(1).and_then(|rest| base.checked_add(rest)) {
-            Some(last) => last,
-            None => return Err(BusError::Invalid { base, length }),
+        let Some(last) = length.checked_sub(1).and_then(|rest| base.checked_add(rest)) else {
+            return Err(BusError::Invalid { base, length });
         };
         // Of the ranges that start at or before `last`, the last one ends last: no other can reach `base`.
         if let Some((&other, entry)) = self.entries.range(..=last).next_back()
@@ -141,38 +140,25 @@ impl Bus {
 
     /// Reads from the device at `address`. Without one it reads as all ones, as on a PC.
     pub fn read(&self, address: u64, data: &mut [u8]) {
-        if self
-            .with_device(address, data.len(), |device, offset| device.read(offset, data))
-            .is_none()
-        {
-            data.fill(0xff);
-        }
+        data.fill(0xff);
+        self.with_device(address, data.len(), |device, offset| device.read(offset, data));
     }
 
     /// Writes to the device at `address`; without one, the write is lost. Returns what the write waits for before it takes
     /// effect, if anything: the vCPU must not enter the guest before.
     pub fn write(&self, address: u64, data: &[u8]) -> Option<Unfinished> {
-        let mut drain = None;
-        let device = self.with_device(address, data.len(), |device, offset| {
-            device.write(offset, data);
-            drain = device.draining();
-        });
-        Some(Unfinished { device: Arc::clone(device?), drain: drain? })
+        let write = |device: &mut dyn BusDevice, offset| device.write(offset, data);
+        Unfinished::of(self.with_device(address, data.len(), write)?)
     }
 
     /// Begins to reset every device, and returns the resets that wait for their device's threads.
     pub fn reset(&self) -> Vec<Unfinished> {
-        let mut unfinished = Vec::new();
-        for Entry { device, .. } in self.entries.values() {
+        let reset = |Entry { device, .. }: &Entry| {
             // A poisoned device: as in `with_device`.
-            if let Ok(mut locked) = device.lock() {
-                locked.reset();
-                let drain = locked.draining();
-                unfinished
-                    .extend(drain.map(|drain| Unfinished { device: Arc::clone(device), drain }));
-            }
-        }
-        unfinished
+            device.lock().ok()?.reset();
+            Unfinished::of(device)
+        };
+        self.entries.values().filter_map(reset).collect()
     }
 
     /// Runs `access` on the device that has all `width` bytes at `address`, and returns the device. No device claims an

@@ -38,27 +38,24 @@ pub(crate) fn legacy(
         let events = Arc::clone(events);
         Arc::new(move |event: GuestEvent| events.send(VmEvent::Guest(event)))
     };
-    insert(
-        port_io,
-        layout::I8042_DATA.into(),
-        I8042::SIZE,
-        Arc::new(Mutex::new(I8042::new(Arc::clone(&sink)))),
-    )?;
-    let sleep = Arc::new(Mutex::new(SleepRegisters(Arc::clone(&sink))));
-    insert(port_io, layout::SLEEP_CONTROL.into(), SleepRegisters::SIZE, sleep)?;
-    let reset = Arc::new(Mutex::new(ResetRegister(Arc::clone(&sink))));
-    insert(port_io, layout::RESET.into(), ResetRegister::SIZE, reset)?;
-    insert(
-        port_io,
-        layout::PVPANIC.into(),
-        Pvpanic::SIZE,
-        Arc::new(Mutex::new(Pvpanic::new(Arc::clone(&sink)))),
-    )?;
+    let events = || Arc::clone(&sink);
+    legacy_device(port_io, layout::I8042_DATA, I8042::SIZE, I8042::new(events()))?;
+    legacy_device(port_io, layout::SLEEP_CONTROL, SleepRegisters::SIZE, SleepRegisters(events()))?;
+    legacy_device(port_io, layout::RESET, ResetRegister::SIZE, ResetRegister(events()))?;
+    legacy_device(port_io, layout::PVPANIC, Pvpanic::SIZE, Pvpanic::new(events()))?;
     if debug_exit {
-        let device = Arc::new(Mutex::new(DebugExit(sink)));
-        insert(port_io, layout::DEBUG_EXIT.into(), DebugExit::SIZE, device)?;
+        legacy_device(port_io, layout::DEBUG_EXIT, DebugExit::SIZE, DebugExit(sink))?;
     }
     Ok(())
+}
+
+fn legacy_device(
+    port_io: &mut Bus,
+    port: u16,
+    size: u64,
+    device: impl BusDevice + 'static,
+) -> Result<(), Error> {
+    insert(port_io, port.into(), size, Arc::new(Mutex::new(device)))
 }
 
 /// Puts a serial port on the port I/O bus. The eventfd is readable after the guest has emptied the receive FIFO.
@@ -163,6 +160,7 @@ pub(crate) fn line(vm: &Arc<VmFd>, gsi: u32) -> Arc<dyn InterruptLine> {
 
 impl InterruptLine for KvmLine {
     fn pulse(&self) -> io::Result<()> {
+        tracing::trace!(target: "irq_pulse", gsi = self.gsi);
         let _pulse = lock(&self.pulse);
         for level in [true, false] {
             self.vm.set_irq_line(self.gsi, level).map_err(io::Error::from)?;

@@ -36,7 +36,7 @@ use crate::snapshot::{Incoming, PanicDump};
 use crate::sources::Source;
 use crate::timeout::Timeout;
 use crate::vcpu::{VcpuSetup, VcpuStart, VcpuThread, install_kick_handler};
-use crate::{affinity, attach, console, control, exec, hugepages, kvm, memory};
+use crate::{affinity, attach, console, control, exec, hugepages, kvm, memory, trace};
 
 /// Builds the machine: one that boots or, with `incoming`, one that was saved. Its vCPUs have threads but have not entered the
 /// guest: [`EventLoop::run`] starts them.
@@ -127,6 +127,7 @@ pub fn build(
     sources.extend(Gdb::listen(config.gdb.as_ref(), &vm, &memory, config.cpus)?);
     // Last of what may be refused, since it may create or empty a file.
     let spawn = sandbox.spawn(Kind::Console);
+    trace::start(&spawn)?;
     let serial = console::attach_ports(&vm, &mut port_io, config, &mut sources, &spawn)?;
     sources.extend(exec::attach(job, &vm, &mut port_io, &events, &spawn)?);
     sources.extend(PanicDump::open(config)?);

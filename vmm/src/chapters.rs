@@ -21,5 +21,8 @@ pub mod what_each_thread_may_do {}
 #[doc = include_str!("../docs/step-through-a-boot.md")]
 pub mod step_through_a_boot {}
 
+#[doc = include_str!("../docs/tracing.md")]
+pub mod tracing {}
+
 #[doc = include_str!("../docs/threat-model.md")]
 pub mod threat_model {}

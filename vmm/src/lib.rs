@@ -14,6 +14,7 @@ mod background;
 mod boot_image;
 pub mod builder;
 pub mod chapters;
+mod chardev;
 mod config;
 mod console;
 mod control;
@@ -36,6 +37,7 @@ mod signals;
 mod snapshot;
 mod sources;
 mod timeout;
+pub mod trace;
 mod vcpu;
 
 pub use builder::build;

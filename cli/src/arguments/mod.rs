@@ -11,6 +11,7 @@ mod fuzz;
 pub(crate) mod incoming;
 mod same_file;
 mod throttling;
+mod trace;
 pub(crate) mod usage_error;
 pub(crate) mod value;
 
@@ -28,6 +29,7 @@ use self::usage_error::UsageError;
 use self::value::{os_text, text};
 use crate::exit_codes::EXIT_USAGE;
 use crate::messages::print_message;
+use crate::trace::TraceOptions;
 
 /// A minimal KVM hypervisor: boots a Linux kernel with a serial console and virtio-mmio disks.
 #[derive(Debug, Parser)]
@@ -214,6 +216,15 @@ struct ProcessOptions {
     #[arg(long, conflicts_with = "incoming")]
     explain: bool,
 
+    #[allow(rustdoc::broken_intra_doc_links, reason = "brackets are what the help prints")]
+    /// Record trace events: [enable=]PATTERN[,...][,file=PATH][,format=text|json|perfetto]. May be repeated.
+    ///
+    /// The names are QEMU's where QEMU has the event; `minivmm --trace help` lists them. A pattern may have * and ?, and with - in front it
+    /// switches events off. Without a file the text goes to standard error. ui.perfetto.dev opens a file of format=perfetto. A control
+    /// client can change what is on, by trace-event-set-state.
+    #[arg(long = "trace", value_name = "PATTERN[,KEY=VALUE]...", allow_hyphen_values = true, value_parser = os_text(trace::parse))]
+    traces: Vec<TraceOptions>,
+
     /// Log what minivmm does.
     ///
     /// Among it the kernel command line. Warnings and errors are printed without this option, too.
@@ -247,6 +258,7 @@ pub(crate) struct Parsed {
     pub(crate) boot_timing: bool,
     /// Print the machine and do not run it.
     pub(crate) explain: bool,
+    pub(crate) trace: Option<TraceOptions>,
 }
 
 /// The command line's definition, for man pages and completions.
@@ -263,11 +275,13 @@ pub(crate) fn parse() -> Result<Parsed, ExitCode> {
     let arguments = parse_as::<Arguments>("minivmm", std::env::args_os().skip(1).collect())?;
     let ProcessOptions { verbose, boot_timing, explain, .. } = arguments.process;
     let incoming = arguments.guest.incoming.clone();
-    let config = arguments.into_config().map_err(|error| {
+    let configured = trace::merge(arguments.process.traces.clone())
+        .and_then(|trace| Ok((arguments.into_config(trace.as_ref())?, trace)));
+    let (config, trace) = configured.map_err(|error| {
         print_message(&error.to_string());
         ExitCode::from(EXIT_USAGE)
     })?;
-    Ok(Parsed { config, incoming, verbose, boot_timing, explain })
+    Ok(Parsed { config, incoming, verbose, boot_timing, explain, trace })
 }
 
 /// Parses `arguments`, those behind the words `program`.
@@ -296,7 +310,7 @@ impl Arguments {
     ///
     /// # Errors
     /// Options contradict each other.
-    fn into_config(self) -> Result<VmConfig, UsageError> {
+    fn into_config(self, trace: Option<&TraceOptions>) -> Result<VmConfig, UsageError> {
         let Self { guest, machine, control, process } = self;
         let context = Context { cpus: machine.cpus, control: control.qmp.is_some() };
         let vcpu_affinity = machine.vcpu_affinity.unwrap_or_default();
@@ -353,7 +367,7 @@ impl Arguments {
             dump_on_panic: process.dump_on_panic,
             sandbox: process.sandbox,
         };
-        same_file::check(&config, guest.incoming.as_ref())?;
+        same_file::check(&config, guest.incoming.as_ref(), trace)?;
         Ok(config)
     }
 }
@@ -366,7 +380,7 @@ mod tests {
 
     fn parse(arguments: &[&str]) -> VmConfig {
         let arguments = [&["minivmm", "--kernel", "k"], arguments].concat();
-        Arguments::try_parse_from(arguments).unwrap().into_config().unwrap()
+        Arguments::try_parse_from(arguments).unwrap().into_config(None).unwrap()
     }
 
     #[test]

@@ -10,6 +10,7 @@ use vmm::{ConsoleConfig, GdbConfig, VmConfig};
 
 use super::incoming::IncomingOption;
 use super::usage_error::UsageError;
+use crate::trace::TraceOptions;
 
 /// What a path leads to. Hard links, symbolic links and two nodes of one block device are the same.
 #[derive(PartialEq, Eq)]
@@ -50,6 +51,7 @@ impl Identity {
 pub(super) fn check(
     config: &VmConfig,
     incoming: Option<&IncomingOption>,
+    trace: Option<&TraceOptions>,
 ) -> Result<(), UsageError> {
     let mut files: Vec<(&str, PathBuf, &str)> = vec![("--kernel ", config.kernel.clone(), "")];
     if let Some(IncomingOption::File(incoming)) = incoming {
@@ -59,6 +61,8 @@ pub(super) fn check(
     files.extend(config.disks.iter().map(|disk| ("--disk ", disk.image.path.clone(), "disk")));
     let dump = config.dump_on_panic.iter();
     files.extend(dump.map(|path| ("--dump-on-panic ", path.clone(), "")));
+    let trace = trace.and_then(|trace| trace.file.clone()).into_iter();
+    files.extend(trace.map(|path| ("--trace file=", path, "")));
     files.extend(config.qmp.iter().map(|path| ("--qmp unix:", path.clone(), "")));
     if let Some(GdbConfig::Unix(path)) = &config.gdb {
         files.push(("--gdb unix:", path.clone(), ""));

@@ -38,6 +38,10 @@ pub(crate) enum UsageError {
     DeferWithoutControl,
     #[error("--paused: only a client can start the guest; add --qmp unix:PATH or --gdb unix:PATH")]
     PausedForEver,
+    #[error("--trace: {0}= given twice; there is one trace: give it once")]
+    TraceTwice(&'static str),
+    #[error("--trace: format=json and format=perfetto need a file of their own; add file=PATH")]
+    TraceFile,
     #[error("{second} is the same file as {first}; give each its own file")]
     SameFile { first: String, second: String },
 }
@@ -62,6 +66,7 @@ const OPTION_HINTS: &[(&str, &str)] = &[
     ("serial", "--console WHERE"),
     ("smp", "--cpus N"),
     ("snapshot", "--disk PATH,snapshot=on"),
+    ("trace", "--trace PATTERN"),
     ("vcpus", "--cpus N"),
 ];
 

@@ -42,6 +42,10 @@ pub(crate) enum ValueError {
     Geometry,
     #[error("heads= and secs= are at most 255")]
     GeometryRange,
+    #[error("{0}: no trace event has this name; `minivmm --trace help` lists them")]
+    NoEvent(String),
+    #[error("{0}=: unknown key; write enable=PATTERN, file=PATH or format=FORMAT")]
+    TraceKey(String),
     #[error(transparent)]
     Word(#[from] UnknownWord),
 }

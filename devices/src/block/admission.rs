@@ -6,10 +6,9 @@
 
 use std::time::Duration;
 
-use super::request::{Action, Request};
+use super::request::Request;
 use super::stats::Kind;
 use crate::clock::Instant;
-use crate::disk::Operation;
 use crate::virtio::queue::DescriptorChain;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,14 +52,10 @@ pub(super) struct WaitingRequest {
 
 /// What of a request a limiter counts. `None`: it is not limited.
 pub(super) fn measure(request: &Request<'_>) -> Option<(Direction, u64)> {
-    match &request.action {
-        Action::Transfer { operation: Operation::Read, length, .. } => {
-            Some((Direction::Read, *length))
-        }
-        Action::Transfer { length, .. } => Some((Direction::Write, *length)),
-        Action::Ranges(ranges) if request.kind == Kind::WriteZeroes => {
-            Some((Direction::Write, ranges.iter().map(|range| range.length).sum()))
-        }
-        _ => None,
-    }
+    let direction = match request.kind {
+        Kind::Read => Direction::Read,
+        Kind::Write | Kind::WriteZeroes => Direction::Write,
+        _ => return None,
+    };
+    Some((direction, request.action.ranges().iter().map(|range| range.length).sum()))
 }

@@ -181,6 +181,8 @@ impl Dispatcher {
             self.in_flight.get(follower.tag).merged = true;
             last = follower.tag;
         }
+        let (offset, num_reqs) = (transfer.offset, 1 + followers.len());
+        tracing::trace!(target: "virtio_blk_submit_multireq", num_reqs, offset, size = length);
         self.engine.submit(transfer);
         Some(length)
     }
@@ -211,6 +213,7 @@ impl Dispatcher {
         succeeded: bool,
     ) -> (Option<InFlightRequest>, Option<u32>) {
         let request = self.in_flight.get(tag);
+        tracing::trace!(target: "virtio_blk_rw_complete", req = request.id(), succeeded);
         self.with_engine -= std::mem::take(&mut request.cost);
         let next = request.next.take();
         if succeeded && matches!(request.step, Step::Pieces) {

@@ -73,6 +73,11 @@ impl InFlightRequest {
             merged: false,
         }
     }
+
+    /// What trace events call it: queue and descriptor, which are its own until it is answered.
+    pub(super) fn id(&self) -> u64 {
+        (self.queue as u64) << 16 | u64::from(self.chain.head())
+    }
 }
 
 /// What a completion means for the request.
@@ -127,6 +132,7 @@ impl InFlight {
     #[inline]
     pub(super) fn insert(&mut self, request: InFlightRequest) -> u32 {
         waypoint!();
+        tracing::trace!(target: "virtio_blk_submit", req = request.id());
         let Some(tag) = self.free.pop() else {
             unreachable!("more requests in flight than the queues hold")
         };

@@ -296,9 +296,7 @@ impl Loop {
             self.shared.report_own_error("continue a worker's turn", &error);
         }
     }
-}
 
-impl Loop {
     /// Sets the timer for what waits for the disk's limits. Each expiry is an edge, and the timer is never read.
     fn schedule(&self) {
         let Some(wait) =
@@ -342,6 +340,7 @@ impl MutEventSubscriber for Loop {
             TIMER => self.release(),
             kick => {
                 waypoint!();
+                tracing::trace!(target: "virtio_queue_notify", queue = kick - KICK);
                 self.with_worker(|worker| worker.serve((kick - KICK) as usize));
             }
         }

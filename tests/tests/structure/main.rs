@@ -16,6 +16,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("bzImage", &["arch/src/boot/bzimage.rs"]),
     ("saved machines: words", &["cli/src/saved.rs", "cli/src/arguments/incoming.rs"]),
     ("command line", &["cli/src"]),
+    ("character devices", &["vmm/src/chardev.rs"]),
     ("chapters", &["devices/src/chapters.rs", "vmm/src/chapters.rs"]),
     ("console arguments", &["cli/src/arguments/consoles.rs"]),
     ("consoles beside stdio", &["vmm/src/console/backends.rs", "vmm/src/console/ports.rs"]),
@@ -23,6 +24,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("save and restore", &["vmm/src/snapshot", "vmm/src/machine/save_task.rs"]),
     ("save in QMP", &["vmm/src/control/deferred.rs", "vmm/src/control/migration.rs"]),
     ("disk keys", &["cli/src/arguments/disk.rs", "cli/src/arguments/throttling.rs"]),
+    ("schema of QMP", &["vmm/src/control/schema.rs"]),
     ("disks in QMP", &["vmm/src/control/disk_commands.rs", "vmm/src/control/metrics.rs"]),
     ("control (QMP)", &["vmm/src/control"]),
     ("ctl", &["cli/src/ctl"]),
@@ -59,6 +61,15 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("temporary files", &["devices/src/disk/temporary_file.rs"]),
     ("throttling", &["devices/src/block/throttle"]),
     ("timeout", &["vmm/src/timeout.rs"]),
+    (
+        "trace",
+        &[
+            "cli/src/trace",
+            "cli/src/arguments/trace.rs",
+            "vmm/src/trace",
+            "vmm/src/control/trace_commands.rs",
+        ],
+    ),
     ("Unix sockets", &["vmm/src/listener.rs"]),
 ];
 

@@ -9,10 +9,12 @@ use devices::bus::Bus;
 use devices::legacy::SerialDevice;
 use devices::spawn::Spawn;
 use kvm_ioctls::VmFd;
+use rustix::termios::ttyname;
 
 use super::open::open;
 use super::serial_console::SerialConsole;
 use crate::attach;
+use crate::chardev;
 use crate::config::VmConfig;
 use crate::error::Error;
 use crate::sources::Source;
@@ -34,6 +36,10 @@ pub(crate) fn attach_ports(
             continue;
         }
         let mut ends = open(&config.consoles[index])?;
+        let terminal = ends._kept_open.as_ref().and_then(|slave| ttyname(slave, Vec::new()).ok());
+        let terminal = terminal.map(|name| name.to_string_lossy().into_owned());
+        let filename = chardev::filename(&config.consoles[index], terminal);
+        chardev::add(&format!("serial{index}"), filename);
         ends.output.start(spawn)?;
         let (serial, input_drained) = attach::serial(vm, port_io, place, ends.output.writer())?;
         ports.push(Arc::clone(&serial));

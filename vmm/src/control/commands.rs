@@ -8,6 +8,7 @@ use super::metrics;
 use super::migration::{self, Migration};
 use super::protocol::{Answer, Failure, version};
 use super::schema::{self, CommandTypes};
+use super::trace_commands as trace;
 use crate::error::Error;
 use crate::machine::{Machine, Outcome, RunState};
 
@@ -75,6 +76,9 @@ const COMMANDS: &[CommandRow] = &[
     query!("query-iothreads", &[], "[IOThreadInfo]", |_, _| json!([])),
     query!("query-block-jobs", &[], "[BlockJobInfo]", |_, _| json!([])),
     query!("query-jobs", &[], "[JobInfo]", |_, _| json!([])),
+    query!("query-chardev", &[], "[ChardevInfo]", |_, _| trace::query_chardev()),
+    command("trace-event-get-state", trace::GET_STATE, "[TraceEventInfo]", trace::get_state),
+    command("trace-event-set-state", trace::SET_STATE, "", trace::set_state),
     query!("query-block", &[], "[BlockInfo]", |machine, _| disks::query_block(machine)),
     query!("query-named-block-nodes", disks::NODES, "[BlockDeviceInfo]", |machine, _| {
         disks::query_nodes(machine)

@@ -15,6 +15,7 @@ use super::commands;
 use super::migration;
 use super::protocol::{Failure, Request};
 use super::server::ControlServer;
+use crate::chardev;
 use crate::config::VmConfig;
 use crate::error::Error;
 use crate::signals::Signals;
@@ -81,6 +82,7 @@ pub fn wait(
 /// Listens for clients of a machine of that configuration.
 pub(crate) fn listen(path: &Path, config: &VmConfig) -> Result<ControlServer, Error> {
     let migration = migration::Migration::new(SavedConfig::of(config));
+    chardev::add("compat_monitor0", format!("unix:{},server=on", path.display()));
     ControlServer::bind(path, migration).map_err(|source| {
         let value = format!("unix:{}", path.display());
         Error::Argument { option: "--qmp", value, source }

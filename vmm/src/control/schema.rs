@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::arguments::{Argument, ArgumentKind};
 use super::event_messages::REASONS;
+use super::trace_commands::STATES;
 
 /// A command's name, arguments and result type. Requests are checked against the same value that `query-qmp-schema`
 /// shows, so that the two cannot differ.
@@ -40,6 +41,8 @@ const OBJECTS: &[(&str, &str)] = &[
     ("IOThreadInfo", "id:str thread-id:int"),
     ("BlockJobInfo", "type:str device:str len:int offset:int busy:bool paused:bool speed:int"),
     ("JobInfo", "id:str type:str status:str current-progress:int total-progress:int"),
+    ("ChardevInfo", "label:str filename:str frontend-open:bool"),
+    ("TraceEventInfo", "name:str state:TraceEventState vcpu:bool"),
     ("MemoryInfo", "base-memory:int plugged-memory:int"),
     (
         "BlockInfo",
@@ -112,6 +115,7 @@ const ENUMS: &[(&str, &[&str])] = &[
     ("GuestPanicAction", &["poweroff", "run"]),
     ("IoOperationType", &["read", "write"]),
     ("BlockErrorAction", &["report", "ignore", "stop"]),
+    ("TraceEventState", &STATES),
     ("MigrationStatus", &STATUSES),
     ("MigrationCapability", &CAPABILITY_NAMES),
 ];

@@ -22,8 +22,11 @@ const NAMES: [&str; 5] = ["mmio_read", "mmio_write", "port_read", "port_write", 
 pub(crate) struct Exits([Counter; NAMES.len()]);
 
 impl Exits {
-    pub(super) fn count(&self, reason: Reason) {
+    /// Counts an exit: the guest's access to `address`, or without `data` something else.
+    pub(super) fn count(&self, reason: Reason, address: u64, data: &[u8]) {
         self.0[reason as usize].add(1);
+        let (reason, size) = (NAMES[reason as usize], data.len());
+        tracing::trace!(target: "kvm_run_exit", reason, address, size, value = data);
     }
 
     pub(crate) fn by_reason(&self) -> impl Iterator<Item = (&'static str, u64)> {

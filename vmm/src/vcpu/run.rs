@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use kvm_bindings::{KVM_EXIT_IO_OUT, KVM_INTERNAL_ERROR_EMULATION};
+use kvm_bindings::KVM_INTERNAL_ERROR_EMULATION;
 use kvm_ioctls::VcpuExit;
 
 use super::exits::Reason;
@@ -75,25 +75,23 @@ impl Vcpu {
         }
         match self.fd.run() {
             Ok(VcpuExit::MmioRead(address, data)) => {
-                self.exits.count(Reason::MmioRead);
                 self.mmio.read(address, data);
+                self.exits.count(Reason::MmioRead, address, data);
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
-                self.exits.count(Reason::MmioWrite);
+                self.exits.count(Reason::MmioWrite, address, data);
                 self.unfinished = self.mmio.write(address, data);
             }
             Ok(VcpuExit::IoIn(port, data)) => {
-                self.exits.count(Reason::PortRead);
                 let data = std::ptr::from_mut(data);
-                self.port_io(port, data);
+                self.port_io(Reason::PortRead, port, data);
             }
             Ok(VcpuExit::IoOut(port, data)) => {
-                self.exits.count(Reason::PortWrite);
                 let data = std::ptr::from_ref(data).cast_mut();
-                self.port_io(port, data);
+                self.port_io(Reason::PortWrite, port, data);
             }
             // Without an interrupt to wait for a halted vCPU stays in KVM; it comes here only to be told to go on.
-            Ok(VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => self.exits.count(Reason::Other),
+            Ok(VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => self.exits.count(Reason::Other, 0, &[]),
             // Nothing is pending in KVM. The machine stops, and with it this vCPU.
             Ok(VcpuExit::Debug(_) | VcpuExit::InternalError) if self.debugged => {
                 self.events.send(VmEvent::Debug);
@@ -139,7 +137,7 @@ impl Vcpu {
     }
 
     fn interrupted(&mut self) -> Ran {
-        self.exits.count(Reason::Other);
+        self.exits.count(Reason::Other, 0, &[]);
         self.fd.set_kvm_immediate_exit(0);
         Ran::Interrupted
     }
@@ -147,19 +145,20 @@ impl Vcpu {
     /// A port I/O exit. String instructions (`rep outsb`) arrive as many operands in one exit, whose size kvm-ioctls does
     /// not pass on, so it is read from the kvm_run page (`api.rst`, 5 "The kvm_run structure").
     #[expect(unsafe_code, reason = "the exit's data lie in the kvm_run mapping")]
-    fn port_io(&mut self, port: u16, data: *mut [u8]) {
+    fn port_io(&mut self, reason: Reason, port: u16, data: *mut [u8]) {
         // SAFETY: the last exit was KVM_EXIT_IO, so `io` is the live member of the union.
         let io = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.io };
         // SAFETY: `data` came from that exit and points into the kvm_run mapping of `self.fd`, past the structure itself;
         // nothing else refers to it until the next KVM_RUN.
         let data = unsafe { &mut *data };
         for operand in data.chunks_mut(usize::from(io.size).max(1)) {
-            if u32::from(io.direction) == KVM_EXIT_IO_OUT {
+            if matches!(reason, Reason::PortWrite) {
                 self.unfinished = self.port_io.write(port.into(), operand);
             } else {
                 self.port_io.read(u64::from(port), operand);
             }
         }
+        self.exits.count(reason, port.into(), data);
     }
 
     #[expect(unsafe_code, reason = "the exit's details lie in a union of the kvm_run mapping")]

@@ -9,6 +9,8 @@
 
 mod parse;
 
+use std::slice;
+
 use vm_memory::GuestAddress;
 
 use super::stats::Kind;
@@ -42,8 +44,8 @@ pub(super) struct Request<'a> {
 }
 
 pub(super) enum Action {
-    /// Move `length` bytes between the disk at `offset` and the request's data.
-    Transfer { operation: Operation, offset: u64, length: u64 },
+    /// Move this range between the disk and the request's data.
+    Transfer(DiskRange),
     /// Make the writes durable that completed before this request was taken (virtio 1.2 §5.2.6.2).
     Flush,
     /// Discard, zero or erase these ranges, one after the other.
@@ -54,6 +56,17 @@ pub(super) enum Action {
     GetLifetime,
     /// Carry out a command of the plugged-in [`CommandSet`].
     Command(Box<dyn CommandRequest>),
+}
+
+impl Action {
+    /// The ranges of the disk that it is about.
+    pub(super) fn ranges(&self) -> &[DiskRange] {
+        match self {
+            Self::Transfer(range) => slice::from_ref(range),
+            Self::Ranges(ranges) => ranges,
+            _ => &[],
+        }
+    }
 }
 
 /// An operation on a byte range of the disk.

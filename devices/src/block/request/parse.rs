@@ -80,7 +80,7 @@ fn transfer(
         return Err(blk::S_IOERR);
     }
     let offset = byte_offset(sector, length, limits).ok_or(blk::S_IOERR)?;
-    Ok(Action::Transfer { operation, offset, length })
+    Ok(Action::Transfer(DiskRange { operation, offset, length }))
 }
 
 /// A discard, write-zeroes or secure-erase request. All of its segments are checked before anything is done.

@@ -156,20 +156,22 @@ impl Worker {
         started: Instant,
         origin: Origin,
     ) {
-        let disk = &self.shared.options.name;
-        tracing::trace!(disk, head = chain.head(), ?kind, "request");
         let mut request = InFlightRequest::new(chain, queue, kind, status, started);
+        tracing::trace!(
+            target: "virtio_blk_handle", disk = self.shared.options.name, req = request.id(), ?kind,
+            sector = action.ranges().first().map(|range| range.offset / blk::SECTOR_SIZE),
+            nsectors = action.ranges().iter().map(|range| range.length / blk::SECTOR_SIZE).sum::<u64>(),
+        );
         let memory = &self.negotiated.memory;
         match action {
-            Action::Transfer { length: 0, .. } => self.answer(request, blk::S_OK),
-            Action::Transfer { operation, offset, length } => {
-                (request.length, request.end) = (length, offset + length);
-                if operation == Operation::Read {
-                    request.written = length as u32;
+            Action::Transfer(DiskRange { length: 0, .. }) => self.answer(request, blk::S_OK),
+            Action::Transfer(range) => {
+                (request.length, request.end) = (range.length, range.offset + range.length);
+                if range.operation == Operation::Read {
+                    request.written = range.length as u32;
                 } else {
                     self.shared.changes_up_to(request.end);
                 }
-                let range = DiskRange { operation, offset, length };
                 let alone = origin == Origin::Retry;
                 self.dispatcher.submit_transfer(request, range, data, alone);
             }
@@ -256,6 +258,7 @@ impl Worker {
         let owed = |owed, queue: &mut WorkerQueue| queue.split.coalescer.take() | owed;
         if self.queues.iter_mut().fold(false, owed) {
             self.counters.interrupts.add(1);
+            tracing::trace!(target: "virtio_notify", disk = self.shared.options.name);
             let begin = Instant::now();
             self.negotiated.interrupt.used_buffer();
             self.busy_polling.interrupted(Instant::now() - begin);
@@ -287,9 +290,8 @@ impl Worker {
     }
 
     fn answer(&mut self, request: InFlightRequest, code: u8) {
+        tracing::trace!(target: "virtio_blk_req_complete", req = request.id(), status = code);
         let InFlightRequest { chain, queue, kind, status, .. } = request;
-        let disk = &self.shared.options.name;
-        tracing::trace!(disk, head = chain.head(), ?kind, code, "answer");
         let time = self.now.saturating_duration_since(request.started);
         match code {
             blk::S_OK => {

@@ -1,0 +1,140 @@
+//! `--trace`: records the trace events that patterns choose, in a file or on standard error.
+//!
+//! A capability. [`Trace::new`] makes a layer of the `tracing` subscriber, which [`crate::messages`] adds to the one that prints messages. What
+//! is off costs nothing but `tracing`'s own comparison: the layer's filter says so once for each place in the code. What is on
+//! becomes a [`record`] of fixed size in a queue, which neither allocates nor waits. The [`writer`] is a thread that the
+//! machine's builder starts and confines like its own; it follows [`requests`] and makes text or JSON ([`format`]). The
+//! events and their states are in [`vmm::trace`].
+
+pub(crate) mod format;
+mod record;
+mod requests;
+mod writer;
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::Instant;
+
+use tracing::subscriber::Interest;
+use tracing::{Event, Metadata, Subscriber};
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::{Context, Filter, Layer};
+
+use self::format::{Format, Formatter};
+use self::record::Record;
+use self::writer::{QUEUE, Shared, Sink, Writer};
+
+/// What `--trace` asks for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct TraceOptions {
+    /// Patterns in order, each with whether it switches events on.
+    pub(crate) changes: Vec<(String, bool)>,
+    pub(crate) file: Option<PathBuf>,
+    pub(crate) format: Option<Format>,
+}
+
+/// All events, one a line.
+pub(crate) fn help() -> String {
+    let lines =
+        vmm::trace::EVENTS.iter().map(|event| format!("{:<28}{}\n", event.name, event.when));
+    lines.collect()
+}
+
+/// Lives until the end of the process, and writes the last events then.
+pub(crate) struct Trace {
+    shared: Arc<Shared>,
+    to_stderr: bool,
+}
+
+impl Trace {
+    /// Begins to record, to `stderr` if no file is named. The file is opened by the builder, last of what may be refused. `warn` prints a
+    /// message for the user.
+    pub(crate) fn new(
+        options: &TraceOptions,
+        stderr: impl Write + Send + 'static,
+        warn: fn(&str),
+    ) -> (Self, TraceLayer) {
+        let (queue, records) = sync_channel(QUEUE);
+        let shared = Arc::new(Shared::default());
+        let (of_writer, file) = (Arc::clone(&shared), options.file.clone());
+        let formatter = Formatter::new(options.format.unwrap_or_default(), Instant::now());
+        vmm::trace::set_writer(
+            file.clone(),
+            Box::new(move || {
+                let sink = match file {
+                    None => Sink::Stderr(Box::new(stderr)),
+                    Some(path) => Sink::File(open(&path)?, path.display().to_string()),
+                };
+                Ok(Box::new(move || Writer::new(&of_writer, sink, formatter, warn).run(&records)))
+            }),
+        );
+        for (pattern, on) in &options.changes {
+            vmm::trace::set(pattern, *on);
+        }
+        let to_stderr = options.file.is_none();
+        (Self { shared: Arc::clone(&shared), to_stderr }, TraceLayer { queue, shared })
+    }
+
+    /// Writes the last events. After a start that failed the file is as it was.
+    pub(crate) fn finish(self) {
+        self.shared.finish();
+        if self.to_stderr
+            && let Some(open) = vmm::trace::take_writer()
+            && let Ok(body) = open()
+        {
+            body();
+        }
+    }
+}
+
+/// Opens the file, empty. A pipe without a reader is refused, and one that is full takes nothing for now.
+fn open(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    let file = options.append(true).create(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let kind = file.metadata()?.file_type();
+    if kind.is_block_device() {
+        return Err(io::Error::other("it is a block device; a trace will not overwrite it"));
+    }
+    if kind.is_file() {
+        file.set_len(0)?;
+    }
+    Ok(file)
+}
+
+/// Records events.
+pub(crate) struct TraceLayer {
+    queue: SyncSender<Record>,
+    shared: Arc<Shared>,
+}
+
+impl<S: Subscriber> Layer<S> for TraceLayer {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        if let Some(record) = Record::of(event) {
+            self.shared.send(&self.queue, record);
+        }
+    }
+}
+
+/// What is on. `tracing` asks once for each place in the code, and again when that changes.
+pub(crate) struct IsOn;
+
+impl<S> Filter<S> for IsOn {
+    fn enabled(&self, metadata: &Metadata<'_>, _: &Context<'_, S>) -> bool {
+        vmm::trace::is_target_on(metadata.target())
+    }
+
+    fn callsite_enabled(&self, metadata: &'static Metadata<'static>) -> Interest {
+        match vmm::trace::is_target_on(metadata.target()) {
+            true => Interest::always(),
+            false => Interest::never(),
+        }
+    }
+
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        Some(if vmm::trace::is_any_on() { LevelFilter::TRACE } else { LevelFilter::OFF })
+    }
+}

@@ -1,0 +1,80 @@
+//! A request's life: gives each one number from the ring to the used ring, and the time since its last station.
+//!
+//! The events name a request by queue and descriptor, which the next request uses again. All events of a request come from its
+//! disk's worker thread, so that they arrive in order.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use super::record::Record;
+
+/// Completed requests of a thread that wait for an interrupt. A driver that asks for none would make the list grow.
+const WAITING_MAX: usize = 1024;
+
+struct Life {
+    number: u64,
+    last: Instant,
+}
+
+#[derive(Default)]
+struct Worker {
+    /// A kick after which nothing was completed: what is taken from the ring came with it.
+    kick: Option<Instant>,
+    /// By queue and descriptor.
+    lives: HashMap<u64, Life>,
+    /// Completed since the last interrupt.
+    waiting: Vec<u64>,
+}
+
+/// What an event means for requests.
+#[derive(Default)]
+pub(super) struct Station {
+    /// The request that it is about.
+    pub(super) request: Option<u64>,
+    /// Since that request's last station, or the kick.
+    pub(super) since: Option<Duration>,
+    /// When the kick came that a request was taken for.
+    pub(super) kick: Option<Instant>,
+    /// The requests that it interrupts for.
+    pub(super) interrupts_for: Vec<u64>,
+}
+
+/// The requests in flight, by thread.
+#[derive(Default)]
+pub(super) struct Requests {
+    workers: HashMap<u32, Worker>,
+    count: u64,
+}
+
+impl Requests {
+    /// Follows the requests through an event of this name.
+    pub(super) fn station(&mut self, name: &str, record: &Record) -> Station {
+        let worker = self.workers.entry(record.thread.id).or_default();
+        let mut station = Station::default();
+        match name {
+            "virtio_queue_notify" => worker.kick = Some(record.time),
+            "virtio_notify" => station.interrupts_for = std::mem::take(&mut worker.waiting),
+            _ => {}
+        }
+        let Some(place) = record.number("req") else { return station };
+        if name.starts_with("virtio_blk_handle_") {
+            self.count += 1;
+            let last = worker.kick.unwrap_or(record.time);
+            worker.lives.insert(place, Life { number: self.count, last });
+            station.kick = worker.kick;
+        }
+        let Some(life) = worker.lives.get_mut(&place) else { return station };
+        station.request = Some(life.number);
+        station.since = Some(record.time.saturating_duration_since(life.last));
+        life.last = record.time;
+        if name.ends_with("_complete") {
+            worker.kick = None;
+        }
+        if name == "virtio_blk_req_complete" {
+            worker.waiting.truncate(WAITING_MAX);
+            worker.waiting.push(life.number);
+            worker.lives.remove(&place);
+        }
+        station
+    }
+}
