@@ -162,6 +162,34 @@ fn a_trace_for_perfetto_has_a_track_for_each_thread_and_an_arrow_for_each_reques
 }
 
 #[test]
+fn a_thread_that_waits_for_the_hosts_disk_has_a_track() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    for format in ["json", "perfetto"] {
+        sparse(&directory.path().join("disk.img"), 8 * 512);
+        let mut command = small_guest(directory.path(), Program::DiskSync);
+        command.args(["--debug-exit", "--disk", "disk.img,aio=threads"]);
+        command.args(["--trace", &format!("{EVERYTHING}{format}")]);
+        Session::start(&mut command).wait(BOUND).must_be(guest::SUCCESS);
+        if format == "json" {
+            let events = objects(&directory.path().join("trace"));
+            let of = |name: &str| events.iter().filter(|event| event["event"] == name).count();
+            assert_eq!((of("virtio_blk_handle_write"), of("virtio_blk_handle_flush")), (8, 8));
+            assert!(of("disk_io_begin") >= 8 && of("disk_io_begin") == of("disk_io_end"));
+            continue;
+        }
+        let text = fs::read(directory.path().join("trace")).unwrap();
+        let events: Vec<Value> = serde_json::from_slice(&text).unwrap();
+        let waits = events.iter().filter(|event| event["name"] == "disk_io");
+        let flushes = waits.filter(|event| event["args"]["operation"] == "Flush");
+        assert!(flushes.clone().count() >= 8);
+        assert!(flushes.clone().all(|event| event["dur"].as_f64().unwrap() > 0.0));
+    }
+}
+
+#[test]
 fn text_without_a_file_goes_to_standard_error() {
     if !kvm_is_usable() {
         return;

@@ -1,6 +1,6 @@
 //! The formats of a trace: text for people, one JSON object a line for programs, and the trace event format for ui.perfetto.dev.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io::Write;
 use std::time::{Duration, Instant};
 
@@ -28,13 +28,16 @@ pub(super) struct Formatter {
     process: u32,
     requests: Requests,
     named: HashSet<u32>,
+    /// What threads wait for the host's disk for, and since when.
+    waiting: HashMap<u32, (f64, Fields)>,
 }
 
 impl Formatter {
     /// Times count from `start`.
     pub(super) fn new(format: Format, start: Instant) -> Self {
         let (process, requests) = (std::process::id(), Requests::default());
-        Self { format, start, process, requests, named: HashSet::new() }
+        let (named, waiting) = (HashSet::new(), HashMap::new());
+        Self { format, start, process, requests, named, waiting }
     }
 
     /// What comes before the first record.
@@ -80,8 +83,19 @@ impl Formatter {
             Format::Json => self.json(name, record, &fields, out),
             Format::Perfetto => {
                 self.name_thread(&record.thread, out);
-                self.perfetto(name, record, &fields, out);
-                self.arrows(name, record, &station, out);
+                let (id, time) = (record.thread.id, self.time(record.time));
+                match name {
+                    "disk_io_begin" => drop(self.waiting.insert(id, (time, fields))),
+                    "disk_io_end" => {
+                        if let Some((begun, fields)) = self.waiting.remove(&id) {
+                            self.slice("disk_io", id, (begun, time - begun), &fields, out);
+                        }
+                    }
+                    _ => {
+                        self.slice(name, id, (time, STATION_US), &fields, out);
+                        self.arrows(name, record, &station, out);
+                    }
+                }
             }
         }
     }
@@ -127,13 +141,19 @@ impl Formatter {
         }
     }
 
-    /// The event as a narrow slice on its thread's track.
-    fn perfetto(&self, name: &str, record: &Record, fields: &Fields, out: &mut Vec<u8>) {
-        let (time, process, id) = (self.time(record.time), self.process, record.thread.id);
-        let category = name.split('_').next().unwrap_or_default();
+    /// A slice on a thread's track: when it begins, and how long it is.
+    fn slice(
+        &self,
+        name: &str,
+        thread: u32,
+        (time, length): (f64, f64),
+        fields: &Fields,
+        out: &mut Vec<u8>,
+    ) {
+        let (process, category) = (self.process, name.split('_').next().unwrap_or_default());
         let _ = write!(
             out,
-            ",\n{{\"ph\":\"X\",\"cat\":\"{category}\",\"name\":\"{name}\",\"pid\":{process},\"tid\":{id},\"ts\":{time:.3},\"dur\":{STATION_US},\"args\":{{"
+            ",\n{{\"ph\":\"X\",\"cat\":\"{category}\",\"name\":\"{name}\",\"pid\":{process},\"tid\":{thread},\"ts\":{time:.3},\"dur\":{length:.3},\"args\":{{"
         );
         for (index, (name, value)) in fields.iter().enumerate() {
             let comma = if index == 0 { "" } else { "," };

@@ -3,7 +3,7 @@
 //! A capability. [`Trace::new`] makes a layer of the `tracing` subscriber, which [`crate::messages`] adds to the one that prints messages. What
 //! is off costs nothing but `tracing`'s own comparison: the layer's filter says so once for each place in the code. What is on
 //! becomes a [`record`] of fixed size in a queue, which neither allocates nor waits. The [`writer`] is a thread that the
-//! machine's builder starts and confines like its own; it follows [`requests`] and makes text or JSON ([`format`]). The
+//! machine's builder starts and confines like its own; it follows [`requests`] and makes text or JSON ([`mod@format`]). The
 //! events and their states are in [`vmm::trace`].
 
 pub(crate) mod format;

@@ -216,7 +216,7 @@ impl Loop {
         let Some(worker) = &mut self.worker else { return Err(io::ErrorKind::NotConnected.into()) };
         let kick = queue.kick.as_raw_fd();
         worker.add_queue(position, queue)?;
-        add(ops, kick, KICK + position as u32)?;
+        ops.add(edges(kick, KICK + position as u32)).map_err(io::Error::other)?;
         // The driver need not kick for what it made available before.
         worker.serve(position);
         Ok(())
@@ -349,11 +349,7 @@ impl MutEventSubscriber for Loop {
     }
 }
 
-/// Watches an eventfd edge-triggered: each write to it is an edge, so that it need never be read.
-fn add(ops: &mut EventOps<'_>, fd: RawFd, data: u32) -> io::Result<()> {
-    ops.add(edges(fd, data)).map_err(io::Error::other)
-}
-
+/// An eventfd is watched edge-triggered: each write to it is an edge, so that it need never be read.
 fn edges(fd: RawFd, data: u32) -> Events {
     Events::with_data_raw(fd, data, EventSet::IN | EventSet::EDGE_TRIGGERED)
 }

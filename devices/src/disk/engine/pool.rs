@@ -151,7 +151,10 @@ fn work(shared: &Shared, wait: bool) {
             continue;
         };
         drop(state);
+        let (operation, offset, size) = (job.operation, job.offset, job.length);
+        tracing::trace!(target: "disk_io_begin", ?operation, offset, size);
         let outcome = catch_unwind(AssertUnwindSafe(|| shared.disk.execute(&mut job, &mut bounce)));
+        tracing::trace!(target: "disk_io_end", size);
         state = lock(&shared.state);
         state.finished.push((job, outcome));
         if state.finished.len() == 1 {
