@@ -315,3 +315,82 @@ fn other_clients_are_answered_while_the_host_keeps_a_resize() {
     other.query("quit");
     session.wait(BOUND).must_be(0);
 }
+
+/// As many vCPUs as would take longer than the bound if each had the deadline to itself.
+#[test]
+fn many_vcpus_at_a_disk_that_does_not_answer_share_one_deadline() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let Some(disk) = HostDisk::mount(1 << 20) else {
+        return skip("no FUSE file system can be mounted here");
+    };
+    const CPUS: u8 = 32;
+    let timeout = Duration::from_secs(3);
+    assert!(timeout * CPUS.into() > BOUND);
+    let directory = tempdir().unwrap();
+    let mut command = small_guest(directory.path(), Program::Crowd);
+    let mut option = disk.path().into_os_string();
+    option.push(",id=slow,aio=threads,num-queues=1");
+    command.args(["--qmp", "unix:qmp", "--cpus", &CPUS.to_string(), "--disk"]).arg(option);
+    command.args(["--stop-timeout", &format!("{}s", timeout.as_secs())]);
+    let mut session = Session::start(&mut command);
+    session.expect("ready\n", BOUND);
+    disk.hang();
+    session.send(b"w");
+    while disk.held() == 0 {
+        std::thread::yield_now();
+    }
+    session.send([CPUS - 1]);
+    session.expect("all here\n", BOUND);
+    let mut qmp = Qmp::connect(&directory.path().join("qmp"));
+    let (_, error) = qmp.execute("stop", json!({})).unwrap_err();
+    assert!(error.contains("disk slow"), "{error}");
+    assert_eq!(qmp.query("query-status")["status"], "running");
+    let asked = Instant::now();
+    session.signal(Signal::TERM);
+    while !main_thread_has_ended(&session) && asked.elapsed() < BOUND {
+        std::thread::yield_now();
+    }
+    assert!(main_thread_has_ended(&session), "each vCPU has a deadline of its own");
+    disk.serve();
+    let ended = session.wait(BOUND).must_be(1);
+    assert!(ended.errors.contains("disk slow"), "{ended}");
+}
+
+/// Each of them waits for the reset outside of the device's lock, and goes on when the host answers.
+#[test]
+fn vcpus_that_wait_for_a_reset_leave_it_for_a_stop_and_come_back() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let Some(disk) = HostDisk::mount(1 << 20) else {
+        return skip("no FUSE file system can be mounted here");
+    };
+    let directory = tempdir().unwrap();
+    let mut command = small_guest(directory.path(), Program::Crowd);
+    let mut option = disk.path().into_os_string();
+    option.push(",aio=threads,num-queues=1");
+    command.args(["--cpus", "4", "--qmp", "unix:qmp", "--stop-timeout", "1h", "--disk"]);
+    let mut session = Session::start(command.arg(option));
+    session.expect("ready\n", BOUND);
+    disk.hang();
+    session.send(b"w");
+    while disk.held() == 0 {
+        std::thread::yield_now();
+    }
+    session.send([3]);
+    session.expect("all here\n", BOUND);
+    let path = directory.path().join("qmp");
+    let (mut qmp, mut other) = (Qmp::connect(&path), Qmp::connect(&path));
+    qmp.stream().write_all(br#"{ "execute": "stop" }"#).unwrap();
+    // Answered after the stop has begun: it waits for the disk.
+    assert_eq!(other.query("query-status")["status"], "running");
+    disk.serve();
+    assert!(qmp.receive().unwrap()["event"] == "STOP");
+    assert!(qmp.receive().unwrap()["return"].is_object());
+    other.query("cont");
+    session.expect("reset\n", BOUND);
+    other.query("quit");
+    session.wait(BOUND).must_be(0);
+}

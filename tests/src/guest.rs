@@ -46,6 +46,7 @@ macro_rules! programs {
             $(concat!(".long guest_", $label, " - guest_start"),)+
             include_str!("guest.s"),
             include_str!("chaos.s"),
+            include_str!("crowd.s"),
             "guest_end:",
             ".code64",
             ".popsection",
@@ -127,6 +128,13 @@ programs! {
     Fill = "fill",
     /// As [`Program::Flood`], then resets the disk and prints "reset" and a newline when Status reads 0.
     FloodReset = "flood_reset",
+    /// Prints "ready" and a newline; gives a write to the disk after a typed byte; after a second one starts the other vCPUs, of
+    /// which as many as that byte says and the first one reset the disk. Prints "all here" and a newline before its own
+    /// reset, and "reset" and a newline when Status reads 0.
+    Crowd = "crowd",
+    /// For two vCPUs and two disks: [`Program::Chaos`] at the first disk, and an honest driver of the second that writes, reads and
+    /// compares; a dot on the second serial port for each sector.
+    BesideChaos = "beside_chaos",
 }
 
 /// Addresses of [`Program::Debugged`], which counts at [`COUNTER`](debugger::COUNTER) until there is an exit status at

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use event_manager::EventOps;
+use virtio_queue::QueueT;
 
 use super::admission::Limiter;
 use super::events::EventSink;
@@ -163,7 +164,7 @@ impl VirtioDevice for BlockDevice {
         for worker in &*self.workers {
             let negotiated =
                 Negotiated { memory: memory.clone(), features, interrupt: interrupt.clone() };
-            worker.request(|thread, _| thread.start(negotiated)).ok_or_else(gone)?;
+            sent(worker.send(|thread, _| thread.start(negotiated)))?;
         }
         queues.into_iter().try_for_each(|queue| self.start_queue(queue))
     }
@@ -194,10 +195,13 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn start_queue(&mut self, queue: ActiveQueue) -> io::Result<()> {
+        // The worker, which may be with the host, is not asked.
+        let max = self.queue_sizes.get(usize::from(queue.index));
+        if max.is_none_or(|max| queue.queue.size() > *max) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         let (worker, position) = place(&self.workers, queue.index);
-        worker
-            .request(move |thread, ops| thread.add_queue(position, queue, ops))
-            .ok_or_else(gone)?
+        sent(worker.send(move |thread, ops| thread.add_queue(position, queue, ops)))
     }
 }
 
@@ -341,6 +345,6 @@ impl BlockHandle {
     }
 }
 
-fn gone() -> io::Error {
-    io::Error::other("the disk's worker thread is gone")
+fn sent(sent: bool) -> io::Result<()> {
+    sent.then_some(()).ok_or_else(|| io::Error::other("the disk's worker thread is gone"))
 }

@@ -206,20 +206,23 @@ impl Loop {
         self.worker = self.engine.take().map(with).or(self.worker.take());
     }
 
-    /// Takes over the queue at this position.
+    /// Takes over the queue at this position. The driver learns of a failure by DEVICE_NEEDS_RESET.
     pub(super) fn add_queue(
         &mut self,
         position: usize,
         queue: ActiveQueue,
         ops: &mut EventOps<'_>,
-    ) -> io::Result<()> {
-        let Some(worker) = &mut self.worker else { return Err(io::ErrorKind::NotConnected.into()) };
+    ) {
+        let Some(worker) = &mut self.worker else { return };
         let kick = queue.kick.as_raw_fd();
-        worker.add_queue(position, queue)?;
-        ops.add(edges(kick, KICK + position as u32)).map_err(io::Error::other)?;
-        // The driver need not kick for what it made available before.
-        worker.serve(position);
-        Ok(())
+        let added = worker.add_queue(position, queue);
+        match added
+            .and_then(|()| ops.add(edges(kick, KICK + position as u32)).map_err(io::Error::other))
+        {
+            // The driver need not kick for what it made available before.
+            Ok(()) => worker.serve(position),
+            Err(error) => worker.cannot_start_queue(&error),
+        }
     }
 
     /// Hands one queue back when nothing of it is with the host.

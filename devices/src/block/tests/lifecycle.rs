@@ -1,6 +1,6 @@
 //! The device with its threads: start, stop, ring reset, several queues, and what happens when a thread dies.
 
-use std::sync::{Arc, Barrier};
+use std::sync::{Arc, Barrier, mpsc};
 use std::time::Duration;
 
 use super::disk::TestDisk;
@@ -125,6 +125,37 @@ fn stop_waits_for_a_disk_that_takes_its_time() {
     assert!(drain.wait(LONG));
     assert_eq!(machine.driver.data(&read), [6; 512]);
     assert_eq!(machine.driver.used(0), [(read.head, 513)]);
+}
+
+/// The vCPU that enables a queue holds the device's lock meanwhile, and others wait for that lock.
+#[test]
+fn a_queue_starts_without_a_wait_for_a_thread_that_the_host_keeps() {
+    // The first queue and the last one belong to the same thread.
+    let last = std::thread::available_parallelism().unwrap().get() as u16;
+    let mut machine = Machine::new(last + 1);
+    machine.start();
+    assert_eq!(machine.stop_queue(last).len(), 1);
+    machine.driver.reset_ring(last.into());
+    let (begun, begins) = mpsc::channel();
+    let (answer, answers) = mpsc::channel();
+    machine.disk.judge(move |_| {
+        begun.send(()).unwrap();
+        answers.recv().unwrap()
+    });
+    let read = machine.driver.send_read(0, 6, 512);
+    machine.driver.kick(0);
+    begins.recv_timeout(LONG).unwrap();
+    let other = machine.driver.send_read(last.into(), 7, 512);
+    machine.device.start_queue(machine.driver.active(last)).unwrap();
+    // Only now does the host answer.
+    answer.send(Ok(())).unwrap();
+    answer.send(Ok(())).unwrap();
+    machine.driver.line.wait(2);
+    for (ring, sent) in [(0, read), (last.into(), other)] {
+        assert_eq!(machine.driver.used(ring), [(sent.head, 513)]);
+    }
+    assert_eq!(machine.driver.interrupt.needs_reset(), 0);
+    machine.disk.heal();
 }
 
 #[test]

@@ -32,8 +32,6 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use virtio_queue::QueueT;
-
 use super::admission::{Direction, WaitingRequest};
 use super::busy_poll::BusyPolling;
 use super::dispatch::Dispatcher;
@@ -153,13 +151,17 @@ impl Worker {
     /// Takes a queue over. The caller serves it once without a kick.
     ///
     /// # Errors
-    /// When the device never offered a queue at this position, or of this size.
+    /// When the device never offered a queue at this position.
     pub(super) fn add_queue(&mut self, position: usize, active: ActiveQueue) -> io::Result<()> {
-        let fits = active.queue.size() <= self.shared.options.queue_size;
-        let place = self.queues.place(position).filter(|_| fits);
+        let place = self.queues.place(position);
         let event_index = self.negotiated.features & spec::F_EVENT_IDX != 0;
         *place.ok_or(io::ErrorKind::InvalidInput)? = Some(WorkerQueue::new(active, event_index));
         Ok(())
+    }
+
+    pub(super) fn cannot_start_queue(&self, error: &io::Error) {
+        self.shared.report_own_error("start a queue", error);
+        self.negotiated.interrupt.device_needs_reset();
     }
 
     /// The driver kicked the queue at `position`: serves it until it is empty or has had its share.
