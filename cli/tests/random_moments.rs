@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use minivmm_tests::files::sparse;
 use minivmm_tests::guest::{Program, words};
 use minivmm_tests::qmp::{self, Qmp};
+use minivmm_tests::random::Random;
 use minivmm_tests::session::Session;
 use minivmm_tests::{BOUND, kvm_is_usable, runs, small_guest};
 use rustix::process::Signal;
@@ -19,18 +20,6 @@ use tempfile::tempdir;
 
 /// Sectors of the disk under test.
 const SECTORS: u64 = 16 << 11;
-
-/// A generator of moments, the same ones in each run (xorshift64, Marsaglia 2003).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound
-    }
-}
 
 fn qemu_img(directory: &Path, arguments: &[&str]) {
     let output = Command::new("qemu-img").args(arguments).current_dir(directory).output().unwrap();

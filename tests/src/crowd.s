@@ -203,6 +203,6 @@ honest_request:                         # %eax type, %ecx flags of the data; the
     cmpl %edi, %eax
     jne 0b
     cmpb $0, HONEST_STATUS
-    movb $123, %bl
-    jne fail
+    jne 1f
     ret
+1:  exit 123

@@ -17,11 +17,13 @@
 pub mod files;
 pub mod gdb;
 pub mod guest;
+pub mod holdings;
 pub mod host_disk;
 pub mod image;
 pub mod linux;
 pub mod polling;
 pub mod qmp;
+pub mod random;
 pub mod refusal;
 pub mod session;
 pub mod transcript;
@@ -55,6 +57,19 @@ fn beside_this_test() -> PathBuf {
 /// How many runs a test of random moments makes: `short` in CI, `whole` under `make soak` (`MINIVMM_SOAK=1`).
 pub fn runs(short: u32, whole: u32) -> u32 {
     if std::env::var_os("MINIVMM_SOAK").is_some() { whole } else { short }
+}
+
+/// How long a test that has no end of its own goes on: `short` in CI, what `make soak T=1h` says otherwise.
+pub fn soak_time(short: Duration) -> Duration {
+    let Ok(text) = std::env::var("MINIVMM_SOAK_TIME") else { return short };
+    let digits = text.trim_end_matches(['s', 'm', 'h']);
+    let unit = match &text[digits.len()..] {
+        "h" => 3600,
+        "m" => 60,
+        _ => 1,
+    };
+    let number: u64 = digits.parse().unwrap_or_else(|_| panic!("{text}: write 90s, 10m or 1h"));
+    Duration::from_secs(number * unit)
 }
 
 /// `minivmm ARGUMENTS...`, yet to be started.
