@@ -3,10 +3,13 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use minivmm_tests::guest::{self, DISK_SECTORS, Program, words};
+use minivmm_tests::qmp;
 use minivmm_tests::session::Session;
-use minivmm_tests::{BOUND, kvm_is_usable, small_guest, unexpected_lines};
+use minivmm_tests::{BOUND, kvm_is_usable, skip, small_guest, unexpected_lines};
+use serde_json::json;
 use tempfile::tempdir;
 
 /// What `Program::Disk` expects to find in sector 3, and what it writes to sector 7.
@@ -103,4 +106,25 @@ fn an_image_with_an_odd_end_keeps_it() {
         assert!(says.contains(part), "does not say {part:?}: {says}");
     }
     assert!(fs::read(&image).unwrap() == [after(), b"odd end".to_vec()].concat());
+}
+
+/// An image without data has no tables for its end: there is nothing to give back, and nothing to warn of.
+#[test]
+fn an_empty_qcow2_shrinks_without_a_word() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let create = ["create", "-q", "-f", "qcow2", "disk.img", "2G"];
+    let made = Command::new("qemu-img").args(create).current_dir(directory.path()).status();
+    if !made.is_ok_and(|status| status.success()) {
+        return skip("no qemu-img here (Debian: qemu-utils)");
+    }
+    let options = ["--disk", "disk.img,format=qcow2"];
+    let (session, mut qmp) = qmp::start(directory.path(), Program::Spin, &options);
+    let size = json!({ "device": "vda", "size": 1 << 20 });
+    qmp.execute("block_resize", size).unwrap();
+    qmp.query("quit");
+    let ended = session.wait(BOUND).must_be(0);
+    assert!(unexpected_lines(&ended.errors).is_empty(), "{ended}");
 }

@@ -375,9 +375,12 @@ impl Qcow2Image {
             at += length.max(SECTOR);
         }
         // imago would make an L2 table for each place that has none, only to find nothing there to give back. It goes on
-        // where it cannot.
+        // where it cannot, and logs that the new, empty table is lost.
         self.set(|metadata| metadata.no_new_tables = true);
-        let result = self.change(top, |top| top.resize(bytes, PreallocateMode::None));
+        let silent = tracing::subscriber::NoSubscriber::default();
+        let result = tracing::subscriber::with_default(silent, || {
+            self.change(top, |top| top.resize(bytes, PreallocateMode::None))
+        });
         self.set(|metadata| metadata.no_new_tables = false);
         result
     }
