@@ -69,9 +69,10 @@ test-scripts: ## resources/prepare with a simulated package archive, in seconds
 test-unit: test-tools ## units, hostile input, small polling guests
 	$(CARGO) test --workspace --no-fail-fast
 
-# MINIVMM_SOAK=1 makes the tests of random moments and of power cuts run in full.
-soak: test-tools ## the long tests: ends at a thousand random moments, and power cuts
-	MINIVMM_SOAK=1 $(CARGO) test --workspace --no-fail-fast -- --nocapture
+# MINIVMM_SOAK=1 makes the tests of random moments and of power cuts run in full. The test of VMs that live on has no end of its own.
+soak: test-tools ## the long tests: VMs under mixed load for T=60 (s, 10m, 1h), ends at random moments, power cuts (ONLY=lives: the first)
+	MINIVMM_SOAK=1 MINIVMM_SOAK_TIME=$(T) $(CARGO) test -p minivmm --test lives -- --nocapture
+	$(if $(ONLY),,MINIVMM_SOAK=1 $(CARGO) test --workspace --no-fail-fast -- --nocapture)
 
 # TARGET=devices/block: only that one. PACK=1: what was found becomes the corpus.
 T ?= 60
