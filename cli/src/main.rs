@@ -69,10 +69,7 @@ fn main() -> ExitCode {
     };
     if explain {
         return match vmm::explain(&config) {
-            Ok(text) => {
-                print_text(&text);
-                ExitCode::from(EXIT_CLEAN)
-            }
+            Ok(text) => ExitCode::from(if print_text(&text) { EXIT_CLEAN } else { EXIT_HOST }),
             Err(error) => fail(&error, error.is_usage()),
         };
     }

@@ -18,12 +18,43 @@ use crate::boot_timing::{self, Moment, Phases};
 use crate::trace::{IsOn, TraceLayer};
 
 pub(crate) fn print_message(line: &str) {
-    let _ = Stderr.write_all(format!("minivmm: {line}\n").as_bytes());
+    let _ = Stderr.write_all(format!("minivmm: {}\n", OneLine(line)).as_bytes());
 }
 
-/// Prints what the user asked for to standard output. A reader that has seen enough, as head(1) does, is no error.
-pub(crate) fn print_text(text: &str) {
-    let _ = io::stdout().lock().write_all(text.as_bytes());
+/// Text with its control characters as escapes: a path or a name may have newlines and a terminal's sequences.
+struct OneLine<'a>(&'a str);
+
+impl fmt::Display for OneLine<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for part in self.0.split_inclusive(char::is_control) {
+            match part.chars().next_back().filter(|last| last.is_control()) {
+                Some(last) => {
+                    f.write_str(&part[..part.len() - last.len_utf8()])?;
+                    write!(f, "{}", last.escape_default())?;
+                }
+                None => f.write_str(part)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Prints what the user asked for to standard output, and returns whether all of it was taken. A reader that has seen enough, as
+/// head(1) does, is no error.
+pub(crate) fn print_text(text: &str) -> bool {
+    let mut output = io::stdout().lock();
+    was_taken(output.write_all(text.as_bytes()).and_then(|()| output.flush()))
+}
+
+/// Whether standard output took what was printed. Prints why it did not.
+pub(crate) fn was_taken(printed: io::Result<()>) -> bool {
+    match printed {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            print_message(&format!("standard output: {error}"));
+            false
+        }
+        _ => true,
+    }
 }
 
 /// Prints what the other crates log from now on: warnings and errors, everything with `verbose`, and the phases of the boot if
@@ -97,8 +128,25 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>, N: for<'a> FormatFields<'a> + 'stat
             Level::WARN => "warning: ",
             _ => "",
         };
-        write!(out, "minivmm: {level}")?;
-        context.field_format().format_fields(out.by_ref(), event)?;
-        writeln!(out)
+        let mut text = String::new();
+        context.field_format().format_fields(Writer::new(&mut text), event)?;
+        writeln!(out, "minivmm: {level}{}", OneLine(&text))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::OneLine;
+
+    #[test]
+    fn text_from_elsewhere_is_one_line_and_moves_no_cursor() {
+        for (text, shown) in [
+            ("", ""),
+            ("a\nb\r", "a\\nb\\r"),
+            ("\x1b[31mred\x7f\u{9b}", "\\u{1b}[31mred\\u{7f}\\u{9b}"),
+            ("gr\u{fc}n 'quoted' \\n", "gr\u{fc}n 'quoted' \\n"),
+        ] {
+            assert_eq!(OneLine(text).to_string(), shown);
+        }
     }
 }

@@ -1,7 +1,6 @@
 //! `minivmm show FILE` and `minivmm check FILE`: what a saved machine has, and whether its file is whole.
 
 use std::ffi::OsString;
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -10,7 +9,7 @@ use vmm::{Incoming, WithCauses};
 
 use crate::arguments::parse_as;
 use crate::exit_codes::{EXIT_CLEAN, EXIT_HOST, EXIT_USAGE};
-use crate::messages::print_message;
+use crate::messages::{print_message, print_text};
 
 /// Print what a saved machine has; `check` also compares all of its memory with the checksums.
 #[derive(Debug, Parser)]
@@ -28,11 +27,7 @@ pub(crate) fn main(word: &str, arguments: Vec<OsString>) -> ExitCode {
         Err(status) => return status,
     };
     match Incoming::describe(&file, word == "check") {
-        Ok(text) => {
-            // A reader that has seen enough, as head(1) does, is no error.
-            let _ = std::io::stdout().write_all(text.as_bytes());
-            ExitCode::from(EXIT_CLEAN)
-        }
+        Ok(text) => ExitCode::from(if print_text(&text) { EXIT_CLEAN } else { EXIT_HOST }),
         Err(error) => {
             print_message(&WithCauses(&error).to_string());
             ExitCode::from(if error.is_usage() { EXIT_USAGE } else { EXIT_HOST })

@@ -158,3 +158,22 @@ fn check(directory: &Path, mut command: Command, says: &[&str]) -> Ended {
     }
     ended
 }
+
+/// A name may have newlines and a terminal's sequences, and standard output may be full.
+#[test]
+fn messages_are_one_line_and_lost_output_is_an_error() {
+    let directory = files();
+    for arguments in [["--kernel", "no\nfile\x1b[31m"], ["--qmp", "unix:no/\nsocket\x1b[31m"]] {
+        let mut command = minivmm(["--kernel", "good.elf"]);
+        if arguments[0] == "--kernel" {
+            command = minivmm([] as [&str; 0]);
+        }
+        command.args(arguments);
+        let ended = check(directory.path(), command, &["\\n", "\\u{1b}[31m"]);
+        assert!(!ended.errors.contains('\x1b'), "{ended}");
+    }
+    let mut help = minivmm(["--help"]);
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let ended = Session::start_on(help.stdout(full)).wait(BOUND).must_be(1);
+    assert!(ended.errors.contains("standard output: No space left on device"), "{ended}");
+}

@@ -3,13 +3,15 @@
 
 use std::fs;
 use std::io::{ErrorKind, Write};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use minivmm_tests::files::sparse;
 use minivmm_tests::guest::Program;
 use minivmm_tests::qmp::Qmp;
 use minivmm_tests::session::Session;
-use minivmm_tests::{BOUND, kvm_is_usable, small_guest};
+use minivmm_tests::{BOUND, kvm_is_usable, minivmm, small_guest};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::json;
 use tempfile::tempdir;
 
@@ -185,4 +187,38 @@ fn broken_clients_cost_nothing() {
     assert!(grown < 16 << 10, "the VM grew by {grown} KiB");
     qmp.query("quit");
     session.wait(BOUND).must_be(0);
+}
+
+/// What is no VM, or a FIFO instead of a file, holds up no `minivmm ctl`, and makes it no larger.
+#[test]
+fn ctl_gives_up_on_what_is_no_vm() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let ctl = |arguments: &[&str]| {
+        let mut command = minivmm([&["ctl"], arguments].concat());
+        Session::start(command.current_dir(directory.path()))
+    };
+    let silent = UnixListener::bind(directory.path().join("silent")).unwrap();
+    let waiting = ctl(&["silent", "status"]);
+
+    let endless = UnixListener::bind(directory.path().join("endless")).unwrap();
+    let refused = ctl(&["endless", "status"]);
+    let (mut client, _) = endless.accept().unwrap();
+    while client.write_all(&[b'x'; 64 << 10]).is_ok() {}
+    let ended = refused.wait(BOUND).must_be(1);
+    assert!(ended.errors.contains("not the control socket of a VM"), "{ended}");
+
+    let (session, mut qmp) = start(directory.path(), Program::Spin);
+    mknodat(CWD, directory.path().join("fifo"), FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
+        .unwrap();
+    let ended = ctl(&[SOCKET, "save", "fifo"]).wait(BOUND).must_be(1);
+    assert!(ended.errors.contains("it exists and is no saved machine"), "{ended}");
+    qmp.query("quit");
+    session.wait(BOUND).must_be(0);
+
+    let ended = waiting.wait(BOUND).must_be(1);
+    assert!(ended.errors.contains("ctl silent: no answer within 10 s"), "{ended}");
+    drop(silent);
 }

@@ -6,7 +6,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
@@ -27,6 +27,14 @@ const BACKLOG: i32 = 8;
 pub(crate) struct Listener {
     socket: UnixListener,
     path: PathBuf,
+    file: Option<FileId>,
+}
+
+/// Device and inode. The number of a socket's file is not given to another while the socket is open.
+type FileId = (u64, u64);
+
+fn file_id(path: &Path) -> Option<FileId> {
+    fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
 }
 
 impl Listener {
@@ -44,7 +52,7 @@ impl Listener {
         listen(&socket, BACKLOG).inspect_err(|_| {
             let _ = fs::remove_file(path);
         })?;
-        Ok(Self { socket: socket.into(), path: path.to_owned() })
+        Ok(Self { socket: socket.into(), path: path.to_owned(), file: file_id(path) })
     }
 
     /// The next client, whose socket does not block; `None` if there is none. To be polled for edges, and then called until there
@@ -68,8 +76,11 @@ impl Listener {
 /// Removes a socket file that no process uses. It is looked at again under another name, since a process that started at the
 /// same time may have put its own socket there.
 fn remove_stale(path: &Path) -> io::Result<()> {
-    let is_socket = fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
-    if !is_socket || !is_stale(path)? {
+    let Ok(meta) = fs::symlink_metadata(path) else { return Ok(()) };
+    if !meta.file_type().is_socket() {
+        return Err(io::Error::other("it exists and is no socket; give another path"));
+    }
+    if !is_stale(path)? {
         return Ok(());
     }
     let mut aside = path.as_os_str().to_owned();
@@ -98,7 +109,10 @@ impl AsRawFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
+        // Another VM's socket may be there since, if the file was removed.
+        if file_id(&self.path) == self.file {
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -132,6 +146,19 @@ mod tests {
         fs::write(&path, "a file").unwrap();
         assert!(Listener::bind(&path).is_err());
         assert_eq!(fs::read(&path).unwrap(), b"a file");
+    }
+
+    #[test]
+    fn a_socket_that_another_vm_put_at_the_path_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let old = Listener::bind(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let new = Listener::bind(&path).unwrap();
+        drop(old);
+        UnixStream::connect(&path).unwrap();
+        drop(new);
+        assert!(!path.exists());
     }
 
     #[test]

@@ -136,12 +136,16 @@ impl DiskOption {
             write_errors: None,
         };
         let mut geometry = [None; 3];
+        let mut given = Vec::new();
         for part in parts {
             let part = String::from_utf8(part).map_err(|_| ValueError::NotUtf8)?;
             let Some((key, value)) = part.split_once('=') else {
-                let value = if SWITCHES.contains(&part.as_str()) { "on" } else { "VALUE" };
-                return Err(ValueError::KeyWithoutValue(part, value));
+                return Err(without_value(part));
             };
+            if given.iter().any(|before| before == key) {
+                return Err(ValueError::KeyTwice(key.to_owned()));
+            }
+            given.push(key.to_owned());
             disk.set(key, value, &mut geometry).map_err(|source| ValueError::Key {
                 key: key.to_owned(),
                 value: value.to_owned(),
@@ -196,6 +200,16 @@ impl DiskOption {
             _ => return Err(unknown(key)),
         }
         Ok(())
+    }
+}
+
+/// A part of the list that is no `key=value`: perhaps of a path with a comma in its name.
+fn without_value(part: String) -> ValueError {
+    match part.as_str() {
+        "" => ValueError::NoKey,
+        key if SWITCHES.contains(&key) => ValueError::KeyWithoutValue(part, "on"),
+        key if keys().any(|known| known == key) => ValueError::KeyWithoutValue(part, "VALUE"),
+        _ => ValueError::NotAKey(part),
     }
 }
 

@@ -27,8 +27,8 @@ use self::disk::{Context, DiskOption};
 use self::incoming::IncomingOption;
 use self::usage_error::UsageError;
 use self::value::{os_text, text};
-use crate::exit_codes::EXIT_USAGE;
-use crate::messages::print_message;
+use crate::exit_codes::{EXIT_HOST, EXIT_USAGE};
+use crate::messages::{print_message, was_taken};
 use crate::trace::TraceOptions;
 
 /// A minimal KVM hypervisor: boots a Linux kernel with a serial console and virtio-mmio disks.
@@ -296,11 +296,8 @@ pub(crate) fn parse_as<T: Parser>(program: &str, arguments: Vec<OsString>) -> Re
                 print_message(&line);
                 ExitCode::from(EXIT_USAGE)
             }
-            None => {
-                // A reader that has seen enough, as head(1) does, is no error.
-                let _ = error.print();
-                ExitCode::SUCCESS
-            }
+            None if was_taken(error.print()) => ExitCode::SUCCESS,
+            None => ExitCode::from(EXIT_HOST),
         }
     })
 }

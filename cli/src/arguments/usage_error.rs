@@ -133,6 +133,7 @@ fn line(error: &clap::Error, help: &str) -> String {
             format!("{option}={value}: the option takes no value; write {option}")
         }
         (ErrorKind::UnknownArgument, _) if !option.starts_with('-') => {
+            let option = if option.is_empty() { "''" } else { option };
             format!("{option}: unexpected argument; options begin with -- ({help})")
         }
         (ErrorKind::UnknownArgument, _) => {

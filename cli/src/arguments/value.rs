@@ -32,6 +32,12 @@ pub(crate) enum ValueError {
     PathWithKey(String),
     #[error("{0}: a key without a value; write {0}={1}")]
     KeyWithoutValue(String, &'static str),
+    #[error("{0}: not a key; write KEY=VALUE, or a comma in the path twice")]
+    NotAKey(String),
+    #[error("a comma without a key behind it; leave it out, or write a comma in the path twice")]
+    NoKey,
+    #[error("{0}=: given twice; give it once")]
+    KeyTwice(String),
     #[error("{key}={value}")]
     Key { key: String, value: String, source: Box<ValueError> },
     #[error("unknown key; did you mean {0}?")]

@@ -1,37 +1,52 @@
 //! A connection to a VM's control socket: QMP, one command at a time.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, IoSlice, Write};
+use std::io::{self, BufRead, BufReader, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 
 use super::error::CtlError;
 
+/// A VM greets its clients at once, if it greets them at all: it may have as many clients as it serves.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
+/// More than any answer has.
+const MESSAGE_MAX: u64 = 64 << 20;
+
 pub(super) struct Client(BufReader<UnixStream>);
 
 impl Client {
     pub(super) fn connect(path: &Path) -> Result<Self, CtlError> {
         let socket = UnixStream::connect(path).map_err(CtlError::Connect)?;
+        socket.set_read_timeout(Some(GREETING_TIMEOUT))?;
         let mut client = Self(BufReader::new(socket));
-        if client.receive()?.is_none_or(|greeting| greeting.get("QMP").is_none()) {
+        let greeting = match client.receive() {
+            Err(CtlError::Connection(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                return Err(CtlError::NoGreeting(GREETING_TIMEOUT));
+            }
+            other => other?,
+        };
+        if greeting.is_none_or(|greeting| greeting.get("QMP").is_none()) {
             return Err(CtlError::NotQmp);
         }
+        // A command may take as long as the host takes.
+        client.0.get_ref().set_read_timeout(None)?;
         client.execute("qmp_capabilities", json!({}))?;
         Ok(client)
     }
 
     /// The next message; `None` when the VM has ended.
     pub(super) fn receive(&mut self) -> Result<Option<Value>, CtlError> {
-        let mut line = String::new();
-        if self.0.read_line(&mut line)? == 0 {
+        let mut line = Vec::new();
+        if (&mut self.0).take(MESSAGE_MAX).read_until(b'\n', &mut line)? == 0 {
             return Ok(None);
         }
-        serde_json::from_str(&line).map(Some).map_err(|_| CtlError::NotQmp)
+        serde_json::from_slice(&line).map(Some).map_err(|_| CtlError::NotQmp)
     }
 
     /// Executes a command and returns its answer. Events that come before it are dropped.

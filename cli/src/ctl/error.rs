@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::arguments::value::ValueError;
 
@@ -14,6 +15,8 @@ pub(super) enum CtlError {
     Connection(#[from] io::Error),
     #[error("it is not the control socket of a VM; give the path of its --qmp unix:PATH")]
     NotQmp,
+    #[error("no answer within {} s; is it the control socket of a running VM?", .0.as_secs())]
+    NoGreeting(Duration),
     #[error("the VM ended before it answered")]
     Ended,
     #[error("{0}")]

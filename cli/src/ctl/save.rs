@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -13,7 +14,9 @@ use super::error::CtlError;
 /// Refuses to replace what is no saved machine, which a mistyped path would cost.
 fn check_target(path: &Path) -> io::Result<()> {
     let mut start = [0; 18];
-    match File::open(path).and_then(|mut file| file.read_exact(&mut start)) {
+    // A FIFO without a writer does not hold it up.
+    let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    match opened.and_then(|mut file| file.read_exact(&mut start)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         // ELF's magic number and e_type ET_CORE.
         Ok(()) if start.starts_with(b"\x7fELF") && start[16..] == [4, 0] => Ok(()),
