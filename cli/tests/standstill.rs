@@ -5,7 +5,7 @@
 use std::io::Write;
 use std::path::Path;
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use minivmm_tests::files::sparse;
 use minivmm_tests::guest::{Program, words};
