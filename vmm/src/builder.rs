@@ -36,6 +36,7 @@ use crate::snapshot::{Incoming, PanicDump};
 use crate::sources::Source;
 use crate::timeout::Timeout;
 use crate::vcpu::{VcpuSetup, VcpuStart, VcpuThread, install_kick_handler};
+use crate::write_logs::WriteLogs;
 use crate::{affinity, attach, console, control, exec, hugepages, kvm, memory, trace};
 
 /// Builds the machine: one that boots or, with `incoming`, one that was saved. Its vCPUs have threads but have not entered the
@@ -68,7 +69,8 @@ pub fn build(
         Some(_) => open().inspect_err(Incoming::warn_of_reset).ok(),
     };
     boot_image.iter().for_each(BootImage::describe);
-    let images = open_images(&config.disks)?;
+    let mut images = open_images(&config.disks)?;
+    let write_logs = WriteLogs::over(&mut images, &config.disks)?;
     tracing::debug!("memory: {} MiB, vCPUs: {}", config.memory >> 20, config.cpus);
     affinity::check("--vcpu-affinity", &config.vcpu_affinity)?;
     affinity::check("--io-affinity", &config.io_affinity)?;
@@ -131,6 +133,7 @@ pub fn build(
     let serial = console::attach_ports(&vm, &mut port_io, config, &mut sources, &spawn)?;
     sources.extend(exec::attach(job, &vm, &mut port_io, &events, &spawn)?);
     sources.extend(PanicDump::open(config)?);
+    write_logs.begin()?;
     let power_button = attach::line(&vm, layout::POWER_BUTTON_GSI);
     tracing::info!(target: "boot", "devices");
 

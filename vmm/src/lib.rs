@@ -39,6 +39,7 @@ mod sources;
 mod timeout;
 pub mod trace;
 mod vcpu;
+mod write_logs;
 
 pub use builder::build;
 pub use config::{ConsoleConfig, DiskConfig, GdbConfig, SandboxMode, VmConfig};

@@ -27,6 +27,7 @@ pub(crate) const HELP: &str = "Disk keys, with QEMU's names:
   werror=report|ignore|stop|enospc    the same for writes; enospc pauses if the host has no space left and reports any
                                 other error [enospc with --qmp, report without]
   backing=on|off                allow a qcow2 image to open its backing files [off]
+  log-writes=FILE               log what the guest writes, for `minivmm powercut` and xfstests' replay-log [none]
   scsi=on|off                   pass the guest's SCSI commands to the host's SCSI disk at PATH [off]
   num-queues=N                  request queues [one for each vCPU]
   queue-size=N                  descriptors in each queue [256]
@@ -95,6 +96,9 @@ impl DiskOption {
             if !context.control {
                 return Err(UsageError::StopsForEver { path: image.path, key, policy });
             }
+        }
+        if image.scsi && image.log_writes.is_some() {
+            return Err(UsageError::LogsNoScsi { path: image.path });
         }
         device.name = name(index);
         device.num_queues =
@@ -181,6 +185,10 @@ impl DiskOption {
             "detect-zeroes" => self.image.detect_zeroes = value.parse()?,
             "locking" => self.image.locking = switch(value)?,
             "backing" => self.image.backing = switch(value)?,
+            "log-writes" if value.is_empty() => {
+                return Err(ValueError::Write("write a file's path"));
+            }
+            "log-writes" => self.image.log_writes = Some(value.into()),
             "scsi" => self.image.scsi = switch(value)?,
             "id" if value.is_empty() => return Err(ValueError::Write("write a name")),
             "id" => self.id = Some(value.to_owned()),
@@ -333,7 +341,7 @@ mod tests {
         ] {
             assert!(keys().any(|known| known == key), "{key}");
         }
-        assert_eq!(keys().count(), 26);
+        assert_eq!(keys().count(), 27);
     }
 
     #[test]

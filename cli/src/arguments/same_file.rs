@@ -59,6 +59,8 @@ pub(super) fn check(
     }
     files.extend(config.initrd.iter().map(|path| ("--initrd ", path.clone(), "")));
     files.extend(config.disks.iter().map(|disk| ("--disk ", disk.image.path.clone(), "disk")));
+    let logs = config.disks.iter().filter_map(|disk| disk.image.log_writes.as_ref());
+    files.extend(logs.map(|path| ("--disk log-writes=", path.clone(), "")));
     let dump = config.dump_on_panic.iter();
     files.extend(dump.map(|path| ("--dump-on-panic ", path.clone(), "")));
     let trace = trace.and_then(|trace| trace.file.clone()).into_iter();

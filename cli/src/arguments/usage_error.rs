@@ -16,6 +16,8 @@ pub(crate) enum UsageError {
         "--disk {}: {key}={policy} stops the VM and only a control client can resume it; add --qmp unix:PATH", path.display()
     )]
     StopsForEver { path: PathBuf, key: &'static str, policy: &'static str },
+    #[error("--disk {}: log-writes= does not see what SCSI commands write; leave out scsi=on", path.display())]
+    LogsNoScsi { path: PathBuf },
     #[error("--disk {}: id={id} is the name of another disk; give each its own id=", path.display())]
     DuplicateId { path: PathBuf, id: String },
     #[error("--console: given {0} times; a guest has two serial ports: give it once or twice")]

@@ -26,6 +26,7 @@ mod error;
 mod host_file;
 mod job;
 mod lock;
+pub mod log_writes;
 mod observer;
 mod open;
 mod opened;

@@ -11,8 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use super::ObservedBy;
 
-/// Everything that decides how an image is opened and how its data is moved. `new` gives the defaults of `--disk`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Everything that decides how an image is opened and how its data is moved. `new` gives the defaults of `--disk`; the derived
+/// `Default` is what `new` starts from, without a path and without a lock.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OpenOptions {
     /// The image: a regular file, or a block device of the host such as a partition, an nbd or a device-mapper volume.
     pub path: PathBuf,
@@ -40,25 +41,15 @@ pub struct OpenOptions {
     /// Sees each change of the image's file; no option of the command line.
     #[serde(skip)]
     pub observer: Option<ObservedBy>,
+    /// `log-writes=`: the file for a log of what the guest writes. A saved machine does not choose it.
+    #[serde(skip)]
+    pub log_writes: Option<PathBuf>,
 }
 
 impl OpenOptions {
     /// A raw, writable, locked image with the defaults that each option's type names.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self {
-            path: path.into(),
-            format: None,
-            read_only: false,
-            snapshot: false,
-            cache: CacheMode::default(),
-            aio: Aio::default(),
-            discard: DiscardMode::default(),
-            detect_zeroes: DetectZeroes::default(),
-            locking: true,
-            backing: false,
-            scsi: false,
-            observer: None,
-        }
+        Self { path: path.into(), locking: true, ..Self::default() }
     }
 }
 

@@ -40,10 +40,21 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ),
     ("huge pages", &["vmm/src/hugepages.rs"]),
     ("io_uring", &["devices/src/disk/engine/uring.rs"]),
+    ("log of writes", &["devices/src/disk/log_writes", "vmm/src/write_logs.rs"]),
     ("MPTable", &["arch/src/tables/mptable.rs"]),
     ("other formats", &["devices/src/disk/other_formats.rs"]),
     ("panic port", &["devices/src/legacy/pvpanic.rs"]),
     ("panics", &["vmm/src/machine/panic.rs", "vmm/src/snapshot/panic_dump.rs"]),
+    ("power cuts", &["cli/src/powercut"]),
+    (
+        "power cuts: states",
+        &[
+            "cli/src/powercut/choice.rs",
+            "cli/src/powercut/history.rs",
+            "cli/src/powercut/medium.rs",
+            "cli/src/powercut/plan.rs",
+        ],
+    ),
     ("qcow2", &["devices/src/disk/qcow2"]),
     (
         "qcow2: order of metadata",

@@ -66,7 +66,9 @@ fn without_traces(config: &VmConfig) -> VmConfig {
         _ => ConsoleConfig::Stderr,
     };
     let consoles = config.consoles.each_ref().map(quiet);
-    VmConfig { consoles, qmp: None, gdb: None, timeout: None, ..config.clone() }
+    let mut disks = config.disks.clone();
+    disks.iter_mut().for_each(|disk| disk.image.log_writes = None);
+    VmConfig { consoles, disks, qmp: None, gdb: None, timeout: None, ..config.clone() }
 }
 
 /// The descriptors that only a run opens.
@@ -77,8 +79,11 @@ fn left_out(config: &VmConfig) -> impl Iterator<Item = String> {
         ConsoleConfig::Pty => Some("  /dev/pts: a run makes a pseudo-terminal".to_owned()),
         ConsoleConfig::Stdio | ConsoleConfig::Stderr | ConsoleConfig::None => None,
     });
+    let logs = config.disks.iter().filter_map(|disk| disk.image.log_writes.as_ref());
+    let logs = logs.map(|path| format!("  {}: a run opens it", path.display()));
     let control = config.qmp.iter().map(|path| format!("  {}: a run binds it", path.display()));
-    consoles.chain(control).chain(config.gdb.iter().map(|gdb| format!("  {gdb}: a run binds it")))
+    let sockets = control.chain(config.gdb.iter().map(|gdb| format!("  {gdb}: a run binds it")));
+    consoles.chain(logs).chain(sockets)
 }
 
 fn summary(config: &VmConfig, spec: &MachineSpec) -> Vec<String> {

@@ -4,6 +4,7 @@ mod damaged;
 mod devices;
 mod faults;
 mod fuzz;
+mod log_writes;
 mod model;
 mod powercut;
 mod qcow2;

@@ -1,0 +1,107 @@
+//! `log-writes=`: a log of what the guest writes to a disk, in the format of Linux's dm-log-writes.
+//!
+//! A capability. It hooks in as a [`Disk`] around the one that [`open`](super::open) made: [`over`] is called by the builder,
+//! and its engine sees each [`Transfer`] that a worker submits and each [`Completion`] that it reaps. So the log has the guest's
+//! sectors and not those of the image, for every format and engine, and the core does not know of it.
+//!
+//! The log is in the order of completion. A write is logged when it has completed, before its worker sees that. A flush has
+//! its place where it was submitted, since it covers what had completed by then: an entry stands there as a mark and becomes a
+//! flush when the flush has succeeded. Each entry also says how many entries the log had when its request was submitted, which
+//! dm-log-writes leaves open ([`format`]). With `cache=unsafe` flushes make nothing durable, so they stay marks.
+//!
+//! The data is copied from guest memory when the write is submitted. If a guest changes it while the write is in flight, which
+//! its own disk need not survive either, log and image may differ. A write that the worker made of several adjacent ones is one
+//! entry. A discard is logged as a discard of the range that the guest named, also where the image frees only whole clusters
+//! of it: the content of a discarded range is not defined.
+//!
+//! | file | what it does |
+//! |---|---|
+//! | `format` | the bytes of a log, for who writes and who reads one |
+//! | `write_log` | appends entries to the file, and ends the log when the host has no space for more |
+//! | `logged_engine` | keeps a copy of each change in flight, and logs it when it is complete |
+
+pub mod format;
+mod logged_engine;
+mod write_log;
+
+use std::io;
+use std::sync::Arc;
+
+use self::logged_engine::LoggedEngine;
+pub use self::write_log::WriteLog;
+use super::{
+    CacheMode, Corruption, Disk, DiskError, Engine, EngineSetup, Lifetime, Limits, SECTOR,
+};
+
+/// A disk whose changes are logged.
+struct LoggedDisk {
+    disk: Arc<dyn Disk>,
+    log: Arc<WriteLog>,
+    /// Flushes do nothing, and are no flushes for the log.
+    ignores_flush: bool,
+}
+
+/// `disk`, with its changes in `log`. `cache` is the disk's.
+pub fn over(disk: Arc<dyn Disk>, log: Arc<WriteLog>, cache: CacheMode) -> Arc<dyn Disk> {
+    Arc::new(LoggedDisk { disk, log, ignores_flush: cache.ignores_flush() })
+}
+
+impl Disk for LoggedDisk {
+    fn capacity(&self) -> u64 {
+        self.disk.capacity()
+    }
+
+    fn read_only(&self) -> bool {
+        self.disk.read_only()
+    }
+
+    fn limits(&self) -> Limits {
+        self.disk.limits()
+    }
+
+    fn lifetime(&self) -> Option<Lifetime> {
+        self.disk.lifetime()
+    }
+
+    fn first_sector(&self) -> Option<[u8; 512]> {
+        self.disk.first_sector()
+    }
+
+    fn scsi(&self) -> bool {
+        self.disk.scsi()
+    }
+
+    fn refresh_capacity(&self) -> io::Result<u64> {
+        self.disk.refresh_capacity()
+    }
+
+    fn resize(&self, bytes: u64) -> io::Result<()> {
+        self.disk.resize(bytes)?;
+        self.log.mark(&format!("resized to {} sectors", bytes / SECTOR));
+        self.log.publish();
+        Ok(())
+    }
+
+    fn allocated(&self) -> u64 {
+        self.disk.allocated()
+    }
+
+    fn backing_files(&self) -> u32 {
+        self.disk.backing_files()
+    }
+
+    fn take_corruption(&self) -> Option<Corruption> {
+        self.disk.take_corruption()
+    }
+
+    fn flush(&self) -> Result<(), DiskError> {
+        self.disk.flush()
+    }
+
+    fn engine(self: Arc<Self>, setup: EngineSetup) -> io::Result<Box<dyn Engine>> {
+        let (memory, depth) = (setup.memory.clone(), setup.depth);
+        let engine = Arc::clone(&self.disk).engine(setup)?;
+        let log = Arc::clone(&self.log);
+        Ok(Box::new(LoggedEngine::new(engine, memory, depth, log, self.ignores_flush)))
+    }
+}
