@@ -21,6 +21,8 @@ mod ctl;
 mod exit_codes;
 #[path = "../src/messages.rs"]
 mod messages;
+#[path = "../src/powercut/mod.rs"]
+mod powercut;
 #[path = "../src/trace/mod.rs"]
 mod trace;
 
@@ -33,14 +35,21 @@ fn main() {
     let directory =
         PathBuf::from(std::env::args_os().nth(1).expect("usage: install_files DIRECTORY"));
     fs::create_dir_all(&directory).expect("the directory can be made");
-    for (name, command) in [("minivmm", arguments::command()), ("minivmm-ctl", ctl::command())] {
+    let commands = [
+        ("minivmm", arguments::command()),
+        ("minivmm-ctl", ctl::command()),
+        ("minivmm-powercut", powercut::command()),
+    ];
+    for (name, command) in commands {
         let command = command.name(name).disable_help_subcommand(true);
         let mut page =
             File::create(directory.join(format!("{name}.1"))).expect("a page can be made");
         clap_mangen::Man::new(command).render(&mut page).expect("a page can be written");
     }
-    // The shells complete `minivmm ctl` as a command of `minivmm`.
-    let mut command = arguments::command().subcommand(ctl::command().name("ctl"));
+    // The shells complete these as commands of `minivmm`.
+    let mut command = arguments::command()
+        .subcommand(ctl::command().name("ctl"))
+        .subcommand(powercut::command().name("powercut"));
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
         clap_complete::generate_to(shell, &mut command, "minivmm", &directory)
             .expect("a completion can be written");

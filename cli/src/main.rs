@@ -11,6 +11,7 @@ mod directory_disk;
 mod exit_codes;
 mod inherited;
 mod messages;
+mod powercut;
 mod required_calls;
 mod saved;
 mod service;
@@ -42,6 +43,9 @@ fn main() -> ExitCode {
     let started = Moment::now();
     if std::env::args_os().nth(1).is_some_and(|word| word == "ctl") {
         return ctl::main(std::env::args_os().skip(2).collect());
+    }
+    if std::env::args_os().nth(1).is_some_and(|word| word == "powercut") {
+        return powercut::main(std::env::args_os().skip(2).collect());
     }
     for word in ["show", "check"] {
         if std::env::args_os().nth(1).is_some_and(|given| given == word) {

@@ -33,6 +33,7 @@ fn man_pages_and_completions_have_every_option() {
         assert!(fish.contains(&format!("-l {name}")), "{name} in fish's completion");
     }
     assert!(read("minivmm-ctl.1").contains("throttle"));
+    assert!(read("minivmm-powercut.1").contains("EPOCH:BITS"));
 
     let completed = format!(
         "source {}/minivmm.bash; COMP_WORDS=(minivmm --cons); COMP_CWORD=1; _minivmm minivmm --cons minivmm; echo $COMPREPLY",

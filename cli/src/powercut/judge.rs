@@ -1,0 +1,269 @@
+//! Has a command look at states, several at once, and finds the smallest of a failing kind.
+//!
+//! Each job has a [`Medium`] of its own, and a file for the command's output. A state passes if the command exits with 0.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+use super::choice::{Choice, Presence};
+use super::error::PowercutError;
+use super::history::History;
+use super::medium::Medium;
+use super::plan::Plan;
+
+/// How much of a command's output is kept: its end.
+const OUTPUT_MAX: u64 = 4 << 10;
+/// How many states are looked at to make one smaller.
+const TRIALS_MAX: usize = 400;
+/// How often the main thread looks for signals.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// What the states are made of and looked at by.
+pub(super) struct Judge<'a> {
+    pub(super) history: &'a History,
+    pub(super) base: &'a File,
+    /// With `{}` for the file.
+    pub(super) command: &'a [OsString],
+    /// Where the files are made.
+    pub(super) directory: &'a Path,
+}
+
+/// Why a state fails.
+#[derive(Clone, Debug)]
+pub(super) struct Failure {
+    pub(super) choice: Choice,
+    /// `None`: a signal killed the command.
+    pub(super) status: Option<i32>,
+    pub(super) signal: Option<i32>,
+    /// The end of the command's output.
+    pub(super) output: String,
+}
+
+/// What became of the states.
+#[derive(Default)]
+pub(super) struct Verdict {
+    pub(super) states: usize,
+    pub(super) failures: Vec<Failure>,
+}
+
+/// One job's files.
+struct Bench<'a> {
+    judge: &'a Judge<'a>,
+    medium: Medium<'a>,
+    output: File,
+}
+
+impl Judge<'_> {
+    fn failed(&self, source: io::Error) -> PowercutError {
+        PowercutError::Space { directory: self.directory.to_owned(), source }
+    }
+
+    fn bench(&self, name: &str) -> Result<Bench<'_>, PowercutError> {
+        let path = |kind: &str| self.directory.join(format!("{kind}-{name}"));
+        let make = || {
+            let medium = Medium::new(self.history, self.base, path("state"))?;
+            let output =
+                File::options().read(true).append(true).create_new(true).open(path("output"))?;
+            Ok(Bench { judge: self, medium, output })
+        };
+        make().map_err(|error| self.failed(error))
+    }
+
+    /// Looks at the states of `plan`. `progress` is called with the number of states so far; when it returns true, no more are begun.
+    pub(super) fn run(
+        &self,
+        plan: Plan<'_>,
+        jobs: usize,
+        mut progress: impl FnMut(usize, usize) -> bool,
+    ) -> Result<Verdict, PowercutError> {
+        let benches: Vec<_> =
+            (0..jobs).map(|job| self.bench(&job.to_string())).collect::<Result<_, _>>()?;
+        let (plan, stop) = (Mutex::new(plan), AtomicBool::new(false));
+        let (sender, results) = mpsc::channel();
+        let mut verdict = Verdict::default();
+        thread::scope(|scope| {
+            for mut bench in benches {
+                let (sender, plan, stop) = (sender.clone(), &plan, &stop);
+                scope.spawn(move || {
+                    // The lock is free while the command runs.
+                    let next = || devices::lock(plan).next();
+                    while !stop.load(Ordering::Relaxed)
+                        && let Some(choice) = next()
+                        && sender.send(bench.look(&choice)).is_ok()
+                    {}
+                });
+            }
+            drop(sender);
+            let mut failed = None;
+            loop {
+                match results.recv_timeout(LOOK) {
+                    Ok(Ok(failure)) => {
+                        verdict.states += 1;
+                        verdict.failures.extend(failure);
+                    }
+                    Ok(Err(error)) => failed = failed.or(Some(error)),
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => break,
+                }
+                if progress(verdict.states, verdict.failures.len()) || failed.is_some() {
+                    stop.store(true, Ordering::Relaxed);
+                }
+            }
+            failed.map_or(Ok(()), Err)
+        })?;
+        // The jobs answer in any order.
+        verdict
+            .failures
+            .sort_by_cached_key(|failure| (failure.choice.epoch, failure.choice.to_string()));
+        Ok(verdict)
+    }
+
+    /// The failing state with the fewest changes dropped that is found from `failure`, whose changes it has and more.
+    pub(super) fn minimize(
+        &self,
+        failure: Failure,
+        name: &str,
+        mut is_stopped: impl FnMut() -> bool,
+    ) -> Result<Failure, PowercutError> {
+        let mut bench = self.bench(name)?;
+        let mut least = failure;
+        let mut trials = 0;
+        let mut size = least.choice.dropped().len();
+        while size > 0 {
+            let dropped = least.choice.dropped();
+            let mut is_smaller = false;
+            for part in dropped.chunks(size) {
+                if trials == TRIALS_MAX || is_stopped() {
+                    return Ok(least);
+                }
+                trials += 1;
+                let mut choice = least.choice.clone();
+                part.iter().for_each(|at| choice.parts[*at] = Presence::Whole);
+                if let Some(smaller) = bench.look(&choice)? {
+                    least = smaller;
+                    is_smaller = true;
+                    if size > 1 {
+                        break;
+                    }
+                }
+            }
+            if !is_smaller {
+                size /= 2;
+            }
+            size = size.min(least.choice.dropped().len());
+        }
+        Ok(least)
+    }
+}
+
+impl Choice {
+    /// Which open changes are not there as a whole, by their place.
+    pub(super) fn dropped(&self) -> Vec<usize> {
+        let parts = self.parts.iter().enumerate();
+        parts.filter(|(_, part)| **part != Presence::Whole).map(|(at, _)| at).collect()
+    }
+}
+
+impl Bench<'_> {
+    /// Makes a state and has the command look at it. `None`: it passes.
+    fn look(&mut self, choice: &Choice) -> Result<Option<Failure>, PowercutError> {
+        let failed = |error| self.judge.failed(error);
+        self.medium.hold(choice).map_err(failed)?;
+        self.output.set_len(0).map_err(failed)?;
+        let ended = command(self.judge.command, self.medium.path(), &self.output)?;
+        let failed = |error| self.judge.failed(error);
+        self.medium.looked_at().map_err(failed)?;
+        if ended.success() {
+            return Ok(None);
+        }
+        Ok(Some(Failure {
+            choice: choice.clone(),
+            status: ended.code(),
+            signal: ended.signal(),
+            output: end_of(&self.output).map_err(failed)?,
+        }))
+    }
+}
+
+/// Runs the command on `file`.
+fn command(
+    words: &[OsString],
+    file: &Path,
+    output: &File,
+) -> Result<std::process::ExitStatus, PowercutError> {
+    let words: Vec<_> = words.iter().map(|word| fill(word, file)).collect();
+    let run = || {
+        Command::new(&words[0])
+            .args(&words[1..])
+            .stdin(Stdio::null())
+            .stdout(output.try_clone()?)
+            .stderr(output.try_clone()?)
+            .status()
+    };
+    let name = || words[0].display().to_string();
+    run().map_err(|source| PowercutError::Command { command: name(), source })
+}
+
+/// `word` with the path of `file` for each `{}`.
+fn fill(word: &OsStr, file: &Path) -> OsString {
+    let mut filled = Vec::new();
+    let mut rest = word.as_bytes();
+    while let Some(at) = rest.windows(2).position(|pair| pair == b"{}") {
+        filled.extend_from_slice(&rest[..at]);
+        filled.extend_from_slice(file.as_os_str().as_bytes());
+        rest = &rest[at + 2..];
+    }
+    filled.extend_from_slice(rest);
+    OsString::from_vec(filled)
+}
+
+fn end_of(file: &File) -> io::Result<String> {
+    let length = file.metadata()?.len();
+    let start = length.saturating_sub(OUTPUT_MAX);
+    let mut bytes = vec![0; (length - start) as usize];
+    file.read_exact_at(&mut bytes, start)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// A directory for states, which goes with its owner.
+pub(super) struct Workplace(PathBuf);
+
+impl Workplace {
+    /// In TMPDIR, or else in /var/tmp, as `snapshot=on`.
+    pub(super) fn new(tmpdir: Option<OsString>) -> Result<Self, PowercutError> {
+        let place = tmpdir.filter(|place| !place.is_empty());
+        let place = place.map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
+        let failed = |source| PowercutError::Space { directory: place.clone(), source };
+        let mut random = [0; 8];
+        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
+            .map_err(|error| failed(error.into()))?;
+        let name = format!("minivmm-powercut-{:016x}", u64::from_ne_bytes(random));
+        let path = std::path::absolute(place.join(name)).map_err(failed)?;
+        let mut builder = fs::DirBuilder::new();
+        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+        builder.create(&path).map_err(failed)?;
+        Ok(Self(path))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Workplace {
+    fn drop(&mut self) {
+        // What cannot be removed stays.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}

@@ -1,0 +1,184 @@
+//! `minivmm powercut` finds what a small database does wrong, and nothing where it does it right.
+//!
+//! The database is here: it writes a record of eight sectors to the next of four slots, then the record's number to sector 0. It
+//! is sound if it flushes before that. A shell script reads a state as the database would after the power is back.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+
+use std::fs;
+use std::path::Path;
+use std::process::Output;
+use std::sync::Arc;
+
+use devices::GuestMemory;
+use devices::disk::log_writes::{self, WriteLog};
+use devices::disk::{
+    CacheMode, Engine, EngineSetup, GuestRange, OpenOptions, Operation, Transfer, open,
+};
+use minivmm_tests::minivmm;
+use serde_json::Value;
+use tempfile::{TempDir, tempdir};
+use vm_memory::{Bytes, GuestAddress};
+
+const SLOTS: u64 = 4;
+const RECORD: u64 = 4096;
+
+/// The number in sector 0 has a whole record in its slot.
+const SOUND: &str = r#"n=$(head -c 7 "$0"); slot=$((n % 4 + 1))
+[ "$(dd if="$0" bs=4096 skip=$slot count=1 2>/dev/null | sort -u)" = "$n" ]"#;
+
+struct Database {
+    engine: Box<dyn Engine>,
+    memory: GuestMemory,
+}
+
+fn text(number: u64, length: u64) -> Vec<u8> {
+    format!("{number}\n").repeat(length as usize / 8).into_bytes()
+}
+
+impl Database {
+    fn run(&mut self, operation: Operation, offset: u64, data: &[u8]) {
+        self.memory.write_slice(data, GuestAddress(0)).unwrap();
+        let length = data.len() as u64;
+        let ranges = &[GuestRange { address: GuestAddress(0), length: length as u32 }];
+        let ranges = if data.is_empty() { &[][..] } else { ranges };
+        self.engine.submit(Transfer { tag: 0, operation, offset, length, ranges });
+        self.engine.commit();
+        let mut done = Vec::new();
+        self.engine.drain(&mut done);
+        assert!(done.len() == 1 && done[0].result.is_ok(), "{done:?}");
+    }
+}
+
+/// Commits records on a disk of this cache mode, with a flush before each number if `flushes` says so. The log is `log` in the
+/// directory, the disk before it `base`.
+fn commit(cache: CacheMode, flushes: bool) -> TempDir {
+    let directory = tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    let number = 1_000_000;
+    let mut base = vec![0; (RECORD * (SLOTS + 1)) as usize];
+    base[..512].copy_from_slice(&text(number, 512));
+    base[RECORD as usize..][..RECORD as usize].copy_from_slice(&text(number, RECORD));
+    fs::write(at("base"), &base).unwrap();
+    fs::write(at("disk"), &base).unwrap();
+    let log = Arc::new(WriteLog::new(at("log")));
+    log.begin().unwrap();
+    let options = OpenOptions { cache, ..OpenOptions::new(at("disk")) };
+    let disk = log_writes::over(open(&options).unwrap(), log, cache);
+    let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap();
+    let engine = disk.engine(EngineSetup::new(memory.clone(), 8)).unwrap();
+    let mut database = Database { engine, memory };
+    let write = Operation::Write { durable: !cache.writeback() };
+    for number in number + 1..number + 8 {
+        database.run(write, (number % SLOTS + 1) * RECORD, &text(number, RECORD));
+        if flushes {
+            database.run(Operation::Flush, 0, &[]);
+        }
+        database.run(write, 0, &text(number, 512));
+        database.run(Operation::Flush, 0, &[]);
+    }
+    directory
+}
+
+fn powercut(directory: &Path, arguments: &[&str]) -> Output {
+    let words = [&["powercut", "log", "--base", "base", "--states", "150"], arguments].concat();
+    minivmm(words).current_dir(directory).env("TMPDIR", directory).output().unwrap()
+}
+
+fn report(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
+}
+
+fn check(directory: &Path, script: &str) -> Value {
+    let output = powercut(directory, &["--json", "--", "sh", "-c", script, "{}"]);
+    let report = report(&output);
+    let failed = report["failed"].as_u64().unwrap();
+    assert_eq!(output.status.code(), Some(i32::from(failed > 0)), "{output:?}");
+    let left: Vec<_> =
+        fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 3, "only base, disk and log are left: {left:?}");
+    report
+}
+
+#[test]
+fn nothing_is_found_where_a_flush_or_write_through_keeps_the_order() {
+    for (cache, flushes) in [(CacheMode::Writeback, true), (CacheMode::Writethrough, false)] {
+        let directory = commit(cache, flushes);
+        let report = check(directory.path(), SOUND);
+        assert_eq!(report["failed"], 0, "{report:#}");
+        assert!(report["states"].as_u64().unwrap() > 100, "{report:#}");
+    }
+}
+
+#[test]
+fn a_missing_flush_is_found_and_the_write_that_it_forgot_is_named() {
+    let directory = commit(CacheMode::Writeback, false);
+    let before = fs::read(directory.path().join("base")).unwrap();
+    let found = check(directory.path(), SOUND);
+    let failures = found["failures"].as_array().unwrap();
+    assert!(!failures.is_empty(), "{found:#}");
+    for failure in failures {
+        let dropped = failure["dropped"].as_array().unwrap();
+        assert_eq!(dropped.len(), 1, "no smaller state fails: {failure:#}");
+        assert_eq!(dropped[0]["sectors"], RECORD / 512, "the record, not its number: {failure:#}");
+    }
+    assert!(fs::read(directory.path().join("base")).unwrap() == before);
+    // A name gives the same state, on which the same command fails.
+    let state = failures[0]["state"].as_str().unwrap();
+    let made = powercut(directory.path(), &["--state", state, "--output", "state"]);
+    assert_eq!(made.status.code(), Some(0), "{made:?}");
+    let judged = std::process::Command::new("sh")
+        .args(["-c", SOUND, "state"])
+        .current_dir(directory.path())
+        .status();
+    assert!(!judged.unwrap().success());
+    let again = powercut(directory.path(), &["--state", state, "--output", "state"]);
+    assert_eq!(again.status.code(), Some(2), "the file is there already: {again:?}");
+}
+
+#[test]
+fn flushes_that_cache_unsafe_ignores_are_missing() {
+    let directory = commit(CacheMode::Unsafe, true);
+    let report = check(directory.path(), SOUND);
+    assert_ne!(report["failed"], 0, "{report:#}");
+}
+
+#[test]
+fn a_command_may_change_a_state_and_the_next_one_is_whole() {
+    let directory = commit(CacheMode::Writeback, false);
+    let plain = check(directory.path(), SOUND);
+    // Overwrites the file, makes another in its place, or removes it.
+    for damage in ["tr 1 2 <base >\"$0\"", "cp disk new; mv new \"$0\"", "rm \"$0\""] {
+        let script = format!("{SOUND}; status=$?; {damage}; exit $status");
+        let report = check(directory.path(), &script);
+        assert_eq!(report["failed"], plain["failed"], "{damage}: {report:#}");
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_states_whatever_the_jobs() {
+    let directory = commit(CacheMode::Writeback, false);
+    let names = |arguments: &[&str]| {
+        let words = [arguments, &["--json", "--", "sh", "-c", SOUND, "{}"]].concat();
+        report(&powercut(directory.path(), &words))["failed"].clone()
+    };
+    let one = names(&["--jobs", "1", "--seed", "7"]);
+    assert_eq!(one, names(&["--jobs", "5", "--seed", "7"]));
+}
+
+#[test]
+fn the_text_says_what_failed_and_how_to_have_it_again() {
+    let directory = commit(CacheMode::Writeback, false);
+    let script = format!("{SOUND} || {{ echo the record is torn; exit 3; }}");
+    let output = powercut(directory.path(), &["--", "sh", "-c", &script, "{}"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    for part in [
+        "log: 14 changes, 7 flushes, 8 epochs; ",
+        "exit status 3",
+        "the power is cut after entry ",
+        "missing: entry ",
+        "| the record is torn",
+        "the same again: minivmm powercut log --base base --state ",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+}
