@@ -1,5 +1,8 @@
 //! The chapters about the disk, for readers of the generated documentation. No code: each module is a page of `devices/docs/`.
 
+#[doc = include_str!("../docs/cut-the-power.md")]
+pub mod cut_the_power {}
+
 #[doc = include_str!("../docs/follow-one-write.md")]
 pub mod follow_one_write {}
 

@@ -12,4 +12,5 @@ mod fio;
 mod formats;
 mod gdb;
 mod lab;
+mod powercut;
 mod saved;

@@ -13,6 +13,7 @@ const DOCUMENTS: &[&str] = &[
     "resources/README.md",
     "tests/docs/faults.md",
     "tests/docs/fuzzing.md",
+    "devices/docs/cut-the-power.md",
     "devices/docs/disk-engines.md",
     "devices/docs/follow-one-write.md",
     "devices/docs/speed.md",
