@@ -17,6 +17,7 @@ mod saved;
 mod service;
 mod terminal;
 mod trace;
+mod trace_view;
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -41,16 +42,13 @@ fn main() -> ExitCode {
         return ExitCode::from(EXIT_HOST);
     }
     let started = Moment::now();
-    if std::env::args_os().nth(1).is_some_and(|word| word == "ctl") {
-        return ctl::main(std::env::args_os().skip(2).collect());
-    }
-    if std::env::args_os().nth(1).is_some_and(|word| word == "powercut") {
-        return powercut::main(std::env::args_os().skip(2).collect());
-    }
-    for word in ["show", "check"] {
-        if std::env::args_os().nth(1).is_some_and(|given| given == word) {
-            return saved::main(word, std::env::args_os().skip(2).collect());
-        }
+    let arguments = || std::env::args_os().skip(2).collect();
+    match std::env::args_os().nth(1).as_ref().and_then(|word| word.to_str()) {
+        Some("ctl") => return ctl::main(arguments()),
+        Some("powercut") => return powercut::main(arguments()),
+        Some("trace-view") => return trace_view::main(arguments()),
+        Some(word @ ("show" | "check")) => return saved::main(word, arguments()),
+        _ => {}
     }
     if std::env::args_os().skip(1).eq(["--trace", "help"]) {
         print_text(&trace::help());

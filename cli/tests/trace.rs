@@ -162,6 +162,34 @@ fn a_trace_for_perfetto_has_a_track_for_each_thread_and_an_arrow_for_each_reques
 }
 
 #[test]
+fn requests_become_a_picture() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    write_disk(directory.path(), &format!("{EVERYTHING}json"));
+    let mut command = minivmm(["trace-view", "trace", "--svg", "--requests", "5"]);
+    let ended = Session::start(command.current_dir(directory.path())).wait(BOUND).must_be(0);
+    let svg = String::from_utf8(ended.output).unwrap();
+    assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"), "{svg}");
+    let count = |text: &str| svg.matches(text).count();
+    for (request, sector) in (1..=5).zip(0..) {
+        assert_eq!(count(&format!(">{request}: write {sector}</text>")), 1, "{svg}");
+    }
+    assert_eq!(count("<title>host's disk: "), 5);
+    assert_eq!(
+        count("<rect "),
+        count("</rect>") + count("fill=\"#ffffff\"/>") + count("\"12\" fill")
+    );
+
+    // Without requests there is nothing to draw.
+    write_disk(directory.path(), "kvm_*,file=trace,format=json");
+    let mut command = minivmm(["trace-view", "trace", "--svg"]);
+    let ended = Session::start(command.current_dir(directory.path())).wait(BOUND).must_be(2);
+    assert!(ended.errors.contains("it has no request from its ring"), "{ended}");
+}
+
+#[test]
 fn a_thread_that_waits_for_the_hosts_disk_has_a_track() {
     if !kvm_is_usable() {
         return;

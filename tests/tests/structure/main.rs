@@ -81,6 +81,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
             "vmm/src/control/trace_commands.rs",
         ],
     ),
+    ("trace view", &["cli/src/trace_view.rs"]),
     ("Unix sockets", &["vmm/src/listener.rs"]),
 ];
 
