@@ -73,8 +73,8 @@ fn ctl(directory: &Path, arguments: &[&str]) {
     Session::start(command.current_dir(directory)).wait(BOUND).must_be(0);
 }
 
-/// One thing that an operator may do to a VM whose disk may be resized to `size`.
-fn step(directory: &Path, random: &mut Random, qmp: &mut Qmp, stalled: &mut Vec<Qmp>) {
+/// One thing that an operator may do to a VM; `saves`: to save it, too.
+fn step(directory: &Path, saves: bool, random: &mut Random, qmp: &mut Qmp, stalled: &mut Vec<Qmp>) {
     match random.below(8) {
         0 => {
             qmp.query("stop");
@@ -96,7 +96,7 @@ fn step(directory: &Path, random: &mut Random, qmp: &mut Qmp, stalled: &mut Vec<
             }
             qmp.execute("block_set_io_throttle", limits).unwrap();
         }
-        6 => ctl(directory, &["save", "saved"]),
+        6 if saves => ctl(directory, &["save", "saved"]),
         _ => {
             for query in ["query-status", "query-block", "query-blockstats", "x-query-metrics"] {
                 qmp.query(query);
@@ -114,11 +114,12 @@ fn stays(temporary: &Path, disk: (&str, &str), end: Instant) {
     let session = Session::start(command.args(["--console", "none"]));
     let mut qmp = Qmp::connect(&directory.path().join("qmp"));
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let saves = true;
     let (mut before, mut last, mut round) = (None::<Holdings>, None, 0);
     while round <= WARM_UP || Instant::now() < end {
         let mut stalled = Vec::new();
         for _ in 0..STEPS {
-            step(directory.path(), &mut random, &mut qmp, &mut stalled);
+            step(directory.path(), saves, &mut random, &mut qmp, &mut stalled);
         }
         drop(stalled);
         match &before {
@@ -161,16 +162,17 @@ fn come_and_go(temporary: &Path, seed: u64, end: Instant) {
     while lives == 0 || Instant::now() < end {
         let directory = tempdir().unwrap();
         let disk = DISKS[random.below(DISKS.len() as u64) as usize];
+        // What a temporary file has is not in a saved machine.
+        let saves = !disk.1.contains("snapshot");
         let mut session =
             Session::start(&mut vm(directory.path(), temporary, Program::DiskLoad, disk));
         session.output.expect_bytes(random.below(20) as usize, BOUND).unwrap();
         let mut qmp = Qmp::connect(&directory.path().join("qmp"));
         let mut stalled = vec![stalled_client(directory.path())];
         for _ in 0..random.below(4) {
-            step(directory.path(), &mut random, &mut qmp, &mut stalled);
+            step(directory.path(), saves, &mut random, &mut qmp, &mut stalled);
         }
-        // What a temporary file has is not in a saved machine.
-        if random.below(2) == 0 && !disk.1.contains("snapshot") {
+        if random.below(2) == 0 && saves {
             ctl(directory.path(), &["save", "saved", "--quit"]);
             let ended = session.wait(BOUND).must_be(0);
             assert!(unexpected_lines(&ended.errors).is_empty(), "{disk:?}: {ended}");
