@@ -5,13 +5,14 @@
 //! guest-physical                                     ports                      GSIs (= IOAPIC pins)
 //! 0x0000_0472  warm-reset flag                       0x060,0x064 i8042 (reset)    3, 4  COM2, COM1
 //! 0x0000_1000  GDT                                   0x0f4       debug exit       9     power button
-//! 0x0000_2000  PVH start info, module list, map      0x3f8-0x3ff COM1             16-23, 5-7, 10-12, 14, 15  disks
-//! 0x0000_7000  zero page (Linux boot_params)         0x2f8-0x2ff COM2
+//! 0x0000_2000  PVH start info, module list, map      0x3f8-0x3ff COM1             13    VM generation ID
+//! 0x0000_7000  zero page (Linux boot_params)         0x2f8-0x2ff COM2             16-23, 5-7, 10-12, 14, 15  disks
 //! 0x0000_9000  page tables (6 pages)                 0x505       pvpanic
 //! 0x0002_0000  command line                          0x600,0x601 sleep
 //! 0x0009_fc00  end of conventional memory            0xcf9       reset
 //! 0x000e_0000  ACPI: RSDP first, then its tables
 //! 0x000f_0000  MPTable (only without ACPI)
+//! 0x000f_f000  VM generation ID (only with ACPI)
 //! 0x000f_fff0  reset vector
 //! 0x0010_0000  RAM: kernel, initrd
 //! 0xc000_0000  hole: no RAM up to 4 GiB
@@ -66,7 +67,10 @@ pub const ACPI_TABLES_SIZE: usize = 0x1_0000;
 /// The MPTable's floating pointer, then the table. MP 1.4 §4 has it found by a scan of 0xf0000-0xfffff.
 pub const MPTABLE: GuestAddress = GuestAddress(0xf_0000);
 /// Bytes set aside at [`MPTABLE`]: 255 processors take 5.4 KiB.
-pub const MPTABLE_SIZE: usize = 0xfff0;
+pub const MPTABLE_SIZE: usize = 0xf000;
+/// The VM generation ID, 16 bytes. Its specification wants it in reserved memory, which the guest uses for nothing else, at a
+/// multiple of 8. The ACPI device `VGEN` has the address. Saved machines keep it: it must not move.
+pub const GENERATION_ID: GuestAddress = GuestAddress(0xf_f000);
 /// The last 16 bytes below 1 MiB, where a processor in real mode finds the BIOS's code for a restart. Linux jumps there for
 /// `reboot=b`, and when other ways to reset the machine have failed.
 pub const RESET_VECTOR: GuestAddress = GuestAddress(0xf_fff0);
@@ -139,8 +143,10 @@ pub const CPUS_MAX: u32 = 255;
 
 /// The power button's event, raised to the Generic Event Device. It is the pin that PCs give to ACPI.
 pub const POWER_BUTTON_GSI: u32 = 9;
+/// Raised when the VM generation ID has changed. PCs give the pin to the FPU, whose errors need none since the 486.
+pub const GENERATION_ID_GSI: u32 = 13;
 /// One edge-triggered interrupt for each disk. First the pins that no PC device ever had, then those of ISA cards
-/// that this machine lacks. Left out: 0 (timer), 1 (keyboard), 2 (cascade), 3 (COM2), 4, 8 (clock), 9, 13 (FPU).
+/// that this machine lacks. Left out: 0 (timer), 1 (keyboard), 2 (cascade), 3 (COM2), 4, 8 (clock), 9, 13 (VM generation ID).
 const VIRTIO_MMIO_GSIS: [u32; 16] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 10, 11, 12, 14, 15];
 /// How many virtio-mmio devices the machine has room for: each one's interrupt is its own.
 pub const VIRTIO_MMIO_MAX: usize = VIRTIO_MMIO_GSIS.len();
@@ -181,6 +187,7 @@ mod tests {
             (EBDA.0, VGA_WINDOW.0 - EBDA.0),
             (ACPI_TABLES.0, ACPI_TABLES_SIZE as u64),
             (MPTABLE.0, MPTABLE_SIZE as u64),
+            (GENERATION_ID.0, 16),
             (RESET_VECTOR.0, RESET_CODE.len() as u64),
             (HIGH_MEMORY.0, HOLE_START.0 - HIGH_MEMORY.0),
             (VIRTIO_MMIO.0, VIRTIO_MMIO_SIZE * VIRTIO_MMIO_MAX as u64),
@@ -202,7 +209,11 @@ mod tests {
         let gsis: BTreeSet<u32> = devices.iter().map(|device| device.gsi).collect();
         assert_eq!(gsis.len(), devices.len());
         assert!(gsis.iter().all(|gsi| *gsi < u32::from(IOAPIC_PINS)));
-        assert!([0, 1, 2, 3, 4, 8, POWER_BUTTON_GSI, 13].iter().all(|gsi| !gsis.contains(gsi)));
+        assert!(
+            [0, 1, 2, 3, 4, 8, POWER_BUTTON_GSI, GENERATION_ID_GSI]
+                .iter()
+                .all(|gsi| !gsis.contains(gsi))
+        );
         for pair in devices.windows(2) {
             assert_eq!(pair[0].base.0 + pair[0].size, pair[1].base.0);
         }

@@ -436,7 +436,9 @@ fn what_clients_of_qemu_ask_first_has_an_answer() {
         return;
     }
     let directory = tempdir().unwrap();
-    let (_session, mut qmp) = start(directory.path(), Program::Spin, &[]);
+    let (_session, mut qmp) = start(directory.path(), Program::Spin, &["--acpi", "off"]);
+    let none = qmp.execute("query-vm-generation-id", json!({})).unwrap_err();
+    assert_eq!(none.1, "VM Generation ID device not found");
     assert_eq!(qmp.query("query-name"), json!({}));
     assert_eq!(qmp.query("query-uuid"), json!({ "UUID": "00000000-0000-0000-0000-000000000000" }));
     assert_eq!(qmp.query("query-kvm"), json!({ "enabled": true, "present": true }));

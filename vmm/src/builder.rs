@@ -9,6 +9,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use arch::Structure;
 use arch::cmdline::{self, Root};
 use arch::layout;
 use arch::machine_layout::{MachineLayout, MachineSpec};
@@ -32,7 +33,7 @@ use crate::kernel_pages::lease_outlasts;
 use crate::machine::{Hardware, Machine, MachineDisk};
 use crate::sandbox::{Kind, Sandbox};
 use crate::signals::Signals;
-use crate::snapshot::{Incoming, PanicDump};
+use crate::snapshot::{Incoming, PanicDump, generation_id};
 use crate::sources::Source;
 use crate::timeout::Timeout;
 use crate::vcpu::{VcpuSetup, VcpuStart, VcpuThread, install_kick_handler};
@@ -61,7 +62,8 @@ pub fn build(
         .map(|disk| if disk.image.read_only { Root::ReadOnly } else { Root::ReadWrite });
     let cmdline = cmdline::build(&layout, root, &config.cmdline)?;
     tracing::debug!(cmdline, "the kernel's command line");
-    let open = || open_boot_image(config, &layout, &cmdline);
+    let generation_id = generation_id::draw(config.acpi)?;
+    let open = || open_boot_image(config, &layout, &cmdline, generation_id.as_ref());
     let boot_image = match incoming {
         None => Some(open()?),
         // Only a reset needs it.
@@ -93,7 +95,7 @@ pub fn build(
             let image = boot_image.as_ref().ok_or(Error::NoBootImage)?;
             (VcpuStart::Boot(image.load(&memory)?), None)
         }
-        Some(incoming) => incoming.load(&kvm_fd, &memory)?,
+        Some(incoming) => incoming.load(&kvm_fd, &memory, generation_id.as_ref())?,
     };
     tracing::info!(target: "boot", "kernel loaded");
 
@@ -198,13 +200,17 @@ fn open_boot_image(
     config: &VmConfig,
     layout: &MachineLayout,
     cmdline: &str,
+    generation_id: Option<&Structure>,
 ) -> Result<BootImage, Error> {
     let kernel = BootFile::open("--kernel", &config.kernel)?;
     let initrd =
         config.initrd.as_deref().map(|path| BootFile::open("--initrd", path)).transpose()?;
     // Nested, a page that is mapped and not copied costs an exit through two hypervisors.
     let map_kernel = !kvm::is_nested() && lease_outlasts(config.stop_timeout);
-    BootImage::new(layout, kernel, initrd, cmdline, map_kernel)
+    let mut image = BootImage::new(layout, kernel, initrd, cmdline, map_kernel)?;
+    // A reset keeps it, unlike a restore.
+    image.plan.structures.extend(generation_id.cloned());
+    Ok(image)
 }
 
 /// The part of the configuration that the layout depends on.

@@ -7,7 +7,7 @@
 //! ```
 
 use acpi_tables::aml::{
-    Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
     ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
@@ -18,7 +18,7 @@ use acpi_tables::madt::{
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::{Aml, aml};
+use acpi_tables::{Aml, AmlSink, aml};
 
 use crate::Structure;
 use crate::layout::{self, MmioDevice};
@@ -39,13 +39,14 @@ const ALIGNMENT: usize = 16;
 const VGA_NOT_PRESENT: u16 = 1 << 2;
 const CMOS_RTC_NOT_PRESENT: u16 = 1 << 5;
 
-/// Notification value: the power button was pressed (ACPI 6.5 table 5.163).
-const BUTTON_PRESSED: u8 = 0x80;
+/// Notification value: the first event that is the device's own (ACPI 6.5 §5.6.6). A power button was pressed; a generation ID
+/// has changed.
+const DEVICE_EVENT: u8 = 0x80;
 
-/// The tables for the machine of `layout`, the RSDP first.
-pub(super) fn tables(layout: &MachineLayout) -> Structure {
+/// The tables for the machine of `layout`, the RSDP first. `add_last` adds what comes after the other devices.
+pub(super) fn tables(layout: &MachineLayout, add_last: fn(&mut dyn AmlSink)) -> Structure {
     let mut area = Area { bytes: vec![0; Rsdp::len()] };
-    let dsdt = area.push(&dsdt(layout));
+    let dsdt = area.push(&dsdt(layout, add_last));
     let fadt = area.push(&fadt(dsdt));
     let madt = area.push(&madt(layout.spec.cpus));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
@@ -113,18 +114,18 @@ fn madt(cpus: u32) -> MADT {
 
 /// The Differentiated System Description Table (ACPI 6.5 §5.2.11.1): the devices in AML, in the order in which Linux numbers
 /// them, so `VR00` is `/dev/vda`.
-fn dsdt(layout: &MachineLayout) -> Sdt {
-    let mut aml = Vec::new();
-    let processors: Vec<Processor> = (0..layout.spec.cpus).map(Processor).collect();
-    let disks: Vec<VirtioMmio> =
-        (0..).zip(&layout.disks).map(|(n, device)| VirtioMmio(n, *device)).collect();
-    let mut devices: Vec<&dyn Aml> = Vec::new();
-    devices.extend(processors.iter().map(|processor| processor as &dyn Aml));
-    let uarts = [&Uart(0) as &dyn Aml, &Uart(1)].into_iter().zip(layout.spec.serial);
-    devices.extend(uarts.filter_map(|(uart, present)| present.then_some(uart)));
-    devices.extend(disks.iter().map(|disk| disk as &dyn Aml));
-    devices.extend([&Pvpanic as &dyn Aml, &PowerButton]);
-    Scope::new("\\_SB_".into(), devices).to_aml_bytes(&mut aml);
+fn dsdt(layout: &MachineLayout, add_last: fn(&mut dyn AmlSink)) -> Sdt {
+    let mut devices = Vec::new();
+    (0..layout.spec.cpus).for_each(|id| processor(&mut devices, id));
+    let uarts = (0..).zip(layout::SERIAL_PORTS).zip(layout.spec.serial);
+    for ((index, (port, gsi)), _) in uarts.filter(|(_, present)| *present) {
+        uart(&mut devices, index, port, gsi);
+    }
+    (0..).zip(&layout.disks).for_each(|(index, disk)| virtio_mmio(&mut devices, index, disk));
+    pvpanic(&mut devices);
+    power_button(&mut devices);
+    add_last(&mut devices);
+    let mut aml = Scope::raw("\\_SB_".into(), devices);
     // The sleep type of "soft off"; the reserved elements are for the registers that reduced hardware lacks (§7.4.2).
     let s5 = Package::new(vec![&layout::SLEEP_TYPE_S5, &aml::ZERO, &aml::ZERO, &aml::ZERO]);
     Name::new("\\_S5_".into(), &s5).to_aml_bytes(&mut aml);
@@ -139,102 +140,77 @@ fn edge(gsi: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, gsi)
 }
 
-/// A processor, found by the `_UID` that its MADT entry has (ACPI 6.5 §8.4).
-struct Processor(u32);
+/// A device: its name, what kind it is (`_HID`), which of that kind (`_UID`), and its other objects.
+pub(super) fn device(
+    sink: &mut dyn AmlSink,
+    name: &str,
+    hid: &dyn Aml,
+    uid: u32,
+    objects: &[&dyn Aml],
+) {
+    let (hid, uid) = (Name::new("_HID".into(), hid), Name::new("_UID".into(), &uid));
+    let objects = [&[&hid as &dyn Aml, &uid], objects].concat();
+    Device::new(name.into(), objects).to_aml_bytes(sink);
+}
 
-impl Aml for Processor {
-    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
-        let name = Path::new(&format!("C{:03X}", self.0 & 0xfff));
-        let hid = Name::new("_HID".into(), &"ACPI0007");
-        Device::new(name, vec![&hid, &Name::new("_UID".into(), &self.0)]).to_aml_bytes(sink);
-    }
+/// A Generic Event Device (ACPI 6.5 §5.6.9): its interrupt runs `_EVT`, which notifies the driver of the device `target`.
+pub(super) fn event_device(sink: &mut dyn AmlSink, name: &str, uid: u32, gsi: u32, target: &str) {
+    let (interrupt, target) = (edge(gsi), Path::new(target));
+    let resources = ResourceTemplate::new(vec![&interrupt]);
+    let notify = Notify::new(&target, &DEVICE_EVENT);
+    let event = Method::new("_EVT".into(), 1, true, vec![&notify]);
+    device(sink, name, &"ACPI0013", uid, &[&Name::new("_CRS".into(), &resources), &event]);
+}
+
+/// A processor, found by the `_UID` that its MADT entry has (ACPI 6.5 §8.4).
+fn processor(sink: &mut dyn AmlSink, id: u32) {
+    device(sink, &format!("C{:03X}", id & 0xfff), &"ACPI0007", id, &[]);
 }
 
 /// The serial port with this index in [`layout::SERIAL_PORTS`].
-struct Uart(usize);
-
-impl Aml for Uart {
-    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
-        let (port, gsi) = layout::SERIAL_PORTS[self.0];
-        let ports = IO::new(port, port, 1, layout::UART_SIZE as u8);
-        let interrupt = edge(gsi);
-        let resources = ResourceTemplate::new(vec![&ports, &interrupt]);
-        let hid = Name::new("_HID".into(), &EISAName::new("PNP0501"));
-        let uid = Name::new("_UID".into(), &self.0);
-        let name = Path::new(&format!("COM{}", self.0 + 1));
-        Device::new(name, vec![&hid, &uid, &Name::new("_CRS".into(), &resources)])
-            .to_aml_bytes(sink);
-    }
+fn uart(sink: &mut dyn AmlSink, index: u32, port: u16, gsi: u32) {
+    let (ports, interrupt) = (IO::new(port, port, 1, layout::UART_SIZE as u8), edge(gsi));
+    let resources = ResourceTemplate::new(vec![&ports, &interrupt]);
+    let (name, crs) = (format!("COM{}", index + 1), Name::new("_CRS".into(), &resources));
+    device(sink, &name, &EISAName::new("PNP0501"), index, &[&crs]);
 }
 
 /// A virtio-mmio device, by the id that Linux's virtio_mmio driver takes from ARM's tables.
-struct VirtioMmio(u8, MmioDevice);
-
-impl Aml for VirtioMmio {
-    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
-        let Self(number, device) = self;
-        // The windows lie in the hole below 4 GiB.
-        let registers = Memory32Fixed::new(true, device.base.0 as u32, device.size as u32);
-        let interrupt = edge(device.gsi);
-        let resources = ResourceTemplate::new(vec![&registers, &interrupt]);
-        let hid = Name::new("_HID".into(), &"LNRO0005");
-        let uid = Name::new("_UID".into(), number);
-        let coherent = Name::new("_CCA".into(), &aml::ONE);
-        let children: Vec<&dyn Aml> = vec![&hid, &uid, &coherent];
-        let crs = Name::new("_CRS".into(), &resources);
-        let name = Path::new(&format!("VR{number:02X}"));
-        Device::new(name, [children, vec![&crs]].concat()).to_aml_bytes(sink);
-    }
+fn virtio_mmio(sink: &mut dyn AmlSink, index: u32, disk: &MmioDevice) {
+    // The windows lie in the hole below 4 GiB.
+    let registers = Memory32Fixed::new(true, disk.base.0 as u32, disk.size as u32);
+    let interrupt = edge(disk.gsi);
+    let resources = ResourceTemplate::new(vec![&registers, &interrupt]);
+    let coherent = Name::new("_CCA".into(), &aml::ONE);
+    let crs = Name::new("_CRS".into(), &resources);
+    device(sink, &format!("VR{index:02X}"), &"LNRO0005", index, &[&coherent, &crs]);
 }
 
 /// The panic port, as QEMU announces its own (docs/specs/pvpanic).
-struct Pvpanic;
-
-impl Aml for Pvpanic {
-    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
-        let port = IO::new(layout::PVPANIC, layout::PVPANIC, 1, 1);
-        let resources = ResourceTemplate::new(vec![&port]);
-        let hid = Name::new("_HID".into(), &"QEMU0001");
-        // Present, enabled, shown, functioning.
-        let status = Name::new("_STA".into(), &0xfu8);
-        Device::new("PEVT".into(), vec![&hid, &Name::new("_CRS".into(), &resources), &status])
-            .to_aml_bytes(sink);
-    }
+fn pvpanic(sink: &mut dyn AmlSink) {
+    let port = IO::new(layout::PVPANIC, layout::PVPANIC, 1, 1);
+    let resources = ResourceTemplate::new(vec![&port]);
+    // Present, enabled, shown, functioning.
+    let status = Name::new("_STA".into(), &0xfu8);
+    device(sink, "PEVT", &"QEMU0001", 0, &[&Name::new("_CRS".into(), &resources), &status]);
 }
 
-/// The power button, and the Generic Event Device (ACPI 6.5 §5.6.9) that reports it: its interrupt runs `_EVT`, which
-/// notifies the button's driver.
-struct PowerButton;
-
-impl Aml for PowerButton {
-    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
-        let hid = Name::new("_HID".into(), &EISAName::new("PNP0C0C"));
-        let uid = Name::new("_UID".into(), &aml::ZERO);
-        Device::new("PWRB".into(), vec![&hid, &uid]).to_aml_bytes(sink);
-
-        let interrupt = edge(layout::POWER_BUTTON_GSI);
-        let resources = ResourceTemplate::new(vec![&interrupt]);
-        let button = Path::new("PWRB");
-        let notify = Notify::new(&button, &BUTTON_PRESSED);
-        let is_button = Equal::new(&aml::Arg(0), &layout::POWER_BUTTON_GSI);
-        let on_button = If::new(&is_button, vec![&notify]);
-        let event = Method::new("_EVT".into(), 1, true, vec![&on_button]);
-        let hid = Name::new("_HID".into(), &"ACPI0013");
-        let uid = Name::new("_UID".into(), &aml::ZERO);
-        let crs = Name::new("_CRS".into(), &resources);
-        Device::new("GED_".into(), vec![&hid, &uid, &crs, &event]).to_aml_bytes(sink);
-    }
+/// The power button, and the event device that reports it.
+fn power_button(sink: &mut dyn AmlSink) {
+    device(sink, "PWRB", &EISAName::new("PNP0C0C"), 0, &[]);
+    event_device(sink, "GED_", 0, layout::POWER_BUTTON_GSI, "PWRB");
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::generation_id::vgen;
     use super::super::mptable::checksum;
     use super::*;
     use crate::machine_layout::MachineSpec;
 
     fn written(cpus: u32, serial: bool, disks: usize) -> Vec<u8> {
         let spec = MachineSpec { memory: 1 << 30, cpus, serial: [serial; 2], acpi: true, disks };
-        let tables = tables(&MachineLayout::new(spec));
+        let tables = tables(&MachineLayout::new(spec), vgen);
         assert!(tables.bytes.len() <= layout::ACPI_TABLES_SIZE);
         tables.bytes
     }
@@ -320,7 +296,7 @@ mod tests {
         let [.., dsdt] = walk(&written(2, true, devices.len()));
         for name in [
             b"C000", b"C001", b"COM1", b"COM2", b"VR00", b"VR0F", b"PEVT", b"PWRB", b"GED_",
-            b"_EVT", b"_S5_",
+            b"_EVT", b"VGEN", b"_S5_",
         ] {
             assert!(contains(&dsdt, name), "{}", String::from_utf8_lossy(name));
         }
@@ -335,6 +311,11 @@ mod tests {
             resources.extend([0x89, 6, 0, 0b0011, 1]);
             resources.extend(device.gsi.to_le_bytes());
             assert!(contains(&dsdt, &resources), "{device:?}");
+        }
+        for gsi in [layout::POWER_BUTTON_GSI, layout::GENERATION_ID_GSI] {
+            // An interrupt as above, and the end tag.
+            let resources = [&[0x89, 6, 0, 0b0011, 1], &gsi.to_le_bytes()[..], &[0x79]].concat();
+            assert!(contains(&dsdt, &resources), "{gsi}");
         }
         let [.., bare] = walk(&written(1, false, 0));
         assert!(

@@ -104,3 +104,29 @@ fn a_file_in_memory_does_not_grow_when_it_is_mapped() {
     }
     assert_eq!(allocated(&directory.path().join("saved")), before);
 }
+
+/// Each machine that comes from a file is another generation; a reset is none.
+#[test]
+fn each_restored_machine_has_a_generation_id_of_its_own() {
+    let Some(directory) = saved_machine() else { return };
+    let mut ids = BTreeSet::new();
+    let mut id = |qmp: &mut Qmp| {
+        let id = qmp.query("query-vm-generation-id")["guid"].as_str().unwrap().to_owned();
+        let fields: Vec<_> = id.split('-').map(str::len).collect();
+        assert_eq!(fields, [8, 4, 4, 4, 12], "{id}");
+        let new = ids.insert(id.clone());
+        (id, new)
+    };
+    for _ in 0..2 {
+        let mut command = restore(directory.path(), "");
+        command.args(["--disk", "disk.img,snapshot=on", "--paused", "--qmp", "unix:clone"]);
+        let session = Session::start(&mut command);
+        let mut qmp = Qmp::connect(&directory.path().join("clone"));
+        let (restored, new) = id(&mut qmp);
+        assert!(new, "{restored} was there before");
+        qmp.query("system_reset");
+        assert_eq!(id(&mut qmp), (restored, false));
+        qmp.query("quit");
+        session.wait(BOUND).must_be(0);
+    }
+}

@@ -1,16 +1,20 @@
 //! A Linux guest in the middle of verified disk I/O is saved at random moments, and goes on in another process each time.
 
+use std::fs::File;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use minivmm_tests::linux::{BOOT_BOUND, CLOUD, Guest, Report};
+use minivmm_tests::linux::{BOOT_BOUND, CLOUD, Guest, Report, System};
 use minivmm_tests::qmp::Qmp;
 use minivmm_tests::session::Session;
 use minivmm_tests::{minivmm, runs};
+use rustix::fs::{Advice, fadvise};
 use serde_json::json;
 
 const SOCKET: &str = "control.sock";
+/// It has a driver for the VM generation ID.
+const PLAIN: System = System { kernel: "linux-amd64/vmlinux", initrd: "initrd-amd64.cpio" };
 
 /// Writes and verifies two disks until a line comes from the console. `tick` has the guest's uptime, and its date in seconds.
 const SCRIPT: &str = "
@@ -27,7 +31,20 @@ wait
 fact rounds $(wc -l </run/vdb.rounds) $(wc -l </run/vdc.rounds)
 dmesg -r | grep -E '^<[0-4]>' | grep -iE 'lockup|stall|hung|unstable|skew|warp|I/O error' | while read -r line; do fact complaint $line; done";
 
+/// For each number that comes from the console, waits until the guest has heard that often that it is a copy, and then draws random
+/// bytes.
+const DRAW: &str = "
+fact ready
+while read -r copies && test $copies != end; do
+  until test $(dmesg | grep -c 'crng reseeded due to virtual machine fork') = $copies; do sleep 0.1; done
+  fact drawn $(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' ')
+done";
+
 fn restore(guest: &Guest, options: &str) -> Session {
+    restore_at(guest, options, SOCKET)
+}
+
+fn restore_at(guest: &Guest, options: &str, socket: &str) -> Session {
     let mut command = minivmm([
         "--incoming",
         &format!("file:saved,paths=saved{options}"),
@@ -35,7 +52,7 @@ fn restore(guest: &Guest, options: &str) -> Session {
         ".",
         "--qmp",
     ]);
-    command.arg(format!("unix:{SOCKET}")).current_dir(guest.path("."));
+    command.arg(format!("unix:{socket}")).current_dir(guest.path("."));
     Session::start(command.env("TMPDIR", std::env::temp_dir()))
 }
 
@@ -69,6 +86,35 @@ fn a_guest_with_two_processors_goes_on_too() {
     save_and_restore(2, runs(3, 40));
 }
 
+/// Two clones of one machine, and then a copy of one of them.
+#[test]
+fn a_restored_guest_draws_other_random_numbers() {
+    let options = format!("--memory 256M --qmp unix:{SOCKET} --save-directory .");
+    let guest = Guest::new(PLAIN, DRAW).with(&options);
+    let session = guest.start();
+    session.expect("fact: ready", BOOT_BOUND);
+    save(&guest, session);
+    let mut drawn = Vec::new();
+    let mut draw = |clone: &mut Session, copies: u32| {
+        clone.send(format!("{copies}\n"));
+        let text = clone.expect("fact: drawn ", BOOT_BOUND) + &clone.expect("\n", BOOT_BOUND);
+        println!("copied {copies} times: {text}");
+        let bytes = text.rsplit("fact: drawn ").next().unwrap().trim().to_owned();
+        assert!(bytes.len() == 32 && !drawn.contains(&bytes), "{bytes} after {drawn:?}");
+        drawn.push(bytes);
+    };
+    let [mut first, mut second] = ["first", SOCKET].map(|socket| restore_at(&guest, "", socket));
+    draw(&mut first, 1);
+    draw(&mut second, 1);
+    first.send("end\n");
+    first.wait(BOOT_BOUND).must_be(0);
+    save(&guest, second);
+    let mut third = restore(&guest, "");
+    draw(&mut third, 2);
+    third.send("end\n");
+    third.wait(BOOT_BOUND).must_be(0);
+}
+
 fn save_and_restore(cpus: u32, rounds: u32) {
     let guest = Guest::new(CLOUD, SCRIPT)
         .with_tools()
@@ -96,6 +142,8 @@ fn save_and_restore(cpus: u32, rounds: u32) {
         text += &save(&guest, session);
         let options = ["", ",map=off", ",map=on", ",clock=host"][round as usize % 4];
         println!("round {round}: restored with `{options}`");
+        // A page that the host has to read first makes the guest's task wait for an asynchronous page fault. In tmpfs all pages stay.
+        fadvise(File::open(guest.path("saved")).unwrap(), 0, None, Advice::DontNeed).unwrap();
         session = restore(&guest, options);
     }
     session.expect("fact: tick ", BOOT_BOUND);

@@ -82,6 +82,10 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
         ],
     ),
     ("trace view", &["cli/src/trace_view.rs"]),
+    (
+        "VM generation ID",
+        &["arch/src/tables/generation_id.rs", "vmm/src/snapshot/generation_id.rs"],
+    ),
     ("Unix sockets", &["vmm/src/listener.rs"]),
 ];
 

@@ -15,9 +15,9 @@ use super::arguments::{Argument, ArgumentKind, Arguments, optional, required};
 use super::event_messages::stamped;
 use super::protocol::{Answer, Failure};
 use super::schema::{CAPABILITY_NAMES, CommandTypes, STATUSES};
-use crate::error::WithCauses;
+use crate::error::{Error, WithCauses};
 use crate::machine::{Machine, MachineEvent};
-use crate::snapshot::{self, Destination, Progress, Purpose, SavedConfig};
+use crate::snapshot::{self, Destination, Progress, Purpose, SavedConfig, generation_id};
 
 const SETUP: &str = STATUSES[1];
 const ACTIVE: &str = STATUSES[2];
@@ -85,6 +85,14 @@ pub(super) const COMMANDS: &[MigrationCommand] = &[
     }),
     command("query-migrate", &[], "MigrationInfo", |migration, _, _| {
         Ok(Answer::Now(migration.info()))
+    }),
+    command("query-vm-generation-id", &[], "GuidInfo", |migration, machine, _| {
+        if !migration.config.acpi {
+            return Err(Failure::generic("VM Generation ID device not found"));
+        }
+        let id = generation_id::read(&machine.hardware.memory);
+        let failed = |error| Failure::of(&Error::host("read the VM generation ID")(error));
+        id.map(|id| Answer::Now(json!({ "guid": id }))).map_err(failed)
     }),
     command("migrate-set-capabilities", CAPABILITIES, "", |migration, _, arguments| {
         migration.set_capabilities(arguments).map(|()| Answer::empty())

@@ -33,6 +33,7 @@ const OBJECTS: &[(&str, &str)] = &[
     ("HumanReadableText", "human-readable-text:str"),
     ("NameInfo", "name?:str"),
     ("UuidInfo", "UUID:str"),
+    ("GuidInfo", "guid:str"),
     ("KvmInfo", "enabled:bool present:bool"),
     (
         "MachineInfo",

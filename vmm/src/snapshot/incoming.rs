@@ -14,6 +14,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use arch::Structure;
 use arch::boot::FileRange;
 use arch::machine_layout::{MachineLayout, MachineSpec};
 use kvm_ioctls::Kvm;
@@ -21,7 +22,7 @@ use kvm_ioctls::Kvm;
 use super::SnapshotError;
 use super::core_file::CoreFile;
 use super::saved::{MAJOR, SavedDisk, SavedMachine, Versioned};
-use super::{fit, pages};
+use super::{fit, generation_id, pages};
 use crate::GuestMemory;
 use crate::config::{DiskConfig, VmConfig};
 use crate::control::ControlServer;
@@ -141,7 +142,7 @@ impl Incoming {
         Ok((core, saved))
     }
 
-    /// Fills RAM, all of which is zero. Returns how the vCPUs begin, and the file if parts of it are the guest's memory now.
+    /// Fills RAM, all of which is zero, with what the file has, and `generation_id`. Returns how the vCPUs begin, and the file if parts of it are the guest's memory now.
     ///
     /// # Errors
     /// The CPU does not suit this host, or the file cannot be read.
@@ -149,6 +150,7 @@ impl Incoming {
         &self,
         kvm: &Kvm,
         memory: &GuestMemory,
+        generation_id: Option<&Structure>,
     ) -> Result<(VcpuStart, Option<UnmapFiles>), Error> {
         fit::check(kvm, &self.saved.vcpus, self.saved.config.nested)
             .map_err(|error| self.named(error))?;
@@ -158,6 +160,7 @@ impl Incoming {
             pages::read(Some(memory), file, segments, ram_checksums)
                 .map_err(|error| self.named(Error::incoming(error)))?;
         }
+        generation_id::replace(memory, generation_id)?;
         let cpuid = self.saved.vcpus.iter().map(|vcpu| vcpu.cpuid.clone()).collect();
         Ok((VcpuStart::Restore(cpuid), mapped))
     }
@@ -216,7 +219,11 @@ impl Incoming {
                 (now.as_nanos() as u64).saturating_sub(self.saved.clock.realtime)
             }
         };
-        self.saved.write(machine, passed).map_err(|error| self.named(error))
+        let stays = self.saved.write(machine, passed).map_err(|error| self.named(error))?;
+        if self.saved.config.acpi {
+            generation_id::notify(&machine.hardware.vm)?;
+        }
+        Ok(stays)
     }
 
     /// Names the file in an error about it.

@@ -4,7 +4,7 @@
 //! it); restoring is the builder's second way to start, an [`Incoming`] machine. The chapter is `vmm/docs/stop-reset-save.md`.
 //!
 //! [`saved`] has the machine as a value, [`vcpu`] a vCPU, [`core_file`] the file around it, [`pages`] guest RAM, and [`checksum`]
-//! what finds damage. [`save`] and [`incoming`] put them together, each in an order that has its reasons; [`panic_dump`] saves a guest that has panicked; [`fit`] compares a
+//! what finds damage. [`save`] and [`incoming`] put them together, each in an order that has its reasons; [`panic_dump`] saves a guest that has panicked; [`generation_id`] tells a guest that it was restored; [`fit`] compares a
 //! saved CPU with this host's.
 //!
 //! Every field of a file is checked before use: nothing of a file that fails a check reaches a guest. The paths of images and
@@ -15,6 +15,7 @@ mod core_file;
 mod fit;
 #[cfg(test)]
 mod fuzz;
+pub(crate) mod generation_id;
 mod incoming;
 mod new_file;
 mod pages;

@@ -67,7 +67,7 @@ pub(crate) struct SavedConfig {
     pub(super) memory: u64,
     pub(super) hugepages: bool,
     pub(super) cpus: u32,
-    pub(super) acpi: bool,
+    pub(crate) acpi: bool,
     pub(super) nested: bool,
     pub(super) serial: [bool; 2],
     pub(super) debug_exit: bool,
