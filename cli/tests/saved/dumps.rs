@@ -1,5 +1,6 @@
 //! `--dump-on-panic`: the guest's memory and registers in a file, when it panics.
 
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;
@@ -93,4 +94,41 @@ fn a_host_without_space_costs_the_dump_and_nothing_else() {
     let ended = Session::start(&mut limited(&command, directory.path())).wait(BOUND).must_be(3);
     assert!(ended.errors.contains("the guest's memory is lost: "), "{ended}");
     assert!(ended.errors.contains("File too large"), "{ended}");
+}
+
+/// A guest may panic after a save was asked for, and before it stands still.
+#[test]
+fn a_panic_in_the_moment_of_a_save_is_dumped() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let [mut saves, mut dumps] = [0, 0];
+    for moment in 0..runs(8, 100) {
+        let directory = tempdir().unwrap();
+        let mut command = crash(directory.path(), Program::Panic, "");
+        let session = Session::start(command.args(["--paused", "--save-directory", "."]));
+        let mut qmp = Qmp::connect(&directory.path().join("qmp"));
+        let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
+        qmp.execute("migrate-set-capabilities", events).unwrap();
+        let uri = format!("file:{}", directory.path().join("saved").display());
+        let migrate = json!({ "execute": "migrate", "arguments": { "uri": uri } });
+        qmp.stream().write_all(br#"{ "execute": "cont" }"#).unwrap();
+        std::thread::sleep(Duration::from_micros(u64::from(moment) * 61 % 200));
+        // The VM may have ended.
+        let _ = qmp.stream().write_all(migrate.to_string().as_bytes());
+        let is_saved = std::iter::from_fn(|| qmp.receive())
+            .any(|message| message["data"]["status"] == "completed");
+        if is_saved {
+            saves += 1;
+            qmp.query("quit");
+            session.wait(BOUND).must_be(0);
+        } else {
+            dumps += 1;
+            let ended = session.wait(BOUND).must_be(3);
+            assert!(ended.errors.contains("this file has its memory"), "{ended}");
+            let check = minivmm(["check", "dump"]).current_dir(directory.path()).output().unwrap();
+            assert!(check.status.success(), "{check:?}");
+        }
+    }
+    println!("{saves} were saved before they panicked, {dumps} were dumped");
 }

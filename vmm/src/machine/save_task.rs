@@ -55,7 +55,8 @@ impl Machine {
         Ok(job)
     }
 
-    pub(super) fn cancel_task(&mut self, error: Error) {
+    /// Ends a save that is under way, or has not begun.
+    pub(crate) fn cancel_task(&mut self, error: Error) {
         if let Some(mut task) = self.standstill.as_mut().and_then(|still| still.task.take()) {
             task.cancel(self, error);
         }

@@ -49,6 +49,10 @@ pub(crate) fn begin(
     purpose: Purpose,
 ) -> Result<u64, Error> {
     let target = Target::prepare(destination, machine, &config)?;
+    if purpose == Purpose::LastDump {
+        // A save of a guest that has panicked since fails, as if the machine had ended.
+        machine.cancel_task(Error::Stopping);
+    }
     let cancel = Arc::clone(&progress.cancel);
     let progress = progress.clone();
     let begin = move |machine: &Machine| prepare(machine, config, target, progress, purpose);
