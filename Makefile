@@ -109,7 +109,7 @@ BENCH = $(CARGO_TARGET_DIR)/release/bench
 SPEED := $(if $(QUICK),--quick)
 
 bench: bench-tools build ## speed beside QEMU's microvm and the host: polling and Linux guests (QUICK=1: less)
-	@resources/prepare linux-small initrd-small.cpio tools.img
+	@resources/prepare linux-small initrd-small.cpio linux-cloud initrd-cloud.cpio tools.img
 	$(CARGO) build --release -p minivmm-tests --bin bench
 	@mkdir -p $(CARGO_TARGET_DIR)/bench
 	$(BENCH) driver $(SPEED)
@@ -117,6 +117,7 @@ bench: bench-tools build ## speed beside QEMU's microvm and the host: polling an
 	$(BENCH) saved $(SPEED)
 	$(call ANNOUNCE,the Linux guests)
 	$(if $(LAB),$(LAB) -c $$(nproc) -o $(CARGO_TARGET_DIR)/bench -- )$(BENCH) guests $(SPEED)
+	$(if $(LAB),$(LAB) -o $(CARGO_TARGET_DIR)/bench -- )$(BENCH) clones $(SPEED)
 	@$(BENCH) report
 
 bench-compare: ## the last `make bench` beside the one before it, or beside WITH=results.json

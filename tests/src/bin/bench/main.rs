@@ -4,6 +4,7 @@
 //! - `bench native`: a guest of our own that polls at native speed, on any /dev/kvm.
 //! - `bench saved`: a save, a restore, and what clones cost.
 //! - `bench guests`: Linux and fio, on a CPU with hardware virtualization or in the lab.
+//! - `bench clones`: many clones of a booted Linux at once, on the same.
 //! - `bench report` shows what the others measured, and left in `target/bench`, as one table and a picture.
 //! - `bench compare [FILE]` shows the last results beside earlier ones, and fails if ours are worse.
 //!
@@ -17,6 +18,7 @@
 )]
 
 mod chart;
+mod clones;
 mod counters;
 mod driver;
 mod fio;
@@ -68,11 +70,12 @@ fn main() -> ExitCode {
         ["native"] => save("native.json", native::run),
         ["saved"] => save(saved::PART, saved::run),
         ["guests"] => save(guests::PART, guests::run),
+        ["clones"] => save(clones::PART, clones::run),
         ["report"] => report::run(),
         ["compare"] => return report::compare(&results::directory().join("previous.json")),
         ["compare", path] => return report::compare(&PathBuf::from(path)),
         _ => panic!(
-            "usage: bench driver|native|saved|guests|report|compare [FILE] [--quick] [--repetitions=N]"
+            "usage: bench driver|native|saved|guests|clones|report|compare [FILE] [--quick] [--repetitions=N]"
         ),
     }
     ExitCode::SUCCESS

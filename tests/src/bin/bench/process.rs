@@ -60,6 +60,11 @@ impl Process {
         let _ = self.child.stdin.as_mut().map(|input| input.write_all(b"\n"));
     }
 
+    /// Keeps it as it is, without processor time.
+    pub(crate) fn pause(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::STOP).unwrap();
+    }
+
     pub(crate) fn id(&self) -> u32 {
         self.child.id()
     }
@@ -188,7 +193,9 @@ fn read_lines(mut output: impl BufRead, sender: &Sender<(Instant, String)>) {
 impl Drop for Process {
     fn drop(&mut self) {
         // Fails only when it has ended already. A monitor that does not listen is killed.
-        let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
+        for signal in [Signal::TERM, Signal::CONT] {
+            let _ = kill_process(Pid::from_child(&self.child), signal);
+        }
         let bound = Instant::now() + Duration::from_secs(10);
         while Instant::now() < bound && matches!(self.child.try_wait(), Ok(None)) {
             std::thread::sleep(Duration::from_millis(5));

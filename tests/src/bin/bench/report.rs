@@ -7,10 +7,10 @@ use std::process::ExitCode;
 use crate::counters::EVENTS;
 use crate::results::{Results, directory};
 use crate::table::{self, Target};
-use crate::{chart, guests, native, saved};
+use crate::{chart, clones, guests, native, saved};
 
 /// What the parts save.
-const PARTS: [&str; 4] = ["driver.json", "native.json", saved::PART, guests::PART];
+const PARTS: [&str; 5] = ["driver.json", "native.json", saved::PART, guests::PART, clones::PART];
 const ALL: &str = "results.json";
 
 /// Shows the parts that there are, and keeps them as one; the run before becomes the one to compare with.

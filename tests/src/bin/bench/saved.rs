@@ -48,17 +48,24 @@ pub(crate) fn run(options: &Options, results: &mut Results) {
         let saved = directory.join("saved");
         let blocks = std::os::unix::fs::MetadataExt::blocks(&fs::metadata(saved).unwrap());
         add("file, beyond the guest's data", "KiB", blocks as f64 / 2.0 - DATA);
+        // What all clones share (the program's code, the file's pages) would be the only one's own.
+        let other = start(directory);
+        first_line(&other);
+        other.pause();
         for _ in 0..9 {
             let clone = start(directory);
             add("exec to the restored guest", "ms", first_line(&clone).as_secs_f64() * 1e3);
             add("private memory of a clone", "KiB", memory(&clone).0);
             add("migrate-incoming to the guest", "ms", deferred(directory));
         }
+        drop(other);
         for count in CLONES.into_iter().take(if options.quick { 1 } else { 2 }) {
             let began = Instant::now();
             let clones: Vec<_> = (0..count).map(|_| start(directory)).collect();
             for clone in &clones {
                 first_line(clone);
+                // These guests print without end.
+                clone.pause();
             }
             let row = format!("{count} clones at once");
             add(&row, "ms", began.elapsed().as_secs_f64() * 1e3);
@@ -77,10 +84,16 @@ fn save(directory: &Path) -> f64 {
     let command = command.args(["--save-directory", "."]).current_dir(directory);
     let source = Process::start(command);
     first_line(&source);
-    let mut qmp = Qmp::connect(&directory.join("qmp"));
+    save_to(&directory.join("qmp"), &directory.join("saved"))
+}
+
+/// Saves the machine with this control socket. Returns milliseconds.
+pub(crate) fn save_to(socket: &Path, saved: &Path) -> f64 {
+    let mut qmp = Qmp::connect(socket);
+    qmp.set_bound(SILENCE);
     let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
     qmp.execute("migrate-set-capabilities", events).unwrap();
-    let uri = format!("file:{}", directory.join("saved").display());
+    let uri = format!("file:{}", saved.display());
     let began = Instant::now();
     qmp.execute("migrate", json!({ "uri": uri })).unwrap();
     loop {
@@ -114,7 +127,7 @@ fn first_line(process: &Process) -> Duration {
 }
 
 /// KiB of the process that no other has, and with its share of what others have, too.
-fn memory(process: &Process) -> (f64, f64) {
+pub(crate) fn memory(process: &Process) -> (f64, f64) {
     let path = format!("/proc/{}/smaps_rollup", process.id());
     let text = fs::read_to_string(path).unwrap_or_default();
     let value = |name: &str| {
