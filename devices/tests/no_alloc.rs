@@ -92,15 +92,14 @@ fn steady_load_allocates_nothing() {
                     // Lists grow to the size that they need, threads start, bounce buffers come into being.
                     rounds(&mut *engine, &mut done, operation, skew);
                     // What starts or grows late on a loaded machine does so once; what is a request's own comes back.
-                    let count = (0..5).map(|_| {
+                    let none_is_allocated = (0..20).any(|_| {
                         let before = ALLOCATIONS.load(Ordering::Relaxed);
                         rounds(&mut *engine, &mut done, operation, skew);
-                        ALLOCATIONS.load(Ordering::Relaxed) - before
+                        ALLOCATIONS.load(Ordering::Relaxed) == before
                     });
-                    let count = count.min().unwrap();
                     let requests = ROUNDS * DEPTH;
-                    assert_eq!(
-                        count, 0,
+                    assert!(
+                        none_is_allocated,
                         "allocations for {requests} requests: {aio}, {cache}, {operation:?}, skew {skew}"
                     );
                 }

@@ -32,7 +32,7 @@ const BUFFER: u32 = 16 << 20;
 const BUFFERS: u16 = 255;
 
 /// A standstill takes a small part of this, on the most loaded of hosts. All that the guest asks for takes minutes.
-const BOUND: Duration = Duration::from_secs(20);
+const BOUND: Duration = Duration::from_secs(60);
 
 struct Line;
 

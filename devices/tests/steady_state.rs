@@ -108,6 +108,8 @@ impl Engine for CountedEngine {
 }
 
 const ROUNDS: u64 = 500;
+/// How often that many rounds are tried for one time without an allocation.
+const WINDOWS: usize = 20;
 const DEPTH: u16 = 32;
 
 #[test]
@@ -140,19 +142,22 @@ fn steady_load_allocates_nothing_and_travels_in_batches() {
                     load.wait(DEPTH);
                 }
             };
-            // The first rounds let every list grow to the size that it needs.
-            rounds(&mut load);
-            let before = (ALLOCATIONS.load(Ordering::Relaxed), commits.load(Ordering::Relaxed));
-            rounds(&mut load);
-            let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before.0;
-            let batches = commits.load(Ordering::Relaxed) - before.1;
-            assert_eq!(allocations, 0, "{aio:?}: allocations for {ROUNDS} times {DEPTH} requests");
-            assert_eq!(batches, ROUNDS, "{aio:?}: more than one batch for {DEPTH} requests");
-        }
-        let stats = load.handle().stats();
-        for kind in [Kind::Read, Kind::Write] {
-            assert_eq!(stats.kind(kind).operations, 2 * ROUNDS * u64::from(DEPTH));
-            assert_eq!(stats.kind(kind).bytes, 2 * ROUNDS * u64::from(DEPTH) * 4096);
+            // The first rounds let every list grow to the size that it needs. What starts late on a loaded machine, or is the test
+            // program's own, allocates once; what is a request's own comes back each time.
+            let mut turns = 0;
+            let none_is_allocated = (0..WINDOWS).any(|_| {
+                turns += ROUNDS;
+                let before = ALLOCATIONS.load(Ordering::Relaxed);
+                rounds(&mut load);
+                ALLOCATIONS.load(Ordering::Relaxed) == before
+            });
+            assert!(none_is_allocated, "{aio:?}: allocations for {ROUNDS} times {DEPTH} requests");
+            let batches = commits.swap(0, Ordering::Relaxed);
+            assert_eq!(batches, turns, "{aio:?}: more than one batch for {DEPTH} requests");
+            let kind = if write { Kind::Write } else { Kind::Read };
+            let stats = load.handle().stats();
+            assert_eq!(stats.kind(kind).operations, turns * u64::from(DEPTH));
+            assert_eq!(stats.kind(kind).bytes, turns * u64::from(DEPTH) * 4096);
         }
     }
 }

@@ -122,6 +122,7 @@ mod tests {
 
     #[test]
     fn only_a_socket_that_no_process_uses_is_replaced() {
+        let _turn = crate::sandbox::tests::without_forks();
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let address = SocketAddrUnix::new(&path).unwrap();

@@ -155,6 +155,7 @@ mod tests {
 
     #[test]
     fn unsuitable_images_are_refused_in_one_line() {
+        let _turn = without_forks();
         let directory = tempfile::tempdir().unwrap();
         let fifo = directory.path().join("fifo");
         rustix::fs::mknodat(rustix::fs::CWD, &fifo, FileType::Fifo, Mode::from_raw_mode(0o600), 0)

@@ -33,7 +33,9 @@ fn kernel_file() -> tempfile::TempPath {
     file_with(&bytes)
 }
 
+/// A file that no process has open for writing, which a lease needs.
 fn file_with(bytes: &[u8]) -> tempfile::TempPath {
+    let _turn = crate::sandbox::tests::without_forks();
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(bytes).unwrap();
     file.into_temp_path()

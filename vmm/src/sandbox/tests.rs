@@ -8,7 +8,8 @@ mod programs;
 
 use std::fmt::Write;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use seccompiler::SeccompAction;
 
@@ -26,7 +27,21 @@ fn needs() -> Needs {
 fn in_child(what: &str) -> Output {
     let program = std::env::current_exe().unwrap();
     let child = ["--exact", "sandbox::tests::child", "--nocapture", "--test-threads=1"];
-    Command::new(program).args(child).env(TRY, what).output().unwrap()
+    let mut command = Command::new(program);
+    command.args(child).env(TRY, what);
+    let command = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = {
+        let _turn = without_forks();
+        command.spawn().unwrap()
+    };
+    child.wait_with_output().unwrap()
+}
+
+/// No child of this process starts meanwhile. For a moment a new child has copies of all descriptors: who counts on a file or socket
+/// being closed must not meet one.
+pub(crate) fn without_forks() -> MutexGuard<'static, ()> {
+    static FORKS: Mutex<()> = Mutex::new(());
+    FORKS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What each kind must not do, by name.

@@ -1,5 +1,7 @@
 //! `rerror` and `werror`: who hears of a host error, and what is stopped.
 
+use std::time::Instant;
+
 use virtio_queue::desc::split::Descriptor;
 
 use super::driver::Sent;
@@ -278,6 +280,7 @@ fn a_paused_disk_answers_what_it_has_and_takes_no_more() {
 fn a_failing_disk_does_not_flood_the_vm_with_events() {
     let mut rig = rig(ErrorPolicy::Report);
     rig.disk.fail(EIO);
+    let start = Instant::now();
     for _ in 0..20 {
         for sector in 0..20 {
             rig.driver.send_read(0, 3 * sector, 512);
@@ -287,6 +290,7 @@ fn a_failing_disk_does_not_flood_the_vm_with_events() {
     }
     // 64 a second, and the guest is answered all the same.
     let events = rig.events().len();
-    assert!((64..400).contains(&events), "{events}");
+    let most = 64 * (start.elapsed().as_secs() as usize + 2);
+    assert!((64..=most).contains(&events), "{events}");
     assert_eq!(rig.stats().kind(Kind::Read).errors, 400);
 }

@@ -118,7 +118,11 @@ impl Rig {
     }
 
     pub(super) fn set_throttling(&self, throttling: Throttling) {
-        self.throttle.set(throttling, Instant::now());
+        self.set_throttling_at(throttling, Instant::now());
+    }
+
+    pub(super) fn set_throttling_at(&self, throttling: Throttling, now: Instant) {
+        self.throttle.set(throttling, now);
     }
 
     /// Lets the oldest `count` transfers that the disk holds finish.

@@ -11,7 +11,8 @@ use crate::block::{Kind, Limit, Rate, Throttling};
 
 /// So slow that of two requests the second one waits for longer than any test takes.
 fn slow(limit: Limit) -> Throttling {
-    let mut throttling = Throttling::default();
+    // A request of 512 bytes counts as 512 operations, or bytes.
+    let mut throttling = Throttling { operation_size: 1, ..Throttling::default() };
     throttling.rates[limit as usize] = Rate { average: 1, ..Default::default() };
     throttling
 }
@@ -172,14 +173,16 @@ fn a_minute(rates: &[(Limit, u64)]) -> [u64; 2] {
     let mut rig = Rig::with(|setup| {
         // The driver uses descriptors in turn, and must not come round to those that still wait.
         setup.ring_size = 256;
-        for (limit, average) in rates {
-            setup.options.throttling.rates[*limit as usize] =
-                Rate { average: *average, ..Default::default() };
-        }
     });
+    let mut throttling = Throttling::default();
+    for (limit, average) in rates {
+        throttling.rates[*limit as usize] = Rate { average: *average, ..Default::default() };
+    }
+    // Requests come at the real time, which must never overtake this clock.
+    let start = Instant::now() + Duration::from_secs(1 << 20);
+    rig.set_throttling_at(throttling, start);
     let mut waiting: Vec<(usize, Sent)> = Vec::new();
     let mut answered = [0; 2];
-    let start = Instant::now();
     let mut now = start;
     // As soon as something is answered the driver sends the next: the queues of both directions never run dry.
     loop {

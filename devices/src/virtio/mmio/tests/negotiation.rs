@@ -172,7 +172,7 @@ fn a_device_that_does_not_start_needs_a_reset() {
 #[test]
 fn a_driver_that_starts_a_device_in_vain_again_and_again_fills_no_log() {
     let log = Log::default();
-    let _logging = tracing::subscriber::set_default(log.clone());
+    let _logging = log.listen();
     let mut driver = Driver::new();
     driver.shared.refuse_to_start.store(true, Ordering::Relaxed);
     for _ in 0..1000 {
