@@ -51,8 +51,7 @@ fn main() -> ExitCode {
         _ => {}
     }
     if std::env::args_os().skip(1).eq(["--trace", "help"]) {
-        print_text(&trace::help());
-        return ExitCode::from(EXIT_CLEAN);
+        return ExitCode::from(if print_text(&trace::help()) { EXIT_CLEAN } else { EXIT_HOST });
     }
     let Parsed { mut config, incoming, verbose, boot_timing, explain, trace } =
         match arguments::parse() {

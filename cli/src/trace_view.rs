@@ -14,7 +14,7 @@ use clap::Parser;
 use serde_json::Value;
 
 use crate::arguments::parse_as;
-use crate::exit_codes::{EXIT_CLEAN, EXIT_USAGE};
+use crate::exit_codes::{EXIT_CLEAN, EXIT_HOST, EXIT_USAGE};
 use crate::messages::{print_message, print_text};
 
 /// Draw the first requests of a trace.
@@ -77,10 +77,7 @@ pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
         Err(status) => return status,
     };
     match read(&file, requests.into()) {
-        Ok(trace) => {
-            print_text(&trace.svg());
-            ExitCode::from(EXIT_CLEAN)
-        }
+        Ok(trace) => ExitCode::from(if print_text(&trace.svg()) { EXIT_CLEAN } else { EXIT_HOST }),
         Err(error) => {
             print_message(&format!("trace-view {}: {error}", file.display()));
             ExitCode::from(EXIT_USAGE)
