@@ -10,6 +10,7 @@ use std::process::Output;
 use std::sync::Arc;
 
 use devices::GuestMemory;
+use devices::disk::injected_faults;
 use devices::disk::log_writes::{self, WriteLog};
 use devices::disk::{
     CacheMode, Engine, EngineSetup, GuestRange, OpenOptions, Operation, Transfer, open,
@@ -52,6 +53,11 @@ impl Database {
 /// Commits records on a disk of this cache mode, with a flush before each number if `flushes` says so. The log is `log` in the
 /// directory, the disk before it `base`.
 fn commit(cache: CacheMode, flushes: bool) -> TempDir {
+    commit_with(cache, flushes, &[])
+}
+
+/// The same on a disk with faults.
+fn commit_with(cache: CacheMode, flushes: bool, faults: &[&str]) -> TempDir {
     let directory = tempdir().unwrap();
     let at = |name: &str| directory.path().join(name);
     let number = 1_000_000;
@@ -64,6 +70,8 @@ fn commit(cache: CacheMode, flushes: bool) -> TempDir {
     log.begin().unwrap();
     let options = OpenOptions { cache, ..OpenOptions::new(at("disk")) };
     let disk = log_writes::over(open(&options).unwrap(), log, cache);
+    let faults = faults.iter().map(|fault| fault.parse().unwrap()).collect();
+    let disk = injected_faults::over(disk, faults);
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap();
     let engine = disk.engine(EngineSetup::new(memory.clone(), 8)).unwrap();
     let mut database = Database { engine, memory };
@@ -138,6 +146,13 @@ fn a_missing_flush_is_found_and_the_write_that_it_forgot_is_named() {
 #[test]
 fn flushes_that_cache_unsafe_ignores_are_missing() {
     let directory = commit(CacheMode::Unsafe, true);
+    let report = check(directory.path(), SOUND);
+    assert_ne!(report["failed"], 0, "{report:#}");
+}
+
+#[test]
+fn a_drive_that_loses_flushes_breaks_a_sound_database() {
+    let directory = commit_with(CacheMode::Writeback, true, &["lost:flush:one-in=2:seed=1"]);
     let report = check(directory.path(), SOUND);
     assert_ne!(report["failed"], 0, "{report:#}");
 }

@@ -38,7 +38,7 @@ use crate::sources::Source;
 use crate::timeout::Timeout;
 use crate::vcpu::{VcpuSetup, VcpuStart, VcpuThread, install_kick_handler};
 use crate::write_logs::WriteLogs;
-use crate::{affinity, attach, console, control, exec, hugepages, kvm, memory, trace};
+use crate::{affinity, attach, console, control, disk_faults, exec, hugepages, kvm, memory, trace};
 
 /// Builds the machine: one that boots or, with `incoming`, one that was saved. Its vCPUs have threads but have not entered the
 /// guest: [`EventLoop::run`] starts them.
@@ -73,6 +73,7 @@ pub fn build(
     boot_image.iter().for_each(BootImage::describe);
     let mut images = open_images(&config.disks)?;
     let write_logs = WriteLogs::over(&mut images, &config.disks)?;
+    disk_faults::over(&mut images, &config.disks);
     tracing::debug!("memory: {} MiB, vCPUs: {}", config.memory >> 20, config.cpus);
     affinity::check("--vcpu-affinity", &config.vcpu_affinity)?;
     affinity::check("--io-affinity", &config.io_affinity)?;

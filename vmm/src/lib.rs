@@ -18,6 +18,7 @@ mod chardev;
 mod config;
 mod console;
 mod control;
+mod disk_faults;
 mod error;
 mod event_loop;
 mod events;

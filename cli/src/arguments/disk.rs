@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use devices::block::{BlockOptions, ErrorPolicy, Geometry};
+use devices::disk::injected_faults::FaultRule;
 use devices::disk::{DiscardMode, OpenOptions};
 use vmm::DiskConfig;
 
@@ -27,6 +28,8 @@ pub(crate) const HELP: &str = "Disk keys, with QEMU's names:
   werror=report|ignore|stop|enospc    the same for writes; enospc pauses if the host has no space left and reports any
                                 other error [enospc with --qmp, report without]
   backing=on|off                allow a qcow2 image to open its backing files [off]
+  fault=KIND[:WORD]...          fail on order: error, torn, lost or flip, of the requests that the words choose; may be
+                                repeated; a wrong word lists them all [none]
   log-writes=FILE               log what the guest writes, for `minivmm powercut` and xfstests' replay-log [none]
   scsi=on|off                   pass the guest's SCSI commands to the host's SCSI disk at PATH [off]
   num-queues=N                  request queues [one for each vCPU]
@@ -185,6 +188,10 @@ impl DiskOption {
             "detect-zeroes" => self.image.detect_zeroes = value.parse()?,
             "locking" => self.image.locking = switch(value)?,
             "backing" => self.image.backing = switch(value)?,
+            "fault" => {
+                value.parse::<FaultRule>()?;
+                self.image.faults.push(value.to_owned());
+            }
             "log-writes" if value.is_empty() => {
                 return Err(ValueError::Write("write a file's path"));
             }
@@ -341,7 +348,7 @@ mod tests {
         ] {
             assert!(keys().any(|known| known == key), "{key}");
         }
-        assert_eq!(keys().count(), 27);
+        assert_eq!(keys().count(), 28);
     }
 
     #[test]

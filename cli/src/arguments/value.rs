@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use devices::disk::UnknownWord;
+use devices::disk::injected_faults::BadFault;
 use vmm::{ConsoleConfig, GdbConfig, SandboxMode};
 
 /// What is wrong with a value, and what to write instead. Its `Display` follows the option and the value in the line.
@@ -52,6 +53,8 @@ pub(crate) enum ValueError {
     NoEvent(String),
     #[error("{0}=: unknown key; write enable=PATTERN, file=PATH or format=FORMAT")]
     TraceKey(String),
+    #[error(transparent)]
+    Fault(#[from] BadFault),
     #[error(transparent)]
     Word(#[from] UnknownWord),
 }

@@ -24,6 +24,7 @@ mod bounce;
 mod engine;
 mod error;
 mod host_file;
+pub mod injected_faults;
 mod job;
 mod lock;
 pub mod log_writes;

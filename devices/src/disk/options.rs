@@ -44,6 +44,9 @@ pub struct OpenOptions {
     /// `log-writes=`: the file for a log of what the guest writes. A saved machine does not choose it.
     #[serde(skip)]
     pub log_writes: Option<PathBuf>,
+    /// `fault=`: what goes wrong on purpose, each as `injected_faults` reads it. A saved machine does not have it.
+    #[serde(skip)]
+    pub faults: Vec<String>,
 }
 
 impl OpenOptions {

@@ -30,6 +30,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("ctl", &["cli/src/ctl"]),
     ("debug exit", &["devices/src/legacy/debug_exit.rs"]),
     ("directory disks", &["cli/src/directory_disk.rs"]),
+    ("faults on order", &["devices/src/disk/injected_faults", "vmm/src/disk_faults.rs"]),
     ("exec", &["vmm/src/exec"]),
     ("explain", &["vmm/src/explain", "devices/src/virtio/spec/names.rs"]),
     ("gdb", &["vmm/src/gdb"]),

@@ -4,6 +4,7 @@ mod damaged;
 mod devices;
 mod faults;
 mod fuzz;
+mod injected_faults;
 mod log_writes;
 mod model;
 mod powercut;

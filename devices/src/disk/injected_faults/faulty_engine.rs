@@ -1,0 +1,141 @@
+//! An engine that makes faults. It belongs to one worker, as the engine inside does.
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use vm_memory::{Address, Bytes, GuestAddress};
+
+use super::Faults;
+use super::rule::{FaultKind, mix};
+use crate::GuestMemory;
+use crate::disk::{Completion, DeviceCommand, DiskError, Engine, GuestRange, SECTOR, Transfer};
+
+pub(super) struct FaultyEngine {
+    engine: Box<dyn Engine>,
+    memory: GuestMemory,
+    faults: Arc<Faults>,
+    /// Requests that the engine inside did not see.
+    done: Vec<Completion>,
+    /// By tag: the byte of guest memory in which a bit flips when the read is complete.
+    flips: Vec<Option<GuestAddress>>,
+    /// The ranges of a torn write.
+    torn: Vec<GuestRange>,
+}
+
+impl FaultyEngine {
+    pub(super) fn new(
+        engine: Box<dyn Engine>,
+        memory: GuestMemory,
+        depth: u32,
+        faults: Arc<Faults>,
+    ) -> Self {
+        let flips = (0..depth).map(|_| None).collect();
+        Self { engine, memory, faults, done: Vec::new(), flips, torn: Vec::new() }
+    }
+
+    /// The fault that hits a request, and its number.
+    fn fault(&self, transfer: &Transfer<'_>) -> Option<(FaultKind, u64)> {
+        let mut rules = self.faults.rules.iter();
+        let hit = rules.find_map(|rule| Some((rule.rule.kind, rule.hits(transfer)?)));
+        if let Some((kind, number)) = hit
+            && let Some(suppressed) = self.faults.limit.admit()
+        {
+            let (sector, operation) = (transfer.offset / SECTOR, transfer.operation);
+            tracing::warn!(sector, ?operation, suppressed, "fault={kind:?}: number {number}");
+        }
+        hit
+    }
+
+    /// Submits the first half of a write's sectors.
+    fn tear(&mut self, transfer: Transfer<'_>) {
+        let length = transfer.length / 2 / SECTOR * SECTOR;
+        if length == 0 {
+            self.done.push(Completion { tag: transfer.tag, result: Ok(()) });
+            return;
+        }
+        let mut left = length;
+        self.torn.clear();
+        for range in transfer.ranges {
+            let part = left.min(range.length.into());
+            self.torn.push(GuestRange { length: part as u32, ..*range });
+            left -= part;
+        }
+        self.torn.retain(|range| range.length > 0);
+        self.engine.submit(Transfer { length, ranges: &self.torn, ..transfer });
+    }
+
+    /// The byte of a read that is to be wrong.
+    fn byte(transfer: &Transfer<'_>, number: u64) -> Option<GuestAddress> {
+        let mut at = mix(transfer.offset, number) % transfer.length.max(1);
+        for range in transfer.ranges {
+            if at < range.length.into() {
+                return range.address.checked_add(at);
+            }
+            at -= u64::from(range.length);
+        }
+        None
+    }
+
+    /// Flips the bits of reads that are complete.
+    fn flip(&mut self, completions: &[Completion]) {
+        for Completion { tag, .. } in completions {
+            if let Some(address) = self.flips.get_mut(*tag as usize).and_then(Option::take)
+                && let Ok(byte) = self.memory.read_obj::<u8>(address)
+            {
+                // The address was read to just now.
+                let _ = self.memory.write_obj(byte ^ 1, address);
+            }
+        }
+    }
+}
+
+impl Engine for FaultyEngine {
+    fn submit(&mut self, transfer: Transfer<'_>) {
+        let tag = transfer.tag;
+        match self.fault(&transfer) {
+            None => self.engine.submit(transfer),
+            Some((FaultKind::Error, _)) => {
+                let result = Err(DiskError::Host(libc::EIO));
+                self.done.push(Completion { tag, result });
+            }
+            Some((FaultKind::Lost, _)) => self.done.push(Completion { tag, result: Ok(()) }),
+            Some((FaultKind::Torn, _)) => self.tear(transfer),
+            Some((FaultKind::Flip, number)) => {
+                if let Some(flip) = self.flips.get_mut(tag as usize) {
+                    *flip = Self::byte(&transfer, number);
+                }
+                self.engine.submit(transfer);
+            }
+        }
+    }
+
+    fn submit_scsi(&mut self, tag: u32, command: Arc<dyn DeviceCommand>, data: &[GuestRange]) {
+        self.engine.submit_scsi(tag, command, data);
+    }
+
+    fn commit(&mut self) {
+        self.engine.commit();
+    }
+
+    fn finished(&self) -> usize {
+        self.done.len() + self.engine.finished()
+    }
+
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        done.append(&mut self.done);
+        let before = done.len();
+        self.engine.reap(done);
+        self.flip(&done[before..]);
+    }
+
+    fn completion_fd(&self) -> Option<RawFd> {
+        self.engine.completion_fd()
+    }
+
+    fn drain(&mut self, done: &mut Vec<Completion>) {
+        done.append(&mut self.done);
+        let before = done.len();
+        self.engine.drain(done);
+        self.flip(&done[before..]);
+    }
+}
