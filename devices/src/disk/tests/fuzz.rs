@@ -155,7 +155,7 @@ impl Model {
 fn qcow2_images() {
     minivmm_fuzz::run("devices/qcow2_images", |input| {
         let Some(images) = images() else { return };
-        // In memory, where there is such a file system.
+        // In memory, where /dev/shm is there.
         let directory = rig::directories().pop().unwrap();
         let mut image = images[input.below(images.len() as u64) as usize].clone();
         let patches = input.below(6);
