@@ -149,7 +149,8 @@ impl DiskOption {
             let Some((key, value)) = part.split_once('=') else {
                 return Err(without_value(part));
             };
-            if given.iter().any(|before| before == key) {
+            // Each fault= adds a rule.
+            if key != "fault" && given.iter().any(|before| before == key) {
                 return Err(ValueError::KeyTwice(key.to_owned()));
             }
             given.push(key.to_owned());
