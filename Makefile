@@ -93,7 +93,7 @@ test-tools:
 # $(call executable,NAME,CARGO'S OPTIONS): the test program NAME, as cargo names it after building
 executable = $$($(CARGO) test --workspace $(2) --no-run --message-format=json 2>/dev/null | sed -n 's|.*"executable":"\([^"]*/$(1)-[^"]*\)".*|\1|p')
 # Seconds until a lab that hangs is ended. Each test has a bound of its own, so that this one is for the lab's own faults.
-LAB_LIMIT ?= 2400
+LAB_LIMIT ?= 4500
 
 # In labs that share the tests, and the devices' SCSI tests with them, since a lab's kernel has scsi_debug. The binary under test
 # is the release; the tests themselves are built as the other tests are.

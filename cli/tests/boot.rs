@@ -202,9 +202,7 @@ fn a_lease_on_the_kernel_is_given_up_in_time() {
     let session = Session::start(command.args(["--stop-timeout", "1s", "--disk"]).arg(option));
     session.output.expect_bytes(3, BOUND).unwrap();
     disk.hang();
-    while disk.held() == 0 {
-        std::thread::yield_now();
-    }
+    disk.wait_until_held();
     // Waits for the lease.
     fs::File::options().write(true).open(&kernel).unwrap().set_len(0).unwrap();
     disk.serve();

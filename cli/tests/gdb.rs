@@ -283,7 +283,7 @@ fn a_debugger_leaves_nothing_behind() {
     // A guest that runs when its debugger goes away runs on, without its breakpoints.
     debugger.ok(&format!("Z1,{COUNTER:x},1"));
     debugger.send("c");
-    drop(debugger);
+    debugger.close();
     let mut debugger = Debugger::connect(&path);
     let counter = debugger.word(COUNTER);
     debugger.ok(&format!("Z0,{:x},1", guest_loop()));

@@ -59,7 +59,7 @@ impl Holdings {
     #[track_caller]
     pub fn assert_same_soon(&self, id: u32, what: &str) {
         let deadline = Instant::now() + BOUND;
-        while Self::of(id).descriptors > self.descriptors && Instant::now() < deadline {
+        while Self::of(id).descriptors != self.descriptors && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(5));
         }
         self.assert_same(id, what);

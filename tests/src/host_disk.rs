@@ -7,7 +7,7 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fuser::{
     BackgroundSession, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType, Filesystem,
@@ -15,6 +15,8 @@ use fuser::{
     ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 use tempfile::TempDir;
+
+use crate::BOUND;
 
 const FILE: INodeNo = INodeNo(2);
 const NAME: &str = "disk.img";
@@ -85,6 +87,15 @@ impl HostDisk {
     /// From now on every write and sync fails with this errno.
     pub fn fail(&self, errno: i32) {
         self.state.lock().unwrap().error = Some(errno);
+    }
+
+    /// Waits until a request waits for its reply.
+    pub fn wait_until_held(&self) {
+        let deadline = Instant::now() + BOUND;
+        while self.held() == 0 {
+            assert!(Instant::now() < deadline, "no request comes");
+            std::thread::yield_now();
+        }
     }
 
     /// How many requests wait for their reply.

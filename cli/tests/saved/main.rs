@@ -405,9 +405,7 @@ fn a_disk_that_does_not_answer_fails_a_save_and_the_guest_goes_on() {
     let session = Session::start(&mut command);
     session.output.expect_bytes(3, BOUND).unwrap();
     disk.hang();
-    while disk.held() == 0 {
-        std::thread::yield_now();
-    }
+    disk.wait_until_held();
     let ended = ctl(directory.path(), &["save", "saved"]).wait(BOUND).must_be(1);
     assert!(ended.errors.contains("disk slow: the host has not finished"), "{ended}");
     assert!(!directory.path().join("saved").exists());
