@@ -233,7 +233,7 @@ fn look(arguments: &Arguments, judge: &Judge<'_>) -> Result<bool, PowercutError>
 /// A line on the terminal that is written over.
 fn bar(states: usize, planned: usize, failed: usize) {
     const WIDTH: usize = 40;
-    let done = if planned == 0 { WIDTH } else { states * WIDTH / planned };
+    let done = (states * WIDTH).checked_div(planned).unwrap_or(WIDTH);
     let bar: String = (0..WIDTH).map(|at| if at < done { '#' } else { '.' }).collect();
     let _ = write!(io::stderr(), "\r[{bar}] {states}/{planned} states, {failed} failed");
 }
