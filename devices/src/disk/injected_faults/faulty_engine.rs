@@ -5,8 +5,7 @@ use std::sync::Arc;
 
 use vm_memory::{Address, Bytes, GuestAddress};
 
-use super::Faults;
-use super::rule::{FaultKind, mix};
+use super::rule::{FaultKind, Faults, mix};
 use crate::GuestMemory;
 use crate::disk::{Completion, DeviceCommand, DiskError, Engine, GuestRange, SECTOR, Transfer};
 
@@ -31,19 +30,6 @@ impl FaultyEngine {
     ) -> Self {
         let flips = (0..depth).map(|_| None).collect();
         Self { engine, memory, faults, done: Vec::new(), flips, torn: Vec::new() }
-    }
-
-    /// The fault that hits a request, and its number.
-    fn fault(&self, transfer: &Transfer<'_>) -> Option<(FaultKind, u64)> {
-        let mut rules = self.faults.rules.iter();
-        let hit = rules.find_map(|rule| Some((rule.rule.kind, rule.hits(transfer)?)));
-        if let Some((kind, number)) = hit
-            && let Some(suppressed) = self.faults.limit.admit()
-        {
-            let (sector, operation) = (transfer.offset / SECTOR, transfer.operation);
-            tracing::warn!(sector, ?operation, suppressed, "fault={kind:?}: number {number}");
-        }
-        hit
     }
 
     /// Submits the first half of a write's sectors.
@@ -92,7 +78,7 @@ impl FaultyEngine {
 impl Engine for FaultyEngine {
     fn submit(&mut self, transfer: Transfer<'_>) {
         let tag = transfer.tag;
-        match self.fault(&transfer) {
+        match self.faults.fault(&transfer) {
             None => self.engine.submit(transfer),
             Some((FaultKind::Error, _)) => {
                 let result = Err(DiskError::Host(libc::EIO));

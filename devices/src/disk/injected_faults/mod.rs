@@ -14,10 +14,9 @@ use std::io;
 use std::sync::Arc;
 
 use self::faulty_engine::FaultyEngine;
-use self::rule::Counted;
+use self::rule::Faults;
 pub use self::rule::{BadFault, FaultRule};
 use super::{Corruption, Disk, DiskError, Engine, EngineSetup, Lifetime, Limits};
-use crate::log_limit::LogLimit;
 
 /// A disk with faults.
 struct FaultyDisk {
@@ -25,16 +24,9 @@ struct FaultyDisk {
     faults: Arc<Faults>,
 }
 
-/// The rules of a disk, which its workers share.
-struct Faults {
-    rules: Vec<Counted>,
-    limit: LogLimit,
-}
-
 /// `disk` with faults. The first of `rules` that hits a request counts.
 pub fn over(disk: Arc<dyn Disk>, rules: Vec<FaultRule>) -> Arc<dyn Disk> {
-    let rules = rules.into_iter().map(Counted::new).collect();
-    Arc::new(FaultyDisk { disk, faults: Arc::new(Faults { rules, limit: LogLimit::new() }) })
+    Arc::new(FaultyDisk { disk, faults: Arc::new(Faults::new(rules)) })
 }
 
 impl Disk for FaultyDisk {

@@ -5,6 +5,7 @@ use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::disk::{Operation, SECTOR, Transfer};
+use crate::log_limit::LogLimit;
 
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +33,7 @@ enum Target {
 /// A fault, and the requests that it hits: those of its target that touch its sectors, all of them or as the other words say.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FaultRule {
-    pub(super) kind: FaultKind,
+    kind: FaultKind,
     target: Target,
     sectors: Option<RangeInclusive<u64>>,
     /// Only this one of those requests, from 1 on.
@@ -126,9 +127,35 @@ impl FaultRule {
     }
 }
 
+/// The rules of a disk, which its workers share.
+pub(super) struct Faults {
+    rules: Vec<Counted>,
+    limit: LogLimit,
+}
+
+impl Faults {
+    pub(super) fn new(rules: Vec<FaultRule>) -> Self {
+        let rules = rules.into_iter().map(Counted::new).collect();
+        Self { rules, limit: LogLimit::new() }
+    }
+
+    /// The fault that hits a request, and its number: the first one.
+    pub(super) fn fault(&self, transfer: &Transfer<'_>) -> Option<(FaultKind, u64)> {
+        let mut rules = self.rules.iter();
+        let hit = rules.find_map(|rule| Some((rule.rule.kind, rule.hits(transfer)?)));
+        if let Some((kind, number)) = hit
+            && let Some(suppressed) = self.limit.admit()
+        {
+            let (sector, operation) = (transfer.offset / SECTOR, transfer.operation);
+            tracing::warn!(sector, ?operation, suppressed, "fault={kind:?}: number {number}");
+        }
+        hit
+    }
+}
+
 /// A rule with its counts. Shared by the workers of a disk.
-pub(super) struct Counted {
-    pub(super) rule: FaultRule,
+struct Counted {
+    rule: FaultRule,
     /// Requests that it concerned.
     seen: AtomicU64,
     /// Requests that it has hit.
