@@ -1,7 +1,7 @@
 //! `fault=`: a disk that fails when its user says so.
 //!
 //! A capability. It hooks in as a [`Disk`] around the one that [`open`](super::open) made: [`over`] is called by the builder, and
-//! its engine decides about each [`Transfer`] before the engine inside sees it. It goes around a log of writes
+//! its engine decides about each [`Transfer`](super::Transfer) before the engine inside sees it. It goes around a log of writes
 //! ([`log_writes`](super::log_writes)), so that the log has what reached the disk, and not what the guest was told.
 //!
 //! `rule` says which requests a fault hits, and `faulty_engine` does what the fault is. What goes wrong on the host's side, in

@@ -1,13 +1,13 @@
 //! `log-writes=`: a log of what the guest writes to a disk, in the format of Linux's dm-log-writes.
 //!
 //! A capability. It hooks in as a [`Disk`] around the one that [`open`](super::open) made: [`over`] is called by the builder,
-//! and its engine sees each [`Transfer`] that a worker submits and each [`Completion`] that it reaps. So the log has the guest's
-//! sectors and not those of the image, for every format and engine, and the core does not know of it.
+//! and its engine sees each [`Transfer`](super::Transfer) that a worker submits and each [`Completion`](super::Completion) that it
+//! reaps. So the log has the guest's sectors and not those of the image, for every format and engine, and the core does not know of it.
 //!
 //! The log is in the order of completion. A write is logged when it has completed, before its worker sees that. A flush has
 //! its place where it was submitted, since it covers what had completed by then: an entry stands there as a mark and becomes a
 //! flush when the flush has succeeded. Each entry also says how many entries the log had when its request was submitted, which
-//! dm-log-writes leaves open ([`format`]). With `cache=unsafe` flushes make nothing durable, so they stay marks.
+//! dm-log-writes leaves open ([`format`](mod@format)). With `cache=unsafe` flushes make nothing durable, so they stay marks.
 //!
 //! The data is copied from guest memory when the write is submitted. If a guest changes it while the write is in flight, which
 //! its own disk need not survive either, log and image may differ. A write that the worker made of several adjacent ones is one
