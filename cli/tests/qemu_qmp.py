@@ -92,6 +92,12 @@ async def main(path):
         assert 'minivmm_disk_operations_total{disk="data",kind="write"}' in metrics
 
         assert await execute("query-name") == {}
+        assert len((await execute("query-vm-generation-id"))["guid"]) == 36
+        assert "filename" in (await execute("query-chardev"))[0]
+        # Without --trace there are events, but none can be recorded.
+        (state,) = await execute("trace-event-get-state", name="virtio_blk_handle_write")
+        assert state["state"] == "unavailable"
+        await execute("trace-event-set-state", **{"name": "*", "enable": True, "ignore-unavailable": True})
         for query in ["query-uuid", "query-kvm", "query-machines"]:
             assert await execute(query)
         for none in ["query-iothreads", "query-block-jobs", "query-jobs"]:

@@ -70,6 +70,9 @@ pub(crate) fn follow() -> Vec<String> {
         .start(Activation { memory: memory.clone(), features: blk::F_FLUSH, queues, interrupt })
         .unwrap();
 
+    // The disk's thread answers once it has the queue: the kick will find it asleep.
+    assert_eq!(device.handle().queues().len(), 1);
+
     // What a driver does: a request in three pieces, a chain of three descriptors, its head in the available ring.
     memory.write_obj(blk::T_OUT.to_le(), HEADER).unwrap();
     memory.write_obj(3_u64.to_le(), GuestAddress(HEADER.0 + blk::HEADER_SECTOR as u64)).unwrap();
