@@ -68,9 +68,18 @@ fn stalled_client(directory: &Path) -> Qmp {
     client
 }
 
-fn ctl(directory: &Path, arguments: &[&str]) {
-    let mut command = minivmm([&["ctl", "qmp"], arguments].concat());
-    Session::start(command.current_dir(directory)).wait(BOUND).must_be(0);
+/// Saves the VM, as often as its driver is just resetting the disk.
+fn save(directory: &Path, options: &[&str]) {
+    let deadline = Instant::now() + BOUND;
+    loop {
+        let mut command = minivmm([&["ctl", "qmp", "save", "saved"], options].concat());
+        let ended = Session::start(command.current_dir(directory)).wait(BOUND);
+        let again = ended.errors.contains("its driver is resetting it; try again");
+        if !again || Instant::now() > deadline {
+            ended.must_be(0);
+            return;
+        }
+    }
 }
 
 /// One thing that an operator may do to a VM; `saves`: to save it, too.
@@ -96,7 +105,7 @@ fn step(directory: &Path, saves: bool, random: &mut Random, qmp: &mut Qmp, stall
             }
             qmp.execute("block_set_io_throttle", limits).unwrap();
         }
-        6 if saves => ctl(directory, &["save", "saved"]),
+        6 if saves => save(directory, &[]),
         _ => {
             for query in ["query-status", "query-block", "query-blockstats", "x-query-metrics"] {
                 qmp.query(query);
@@ -173,7 +182,7 @@ fn come_and_go(temporary: &Path, seed: u64, end: Instant) {
             step(directory.path(), saves, &mut random, &mut qmp, &mut stalled);
         }
         if random.below(2) == 0 && saves {
-            ctl(directory.path(), &["save", "saved", "--quit"]);
+            save(directory.path(), &["--quit"]);
             let ended = session.wait(BOUND).must_be(0);
             assert!(unexpected_lines(&ended.errors).is_empty(), "{disk:?}: {ended}");
             let mut command =
