@@ -95,14 +95,16 @@ executable = $$($(CARGO) test --workspace $(2) --no-run --message-format=json 2>
 # Seconds until a lab that hangs is ended. Each test has a bound of its own, so that this one is for the lab's own faults.
 LAB_LIMIT ?= 4500
 
-# In labs that share the tests, and the devices' SCSI tests with them, since a lab's kernel has scsi_debug. The binary under test
+# In labs that share the tests: first a stock Debian, with no guest beside it; the devices' SCSI tests with them, since a lab's kernel has scsi_debug. The binary under test
 # is the release; the tests themselves are built as the other tests are.
 test-guests: guest build test-tools ## real Linux guests, and a stock Debian (TESTS=NAME: only some)
 	$(CARGO) test --workspace --test guests --no-run
 	$(if $(TESTS),,$(CARGO) test --workspace --lib --no-run)
 	$(call ANNOUNCE,the guests)
 	@MINIVMM_BIN=$(MINIVMM) $(if $(LAB),resources/labs $(LAB_LIMIT)) resources/guest-tests $(if $(LAB),--share {}) \
-		"$(call executable,guests,--test guests) $(TESTS)" $(if $(TESTS),,"$(call executable,devices,--lib) scsi")
+		$(if $(TESTS),"$(call executable,guests,--test guests) $(TESTS)",\
+		"$(call executable,guests,--test guests) debian::" "$(call executable,guests,--test guests) --skip debian::" \
+		"$(call executable,devices,--lib) scsi")
 
 # QUICK=1: once, and only on a file in memory. Results, and a picture of them, are in target/bench.
 BENCH = $(CARGO_TARGET_DIR)/release/bench

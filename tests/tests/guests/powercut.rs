@@ -4,6 +4,7 @@ use std::os::unix::fs::symlink;
 use std::process::Command;
 
 use minivmm_tests::linux::{BOOT_BOUND, CLOUD, artefact};
+use minivmm_tests::runs;
 use minivmm_tests::session::Session;
 
 #[test]
@@ -21,6 +22,7 @@ fn ext4_passes_by_default_and_fails_without_barriers() {
     let outputs = ["", " 0 failed\n", "the same again: ", "it fails again\n"];
     assert_eq!(scripts.len(), outputs.len(), "{scripts:#?}");
     for (script, output) in scripts.iter().zip(outputs) {
+        let script = script.replace("--states 100", &format!("--states {}", runs(25, 100)));
         let mut shell = Command::new("bash");
         shell.args(["-ec", &format!("PATH=$PWD:$PATH:/usr/sbin:/sbin\n{script}")]);
         shell.current_dir(directory.path()).env("TMPDIR", std::env::temp_dir());
