@@ -1,7 +1,7 @@
 //! The boot matrix: kernels and entries, ACPI or not, vCPUs, memory, disks, and ways to end. Not every combination, but
 //! every value, and every pair that could matter to each other.
 
-use minivmm_tests::linux::{Guest, Report, System};
+use minivmm_tests::linux::{Guest, Report, System, artefact};
 
 const CLOUD_PVH: System = System { kernel: "linux-cloud/vmlinux", initrd: "initrd-cloud.cpio" };
 const CLOUD_64: System =
@@ -156,6 +156,26 @@ fn a_reboot_by_triple_fault_bios_or_efi_is_no_panic() {
         let report = Guest::new(CLOUD_PVH, "settle; reboot -f").with(&words).run(0);
         assert_eq!(report.ended.errors, "", "{method}");
     }
+}
+
+/// The second kernel finds the machine as the first left it: the disk with its queues, the console, the interrupt controllers.
+#[test]
+fn a_kernel_started_by_kexec_finds_disk_and_console() {
+    let script = "case $(cat /proc/cmdline) in
+*second=1*) fact second $(nproc) $(od -An -tx1 -N 2 -j 1080 /dev/vda) ;;
+*) cat /dev/vdb >/tmp/kernel && cat /dev/vdc >/tmp/initrd && settle
+   kexec /tmp/kernel /tmp/initrd \"$(cat /proc/cmdline) second=1\"; fact failed $? ;;
+esac";
+    let guest = Guest::new(CLOUD_PVH, script).with_tools().with("--cpus 2 --memory 512M");
+    for (name, file) in [("second", artefact(CLOUD_BZ.kernel)), ("archive", guest.path("initrd"))] {
+        let mut content = std::fs::read(file).unwrap();
+        content.resize(content.len().next_multiple_of(512), 0);
+        std::fs::write(guest.path(name), content).unwrap();
+    }
+    let guest =
+        guest.with("--disk second,format=raw,readonly=on --disk archive,format=raw,readonly=on");
+    let report = guest.run(0);
+    assert_eq!((report.get("second"), &*report.ended.errors), ("2 53 ef", ""));
 }
 
 /// Each disk has a size of its own.
