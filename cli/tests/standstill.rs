@@ -51,6 +51,22 @@ fn the_largest_requests_of_a_guest_hold_up_no_end() {
     }
 }
 
+/// timeout(1) sends its signal to the process, and then to its group.
+#[test]
+fn a_signal_that_comes_twice_at_once_is_one() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let session = Session::start(&mut flood(directory.path(), Program::Flood));
+    session.expect("ready\n", BOUND);
+    for signal in [Signal::STOP, Signal::TERM, Signal::INT, Signal::CONT] {
+        session.signal(signal);
+    }
+    let ended = session.wait(BOUND).must_be(0);
+    assert!(unexpected_lines(&ended.errors).is_empty(), "{ended}");
+}
+
 #[test]
 fn the_largest_requests_of_a_guest_hold_up_no_stop_and_go_on_after_it() {
     if !kvm_is_usable() {
@@ -112,7 +128,7 @@ fn a_disk_that_does_not_answer_holds_up_no_end() {
     if !kvm_is_usable() {
         return;
     }
-    // One signal ends it after its time-out, two end it long before that.
+    // One signal ends it after its time-out, two end it a second after the first.
     for (signals, timeout) in
         [(&[Signal::TERM][..], "1s"), (&[Signal::INT], "1s"), (&[Signal::TERM, Signal::INT], "1h")]
     {
@@ -152,6 +168,7 @@ fn an_end_with_a_disk_that_does_not_answer_is_put_off_by_no_client() {
         assert!(error.contains("about to stop"), "{command}: {error}");
     }
     session.signal(Signal::TERM);
+    wait_for_the_main_thread(&session);
     disk.serve();
     session.wait(BOUND).must_be(1);
 }
@@ -183,7 +200,7 @@ fn a_start_on_storage_that_does_not_answer_can_be_ended() {
 
 /// The user's key asks again as a signal does.
 #[test]
-fn the_key_that_quits_ends_at_once_when_it_is_typed_again() {
+fn the_key_that_quits_ends_soon_when_it_is_typed_again() {
     if !kvm_is_usable() {
         return;
     }

@@ -186,6 +186,8 @@ struct Resize {
 struct End {
     outcome: Result<Outcome, Error>,
     began: Instant,
+    /// How long it may take, from `began`.
+    limit: Duration,
     disks: Vec<DiskEnd>,
     /// How often the user asked for the end, by a signal or a key.
     requests: u32,

@@ -5,21 +5,27 @@
 //! draining to flushing when that disk is ready, so that one that hangs does not keep another's data from the medium.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{DiskEnd, End, Machine, MachineDisk, MachineEvent, Outcome, is_paused};
 use crate::error::Error;
 use crate::vcpu::VcpuThread;
 
+/// How long the end goes on, from its beginning, once a second signal or `Ctrl-A x` has come. Not zero: timeout(1) sends its signal
+/// twice, to the process and to its group, and means one. On disks that answer the end takes a fraction of it.
+const HURRIED_END: Duration = Duration::from_secs(1);
+
 impl Machine {
     /// Begins to end the machine: vCPUs stop, disks are drained and flushed, each as soon as it stands still. The first
-    /// outcome counts. A second signal, or `Ctrl-A x`, ends the machine at once.
+    /// outcome counts. A second signal, or `Ctrl-A x`, leaves the end [`HURRIED_END`].
     pub(crate) fn end(&mut self, outcome: Result<Outcome, Error>) {
         let is_users = matches!(outcome, Ok(Outcome::Signal(_) | Outcome::Quit));
         if let Some(end) = &mut self.end {
             end.requests += u32::from(is_users);
-            if is_users && end.requests == 2 {
-                self.abandon_end();
+            if is_users && end.requests == 2 && end.limit > HURRIED_END {
+                end.limit = HURRIED_END;
+                let left = HURRIED_END.saturating_sub(end.began.elapsed());
+                self.start_deadline(left);
             }
             return;
         }
@@ -42,7 +48,8 @@ impl Machine {
         }
         let began = self.begin_to_pause();
         let disks = self.hardware.disks.iter().map(|_| DiskEnd::Draining).collect();
-        self.end = Some(End { outcome, began, disks, requests: is_users.into(), over: false });
+        let (limit, requests) = (self.stop_timeout, is_users.into());
+        self.end = Some(End { outcome, began, limit, disks, requests, over: false });
     }
 
     pub(super) fn advance_end(&mut self) {
@@ -60,7 +67,7 @@ impl Machine {
         }
         let stands_still = end.disks.iter().all(|disk| matches!(disk, DiskEnd::Done))
             && self.hardware.vcpus.iter().all(VcpuThread::has_left);
-        let is_late = end.began.elapsed() >= self.stop_timeout;
+        let is_late = end.began.elapsed() >= end.limit;
         end.over |= stands_still;
         self.end = Some(end);
         if is_late && !stands_still {

@@ -64,11 +64,7 @@ impl Machine {
     pub(super) fn begin_to_pause(&mut self) -> Instant {
         // Before the timer starts: when it expires, this long has passed.
         let began = Instant::now();
-        // A timer set to zero never expires.
-        let limit = self.stop_timeout.max(Duration::from_nanos(1));
-        if let Err(error) = self.deadline.reset(limit, None) {
-            tracing::warn!(%error, "--stop-timeout cannot be kept: the timer cannot be set");
-        }
+        self.start_deadline(self.stop_timeout);
         self.hardware.vcpus.iter().for_each(VcpuThread::pause);
         for disk in &mut self.hardware.disks {
             let (drain, main_loop) = (disk.handle.pause(), Arc::clone(&self.wake_main_loop));
@@ -76,6 +72,14 @@ impl Machine {
             disk.pausing = Some(drain);
         }
         began
+    }
+
+    /// Has the main loop call [`advance`](Self::advance) after `limit`, too.
+    pub(super) fn start_deadline(&mut self, limit: Duration) {
+        // A timer set to zero never expires.
+        if let Err(error) = self.deadline.reset(limit.max(Duration::from_nanos(1)), None) {
+            tracing::warn!(%error, "--stop-timeout cannot be kept: the timer cannot be set");
+        }
     }
 
     /// Carries out what has become possible. To be called after every event of the main loop.
