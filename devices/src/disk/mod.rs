@@ -26,6 +26,7 @@ mod error;
 mod host_file;
 pub mod injected_faults;
 mod job;
+mod layer;
 mod lock;
 pub mod log_writes;
 mod observer;

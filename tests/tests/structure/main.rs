@@ -41,6 +41,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ),
     ("huge pages", &["vmm/src/hugepages.rs"]),
     ("io_uring", &["devices/src/disk/engine/uring.rs"]),
+    ("layers over disks", &["devices/src/disk/layer.rs"]),
     ("log of writes", &["devices/src/disk/log_writes", "vmm/src/write_logs.rs"]),
     ("MPTable", &["arch/src/tables/mptable.rs"]),
     ("other formats", &["devices/src/disk/other_formats.rs"]),

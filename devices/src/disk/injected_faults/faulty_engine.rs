@@ -1,16 +1,15 @@
-//! An engine that makes faults. It belongs to one worker, as the engine inside does.
+//! Makes the faults of one worker's engine.
 
-use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use vm_memory::{Address, Bytes, GuestAddress};
 
 use super::rule::{FaultKind, Faults, mix};
 use crate::GuestMemory;
-use crate::disk::{Completion, DeviceCommand, DiskError, Engine, GuestRange, SECTOR, Transfer};
+use crate::disk::layer::EngineLayer;
+use crate::disk::{Completion, DiskError, Engine, GuestRange, SECTOR, Transfer};
 
 pub(super) struct FaultyEngine {
-    engine: Box<dyn Engine>,
     memory: GuestMemory,
     faults: Arc<Faults>,
     /// Requests that the engine inside did not see.
@@ -22,18 +21,13 @@ pub(super) struct FaultyEngine {
 }
 
 impl FaultyEngine {
-    pub(super) fn new(
-        engine: Box<dyn Engine>,
-        memory: GuestMemory,
-        depth: u32,
-        faults: Arc<Faults>,
-    ) -> Self {
+    pub(super) fn new(memory: GuestMemory, depth: u32, faults: Arc<Faults>) -> Self {
         let flips = (0..depth).map(|_| None).collect();
-        Self { engine, memory, faults, done: Vec::new(), flips, torn: Vec::new() }
+        Self { memory, faults, done: Vec::new(), flips, torn: Vec::new() }
     }
 
     /// Submits the first half of a write's sectors.
-    fn tear(&mut self, transfer: Transfer<'_>) {
+    fn tear(&mut self, engine: &mut dyn Engine, transfer: Transfer<'_>) {
         let length = transfer.length / 2 / SECTOR * SECTOR;
         if length == 0 {
             self.done.push(Completion { tag: transfer.tag, result: Ok(()) });
@@ -47,7 +41,7 @@ impl FaultyEngine {
             left -= part;
         }
         self.torn.retain(|range| range.length > 0);
-        self.engine.submit(Transfer { length, ranges: &self.torn, ..transfer });
+        engine.submit(Transfer { length, ranges: &self.torn, ..transfer });
     }
 
     /// The byte of a read that is to be wrong.
@@ -75,53 +69,32 @@ impl FaultyEngine {
     }
 }
 
-impl Engine for FaultyEngine {
-    fn submit(&mut self, transfer: Transfer<'_>) {
+impl EngineLayer for FaultyEngine {
+    fn submit(&mut self, engine: &mut dyn Engine, transfer: Transfer<'_>) {
         let tag = transfer.tag;
         match self.faults.fault(&transfer) {
-            None => self.engine.submit(transfer),
+            None => engine.submit(transfer),
             Some((FaultKind::Error, _)) => {
                 let result = Err(DiskError::Host(libc::EIO));
                 self.done.push(Completion { tag, result });
             }
             Some((FaultKind::Lost, _)) => self.done.push(Completion { tag, result: Ok(()) }),
-            Some((FaultKind::Torn, _)) => self.tear(transfer),
+            Some((FaultKind::Torn, _)) => self.tear(engine, transfer),
             Some((FaultKind::Flip, number)) => {
                 if let Some(flip) = self.flips.get_mut(tag as usize) {
                     *flip = Self::byte(&transfer, number);
                 }
-                self.engine.submit(transfer);
+                engine.submit(transfer);
             }
         }
     }
 
-    fn submit_scsi(&mut self, tag: u32, command: Arc<dyn DeviceCommand>, data: &[GuestRange]) {
-        self.engine.submit_scsi(tag, command, data);
-    }
-
-    fn commit(&mut self) {
-        self.engine.commit();
+    fn complete(&mut self, done: &mut Vec<Completion>, first: usize) {
+        self.flip(&done[first..]);
+        done.append(&mut self.done);
     }
 
     fn finished(&self) -> usize {
-        self.done.len() + self.engine.finished()
-    }
-
-    fn reap(&mut self, done: &mut Vec<Completion>) {
-        done.append(&mut self.done);
-        let before = done.len();
-        self.engine.reap(done);
-        self.flip(&done[before..]);
-    }
-
-    fn completion_fd(&self) -> Option<RawFd> {
-        self.engine.completion_fd()
-    }
-
-    fn drain(&mut self, done: &mut Vec<Completion>) {
-        done.append(&mut self.done);
-        let before = done.len();
-        self.engine.drain(done);
-        self.flip(&done[before..]);
+        self.done.len()
     }
 }

@@ -16,71 +16,22 @@ use std::sync::Arc;
 use self::faulty_engine::FaultyEngine;
 use self::rule::Faults;
 pub use self::rule::{BadFault, FaultRule};
-use super::{Corruption, Disk, DiskError, Engine, EngineSetup, Lifetime, Limits};
+use super::layer::{Layer, LayeredDisk};
+use super::{Disk, Engine};
+use crate::GuestMemory;
 
-/// A disk with faults.
-struct FaultyDisk {
-    disk: Arc<dyn Disk>,
-    faults: Arc<Faults>,
-}
+/// Makes a disk fail.
+struct FaultLayer(Arc<Faults>);
 
 /// `disk` with faults. The first of `rules` that hits a request counts.
 pub fn over(disk: Arc<dyn Disk>, rules: Vec<FaultRule>) -> Arc<dyn Disk> {
-    Arc::new(FaultyDisk { disk, faults: Arc::new(Faults::new(rules)) })
+    Arc::new(LayeredDisk { disk, layer: FaultLayer(Arc::new(Faults::new(rules))) })
 }
 
-impl Disk for FaultyDisk {
-    fn capacity(&self) -> u64 {
-        self.disk.capacity()
-    }
+impl Layer for FaultLayer {
+    type Engine = FaultyEngine;
 
-    fn read_only(&self) -> bool {
-        self.disk.read_only()
-    }
-
-    fn limits(&self) -> Limits {
-        self.disk.limits()
-    }
-
-    fn lifetime(&self) -> Option<Lifetime> {
-        self.disk.lifetime()
-    }
-
-    fn first_sector(&self) -> Option<[u8; 512]> {
-        self.disk.first_sector()
-    }
-
-    fn scsi(&self) -> bool {
-        self.disk.scsi()
-    }
-
-    fn refresh_capacity(&self) -> io::Result<u64> {
-        self.disk.refresh_capacity()
-    }
-
-    fn resize(&self, bytes: u64) -> io::Result<()> {
-        self.disk.resize(bytes)
-    }
-
-    fn allocated(&self) -> u64 {
-        self.disk.allocated()
-    }
-
-    fn backing_files(&self) -> u32 {
-        self.disk.backing_files()
-    }
-
-    fn take_corruption(&self) -> Option<Corruption> {
-        self.disk.take_corruption()
-    }
-
-    fn flush(&self) -> Result<(), DiskError> {
-        self.disk.flush()
-    }
-
-    fn engine(self: Arc<Self>, setup: EngineSetup) -> io::Result<Box<dyn Engine>> {
-        let (memory, depth) = (setup.memory.clone(), setup.depth);
-        let engine = Arc::clone(&self.disk).engine(setup)?;
-        Ok(Box::new(FaultyEngine::new(engine, memory, depth, Arc::clone(&self.faults))))
+    fn engine(&self, _: &dyn Engine, memory: GuestMemory, depth: u32) -> io::Result<FaultyEngine> {
+        Ok(FaultyEngine::new(memory, depth, Arc::clone(&self.0)))
     }
 }

@@ -1,6 +1,5 @@
-//! An engine that logs the changes that go through it. It belongs to one worker, as the engine inside does.
+//! Logs the changes that go through one worker's engine.
 
-use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use vm_memory::Bytes;
@@ -8,13 +7,13 @@ use vm_memory::Bytes;
 use super::format::{Entry, FUA, SECTOR_BYTES};
 use super::write_log::{FlushPlace, WriteLog};
 use crate::GuestMemory;
-use crate::disk::{Completion, DeviceCommand, Engine, GuestRange, Operation, SECTOR, Transfer};
+use crate::disk::layer::EngineLayer;
+use crate::disk::{Completion, Engine, Operation, SECTOR, Transfer};
 
 /// A buffer that is larger than this is given back when its write is complete.
 const KEPT_BUFFER: usize = 256 << 10;
 
 pub(super) struct LoggedEngine {
-    engine: Box<dyn Engine>,
     memory: GuestMemory,
     log: Arc<WriteLog>,
     ignores_flush: bool,
@@ -35,14 +34,13 @@ struct ChangeInFlight {
 
 impl LoggedEngine {
     pub(super) fn new(
-        engine: Box<dyn Engine>,
         memory: GuestMemory,
         depth: u32,
         log: Arc<WriteLog>,
         ignores_flush: bool,
     ) -> Self {
         let changes = (0..depth).map(|_| ChangeInFlight::default()).collect();
-        Self { engine, memory, log, ignores_flush, changes }
+        Self { memory, log, ignores_flush, changes }
     }
 
     /// Notes what is about to be submitted.
@@ -112,37 +110,13 @@ impl LoggedEngine {
     }
 }
 
-impl Engine for LoggedEngine {
-    fn submit(&mut self, transfer: Transfer<'_>) {
+impl EngineLayer for LoggedEngine {
+    fn submit(&mut self, engine: &mut dyn Engine, transfer: Transfer<'_>) {
         self.begin(&transfer);
-        self.engine.submit(transfer);
+        engine.submit(transfer);
     }
 
-    fn submit_scsi(&mut self, tag: u32, command: Arc<dyn DeviceCommand>, data: &[GuestRange]) {
-        self.engine.submit_scsi(tag, command, data);
-    }
-
-    fn commit(&mut self) {
-        self.engine.commit();
-    }
-
-    fn finished(&self) -> usize {
-        self.engine.finished()
-    }
-
-    fn reap(&mut self, done: &mut Vec<Completion>) {
-        let before = done.len();
-        self.engine.reap(done);
-        self.end(&done[before..]);
-    }
-
-    fn completion_fd(&self) -> Option<RawFd> {
-        self.engine.completion_fd()
-    }
-
-    fn drain(&mut self, done: &mut Vec<Completion>) {
-        let before = done.len();
-        self.engine.drain(done);
-        self.end(&done[before..]);
+    fn complete(&mut self, done: &mut Vec<Completion>, first: usize) {
+        self.end(&done[first..]);
     }
 }

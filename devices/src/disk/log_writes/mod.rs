@@ -29,13 +29,12 @@ use std::sync::Arc;
 
 use self::logged_engine::LoggedEngine;
 pub use self::write_log::WriteLog;
-use super::{
-    CacheMode, Corruption, Disk, DiskError, Engine, EngineSetup, Lifetime, Limits, SECTOR,
-};
+use super::layer::{Layer, LayeredDisk};
+use super::{CacheMode, Disk, Engine, SECTOR};
+use crate::GuestMemory;
 
-/// A disk whose changes are logged.
-struct LoggedDisk {
-    disk: Arc<dyn Disk>,
+/// Logs the changes of a disk.
+struct LogLayer {
     log: Arc<WriteLog>,
     /// Flushes do nothing, and are no flushes for the log.
     ignores_flush: bool,
@@ -43,65 +42,19 @@ struct LoggedDisk {
 
 /// `disk`, with its changes in `log`. `cache` is the disk's.
 pub fn over(disk: Arc<dyn Disk>, log: Arc<WriteLog>, cache: CacheMode) -> Arc<dyn Disk> {
-    Arc::new(LoggedDisk { disk, log, ignores_flush: cache.ignores_flush() })
+    let layer = LogLayer { log, ignores_flush: cache.ignores_flush() };
+    Arc::new(LayeredDisk { disk, layer })
 }
 
-impl Disk for LoggedDisk {
-    fn capacity(&self) -> u64 {
-        self.disk.capacity()
+impl Layer for LogLayer {
+    type Engine = LoggedEngine;
+
+    fn engine(&self, _: &dyn Engine, memory: GuestMemory, depth: u32) -> io::Result<LoggedEngine> {
+        Ok(LoggedEngine::new(memory, depth, Arc::clone(&self.log), self.ignores_flush))
     }
 
-    fn read_only(&self) -> bool {
-        self.disk.read_only()
-    }
-
-    fn limits(&self) -> Limits {
-        self.disk.limits()
-    }
-
-    fn lifetime(&self) -> Option<Lifetime> {
-        self.disk.lifetime()
-    }
-
-    fn first_sector(&self) -> Option<[u8; 512]> {
-        self.disk.first_sector()
-    }
-
-    fn scsi(&self) -> bool {
-        self.disk.scsi()
-    }
-
-    fn refresh_capacity(&self) -> io::Result<u64> {
-        self.disk.refresh_capacity()
-    }
-
-    fn resize(&self, bytes: u64) -> io::Result<()> {
-        self.disk.resize(bytes)?;
+    fn resized(&self, bytes: u64) {
         self.log.mark(&format!("resized to {} sectors", bytes / SECTOR));
         self.log.publish();
-        Ok(())
-    }
-
-    fn allocated(&self) -> u64 {
-        self.disk.allocated()
-    }
-
-    fn backing_files(&self) -> u32 {
-        self.disk.backing_files()
-    }
-
-    fn take_corruption(&self) -> Option<Corruption> {
-        self.disk.take_corruption()
-    }
-
-    fn flush(&self) -> Result<(), DiskError> {
-        self.disk.flush()
-    }
-
-    fn engine(self: Arc<Self>, setup: EngineSetup) -> io::Result<Box<dyn Engine>> {
-        let (memory, depth) = (setup.memory.clone(), setup.depth);
-        let engine = Arc::clone(&self.disk).engine(setup)?;
-        let log = Arc::clone(&self.log);
-        Ok(Box::new(LoggedEngine::new(engine, memory, depth, log, self.ignores_flush)))
     }
 }

@@ -1,0 +1,152 @@
+//! A disk around another one, whose engines see each transfer before the engines inside and each completion after them.
+//!
+//! A capability. `log_writes` and `injected_faults` say what is special of them by a [`Layer`] and its [`EngineLayer`]s; here is
+//! what they have in common: everything else goes to the disk inside.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use super::{
+    Completion, Corruption, DeviceCommand, Disk, DiskError, Engine, EngineSetup, GuestRange,
+    Lifetime, Limits, Transfer,
+};
+use crate::GuestMemory;
+
+/// What a layer is for a whole disk.
+pub(super) trait Layer: Send + Sync + 'static {
+    /// What it is for one worker.
+    type Engine: EngineLayer + 'static;
+
+    /// Makes what belongs to `engine`, which has `depth` transfers in flight at most.
+    ///
+    /// # Errors
+    /// When the host has no descriptors for it.
+    fn engine(
+        &self,
+        engine: &dyn Engine,
+        memory: GuestMemory,
+        depth: u32,
+    ) -> io::Result<Self::Engine>;
+
+    /// The disk inside has another size now.
+    fn resized(&self, _bytes: u64) {}
+}
+
+/// What a layer does with the transfers of one worker. It belongs to that worker's thread, as the engine inside does.
+pub(super) trait EngineLayer: Send {
+    /// Hands `transfer` to `engine`, as it is or changed, or finishes it itself.
+    fn submit(&mut self, engine: &mut dyn Engine, transfer: Transfer<'_>);
+
+    /// Sees the completions that the engine inside has just appended to `done`: those from `first` on. It may add and remove some.
+    fn complete(&mut self, done: &mut Vec<Completion>, first: usize);
+
+    /// How many transfers `complete` would add that the engine inside did not see.
+    fn finished(&self) -> usize {
+        0
+    }
+}
+
+/// `disk` with a layer around it.
+pub(super) struct LayeredDisk<L> {
+    pub(super) disk: Arc<dyn Disk>,
+    pub(super) layer: L,
+}
+
+impl<L: Layer> Disk for LayeredDisk<L> {
+    fn capacity(&self) -> u64 {
+        self.disk.capacity()
+    }
+
+    fn read_only(&self) -> bool {
+        self.disk.read_only()
+    }
+
+    fn limits(&self) -> Limits {
+        self.disk.limits()
+    }
+
+    fn lifetime(&self) -> Option<Lifetime> {
+        self.disk.lifetime()
+    }
+
+    fn first_sector(&self) -> Option<[u8; 512]> {
+        self.disk.first_sector()
+    }
+
+    fn scsi(&self) -> bool {
+        self.disk.scsi()
+    }
+
+    fn refresh_capacity(&self) -> io::Result<u64> {
+        self.disk.refresh_capacity()
+    }
+
+    fn resize(&self, bytes: u64) -> io::Result<()> {
+        self.disk.resize(bytes)?;
+        self.layer.resized(bytes);
+        Ok(())
+    }
+
+    fn allocated(&self) -> u64 {
+        self.disk.allocated()
+    }
+
+    fn backing_files(&self) -> u32 {
+        self.disk.backing_files()
+    }
+
+    fn take_corruption(&self) -> Option<Corruption> {
+        self.disk.take_corruption()
+    }
+
+    fn flush(&self) -> Result<(), DiskError> {
+        self.disk.flush()
+    }
+
+    fn engine(self: Arc<Self>, setup: EngineSetup) -> io::Result<Box<dyn Engine>> {
+        let (memory, depth) = (setup.memory.clone(), setup.depth);
+        let engine = Arc::clone(&self.disk).engine(setup)?;
+        let layer = self.layer.engine(&*engine, memory, depth)?;
+        Ok(Box::new(LayeredEngine { engine, layer }))
+    }
+}
+
+struct LayeredEngine<L> {
+    engine: Box<dyn Engine>,
+    layer: L,
+}
+
+impl<L: EngineLayer> Engine for LayeredEngine<L> {
+    fn submit(&mut self, transfer: Transfer<'_>) {
+        self.layer.submit(&mut *self.engine, transfer);
+    }
+
+    fn submit_scsi(&mut self, tag: u32, command: Arc<dyn DeviceCommand>, data: &[GuestRange]) {
+        self.engine.submit_scsi(tag, command, data);
+    }
+
+    fn commit(&mut self) {
+        self.engine.commit();
+    }
+
+    fn finished(&self) -> usize {
+        self.layer.finished() + self.engine.finished()
+    }
+
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        let first = done.len();
+        self.engine.reap(done);
+        self.layer.complete(done, first);
+    }
+
+    fn completion_fd(&self) -> Option<RawFd> {
+        self.engine.completion_fd()
+    }
+
+    fn drain(&mut self, done: &mut Vec<Completion>) {
+        let first = done.len();
+        self.engine.drain(done);
+        self.layer.complete(done, first);
+    }
+}
