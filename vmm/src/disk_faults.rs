@@ -8,7 +8,7 @@ use devices::disk::injected_faults;
 
 use crate::config::DiskConfig;
 
-/// Puts the faults of each disk around its image. `cli` has checked what the user wrote; a rule that cannot be read is left out.
+/// Puts the faults of each disk around its image. `cli` has checked what the user wrote; `none` is no rule.
 pub(crate) fn over(images: &mut [Arc<dyn Disk>], disks: &[DiskConfig]) {
     for (image, disk) in
         images.iter_mut().zip(disks).filter(|(_, disk)| !disk.image.faults.is_empty())

@@ -40,7 +40,7 @@ const fn handle(name: &'static str, kind: &'static str, when: &'static str) -> T
 }
 
 /// Every trace event. Of those with one target, the one for any kind comes last.
-pub const EVENTS: [TraceEvent; 15] = [
+pub const EVENTS: [TraceEvent; 16] = [
     event("virtio_queue_notify", "a disk's worker wakes up for a kick of the guest"),
     handle("virtio_blk_handle_read", "Read", "a read was taken from its ring"),
     handle("virtio_blk_handle_write", "Write", "a write was taken from its ring"),
@@ -53,6 +53,7 @@ pub const EVENTS: [TraceEvent; 15] = [
     event("virtio_notify", "a disk's worker interrupts the driver for what it completed"),
     event("disk_io_begin", "a thread of an engine begins to wait for the host's disk"),
     event("disk_io_end", "the host's disk has answered that thread"),
+    event("disk_fault", "a rule of fault= hits a request"),
     event("irq_pulse", "an interrupt line goes up and down"),
     event("kvm_run_exit", "a vCPU left the guest, for an access or a signal"),
     TraceEvent {

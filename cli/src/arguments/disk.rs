@@ -28,8 +28,9 @@ pub(crate) const HELP: &str = "Disk keys, with QEMU's names:
   werror=report|ignore|stop|enospc    the same for writes; enospc pauses if the host has no space left and reports any
                                 other error [enospc with --qmp, report without]
   backing=on|off                allow a qcow2 image to open its backing files [off]
-  fault=KIND[:WORD]...          fail on order: error, torn, lost or flip, of the requests that the words choose; may be
-                                repeated; a wrong word lists them all [none]
+  fault=KIND[:WORD]...          fail on order: error, torn, lost, flip, delay, hang or misdirected, of the requests that
+                                the words choose; may be repeated; a wrong word lists them all; none: `minivmm ctl`
+                                adds them
   log-writes=FILE               log what the guest writes, for `minivmm powercut` and xfstests' replay-log [none]
   scsi=on|off                   pass the guest's SCSI commands to the host's SCSI disk at PATH [off]
   num-queues=N                  request queues [one for each vCPU]
@@ -190,7 +191,9 @@ impl DiskOption {
             "locking" => self.image.locking = switch(value)?,
             "backing" => self.image.backing = switch(value)?,
             "fault" => {
-                value.parse::<FaultRule>()?;
+                if value != "none" {
+                    value.parse::<FaultRule>()?;
+                }
                 self.image.faults.push(value.to_owned());
             }
             "log-writes" if value.is_empty() => {

@@ -45,6 +45,14 @@ pub(super) trait EngineLayer: Send {
     fn finished(&self) -> usize {
         0
     }
+
+    /// The descriptor for [`Engine::completion_fd`]. `inside`: that of the engine inside.
+    fn completion_fd(&self, inside: Option<RawFd>) -> Option<RawFd> {
+        inside
+    }
+
+    /// Appends what it holds back: the engine inside has nothing in flight.
+    fn drain(&mut self, _done: &mut Vec<Completion>) {}
 }
 
 /// `disk` with a layer around it.
@@ -141,12 +149,13 @@ impl<L: EngineLayer> Engine for LayeredEngine<L> {
     }
 
     fn completion_fd(&self) -> Option<RawFd> {
-        self.engine.completion_fd()
+        self.layer.completion_fd(self.engine.completion_fd())
     }
 
     fn drain(&mut self, done: &mut Vec<Completion>) {
         let first = done.len();
         self.engine.drain(done);
         self.layer.complete(done, first);
+        self.layer.drain(done);
     }
 }

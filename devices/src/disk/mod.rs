@@ -150,7 +150,7 @@ pub trait DeviceCommand: Any + Send + Sync {
 }
 
 /// An opened image. The workers of all queues share it, and it keeps its locks until it is dropped.
-pub trait Disk: Send + Sync {
+pub trait Disk: Any + Send + Sync {
     /// The size in bytes now, a multiple of 512. `resize` and `refresh_capacity` change it at any moment.
     fn capacity(&self) -> u64;
 

@@ -1,29 +1,64 @@
 //! Makes the faults of one worker's engine.
 
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use vm_memory::{Address, Bytes, GuestAddress};
 
-use super::rule::{FaultKind, Faults, mix};
+use super::alarm::Alarm;
+use super::faults::{Faults, Hit};
+use super::rule::{FaultKind, mix};
 use crate::GuestMemory;
+use crate::clock::Instant;
 use crate::disk::layer::EngineLayer;
-use crate::disk::{Completion, DiskError, Engine, GuestRange, SECTOR, Transfer};
+use crate::disk::{Completion, Disk, DiskError, Engine, GuestRange, SECTOR, Transfer};
 
 pub(super) struct FaultyEngine {
     memory: GuestMemory,
+    /// For its capacity.
+    disk: Arc<dyn Disk>,
     faults: Arc<Faults>,
+    alarm: Alarm,
     /// Requests that the engine inside did not see.
     done: Vec<Completion>,
-    /// By tag: the byte of guest memory in which a bit flips when the read is complete.
-    flips: Vec<Option<GuestAddress>>,
+    /// By tag.
+    pending: Vec<Pending>,
+    /// Requests that the engine inside has completed, and that are held back.
+    held: Vec<(Hold, Completion)>,
     /// The ranges of a torn write.
     torn: Vec<GuestRange>,
 }
 
+/// What is to happen when a request is complete.
+#[derive(Clone, Copy, Default)]
+struct Pending {
+    /// In this byte of guest memory a bit flips.
+    flip: Option<GuestAddress>,
+    hold: Option<Hold>,
+}
+
+/// For how long a request is held back.
+#[derive(Clone, Copy)]
+struct Hold {
+    /// Not longer than this rule stands.
+    rule: u64,
+    until: Option<Instant>,
+}
+
 impl FaultyEngine {
-    pub(super) fn new(memory: GuestMemory, depth: u32, faults: Arc<Faults>) -> Self {
-        let flips = (0..depth).map(|_| None).collect();
-        Self { memory, faults, done: Vec::new(), flips, torn: Vec::new() }
+    pub(super) fn new(
+        engine: &dyn Engine,
+        memory: GuestMemory,
+        depth: u32,
+        disk: Arc<dyn Disk>,
+        faults: Arc<Faults>,
+    ) -> io::Result<Self> {
+        let alarm = Alarm::new(engine.completion_fd())?;
+        faults.wake_at_removals(Arc::clone(&alarm.wake));
+        let pending = vec![Pending::default(); depth as usize];
+        let (done, held, torn) = (Vec::new(), Vec::new(), Vec::new());
+        Ok(Self { memory, disk, faults, alarm, done, pending, held, torn })
     }
 
     /// Submits the first half of a write's sectors.
@@ -56,15 +91,30 @@ impl FaultyEngine {
         None
     }
 
-    /// Flips the bits of reads that are complete.
-    fn flip(&mut self, completions: &[Completion]) {
-        for Completion { tag, .. } in completions {
-            if let Some(address) = self.flips.get_mut(*tag as usize).and_then(Option::take)
-                && let Ok(byte) = self.memory.read_obj::<u8>(address)
-            {
-                // The address was read to just now.
-                let _ = self.memory.write_obj(byte ^ 1, address);
-            }
+    /// Does what was pending until this completion, and returns how long it is to be held back.
+    fn settle(&mut self, completion: &Completion) -> Option<Hold> {
+        let pending = std::mem::take(self.pending.get_mut(completion.tag as usize)?);
+        if let Some(address) = pending.flip
+            && let Ok(byte) = self.memory.read_obj::<u8>(address)
+        {
+            // The address was read to just now.
+            let _ = self.memory.write_obj(byte ^ 1, address);
+        }
+        pending.hold
+    }
+
+    /// Lets go what is not to be held back any longer, and sets the alarm for the next one.
+    fn release(&mut self, done: &mut Vec<Completion>) {
+        if self.held.is_empty() {
+            return;
+        }
+        let (now, faults) = (Instant::now(), &self.faults);
+        let is_over = |(hold, _): &mut (Hold, Completion)| {
+            hold.until.is_some_and(|until| until <= now) || !faults.stands(hold.rule)
+        };
+        done.extend(self.held.extract_if(.., is_over).map(|(_, completion)| completion));
+        if let Some(next) = self.held.iter().filter_map(|(hold, _)| hold.until).min() {
+            self.alarm.set(next.saturating_duration_since(now));
         }
     }
 }
@@ -72,29 +122,55 @@ impl FaultyEngine {
 impl EngineLayer for FaultyEngine {
     fn submit(&mut self, engine: &mut dyn Engine, transfer: Transfer<'_>) {
         let tag = transfer.tag;
-        match self.faults.fault(&transfer) {
-            None => engine.submit(transfer),
-            Some((FaultKind::Error, _)) => {
-                let result = Err(DiskError::Host(libc::EIO));
-                self.done.push(Completion { tag, result });
+        let Some(Hit { kind, number, rule }) = self.faults.hit(&transfer) else {
+            return engine.submit(transfer);
+        };
+        let mut pending = Pending::default();
+        match kind {
+            FaultKind::Error(errno) => {
+                let error = io::Error::from_raw_os_error(errno);
+                let result = Err(DiskError::from(error));
+                return self.done.push(Completion { tag, result });
             }
-            Some((FaultKind::Lost, _)) => self.done.push(Completion { tag, result: Ok(()) }),
-            Some((FaultKind::Torn, _)) => self.tear(engine, transfer),
-            Some((FaultKind::Flip, number)) => {
-                if let Some(flip) = self.flips.get_mut(tag as usize) {
-                    *flip = Self::byte(&transfer, number);
-                }
-                engine.submit(transfer);
+            FaultKind::Lost => return self.done.push(Completion { tag, result: Ok(()) }),
+            FaultKind::Torn => return self.tear(engine, transfer),
+            FaultKind::Misdirected(sector) => {
+                let last = self.disk.capacity().saturating_sub(transfer.length);
+                let offset = sector.saturating_mul(SECTOR).min(last);
+                return engine.submit(Transfer { offset, ..transfer });
             }
+            FaultKind::Flip => pending.flip = Self::byte(&transfer, number),
+            FaultKind::Delay(time) => {
+                pending.hold = Some(Hold { rule, until: Some(Instant::now() + time) });
+            }
+            FaultKind::Hang => pending.hold = Some(Hold { rule, until: None }),
         }
+        if let Some(place) = self.pending.get_mut(tag as usize) {
+            *place = pending;
+        }
+        engine.submit(transfer);
     }
 
     fn complete(&mut self, done: &mut Vec<Completion>, first: usize) {
-        self.flip(&done[first..]);
+        for completion in done.split_off(first) {
+            match self.settle(&completion) {
+                Some(hold) => self.held.push((hold, completion)),
+                None => done.push(completion),
+            }
+        }
         done.append(&mut self.done);
+        self.release(done);
     }
 
     fn finished(&self) -> usize {
         self.done.len()
+    }
+
+    fn completion_fd(&self, _: Option<RawFd>) -> Option<RawFd> {
+        Some(self.alarm.as_raw_fd())
+    }
+
+    fn drain(&mut self, done: &mut Vec<Completion>) {
+        done.extend(self.held.drain(..).map(|(_, completion)| completion));
     }
 }

@@ -4,34 +4,60 @@
 //! its engine decides about each [`Transfer`](super::Transfer) before the engine inside sees it. It goes around a log of writes
 //! ([`log_writes`](super::log_writes)), so that the log has what reached the disk, and not what the guest was told.
 //!
-//! `rule` says which requests a fault hits, and `faulty_engine` does what the fault is. What goes wrong on the host's side, in
-//! contrast, is what the error policies are tested with elsewhere.
+//! | file | what it does |
+//! |---|---|
+//! | `rule` | a fault as its user writes it, and which requests it concerns |
+//! | `faults` | the rules of a disk, which a control client may change while the guest runs, and their counts |
+//! | `faulty_engine` | does what the fault is |
+//! | `alarm` | wakes a worker for requests that are held back |
+//!
+//! No thread waits for a delay: the request is done at once, and its completion is held back. To the rest of the machine a disk
+//! with `delay` or `hang` is one that the host does not answer, with the same deadlines.
 
+mod alarm;
+mod faults;
 mod faulty_engine;
 mod rule;
 
+use std::any::Any;
 use std::io;
 use std::sync::Arc;
 
+pub use self::faults::{CountedRule, Faults};
 use self::faulty_engine::FaultyEngine;
-use self::rule::Faults;
 pub use self::rule::{BadFault, FaultRule};
 use super::layer::{Layer, LayeredDisk};
 use super::{Disk, Engine};
 use crate::GuestMemory;
 
 /// Makes a disk fail.
-struct FaultLayer(Arc<Faults>);
+struct FaultLayer {
+    disk: Arc<dyn Disk>,
+    faults: Arc<Faults>,
+}
 
 /// `disk` with faults. The first of `rules` that hits a request counts.
 pub fn over(disk: Arc<dyn Disk>, rules: Vec<FaultRule>) -> Arc<dyn Disk> {
-    Arc::new(LayeredDisk { disk, layer: FaultLayer(Arc::new(Faults::new(rules))) })
+    let layer = FaultLayer { disk: Arc::clone(&disk), faults: Arc::new(Faults::new(rules)) };
+    Arc::new(LayeredDisk { disk, layer })
+}
+
+/// The rules of a disk that [`over`] made.
+pub fn of(disk: &dyn Disk) -> Option<&Faults> {
+    let disk: &dyn Any = disk;
+    disk.downcast_ref::<LayeredDisk<FaultLayer>>().map(|disk| &*disk.layer.faults)
 }
 
 impl Layer for FaultLayer {
     type Engine = FaultyEngine;
 
-    fn engine(&self, _: &dyn Engine, memory: GuestMemory, depth: u32) -> io::Result<FaultyEngine> {
-        Ok(FaultyEngine::new(memory, depth, Arc::clone(&self.0)))
+    fn engine(
+        &self,
+        engine: &dyn Engine,
+        memory: GuestMemory,
+        depth: u32,
+    ) -> io::Result<FaultyEngine> {
+        let (disk, faults) = (Arc::clone(&self.disk), Arc::clone(&self.faults));
+        FaultyEngine::new(engine, memory, depth, disk, faults)
     }
 }

@@ -1,23 +1,33 @@
-//! A fault as the user writes it, `KIND[:WORD]...`, and which requests it hits.
+//! A fault as the user writes it, `KIND[:WORD]...`, and which requests it concerns.
 
-use std::ops::RangeInclusive;
+use std::collections::BTreeSet;
+use std::fmt;
+use std::ops::{Range, RangeInclusive};
 use std::str::FromStr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use crate::disk::{Operation, SECTOR, Transfer};
-use crate::log_limit::LogLimit;
+
+/// The most sectors of a rule with `until-written`, which keeps each of them: 32 MiB of a disk.
+const HEALING_MAX: u64 = 65_536;
 
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FaultKind {
-    /// The request fails with an I/O error, and nothing of it is done.
-    Error,
+    /// The request fails with this errno, and nothing of it is done.
+    Error(i32),
     /// The first half of a write's sectors is written, and the write succeeds.
     Torn,
     /// Nothing is done, and the request succeeds.
     Lost,
     /// A read succeeds with one bit wrong.
     Flip,
+    /// The request completes so much after it was submitted, or later.
+    Delay(Duration),
+    /// The request does not complete as long as the rule stands.
+    Hang,
+    /// A write succeeds, and its data is at this sector.
+    Misdirected(u64),
 }
 
 /// A kind of requests.
@@ -33,15 +43,20 @@ enum Target {
 /// A fault, and the requests that it hits: those of its target that touch its sectors, all of them or as the other words say.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FaultRule {
-    kind: FaultKind,
+    /// As the user wrote it.
+    text: String,
+    pub(super) kind: FaultKind,
     target: Target,
     sectors: Option<RangeInclusive<u64>>,
     /// Only this one of those requests, from 1 on.
-    number: Option<u64>,
+    pub(super) number: Option<u64>,
     /// One of so many on average.
-    one_in: u64,
-    seed: u64,
-    once: bool,
+    pub(super) one_in: u64,
+    pub(super) seed: u64,
+    pub(super) once: bool,
+    until_written: bool,
+    /// With `until_written`: the sectors that were not written yet.
+    bad: BTreeSet<u64>,
 }
 
 /// A fault that is none.
@@ -49,7 +64,7 @@ pub struct FaultRule {
 #[error("{0}")]
 pub struct BadFault(&'static str);
 
-const HOW: &str = "write KIND[:WORD]...; KIND is error, torn, lost or flip, WORD is read, write, flush, discard, n=N, sectors=FIRST-LAST, one-in=N, seed=N or once";
+const HOW: &str = "write KIND[:WORD]...; KIND is error, torn, lost, flip, delay, hang or misdirected, WORD is read, write, flush, discard, n=N, sectors=FIRST-LAST, one-in=N, seed=N, once, nospace, until-written, ms=N or to=SECTOR";
 
 impl FromStr for FaultRule {
     type Err = BadFault;
@@ -57,32 +72,41 @@ impl FromStr for FaultRule {
     fn from_str(text: &str) -> Result<Self, BadFault> {
         let mut words = text.split(':');
         let (kind, target) = match words.next() {
-            Some("error") => (FaultKind::Error, Target::Write),
+            Some("error") => (FaultKind::Error(libc::EIO), Target::Write),
             Some("torn") => (FaultKind::Torn, Target::Write),
             Some("lost") => (FaultKind::Lost, Target::Flush),
             Some("flip") => (FaultKind::Flip, Target::Read),
+            Some("delay") => (FaultKind::Delay(Duration::ZERO), Target::Write),
+            Some("hang") => (FaultKind::Hang, Target::Write),
+            Some("misdirected") => (FaultKind::Misdirected(u64::MAX), Target::Write),
             _ => return Err(BadFault(HOW)),
         };
-        let mut rule =
-            Self { kind, target, sectors: None, number: None, one_in: 1, seed: 0, once: false };
+        let mut rule = Self {
+            text: text.to_owned(),
+            kind,
+            target,
+            sectors: None,
+            number: None,
+            one_in: 1,
+            seed: 0,
+            once: false,
+            until_written: false,
+            bad: BTreeSet::new(),
+        };
         for word in words {
             rule.set(word).ok_or(BadFault(HOW))?;
         }
-        match (rule.kind, rule.target) {
-            (FaultKind::Torn, Target::Read | Target::Flush | Target::Discard) => {
-                Err(BadFault("only a write is torn; leave out the other word"))
-            }
-            (FaultKind::Flip, Target::Write | Target::Flush | Target::Discard) => {
-                Err(BadFault("only in a read a bit flips; leave out the other word"))
-            }
-            (FaultKind::Lost, Target::Read) => {
-                Err(BadFault("a read that is lost has no data; write error:read"))
-            }
-            (_, Target::Flush) if rule.sectors.is_some() => {
-                Err(BadFault("a flush has no sectors; leave out sectors="))
-            }
-            _ => Ok(rule),
+        rule.check().map_err(BadFault)?;
+        if rule.until_written {
+            rule.bad = rule.sectors.iter().cloned().flatten().collect();
         }
+        Ok(rule)
+    }
+}
+
+impl fmt::Display for FaultRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
     }
 }
 
@@ -96,6 +120,17 @@ impl FaultRule {
             ("flush", "") => self.target = Target::Flush,
             ("discard", "") => self.target = Target::Discard,
             ("once", "") => self.once = true,
+            ("until-written", "") => self.until_written = true,
+            ("nospace", "") if matches!(self.kind, FaultKind::Error(_)) => {
+                self.kind = FaultKind::Error(libc::ENOSPC);
+            }
+            ("ms", value) if matches!(self.kind, FaultKind::Delay(_)) => {
+                self.kind =
+                    FaultKind::Delay(Duration::from_millis(value.parse::<u32>().ok()?.into()));
+            }
+            ("to", value) if matches!(self.kind, FaultKind::Misdirected(_)) => {
+                self.kind = FaultKind::Misdirected(value.parse().ok()?);
+            }
             ("n", value) => self.number = Some(positive(value)?),
             ("one-in", value) => self.one_in = positive(value)?,
             ("seed", value) => self.seed = value.parse().ok()?,
@@ -110,7 +145,45 @@ impl FaultRule {
         Some(())
     }
 
-    fn concerns(&self, transfer: &Transfer<'_>) -> bool {
+    /// Whether the words go together.
+    fn check(&self) -> Result<(), &'static str> {
+        let is_short =
+            |sectors: &RangeInclusive<u64>| sectors.end() - sectors.start() < HEALING_MAX;
+        match (self.kind, self.target) {
+            (FaultKind::Torn, Target::Read | Target::Flush | Target::Discard) => {
+                Err("only a write is torn; leave out the other word")
+            }
+            (FaultKind::Misdirected(_), Target::Read | Target::Flush | Target::Discard) => {
+                Err("only a write is misdirected; leave out the other word")
+            }
+            (FaultKind::Flip, Target::Write | Target::Flush | Target::Discard) => {
+                Err("only in a read a bit flips; leave out the other word")
+            }
+            (FaultKind::Lost, Target::Read) => {
+                Err("a read that is lost has no data; write error:read")
+            }
+            (FaultKind::Delay(Duration::ZERO), _) => {
+                Err("a delay has a duration; add ms=N, at least 1")
+            }
+            (FaultKind::Misdirected(u64::MAX), _) => {
+                Err("a misdirected write goes to another place; add to=SECTOR")
+            }
+            (_, Target::Flush) if self.sectors.is_some() => {
+                Err("a flush has no sectors; leave out sectors=")
+            }
+            (FaultKind::Error(_), Target::Read) if self.until_written => match &self.sectors {
+                Some(sectors) if is_short(sectors) => Ok(()),
+                _ => Err("until-written needs sectors=FIRST-LAST, at most 65536 of them"),
+            },
+            _ if self.until_written => {
+                Err("only error:read ends with a write; leave out until-written")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the transfer is one that the rule counts.
+    pub(super) fn concerns(&self, transfer: &Transfer<'_>) -> bool {
         let target = match transfer.operation {
             Operation::Read => Target::Read,
             Operation::Write { .. } => Target::Write,
@@ -119,69 +192,27 @@ impl FaultRule {
                 Target::Discard
             }
         };
-        let (first, end) =
-            (transfer.offset / SECTOR, (transfer.offset + transfer.length).div_ceil(SECTOR));
+        let Range { start, end } = sectors(transfer);
         let touches =
-            |sectors: &RangeInclusive<u64>| *sectors.start() < end && *sectors.end() >= first;
-        target == self.target && self.sectors.as_ref().is_none_or(touches)
-    }
-}
-
-/// The rules of a disk, which its workers share.
-pub(super) struct Faults {
-    rules: Vec<Counted>,
-    limit: LogLimit,
-}
-
-impl Faults {
-    pub(super) fn new(rules: Vec<FaultRule>) -> Self {
-        let rules = rules.into_iter().map(Counted::new).collect();
-        Self { rules, limit: LogLimit::new() }
+            |sectors: &RangeInclusive<u64>| *sectors.start() < end && *sectors.end() >= start;
+        target == self.target
+            && self.sectors.as_ref().is_none_or(touches)
+            && !(self.until_written && self.bad.range(start..end).next().is_none())
     }
 
-    /// The fault that hits a request, and its number: the first one.
-    pub(super) fn fault(&self, transfer: &Transfer<'_>) -> Option<(FaultKind, u64)> {
-        let mut rules = self.rules.iter();
-        let hit = rules.find_map(|rule| Some((rule.rule.kind, rule.hits(transfer)?)));
-        if let Some((kind, number)) = hit
-            && let Some(suppressed) = self.limit.admit()
-        {
-            let (sector, operation) = (transfer.offset / SECTOR, transfer.operation);
-            tracing::warn!(sector, ?operation, suppressed, "fault={kind:?}: number {number}");
+    /// The request is done: the sectors that it writes are no longer bad.
+    pub(super) fn heal(&mut self, transfer: &Transfer<'_>) {
+        if let Operation::Write { .. } | Operation::WriteZeroes { .. } = transfer.operation {
+            while let Some(sector) = self.bad.range(sectors(transfer)).next().copied() {
+                self.bad.remove(&sector);
+            }
         }
-        hit
     }
 }
 
-/// A rule with its counts. Shared by the workers of a disk.
-struct Counted {
-    rule: FaultRule,
-    /// Requests that it concerned.
-    seen: AtomicU64,
-    /// Requests that it has hit.
-    hit: AtomicU64,
-}
-
-impl Counted {
-    pub(super) fn new(rule: FaultRule) -> Self {
-        Self { rule, seen: AtomicU64::new(0), hit: AtomicU64::new(0) }
-    }
-
-    /// The number of the hit, from 1 on, if the rule hits this request.
-    pub(super) fn hits(&self, transfer: &Transfer<'_>) -> Option<u64> {
-        if !self.rule.concerns(transfer) {
-            return None;
-        }
-        let seen = self.seen.fetch_add(1, Ordering::Relaxed) + 1;
-        let is_chosen = self.rule.number.is_none_or(|number| number == seen)
-            && mix(self.rule.seed, seen).is_multiple_of(self.rule.one_in);
-        if !is_chosen {
-            return None;
-        }
-        let count = |hit: u64| (!self.rule.once || hit == 0).then_some(hit + 1);
-        let before = self.hit.fetch_update(Ordering::Relaxed, Ordering::Relaxed, count);
-        before.ok().map(|hit| hit + 1)
-    }
+/// The sectors of a transfer.
+fn sectors(transfer: &Transfer<'_>) -> Range<u64> {
+    transfer.offset / SECTOR..(transfer.offset + transfer.length).div_ceil(SECTOR)
 }
 
 /// A number that looks random and is the same in every run (the last step of SplitMix64).

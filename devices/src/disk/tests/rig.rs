@@ -78,9 +78,19 @@ impl Rig {
     pub(super) fn run_watched(
         &mut self,
         requests: &[Request],
-        mut completed: impl FnMut(u32),
+        completed: impl FnMut(u32),
     ) -> Vec<Result<(), DiskError>> {
         self.submit(requests);
+        let mut results = self.wait(requests.len(), completed);
+        (0..requests.len() as u32).map(|tag| results.remove(&tag).unwrap()).collect()
+    }
+
+    /// Sleeps until `count` requests that were submitted are finished. Returns their results by tag.
+    pub(super) fn wait(
+        &mut self,
+        count: usize,
+        mut completed: impl FnMut(u32),
+    ) -> HashMap<u32, Result<(), DiskError>> {
         let mut results = HashMap::new();
         let mut done = Vec::new();
         self.engine.reap(&mut done);
@@ -90,8 +100,8 @@ impl Rig {
                 let again = results.insert(completion.tag, completion.result);
                 assert!(again.is_none(), "completed twice");
             }
-            if results.len() == requests.len() {
-                break;
+            if results.len() == count {
+                return results;
             }
             let woken = match self.epoll.wait(20_000, &mut [EpollEvent::default()]) {
                 Ok(count) => count > 0,
@@ -101,7 +111,6 @@ impl Rig {
             // A slow host may not have answered yet.
             assert!(woken || done.is_empty(), "a completion without a wake-up");
         }
-        (0..requests.len() as u32).map(|tag| results.remove(&tag).unwrap()).collect()
     }
 
     pub(super) fn submit(&mut self, requests: &[Request]) {

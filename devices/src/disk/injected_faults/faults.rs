@@ -1,0 +1,129 @@
+//! The rules of a disk with their counts. Its workers share them, and a control client adds and removes some.
+
+use std::sync::{Arc, Mutex};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::rule::{FaultKind, FaultRule, mix};
+use crate::disk::{SECTOR, Transfer};
+use crate::lock;
+use crate::log_limit::LogLimit;
+
+/// The rules of a disk.
+pub struct Faults {
+    state: Mutex<State>,
+    limit: LogLimit,
+}
+
+#[derive(Default)]
+struct State {
+    rules: Vec<CountedRule>,
+    last_id: u64,
+    /// Of each worker.
+    wakes: Vec<Arc<EventFd>>,
+}
+
+/// A rule, and how often it was hit.
+#[derive(Clone, Debug)]
+pub struct CountedRule {
+    /// Its number, which no other rule of the disk ever has.
+    pub id: u64,
+    /// As it was given.
+    pub rule: FaultRule,
+    /// Requests that it concerned.
+    pub seen: u64,
+    /// Those of them that it has hit.
+    pub hits: u64,
+}
+
+/// A fault that hits a request.
+pub(super) struct Hit {
+    pub(super) kind: FaultKind,
+    /// Of the hits of its rule, from 1 on.
+    pub(super) number: u64,
+    pub(super) rule: u64,
+}
+
+impl Faults {
+    pub(super) fn new(rules: Vec<FaultRule>) -> Self {
+        let faults = Self { state: Mutex::default(), limit: LogLimit::new() };
+        for rule in rules {
+            faults.add(rule);
+        }
+        faults
+    }
+
+    /// Adds a rule behind those that there are, and returns its number.
+    pub fn add(&self, rule: FaultRule) -> u64 {
+        let mut state = lock(&self.state);
+        state.last_id += 1;
+        let id = state.last_id;
+        state.rules.push(CountedRule { id, rule, seen: 0, hits: 0 });
+        id
+    }
+
+    /// Removes the rule of this number, or all, and lets go the requests that they hold back. `false`: there is no such rule.
+    pub fn remove(&self, id: Option<u64>) -> bool {
+        let mut state = lock(&self.state);
+        let before = state.rules.len();
+        state.rules.retain(|rule| id.is_some_and(|id| id != rule.id));
+        for wake in &state.wakes {
+            if let Err(error) = wake.write(1) {
+                tracing::error!(%error, "cannot wake a disk's worker thread");
+            }
+        }
+        id.is_none() || state.rules.len() < before
+    }
+
+    /// The rules with their counts, in order.
+    pub fn rules(&self) -> Vec<CountedRule> {
+        lock(&self.state).rules.clone()
+    }
+
+    pub(super) fn stands(&self, id: u64) -> bool {
+        lock(&self.state).rules.iter().any(|rule| rule.id == id)
+    }
+
+    pub(super) fn wake_at_removals(&self, wake: Arc<EventFd>) {
+        lock(&self.state).wakes.push(wake);
+    }
+
+    /// The fault that hits a request: of the first rule that does.
+    pub(super) fn hit(&self, transfer: &Transfer<'_>) -> Option<Hit> {
+        let hit = {
+            let rules = &mut lock(&self.state).rules;
+            let hit = rules.iter_mut().find_map(|rule| rule.hit(transfer));
+            let is_done = |hit: &Hit| matches!(hit.kind, FaultKind::Delay(_) | FaultKind::Hang);
+            if hit.as_ref().is_none_or(is_done) {
+                rules.iter_mut().for_each(|rule| rule.rule.heal(transfer));
+            }
+            hit?
+        };
+        let Hit { kind, number, rule: id } = hit;
+        let (sector, operation) = (transfer.offset / SECTOR, transfer.operation);
+        tracing::trace!(target: "disk_fault", ?kind, number, ?operation, sector);
+        if let Some(suppressed) = self.limit.admit() {
+            let rule = self.rules().into_iter().find(|counted| counted.id == id);
+            let rule = rule.map(|counted| counted.rule.to_string()).unwrap_or_default();
+            tracing::warn!(sector, ?operation, suppressed, "fault={rule}: number {number}");
+        }
+        Some(hit)
+    }
+}
+
+impl CountedRule {
+    fn hit(&mut self, transfer: &Transfer<'_>) -> Option<Hit> {
+        let Self { id, rule, seen, hits } = self;
+        if !rule.concerns(transfer) {
+            return None;
+        }
+        *seen += 1;
+        let is_chosen = rule.number.is_none_or(|number| number == *seen)
+            && mix(rule.seed, *seen).is_multiple_of(rule.one_in);
+        if !is_chosen || rule.once && *hits > 0 {
+            return None;
+        }
+        *hits += 1;
+        Some(Hit { kind: rule.kind, number: *hits, rule: *id })
+    }
+}
