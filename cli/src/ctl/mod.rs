@@ -86,6 +86,21 @@ enum Command {
         #[arg(value_name = "LIMIT=N")]
         limits: Vec<String>,
     },
+    /// Make a disk fail on order: add a rule and print its number, or remove rules.
+    ///
+    /// The disk was started with fault=, perhaps with fault=none. `minivmm --help` has the form of a rule.
+    Fault {
+        /// The disk's name, such as vda.
+        disk: String,
+        /// The rule, as for fault=, such as hang:read.
+        #[arg(required_unless_present = "remove")]
+        rule: Option<String>,
+        /// Remove the rule of this number, or `all`. What it holds back completes.
+        #[arg(long, value_name = "NUMBER", conflicts_with = "rule", value_parser = text(rules))]
+        remove: Option<Rules>,
+    },
+    /// Print the rules of disks with fault=, and how many requests each has seen and hit.
+    Faults,
     /// Save the VM to a file, from which `minivmm --incoming file:PATH` starts it again.
     ///
     /// The VM stands still meanwhile, and goes on afterwards if it ran before.
@@ -102,6 +117,17 @@ enum Command {
     ///
     /// Each line has the time in seconds, the event's QMP name and its data as JSON.
     Events,
+}
+
+/// Which rules to remove.
+#[derive(Clone, Copy, Debug)]
+enum Rules {
+    All,
+    Number(u64),
+}
+
+fn rules(text: &str) -> Result<Rules, ValueError> {
+    if text == "all" { Ok(Rules::All) } else { value::number(text).map(Rules::Number) }
 }
 
 /// The path, with `unix:` before it or not.
@@ -142,6 +168,19 @@ fn run(socket: &Path, command: Command) -> Result<(), CtlError> {
             return print(answer["human-readable-text"].as_str().unwrap_or_default());
         }
         Command::Events => return events(vm),
+        Command::Faults => return print(&faults(vm)?),
+        Command::Fault { disk, remove: Some(rules), .. } => {
+            let mut arguments = json!({ "device": disk });
+            if let Rules::Number(number) = rules {
+                arguments["id"] = number.into();
+            }
+            ("x-minivmm-fault-remove", arguments)
+        }
+        Command::Fault { disk, rule, .. } => {
+            let arguments = json!({ "device": disk, "rule": rule.unwrap_or_default() });
+            let added = vm.execute("x-minivmm-fault-add", arguments)?;
+            return print(&format!("{}\n", added["id"]));
+        }
         Command::Save { path, quit } => return save::save(vm, &path, quit),
         Command::Stop => ("stop", json!({})),
         Command::Cont => ("cont", json!({})),
@@ -243,6 +282,19 @@ fn disks(vm: &mut Client) -> Result<String, CtlError> {
                 count(format!("invalid_{kind}_operations")).to_string(),
                 format!("{} us", mean / 1000),
             ]);
+        }
+    }
+    Ok(table(&rows))
+}
+
+fn faults(vm: &mut Client) -> Result<String, CtlError> {
+    let disks = vm.execute("x-minivmm-query-faults", json!({}))?;
+    let mut rows = vec![["DISK", "NUMBER", "SEEN", "HITS", "RULE"].map(str::to_owned).to_vec()];
+    for disk in disks.as_array().into_iter().flatten() {
+        for rule in disk["rules"].as_array().into_iter().flatten() {
+            let count = |key: &str| rule[key].to_string();
+            let [id, seen, hits] = ["id", "seen", "hits"].map(count);
+            rows.push(vec![word(&disk["device"]), id, seen, hits, word(&rule["rule"])]);
         }
     }
     Ok(table(&rows))

@@ -30,7 +30,14 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("ctl", &["cli/src/ctl"]),
     ("debug exit", &["devices/src/legacy/debug_exit.rs"]),
     ("directory disks", &["cli/src/directory_disk.rs"]),
-    ("faults on order", &["devices/src/disk/injected_faults", "vmm/src/disk_faults.rs"]),
+    (
+        "faults on order",
+        &[
+            "devices/src/disk/injected_faults",
+            "vmm/src/control/fault_commands.rs",
+            "vmm/src/disk_faults.rs",
+        ],
+    ),
     ("exec", &["vmm/src/exec"]),
     ("explain", &["vmm/src/explain", "devices/src/virtio/spec/names.rs"]),
     ("gdb", &["vmm/src/gdb"]),

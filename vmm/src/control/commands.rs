@@ -4,6 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::arguments::{Argument, Arguments};
 use super::disk_commands as disks;
+use super::fault_commands as faults;
 use super::metrics;
 use super::migration::{self, Migration};
 use super::protocol::{Answer, Failure, version};
@@ -89,6 +90,9 @@ const COMMANDS: &[CommandRow] = &[
     command("block_set_io_throttle", disks::THROTTLE, "", disks::throttle),
     command("block-set-write-threshold", disks::WRITE_THRESHOLD, "", disks::set_write_threshold),
     command("block-latency-histogram-set", disks::HISTOGRAM, "", disks::set_histogram),
+    command("x-minivmm-fault-add", faults::ADD, "FaultId", faults::add),
+    command("x-minivmm-fault-remove", faults::REMOVE, "", faults::remove),
+    query!("x-minivmm-query-faults", &[], "[FaultInfo]", |machine, _| faults::query(machine)),
 ];
 
 fn types() -> impl Iterator<Item = &'static CommandTypes> {

@@ -56,7 +56,7 @@ pub(super) const THROTTLE: &[Argument] = &[
 ];
 
 /// The disk that `name` is the `id=` of, or the path of that in QEMU's object tree, or the guest's name (`vda`).
-fn find<'a>(machine: &'a Machine, name: &str) -> Result<&'a MachineDisk, Failure> {
+pub(super) fn find<'a>(machine: &'a Machine, name: &str) -> Result<&'a MachineDisk, Failure> {
     let id = name.strip_prefix("/machine/peripheral/").unwrap_or(name);
     let disks = &machine.hardware.disks;
     let by_id = disks.iter().find(|disk| disk.config.id == id);

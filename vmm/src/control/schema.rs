@@ -72,6 +72,9 @@ const OBJECTS: &[(&str, &str)] = &[
          flush_latency_histogram?:BlockLatencyHistogramInfo",
     ),
     ("BlockLatencyHistogramInfo", "boundaries:[int] bins:[int]"),
+    ("FaultId", "id:int"),
+    ("FaultInfo", "device:str rules:[FaultRuleInfo]"),
+    ("FaultRuleInfo", "id:int rule:str seen:int hits:int"),
     ("ShutdownData", "guest:bool reason:ShutdownCause"),
     ("PanicData", "action:GuestPanicAction"),
     (
