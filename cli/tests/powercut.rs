@@ -8,6 +8,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Output;
 use std::sync::Arc;
+use std::time::Instant;
 
 use devices::GuestMemory;
 use devices::disk::injected_faults;
@@ -15,7 +16,9 @@ use devices::disk::log_writes::{self, WriteLog};
 use devices::disk::{
     CacheMode, Engine, EngineSetup, GuestRange, OpenOptions, Operation, Transfer, open,
 };
-use minivmm_tests::minivmm;
+use minivmm_tests::session::Session;
+use minivmm_tests::{BOUND, minivmm};
+use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::{TempDir, tempdir};
 use vm_memory::{Bytes, GuestAddress};
@@ -196,4 +199,39 @@ fn the_text_says_what_failed_and_how_to_have_it_again() {
     ] {
         assert!(text.contains(part), "{part}: {text}");
     }
+}
+
+#[test]
+fn a_command_that_takes_too_long_is_killed_and_has_failed() {
+    let directory = commit(CacheMode::Writeback, true);
+    // One state is looked at for too long.
+    let script = "mkdir once || exit 0; sleep 1000 & wait; : {}";
+    let arguments = ["--command-timeout", "2s", "--json", "--", "sh", "-c", script];
+    let output = powercut(directory.path(), &arguments);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let report = report(&output);
+    let failures = report["failures"].as_array().unwrap();
+    assert!(!failures.is_empty(), "{report:#}");
+    for failure in failures {
+        assert_eq!(failure["exit-status"], 124, "{report:#}");
+    }
+}
+
+/// Nor does a state fail whose command was killed for that.
+#[test]
+fn a_signal_ends_a_command_that_hangs() {
+    let directory = commit(CacheMode::Writeback, true);
+    let script = "echo >begun; sleep 1000 & wait; : {}";
+    let mut command = minivmm(["powercut", "log", "--base", "base", "--jobs", "1"]);
+    command.args(["--", "sh", "-c", script]).current_dir(directory.path());
+    let session = Session::start(command.env("TMPDIR", directory.path()));
+    let deadline = Instant::now() + BOUND;
+    while !directory.path().join("begun").exists() {
+        assert!(Instant::now() < deadline, "the command is not run");
+        std::thread::yield_now();
+    }
+    session.signal(Signal::TERM);
+    let ended = session.wait(BOUND).must_be(1);
+    let text = String::from_utf8(ended.output).unwrap();
+    assert!(text.contains(" 0 states: 0 failed\nstopped by a signal"), "{text}");
 }

@@ -7,14 +7,17 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileExt;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
 use super::choice::{Choice, Presence};
 use super::error::PowercutError;
@@ -26,8 +29,10 @@ use super::plan::Plan;
 const OUTPUT_MAX: u64 = 4 << 10;
 /// How many states are looked at to make one smaller.
 const TRIALS_MAX: usize = 400;
-/// How often the main thread looks for signals.
+/// How often the main thread looks for signals, and others whether it has seen one.
 const LOOK: Duration = Duration::from_millis(100);
+/// The status of a command that took too long, as of timeout(1).
+const TIMED_OUT: i32 = 124;
 
 /// What the states are made of and looked at by.
 pub(super) struct Judge<'a> {
@@ -35,6 +40,8 @@ pub(super) struct Judge<'a> {
     pub(super) base: &'a File,
     /// With `{}` for the file.
     pub(super) command: &'a [OsString],
+    /// For how long it may run.
+    pub(super) timeout: Option<Duration>,
     /// Where the files are made.
     pub(super) directory: &'a Path,
 }
@@ -43,7 +50,7 @@ pub(super) struct Judge<'a> {
 #[derive(Clone, Debug)]
 pub(super) struct Failure {
     pub(super) choice: Choice,
-    /// `None`: a signal killed the command.
+    /// `None`: a signal killed the command. [`TIMED_OUT`]: it took too long.
     pub(super) status: Option<i32>,
     pub(super) signal: Option<i32>,
     /// The end of the command's output.
@@ -100,18 +107,21 @@ impl Judge<'_> {
                     let next = || devices::lock(plan).next();
                     while !stop.load(Ordering::Relaxed)
                         && let Some(choice) = next()
-                        && sender.send(bench.look(&choice)).is_ok()
-                    {}
+                        && sender.send(bench.look(&choice, || stop.load(Ordering::Relaxed))).is_ok()
+                    {
+                    }
                 });
             }
             drop(sender);
             let mut failed = None;
             loop {
                 match results.recv_timeout(LOOK) {
-                    Ok(Ok(failure)) => {
+                    Ok(Ok(Looked::Passes)) => verdict.states += 1,
+                    Ok(Ok(Looked::Fails(failure))) => {
                         verdict.states += 1;
-                        verdict.failures.extend(failure);
+                        verdict.failures.push(failure);
                     }
+                    Ok(Ok(Looked::Stopped)) => {}
                     Ok(Err(error)) => failed = failed.or(Some(error)),
                     Err(RecvTimeoutError::Timeout) => {}
                     Err(RecvTimeoutError::Disconnected) => break,
@@ -150,7 +160,7 @@ impl Judge<'_> {
                 trials += 1;
                 let mut choice = least.choice.clone();
                 part.iter().for_each(|at| choice.parts[*at] = Presence::Whole);
-                if let Some(smaller) = bench.look(&choice)? {
+                if let Looked::Fails(smaller) = bench.look(&choice, &mut is_stopped)? {
                     least = smaller;
                     is_smaller = true;
                     if size > 1 {
@@ -176,43 +186,82 @@ impl Choice {
 }
 
 impl Bench<'_> {
-    /// Makes a state and has the command look at it. `None`: it passes.
-    fn look(&mut self, choice: &Choice) -> Result<Option<Failure>, PowercutError> {
+    /// Makes a state and has the command look at it, until `is_stopped`.
+    fn look(
+        &mut self,
+        choice: &Choice,
+        is_stopped: impl FnMut() -> bool,
+    ) -> Result<Looked, PowercutError> {
         let failed = |error| self.judge.failed(error);
         self.medium.hold(choice).map_err(failed)?;
         self.output.set_len(0).map_err(failed)?;
-        let ended = command(self.judge.command, self.medium.path(), &self.output)?;
+        let Judge { command, timeout, .. } = *self.judge;
+        let words: Vec<_> = command.iter().map(|word| fill(word, self.medium.path())).collect();
+        let ended = run(&words, &self.output, timeout, is_stopped);
+        let name = || words[0].display().to_string();
+        let ended = ended.map_err(|source| PowercutError::Command { command: name(), source })?;
         let failed = |error| self.judge.failed(error);
         self.medium.looked_at().map_err(failed)?;
-        if ended.success() {
-            return Ok(None);
-        }
-        Ok(Some(Failure {
-            choice: choice.clone(),
-            status: ended.code(),
-            signal: ended.signal(),
-            output: end_of(&self.output).map_err(failed)?,
-        }))
+        let (status, signal) = match ended {
+            Ended::Exited(status) if status.success() => return Ok(Looked::Passes),
+            Ended::Exited(status) => (status.code(), status.signal()),
+            Ended::TimedOut => (Some(TIMED_OUT), None),
+            Ended::Stopped => return Ok(Looked::Stopped),
+        };
+        let output = end_of(&self.output).map_err(failed)?;
+        Ok(Looked::Fails(Failure { choice: choice.clone(), status, signal, output }))
     }
 }
 
-/// Runs the command on `file`.
-fn command(
+/// What the command said of a state.
+enum Looked {
+    Passes,
+    Fails(Failure),
+    /// Nothing: it was not to run any longer.
+    Stopped,
+}
+
+/// How a command ended.
+enum Ended {
+    Exited(ExitStatus),
+    /// It was killed.
+    TimedOut,
+    /// The same, for a signal that minivmm got.
+    Stopped,
+}
+
+/// Runs a command. It has a process group of its own, so that what it has started is killed with it.
+fn run(
     words: &[OsString],
-    file: &Path,
     output: &File,
-) -> Result<std::process::ExitStatus, PowercutError> {
-    let words: Vec<_> = words.iter().map(|word| fill(word, file)).collect();
-    let run = || {
-        Command::new(&words[0])
-            .args(&words[1..])
-            .stdin(Stdio::null())
-            .stdout(output.try_clone()?)
-            .stderr(output.try_clone()?)
-            .status()
+    timeout: Option<Duration>,
+    mut is_stopped: impl FnMut() -> bool,
+) -> io::Result<Ended> {
+    let mut child = Command::new(&words[0])
+        .args(&words[1..])
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(output.try_clone()?)
+        .stderr(output.try_clone()?)
+        .spawn()?;
+    let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+    let pid = Pid::from_child(&child);
+    let exit = pidfd_open(pid, PidfdFlags::empty())?;
+    let ended = loop {
+        let left = deadline.map_or(LOOK, |at| at.saturating_duration_since(Instant::now()));
+        let wait = Timespec::try_from(left.min(LOOK)).map_err(io::Error::other)?;
+        // Whatever wakes it, the child is asked.
+        let _ = poll(&mut [PollFd::new(&exit, PollFlags::IN)], Some(&wait));
+        match child.try_wait()? {
+            Some(status) => return Ok(Ended::Exited(status)),
+            None if is_stopped() => break Ended::Stopped,
+            None if left.is_zero() => break Ended::TimedOut,
+            None => {}
+        }
     };
-    let name = || words[0].display().to_string();
-    run().map_err(|source| PowercutError::Command { command: name(), source })
+    kill_process_group(pid, Signal::KILL)?;
+    child.wait()?;
+    Ok(ended)
 }
 
 /// `word` with the path of `file` for each `{}`.

@@ -30,6 +30,7 @@ use std::num::NonZero;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use devices::disk::SECTOR;
@@ -63,11 +64,11 @@ struct Arguments {
     base: PathBuf,
 
     /// How many states to look at.
-    #[arg(long, value_name = "N", default_value = "1000")]
+    #[arg(long, value_name = "N", default_value = "1000", value_parser = text(value::number::<usize>))]
     states: usize,
 
     /// Chooses other states; the same number gives the same ones.
-    #[arg(long, value_name = "S", default_value = "0")]
+    #[arg(long, value_name = "S", default_value = "0", value_parser = text(value::number::<u64>))]
     seed: u64,
 
     /// What the medium writes at once, in bytes: a power cut tears no smaller unit. 512, or 4096 for many drives.
@@ -75,8 +76,12 @@ struct Arguments {
     atomic: u64,
 
     /// How many commands run at once [one for each CPU].
-    #[arg(long, value_name = "J")]
+    #[arg(long, value_name = "J", value_parser = text(value::number::<NonZero<usize>>))]
     jobs: Option<NonZero<usize>>,
+
+    /// How long the command may take, such as 30s: a longer one is killed, and fails the state with status 124 [no limit].
+    #[arg(long, value_name = "TIME", value_parser = text(value::duration))]
+    command_timeout: Option<Duration>,
 
     /// Print the report as JSON.
     #[arg(long)]
@@ -153,7 +158,8 @@ fn run(arguments: &Arguments) -> Result<bool, PowercutError> {
         return make_state(&history, &image, name, output).map(|()| true);
     }
     let place = Workplace::new(std::env::var_os("TMPDIR"))?;
-    let judge = Judge { history: &history, base: &image, command, directory: place.path() };
+    let (timeout, directory) = (arguments.command_timeout, place.path());
+    let judge = Judge { history: &history, base: &image, command, timeout, directory };
     look(arguments, &judge)
 }
 
@@ -168,7 +174,7 @@ fn make_state(
     let state: StateName =
         name.parse().map_err(|error: choice::NoState| wrong(error.to_string()))?;
     if state.epoch() >= history.epochs() {
-        return Err(wrong(format!("the log has {} epochs", history.epochs())));
+        return Err(wrong(format!("the last epoch of the log is {}", history.epochs() - 1)));
     }
     let failed = |source| PowercutError::file("--output", output, source);
     let mut medium = Medium::new(history, base, output.clone()).map_err(failed)?;
@@ -176,7 +182,7 @@ fn make_state(
         let open = medium.open_at(state.epoch()).map_err(failed)?;
         let sectors: Vec<_> = open.iter().map(|index| history.changes[*index].sectors).collect();
         let choice = state.choice(&sectors).ok_or_else(|| {
-            wrong(format!("{} changes are open at that epoch, of other sizes", open.len()))
+            wrong(format!("it does not fit the {} changes that are open at that epoch", open.len()))
         })?;
         medium.hold(&choice).map_err(failed)
     };

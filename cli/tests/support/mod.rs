@@ -6,6 +6,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
+use devices::disk::log_writes::WriteLog;
 use minivmm_tests::BOUND;
 use minivmm_tests::files::{Listing, sparse};
 use minivmm_tests::guest::Program;
@@ -94,6 +95,9 @@ pub(crate) fn files() -> TempDir {
     fs::hard_link(at("text"), at("text.link")).unwrap();
     write("qcow2-damaged", &[&b"QFI\xfb\0\0\0\x03"[..], &[0; 1016]].concat());
     write("100-bytes", &[0; 100]);
+    WriteLog::new(at("good.log")).begin().unwrap();
+    // Behind the magic (Linux, drivers/md/dm-log-writes.c, log_write_super).
+    write("version-9.log", &patched(&fs::read(at("good.log")).unwrap(), 8, &[9]));
     write("unreadable", &elf);
     fs::set_permissions(at("unreadable"), Permissions::from_mode(0o000)).unwrap();
     directory
