@@ -7,6 +7,7 @@ mod control;
 mod debian;
 mod demo;
 mod disk;
+mod disk_faults;
 mod ends;
 mod exec;
 mod fio;
