@@ -86,7 +86,7 @@ fn a_request_that_hangs_holds_up_no_end() {
 }
 
 #[test]
-fn delays_are_counted_and_end_with_their_rule() {
+fn delays_are_counted_and_end_with_their_rule_or_for_a_standstill() {
     if !kvm_is_usable() {
         return;
     }
@@ -98,13 +98,23 @@ fn delays_are_counted_and_end_with_their_rule() {
     let rule = &faults[0]["rules"][0];
     assert_eq!((&rule["id"], &rule["rule"]), (&json!(1), &json!("delay:ms=1")));
     assert!(rule["hits"].as_u64().unwrap() >= 20 && rule["hits"] == rule["seen"], "{rule}");
-    // Longer than the test.
-    add(&mut qmp, "delay:ms=4000000000");
-    remove(&mut qmp, Some(1));
     qmp.query("cont");
-    wait_for_a_hit(&mut qmp, 0);
+    remove(&mut qmp, None);
+    let delay = |qmp: &mut Qmp| {
+        remove(qmp, None);
+        // Longer than the test.
+        add(qmp, "delay:ms=4000000000");
+        wait_for_a_hit(qmp, 0);
+    };
+    delay(&mut qmp);
     remove(&mut qmp, None);
     session.output.expect_bytes(2000, BOUND).unwrap();
+    delay(&mut qmp);
+    qmp.query("stop");
+    qmp.query("cont");
+    delay(&mut qmp);
+    qmp.query("system_reset");
+    delay(&mut qmp);
     qmp.query("quit");
     session.wait(BOUND).must_be(0);
 }

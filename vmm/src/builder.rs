@@ -129,6 +129,7 @@ pub fn build(
     };
     attach::legacy(&mut port_io, &events, config.debug_exit)?;
     let mut sources: Vec<Box<dyn Source>> = vec![Box::new(signals), Box::new(receiver)];
+    sources.extend(disk_faults::source(&config.disks));
     sources.extend(Gdb::listen(config.gdb.as_ref(), &vm, &memory, config.cpus)?);
     // Last of what may be refused, since it may create or empty a file.
     let spawn = sandbox.spawn(Kind::Console);

@@ -17,7 +17,7 @@ use crate::log_limit::LogLimit;
 pub(super) struct Alarm {
     epoll: Epoll,
     timer: TimerFd,
-    /// Written to when rules are removed.
+    /// Written to when what is held back may go.
     pub(super) wake: Arc<EventFd>,
     limit: LogLimit,
 }

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::rule::{FaultKind, FaultRule, mix};
+use crate::clock::Instant;
 use crate::disk::{SECTOR, Transfer};
 use crate::lock;
 use crate::log_limit::LogLimit;
@@ -19,6 +20,8 @@ pub struct Faults {
 struct State {
     rules: Vec<CountedRule>,
     last_id: u64,
+    /// Delays are over at once.
+    is_hurried: bool,
     /// Of each worker.
     wakes: Vec<Arc<EventFd>>,
 }
@@ -67,11 +70,7 @@ impl Faults {
         let mut state = lock(&self.state);
         let before = state.rules.len();
         state.rules.retain(|rule| id.is_some_and(|id| id != rule.id));
-        for wake in &state.wakes {
-            if let Err(error) = wake.write(1) {
-                tracing::error!(%error, "cannot wake a disk's worker thread");
-            }
-        }
+        state.wake();
         id.is_none() || state.rules.len() < before
     }
 
@@ -80,11 +79,22 @@ impl Faults {
         lock(&self.state).rules.clone()
     }
 
-    pub(super) fn stands(&self, id: u64) -> bool {
-        lock(&self.state).rules.iter().any(|rule| rule.id == id)
+    /// The machine is to stand still, or goes on: no delay holds that up.
+    pub fn hurry(&self, is_hurried: bool) {
+        let mut state = lock(&self.state);
+        if std::mem::replace(&mut state.is_hurried, is_hurried) != is_hurried {
+            state.wake();
+        }
     }
 
-    pub(super) fn wake_at_removals(&self, wake: Arc<EventFd>) {
+    /// Whether a rule holds requests back: until a moment, or for ever.
+    pub(super) fn holds(&self, id: u64, until: Option<Instant>, now: Instant) -> bool {
+        let state = lock(&self.state);
+        let is_over = until.is_some_and(|until| until <= now || state.is_hurried);
+        !is_over && state.rules.iter().any(|rule| rule.id == id)
+    }
+
+    pub(super) fn wake_at_changes(&self, wake: Arc<EventFd>) {
         lock(&self.state).wakes.push(wake);
     }
 
@@ -108,6 +118,17 @@ impl Faults {
             tracing::warn!(sector, ?operation, suppressed, "fault={rule}: number {number}");
         }
         Some(hit)
+    }
+}
+
+impl State {
+    /// Has the workers look at what they hold back.
+    fn wake(&self) {
+        for wake in &self.wakes {
+            if let Err(error) = wake.write(1) {
+                tracing::error!(%error, "cannot wake a disk's worker thread");
+            }
+        }
     }
 }
 

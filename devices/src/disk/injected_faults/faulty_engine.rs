@@ -55,7 +55,7 @@ impl FaultyEngine {
         faults: Arc<Faults>,
     ) -> io::Result<Self> {
         let alarm = Alarm::new(engine.completion_fd())?;
-        faults.wake_at_removals(Arc::clone(&alarm.wake));
+        faults.wake_at_changes(Arc::clone(&alarm.wake));
         let pending = vec![Pending::default(); depth as usize];
         let (done, held, torn) = (Vec::new(), Vec::new(), Vec::new());
         Ok(Self { memory, disk, faults, alarm, done, pending, held, torn })
@@ -109,9 +109,8 @@ impl FaultyEngine {
             return;
         }
         let (now, faults) = (Instant::now(), &self.faults);
-        let is_over = |(hold, _): &mut (Hold, Completion)| {
-            hold.until.is_some_and(|until| until <= now) || !faults.stands(hold.rule)
-        };
+        let is_over =
+            |(hold, _): &mut (Hold, Completion)| !faults.holds(hold.rule, hold.until, now);
         done.extend(self.held.extract_if(.., is_over).map(|(_, completion)| completion));
         if let Some(next) = self.held.iter().filter_map(|(hold, _)| hold.until).min() {
             self.alarm.set(next.saturating_duration_since(now));

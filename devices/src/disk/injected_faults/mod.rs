@@ -11,8 +11,9 @@
 //! | `faulty_engine` | does what the fault is |
 //! | `alarm` | wakes a worker for requests that are held back |
 //!
-//! No thread waits for a delay: the request is done at once, and its completion is held back. To the rest of the machine a disk
-//! with `delay` or `hang` is one that the host does not answer, with the same deadlines.
+//! No thread waits for a delay: the request is done at once, and its completion is held back. A standstill of
+//! the machine ends delays ([`Faults::hurry`]). To the rest of the machine a disk with `hang` is one that the host does not answer,
+//! with the same deadlines.
 
 mod alarm;
 mod faults;
