@@ -91,6 +91,11 @@ async def main(path):
         metrics = (await execute("x-query-metrics"))["human-readable-text"]
         assert 'minivmm_disk_operations_total{disk="data",kind="write"}' in metrics
 
+        rule = await execute("x-minivmm-fault-add", device="data", rule="hang:discard")
+        (disk,) = await execute("x-minivmm-query-faults")
+        assert disk == {"device": "data", "rules": [{**rule, "rule": "hang:discard", "seen": 0, "hits": 0}]}
+        await execute("x-minivmm-fault-remove", device="data", **rule)
+
         assert await execute("query-name") == {}
         assert len((await execute("query-vm-generation-id"))["guid"]) == 36
         assert "filename" in (await execute("query-chardev"))[0]

@@ -60,7 +60,7 @@ fn qemus_client_library_drives_every_command() {
         "--cpus",
         "2",
         "--disk",
-        "disk.img,id=data",
+        "disk.img,id=data,fault=none",
         "--save-directory",
         ".",
     ];
