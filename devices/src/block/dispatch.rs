@@ -50,8 +50,8 @@ impl Dispatcher {
     /// For at most `depth` requests at a time.
     pub(super) fn new(engine: Box<dyn Engine>, depth: u32) -> Self {
         Self {
+            batch: Batch::new(engine.merges()),
             engine,
-            batch: Batch::new(),
             in_flight: InFlight::new(depth),
             ready: VecDeque::with_capacity(depth as usize),
             with_engine: 0,

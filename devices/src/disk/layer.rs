@@ -41,6 +41,11 @@ pub(super) trait EngineLayer: Send {
     /// Sees the completions that the engine inside has just appended to `done`: those from `first` on. It may add and remove some.
     fn complete(&mut self, done: &mut Vec<Completion>, first: usize);
 
+    /// Whether requests may be merged before they come here, as in [`Engine::merges`].
+    fn merges(&self) -> bool {
+        true
+    }
+
     /// How many transfers `complete` would add that the engine inside did not see.
     fn finished(&self) -> usize {
         0
@@ -136,6 +141,10 @@ impl<L: EngineLayer> Engine for LayeredEngine<L> {
 
     fn commit(&mut self) {
         self.engine.commit();
+    }
+
+    fn merges(&self) -> bool {
+        self.layer.merges() && self.engine.merges()
     }
 
     fn finished(&self) -> usize {

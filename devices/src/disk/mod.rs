@@ -258,6 +258,11 @@ pub trait Engine: Send {
     /// Hands everything submitted so far to the host. Called once for each batch, since it may cost a system call.
     fn commit(&mut self);
 
+    /// Whether requests for adjacent sectors may become one transfer. If not, each is one, or several if it is large.
+    fn merges(&self) -> bool {
+        true
+    }
+
     /// How many transfers `reap` would return without asking the host: those that finished within `submit`.
     fn finished(&self) -> usize {
         0

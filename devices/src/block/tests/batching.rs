@@ -61,6 +61,16 @@ fn the_order_of_arrival_does_not_matter() {
 }
 
 #[test]
+fn requests_stay_apart_where_the_engine_says_so() {
+    let mut rig = Rig::with(|setup| setup.disk.merges = false);
+    let sent: Vec<_> = (0..3).map(|n| write(&mut rig, 10 + n, 1, n as u8)).collect();
+    rig.serve();
+    assert_eq!(transfers(&rig), [(WRITE, 10, 1, 1), (WRITE, 11, 1, 1), (WRITE, 12, 1, 1)]);
+    assert_all_ok(&mut rig, &sent);
+    assert_eq!(rig.stats().kind(Kind::Write).merged, 0);
+}
+
+#[test]
 fn gaps_and_overlaps_do_not_merge() {
     let mut rig = Rig::new();
     let sent = [

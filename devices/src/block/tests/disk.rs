@@ -65,6 +65,7 @@ pub(in crate::block) struct TestDisk {
     pub(in crate::block) lifetime: Option<Lifetime>,
     pub(in crate::block) first_sector: Option<[u8; 512]>,
     pub(in crate::block) scsi: bool,
+    pub(in crate::block) merges: bool,
     completion: EventFd,
 }
 
@@ -95,6 +96,7 @@ impl TestDisk {
             lifetime: None,
             first_sector: None,
             scsi: false,
+            merges: true,
             completion: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap(),
         }
     }
@@ -311,6 +313,10 @@ impl TestEngine {
 }
 
 impl Engine for TestEngine {
+    fn merges(&self) -> bool {
+        self.disk.merges
+    }
+
     fn submit(&mut self, transfer: Transfer<'_>) {
         self.in_flight += 1;
         assert!(self.in_flight <= self.depth, "more in flight than the depth");

@@ -161,6 +161,11 @@ impl EngineLayer for FaultyEngine {
         self.release(done);
     }
 
+    /// Rules count the guest's requests. And a merged transfer that fails is tried again request by request: the next would not be hit.
+    fn merges(&self) -> bool {
+        false
+    }
+
     fn finished(&self) -> usize {
         self.done.len()
     }

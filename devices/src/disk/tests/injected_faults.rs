@@ -46,6 +46,13 @@ fn an_error_hits_what_its_words_say() {
     assert!(fs::read(directory.path().join("image")).unwrap()[10 * 512..11 * 512] == [1; 512]);
 }
 
+/// A merged transfer that fails is tried again request by request, and a rule for one hit would have been used up.
+#[test]
+fn requests_reach_the_rules_one_by_one() {
+    let directory = tempfile::tempdir().unwrap();
+    assert!(!faulty(&directory, &["error:once"]).engine.merges());
+}
+
 #[test]
 fn a_torn_write_and_a_lost_one_succeed() {
     let directory = tempfile::tempdir().unwrap();
