@@ -35,6 +35,7 @@ fn a_machine_is_printed_and_leaves_no_trace() {
     let mut command = small_guest(directory.path(), Program::Exit);
     command.args(["--debug-exit", "--cpus", "2", "--explain", "--qmp", "unix:control"]);
     command.args(["--disk", "disk.img,readonly=on,num-queues=2", "--console", "file:log"]);
+    command.args(["--dump-on-panic", "dump"]);
     let before = Listing::of(directory.path());
     let ended = Session::start(&mut command).wait(BOUND).must_be(0);
     assert_eq!(before, Listing::of(directory.path()));
@@ -67,6 +68,7 @@ fn a_machine_is_printed_and_leaves_no_trace() {
     let descriptors = section(&text, "Descriptors");
     assert!(descriptors.iter().any(|line| line.contains("/disk.img: ")), "{descriptors:?}");
     assert!(descriptors.contains(&"log: a run opens it"), "{descriptors:?}");
+    assert!(descriptors.contains(&"dump: a run opens it"), "{descriptors:?}");
     assert!(descriptors.contains(&"control: a run binds it"), "{descriptors:?}");
     let calls = section(&text, "System calls");
     assert!(value(&calls, "vcpu").contains("ioctl (KVM_RUN, "), "{calls:?}");

@@ -3,8 +3,8 @@
 //! `cli` calls [`build`]. This is the only file that knows every part of the machine: all others are handed what they
 //! need.
 //!
-//! Everything that the user named is opened and checked before anything is created, and what empties or creates a file
-//! comes last of what may be refused. Each step ends with an event of the `boot` trace (`--boot-timing`).
+//! Everything that the user named is opened and checked before anything is changed, and files of earlier runs are emptied
+//! when nothing can be refused any more. Each step ends with an event of the `boot` trace (`--boot-timing`).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,13 +31,13 @@ use crate::halt_watch::HaltWatch;
 use crate::irq_chips::IrqChips;
 use crate::kernel_pages::lease_outlasts;
 use crate::machine::{Hardware, Machine, MachineDisk};
+use crate::output_files::OutputFiles;
 use crate::sandbox::{Kind, Sandbox};
 use crate::signals::Signals;
 use crate::snapshot::{Incoming, PanicDump, generation_id};
 use crate::sources::Source;
 use crate::timeout::Timeout;
 use crate::vcpu::{VcpuSetup, VcpuStart, VcpuThread, install_kick_handler};
-use crate::write_logs::WriteLogs;
 use crate::{affinity, attach, console, control, disk_faults, exec, hugepages, kvm, memory, trace};
 
 /// Builds the machine: one that boots or, with `incoming`, one that was saved. Its vCPUs have threads but have not entered the
@@ -72,7 +72,7 @@ pub fn build(
     };
     boot_image.iter().for_each(BootImage::describe);
     let mut images = open_images(&config.disks)?;
-    let write_logs = WriteLogs::over(&mut images, &config.disks)?;
+    let mut outputs = OutputFiles::with_logs(&mut images, &config.disks)?;
     disk_faults::over(&mut images, &config.disks);
     tracing::debug!("memory: {} MiB, vCPUs: {}", config.memory >> 20, config.cpus);
     affinity::check("--vcpu-affinity", &config.vcpu_affinity)?;
@@ -131,13 +131,12 @@ pub fn build(
     let mut sources: Vec<Box<dyn Source>> = vec![Box::new(signals), Box::new(receiver)];
     sources.extend(disk_faults::source(&config.disks));
     sources.extend(Gdb::listen(config.gdb.as_ref(), &vm, &memory, config.cpus)?);
-    // Last of what may be refused, since it may create or empty a file.
     let spawn = sandbox.spawn(Kind::Console);
-    trace::start(&spawn)?;
-    let serial = console::attach_ports(&vm, &mut port_io, config, &mut sources, &spawn)?;
+    trace::start(&spawn, &mut outputs)?;
+    let serial =
+        console::attach_ports(&vm, &mut port_io, config, &mut sources, &mut outputs, &spawn)?;
     sources.extend(exec::attach(job, &vm, &mut port_io, &events, &spawn)?);
-    sources.extend(PanicDump::open(config)?);
-    write_logs.begin()?;
+    sources.extend(PanicDump::open(config, &mut outputs)?);
     let power_button = attach::line(&vm, layout::POWER_BUTTON_GSI);
     tracing::info!(target: "boot", "devices");
 
@@ -195,6 +194,8 @@ pub fn build(
     }
     // It confines the main thread when the loop begins, after all others watch what they need.
     sources.extend(sandbox.source()?);
+    // Nothing is refused any more.
+    outputs.begin()?;
     Ok(EventLoop::new(machine, sources, paused))
 }
 

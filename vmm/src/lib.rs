@@ -33,6 +33,7 @@ mod kvm;
 mod listener;
 mod machine;
 mod memory;
+mod output_files;
 mod sandbox;
 mod signals;
 mod snapshot;

@@ -7,7 +7,7 @@
 
 mod decode;
 
-use std::io;
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,6 +17,7 @@ use devices::spawn::{Body, Spawn};
 pub use self::decode::{Decoded, decode};
 use crate::error::Error;
 use crate::lock;
+use crate::output_files::OutputFiles;
 
 /// A trace event as users name it. Names that QEMU has mean what they mean there.
 #[derive(Debug)]
@@ -68,11 +69,11 @@ pub const EVENTS: [TraceEvent; 16] = [
 static ON: [AtomicBool; EVENTS.len()] = [const { AtomicBool::new(false) }; EVENTS.len()];
 /// There is a subscriber (`--trace`).
 static AVAILABLE: AtomicBool = AtomicBool::new(false);
-/// The file of a trace, and what opens it and makes the body of the thread `trace`.
-static WRITER: Mutex<Option<(Option<PathBuf>, Open)>> = Mutex::new(None);
+/// The file of a trace, and what makes the body of the thread `trace`.
+static WRITER: Mutex<Option<(Option<PathBuf>, MakeBody)>> = Mutex::new(None);
 
-/// Opens the file that a trace goes to, and returns what the thread `trace` does.
-pub type Open = Box<dyn FnOnce() -> io::Result<Body> + Send>;
+/// Returns what the thread `trace` does. It gets the file that the trace goes to, if there is one.
+pub type MakeBody = Box<dyn FnOnce(Option<File>) -> Body + Send>;
 
 /// The state of every event in a process without a subscriber.
 pub(crate) const UNAVAILABLE: usize = 0;
@@ -135,27 +136,30 @@ pub fn set(pattern: &str, on: bool) {
     tracing::callsite::rebuild_interest_cache();
 }
 
-/// There is a subscriber. The builder calls `open`, which opens `file` if there is one, and starts its result as the thread `trace`.
-pub fn set_writer(file: Option<PathBuf>, open: Open) {
+/// There is a subscriber. The builder opens `file`, and starts what `make_body` returns as the thread `trace`.
+pub fn set_writer(file: Option<PathBuf>, make_body: MakeBody) {
     AVAILABLE.store(true, Ordering::Relaxed);
-    *lock(&WRITER) = Some((file, open));
+    *lock(&WRITER) = Some((file, make_body));
 }
 
 /// The writer, if it was never started.
-pub fn take_writer() -> Option<Open> {
-    lock(&WRITER).take().map(|(_, open)| open)
+pub fn take_writer() -> Option<MakeBody> {
+    lock(&WRITER).take().map(|(_, make_body)| make_body)
 }
 
-/// Opens the file, which empties or creates it, and starts the thread; if there is a trace.
+/// Opens the file and starts the thread, if there is a trace. The thread writes to a file only once the run begins.
 ///
 /// # Errors
 /// The file cannot be opened, or the host has no thread left.
-pub(crate) fn start(spawn: &Spawn) -> Result<(), Error> {
-    let Some((file, open)) = lock(&WRITER).take() else { return Ok(()) };
-    let body = open().map_err(|source| {
-        let value = format!("file={}", file.unwrap_or_default().display());
-        Error::Argument { option: "--trace", value, source }
-    })?;
+pub(crate) fn start(spawn: &Spawn, outputs: &mut OutputFiles) -> Result<(), Error> {
+    let Some((file, make_body)) = lock(&WRITER).take() else { return Ok(()) };
+    let body = match file {
+        None => make_body(None),
+        Some(path) => {
+            let file = outputs.append("--trace", format!("file={}", path.display()), &path)?;
+            outputs.once_begun(make_body(Some(file)))
+        }
+    };
     let started = spawn("trace".to_owned(), body);
     started.map(drop).map_err(Error::host("start the trace thread"))
 }

@@ -11,10 +11,8 @@ mod record;
 mod requests;
 mod writer;
 
-use std::fs::File;
-use std::io::{self, Write};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Instant;
@@ -26,7 +24,7 @@ use tracing_subscriber::layer::{Context, Filter, Layer};
 
 use self::format::{Format, Formatter};
 use self::record::Record;
-use self::writer::{QUEUE, Shared, Sink, Writer};
+use self::writer::{PendingWriter, QUEUE, Shared, Sink, Writer};
 
 /// What `--trace` asks for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -51,8 +49,7 @@ pub(crate) struct Trace {
 }
 
 impl Trace {
-    /// Begins to record, to `stderr` if no file is named. The file is opened by the builder, last of what may be refused. `warn` prints a
-    /// message for the user.
+    /// Begins to record, to `stderr` if no file is named. The builder opens the file. `warn` prints a message for the user.
     pub(crate) fn new(
         options: &TraceOptions,
         stderr: impl Write + Send + 'static,
@@ -60,16 +57,17 @@ impl Trace {
     ) -> (Self, TraceLayer) {
         let (queue, records) = sync_channel(QUEUE);
         let shared = Arc::new(Shared::default());
-        let (of_writer, file) = (Arc::clone(&shared), options.file.clone());
+        let (of_writer, path) = (Arc::clone(&shared), options.file.clone());
         let formatter = Formatter::new(options.format.unwrap_or_default(), Instant::now());
         vmm::trace::set_writer(
-            file.clone(),
-            Box::new(move || {
+            path.clone(),
+            Box::new(move |file| {
                 let sink = match file {
                     None => Sink::Stderr(Box::new(stderr)),
-                    Some(path) => Sink::File(open(&path)?, path.display().to_string()),
+                    Some(file) => Sink::File(file, path.unwrap_or_default().display().to_string()),
                 };
-                Ok(Box::new(move || Writer::new(&of_writer, sink, formatter, warn).run(&records)))
+                let pending = PendingWriter::new(of_writer);
+                Box::new(move || Writer::new(&pending, sink, formatter, warn).run(&records))
             }),
         );
         for (pattern, on) in &options.changes {
@@ -83,26 +81,11 @@ impl Trace {
     pub(crate) fn finish(self) {
         self.shared.finish();
         if self.to_stderr
-            && let Some(open) = vmm::trace::take_writer()
-            && let Ok(body) = open()
+            && let Some(make_body) = vmm::trace::take_writer()
         {
-            body();
+            make_body(None)();
         }
     }
-}
-
-/// Opens the file, empty. A pipe without a reader is refused, and one that is full takes nothing for now.
-fn open(path: &Path) -> io::Result<File> {
-    let mut options = File::options();
-    let file = options.append(true).create(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-    let kind = file.metadata()?.file_type();
-    if kind.is_block_device() {
-        return Err(io::Error::other("it is a block device; a trace will not overwrite it"));
-    }
-    if kind.is_file() {
-        file.set_len(0)?;
-    }
-    Ok(file)
 }
 
 /// Records events.

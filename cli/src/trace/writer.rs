@@ -6,9 +6,10 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
+use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender};
-use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
@@ -45,8 +46,8 @@ impl Sink {
 pub(super) struct Shared {
     pub(super) lost: AtomicU64,
     finishing: AtomicBool,
-    /// The writer has written all it could.
-    finished: Mutex<bool>,
+    /// There is a writer that may still write.
+    pending: Mutex<bool>,
     changed: Condvar,
     writer: OnceLock<Thread>,
 }
@@ -62,11 +63,34 @@ impl Shared {
     /// Lets the writer write what is left, and waits for it, but not for ever.
     pub(super) fn finish(&self) {
         self.finishing.store(true, Ordering::Release);
-        let Some(writer) = self.writer.get() else { return };
-        writer.unpark();
-        let finished = self.finished.lock().unwrap_or_else(PoisonError::into_inner);
-        let unfinished = |finished: &mut bool| !*finished;
-        drop(self.changed.wait_timeout_while(finished, FINISH_TIMEOUT, unfinished));
+        self.writer.get().inspect(|writer| writer.unpark());
+        let pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.changed.wait_timeout_while(pending, FINISH_TIMEOUT, |pending| *pending));
+    }
+}
+
+/// A writer, from when it is made until it has written all it could, or is dropped because the run was refused.
+pub(super) struct PendingWriter(Arc<Shared>);
+
+impl PendingWriter {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        *shared.pending.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        Self(shared)
+    }
+}
+
+impl Deref for PendingWriter {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+impl Drop for PendingWriter {
+    fn drop(&mut self) {
+        *self.0.pending.lock().unwrap_or_else(PoisonError::into_inner) = false;
+        self.0.changed.notify_all();
     }
 }
 
@@ -125,8 +149,6 @@ impl<'a> Writer<'a> {
             self.flush();
         }
         self.report();
-        *self.shared.finished.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.shared.changed.notify_all();
     }
 
     /// Formats what the queue has.

@@ -52,6 +52,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("log of writes", &["devices/src/disk/log_writes", "vmm/src/write_logs.rs"]),
     ("MPTable", &["arch/src/tables/mptable.rs"]),
     ("other formats", &["devices/src/disk/other_formats.rs"]),
+    ("output files", &["vmm/src/output_files.rs"]),
     ("panic port", &["devices/src/legacy/pvpanic.rs"]),
     ("panics", &["vmm/src/machine/panic.rs", "vmm/src/snapshot/panic_dump.rs"]),
     ("power cuts", &["cli/src/powercut"]),

@@ -5,7 +5,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
@@ -15,6 +15,7 @@ use super::ends::{Clients, ConsoleEnds, refused};
 use super::input::Input;
 use crate::error::Error;
 use crate::listener::Listener;
+use crate::output_files::OutputFiles;
 
 /// Output only, to our standard error.
 pub(super) fn stderr() -> Result<ConsoleEnds, Error> {
@@ -23,27 +24,13 @@ pub(super) fn stderr() -> Result<ConsoleEnds, Error> {
 }
 
 /// Output only, into a file that takes no more than `max` bytes.
-pub(super) fn file(path: &Path, max: Option<u64>) -> Result<ConsoleEnds, Error> {
-    let file = open_file(path).map_err(refused(format!("file:{}", path.display())))?;
+pub(super) fn file(
+    path: &Path,
+    max: Option<u64>,
+    outputs: &mut OutputFiles,
+) -> Result<ConsoleEnds, Error> {
+    let file = outputs.append("--console", format!("file:{}", path.display()), path)?;
     Ok(ConsoleEnds::new(Some(file.into()), false, max, Input::new(None, false)))
-}
-
-fn open_file(path: &Path) -> io::Result<File> {
-    // A fifo without a reader refuses a non-blocking open instead of waiting for one; a regular file ignores the flag.
-    let file = OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)?;
-    let kind = file.metadata()?.file_type();
-    if kind.is_block_device() {
-        return Err(io::Error::other("it is a block device; the console will not overwrite it"));
-    }
-    if kind.is_file() {
-        file.set_len(0)?;
-    }
-    Ok(file)
 }
 
 /// A new pseudo-terminal, whose name is printed.

@@ -17,6 +17,7 @@ use crate::attach;
 use crate::chardev;
 use crate::config::VmConfig;
 use crate::error::Error;
+use crate::output_files::OutputFiles;
 use crate::sources::Source;
 
 /// Puts the guest's serial ports on the bus, each with its console. `exec` has the second one to itself.
@@ -28,6 +29,7 @@ pub(crate) fn attach_ports(
     port_io: &mut Bus,
     config: &VmConfig,
     sources: &mut Vec<Box<dyn Source>>,
+    outputs: &mut OutputFiles,
     spawn: &Spawn,
 ) -> Result<Vec<Arc<Mutex<SerialDevice>>>, Error> {
     let mut ports = Vec::new();
@@ -35,7 +37,7 @@ pub(crate) fn attach_ports(
         if !config.serial[index] || (index > 0 && config.exec.is_some()) {
             continue;
         }
-        let mut ends = open(&config.consoles[index])?;
+        let mut ends = open(&config.consoles[index], outputs)?;
         let terminal = ends._kept_open.as_ref().and_then(|slave| ttyname(slave, Vec::new()).ok());
         let terminal = terminal.map(|name| name.to_string_lossy().into_owned());
         let filename = chardev::filename(&config.consoles[index], terminal);

@@ -5,7 +5,7 @@
 //! spaces from the disks' registers (as a driver reads them), threads and descriptors from /proc/self, system calls from the
 //! lists that the filters are made of. So the text cannot differ from what would run.
 //!
-//! What a run would leave behind is left out: no socket is bound, and no console's file is created or emptied. Images are
+//! What a run would leave behind is left out: no socket is bound, and no file of a console or a dump is created or emptied. Images are
 //! opened and locked, because whether they can be is part of the answer.
 
 mod disks;
@@ -68,7 +68,8 @@ fn without_traces(config: &VmConfig) -> VmConfig {
     let consoles = config.consoles.each_ref().map(quiet);
     let mut disks = config.disks.clone();
     disks.iter_mut().for_each(|disk| disk.image.log_writes = None);
-    VmConfig { consoles, disks, qmp: None, gdb: None, timeout: None, ..config.clone() }
+    let (qmp, gdb, dump_on_panic) = (None, None, None);
+    VmConfig { consoles, disks, qmp, gdb, dump_on_panic, timeout: None, ..config.clone() }
 }
 
 /// The descriptors that only a run opens.
@@ -80,10 +81,12 @@ fn left_out(config: &VmConfig) -> impl Iterator<Item = String> {
         ConsoleConfig::Stdio | ConsoleConfig::Stderr | ConsoleConfig::None => None,
     });
     let logs = config.disks.iter().filter_map(|disk| disk.image.log_writes.as_ref());
-    let logs = logs.map(|path| format!("  {}: a run opens it", path.display()));
+    let files = logs
+        .chain(config.dump_on_panic.as_ref())
+        .map(|path| format!("  {}: a run opens it", path.display()));
     let control = config.qmp.iter().map(|path| format!("  {}: a run binds it", path.display()));
     let sockets = control.chain(config.gdb.iter().map(|gdb| format!("  {gdb}: a run binds it")));
-    consoles.chain(logs).chain(sockets)
+    consoles.chain(files).chain(sockets)
 }
 
 fn summary(config: &VmConfig, spec: &MachineSpec) -> Vec<String> {

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::thread;
+use std::time::Duration;
 
 use super::rows::item;
 
@@ -17,18 +19,37 @@ const PURPOSES: [(&str, &str); 8] = [
     ("registers", "registers: maps the disks' registers, and ends"),
 ];
 
+/// How often a thread that has no name yet is looked at again, and how long that takes in all: a second.
+const LOOKS: u32 = 1000;
+const INTERVAL: Duration = Duration::from_millis(1);
+
 /// The threads, in the order of their start. KVM has some of its own.
 pub(super) fn threads() -> Vec<String> {
     let mut ids: Vec<u32> = numbers("/proc/self/task");
     ids.sort_unstable();
     let mut lines = vec!["Threads: name, kind and purpose".to_owned()];
     for id in ids {
-        // One that has ended meanwhile is left out.
-        if let Ok(name) = fs::read_to_string(format!("/proc/self/task/{id}/comm")) {
-            lines.push(item(name.trim_end(), purpose(name.trim_end())));
+        if let Some(name) = name(id) {
+            lines.push(item(&name, purpose(&name)));
         }
     }
     lines
+}
+
+/// `None`: the thread has ended. Until a thread runs for the first time it has the name of the main thread, which made it.
+fn name(id: u32) -> Option<String> {
+    let read = |id| fs::read_to_string(format!("/proc/self/task/{id}/comm")).ok();
+    let main = std::process::id();
+    let inherited = read(main)?;
+    let mut looks = 0;
+    loop {
+        let name = read(id)?;
+        if id == main || name != inherited || looks == LOOKS {
+            return Some(name.trim_end().to_owned());
+        }
+        thread::sleep(INTERVAL);
+        looks += 1;
+    }
 }
 
 fn purpose(name: &str) -> &'static str {

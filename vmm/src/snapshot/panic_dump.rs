@@ -4,11 +4,10 @@
 //! begins when the machine says so, and the machine ends when the dump is over, whether it succeeded or not.
 //!
 //! The file is opened at the start, because the process is confined later. A new file is empty until the guest panics, and an older dump
-//! stays until then.
+//! stays until then. A run that is refused leaves no new file (`OutputFiles`).
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::core_file::is_core;
@@ -18,6 +17,7 @@ use super::saved::{Purpose, SavedConfig};
 use crate::config::VmConfig;
 use crate::error::{Error, WithCauses};
 use crate::machine::{Machine, MachineEvent, Outcome};
+use crate::output_files::OutputFiles;
 use crate::sources::{Poller, Source};
 
 /// The source of `--dump-on-panic`.
@@ -34,13 +34,16 @@ impl PanicDump {
     ///
     /// # Errors
     /// The file cannot be opened, or is something else than a dump.
-    pub(crate) fn open(config: &VmConfig) -> Result<Option<Box<dyn Source>>, Error> {
+    pub(crate) fn open(
+        config: &VmConfig,
+        outputs: &mut OutputFiles,
+    ) -> Result<Option<Box<dyn Source>>, Error> {
         let Some(path) = &config.dump_on_panic else { return Ok(None) };
         let refused = |source| {
             let value = path.display().to_string();
             Error::Argument { option: "--dump-on-panic", value, source }
         };
-        let file = Some(open(path).map_err(refused)?);
+        let file = Some(open(path, outputs).map_err(refused)?);
         open_page_map();
         let (path, config) = (path.clone(), SavedConfig::of(config));
         Ok(Some(Box::new(Self { path, file, config, job: None })))
@@ -60,11 +63,8 @@ impl PanicDump {
 }
 
 /// An empty file or an old dump, for reading and writing.
-fn open(path: &Path) -> io::Result<File> {
-    let mut options = File::options();
-    options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    // A fifo is refused, not waited for; nor is the end of a lease.
-    let mut file = options.custom_flags(libc::O_NONBLOCK).open(path)?;
+fn open(path: &Path, outputs: &mut OutputFiles) -> io::Result<File> {
+    let mut file = outputs.open(File::options().read(true).write(true), path)?;
     if !file.metadata()?.is_file() {
         return Err(io::Error::other("it is not a regular file; give another path"));
     }
