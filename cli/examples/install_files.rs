@@ -23,8 +23,12 @@ mod exit_codes;
 mod messages;
 #[path = "../src/powercut/mod.rs"]
 mod powercut;
+#[path = "../src/svg.rs"]
+mod svg;
 #[path = "../src/trace/mod.rs"]
 mod trace;
+#[path = "../src/trace_view/mod.rs"]
+mod trace_view;
 
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -39,6 +43,7 @@ fn main() {
         ("minivmm", arguments::command()),
         ("minivmm-ctl", ctl::command()),
         ("minivmm-powercut", powercut::command()),
+        ("minivmm-trace-view", trace_view::command()),
     ];
     for (name, command) in commands {
         let command = command.name(name).disable_help_subcommand(true);
@@ -49,7 +54,8 @@ fn main() {
     // The shells complete these as commands of `minivmm`.
     let mut command = arguments::command()
         .subcommand(ctl::command().name("ctl"))
-        .subcommand(powercut::command().name("powercut"));
+        .subcommand(powercut::command().name("powercut"))
+        .subcommand(trace_view::command().name("trace-view"));
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
         clap_complete::generate_to(shell, &mut command, "minivmm", &directory)
             .expect("a completion can be written");

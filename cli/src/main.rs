@@ -15,6 +15,7 @@ mod powercut;
 mod required_calls;
 mod saved;
 mod service;
+mod svg;
 mod terminal;
 mod trace;
 mod trace_view;

@@ -23,7 +23,7 @@ fn man_pages_and_completions_have_every_option() {
     let (page, bash, zsh, fish) =
         (read("minivmm.1"), read("minivmm.bash"), read("_minivmm"), read("minivmm.fish"));
     for option in options {
-        let name = option.split([' ', ',']).next().unwrap();
+        let name = option.split([' ', ',', '[']).next().unwrap();
         assert!(
             page.contains(&format!("\\-\\-{}", name.replace('-', "\\-"))),
             "{name} in the page"
@@ -34,6 +34,8 @@ fn man_pages_and_completions_have_every_option() {
     }
     assert!(read("minivmm-ctl.1").contains("throttle"));
     assert!(read("minivmm-powercut.1").contains("EPOCH:BITS"));
+    let page = read("minivmm-trace-view.1");
+    assert!(page.contains("\\-\\-requests") && bash.contains("trace-view"), "{page}");
 
     let completed = format!(
         "source {}/minivmm.bash; COMP_WORDS=(minivmm --cons); COMP_CWORD=1; _minivmm minivmm --cons minivmm; echo $COMPREPLY",

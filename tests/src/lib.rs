@@ -27,6 +27,7 @@ pub mod random;
 pub mod refusal;
 pub mod session;
 pub mod transcript;
+pub mod xml;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};

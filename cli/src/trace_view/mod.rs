@@ -2,12 +2,15 @@
 //!
 //! A program of its own, as `minivmm ctl` is: it reads the file line by line, and knows the trace only by the names in it.
 
-use std::collections::BTreeMap;
+#[cfg(test)]
+mod fuzz;
+
+use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
-use std::fmt::Write;
 use std::fs::File;
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::io::{BufRead, BufReader, Read};
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -16,6 +19,7 @@ use serde_json::Value;
 use crate::arguments::parse_as;
 use crate::exit_codes::{EXIT_CLEAN, EXIT_HOST, EXIT_USAGE};
 use crate::messages::{print_message, print_text};
+use crate::svg::Svg;
 
 /// Draw the first requests of a trace.
 ///
@@ -35,6 +39,13 @@ struct Arguments {
     #[arg(long, value_name = "N", default_value = "8", value_parser = clap::value_parser!(u16).range(1..=100))]
     requests: u16,
 }
+
+/// Bytes of a line: an event that interrupts for 1024 requests has some 20 KiB.
+const LINE_MAX: u64 = 64 << 10;
+/// Microseconds since the start: up to some 30 years.
+const TIMES: RangeInclusive<f64> = 0.0..=1e15;
+/// Exits and interrupts that are remembered. A picture with more could not be read.
+const MARKS_MAX: usize = 10_000;
 
 /// Why a trace cannot be drawn.
 #[derive(Debug, thiserror::Error)]
@@ -68,7 +79,13 @@ struct Life {
 struct Trace {
     lives: BTreeMap<u64, Life>,
     /// Exits and interrupts: when, on which thread, and what.
-    marks: Vec<(f64, String, String)>,
+    marks: VecDeque<(f64, String, String)>,
+}
+
+/// The command line's definition, for man pages and completions.
+#[allow(dead_code, reason = "an example makes the files that are installed")]
+pub(crate) fn command() -> clap::Command {
+    <Arguments as clap::CommandFactory>::command()
 }
 
 pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
@@ -76,7 +93,8 @@ pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
         Ok(arguments) => arguments,
         Err(status) => return status,
     };
-    match read(&file, requests.into()) {
+    let opened = File::open(&file).map_err(ViewError::File);
+    match opened.and_then(|file| read(BufReader::new(file), requests.into())) {
         Ok(trace) => ExitCode::from(if print_text(&trace.svg()) { EXIT_CLEAN } else { EXIT_HOST }),
         Err(error) => {
             print_message(&format!("trace-view {}: {error}", file.display()));
@@ -85,11 +103,17 @@ pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
     }
 }
 
-fn read(file: &Path, requests: u64) -> Result<Trace, ViewError> {
-    let mut trace = Trace::default();
-    for (number, line) in (1..).zip(BufReader::new(File::open(file)?).lines()) {
-        let event: Value = serde_json::from_str(&line?).map_err(|_| ViewError::Line(number))?;
-        let (Some(name), Some(time)) = (event["event"].as_str(), event["time_us"].as_f64()) else {
+/// Reads a trace up to its end. Of a file without lines, such as a device, only the first bytes are read.
+fn read(mut file: impl BufRead, requests: u64) -> Result<Trace, ViewError> {
+    let (mut trace, mut line) = (Trace::default(), Vec::new());
+    for number in 1.. {
+        line.clear();
+        if (&mut file).take(LINE_MAX).read_until(b'\n', &mut line)? == 0 {
+            break;
+        }
+        let event: Value = serde_json::from_slice(&line).map_err(|_| ViewError::Line(number))?;
+        let time = event["time_us"].as_f64().filter(|time| TIMES.contains(time));
+        let (Some(name), Some(time)) = (event["event"].as_str(), time) else {
             return Err(ViewError::Line(number));
         };
         trace.add(name, time, &event, requests);
@@ -105,7 +129,7 @@ impl Trace {
         match (name, stretch, event["req"].as_u64()) {
             ("kvm_run_exit" | "irq_pulse", ..) => {
                 let what = format!("{name} {} {}", text("reason"), text("register"));
-                self.marks.push((time, text("thread").to_owned(), what));
+                self.mark((time, text("thread").to_owned(), what));
             }
             ("virtio_notify", ..) => {
                 let interrupted = event["reqs"].as_array().into_iter().flatten();
@@ -121,7 +145,8 @@ impl Trace {
                     Some(sector) => format!("{request}: {kind} {sector}"),
                     None => format!("{request}: {kind}"),
                 };
-                let start = time - event["since_us"].as_f64().unwrap_or(0.0);
+                let since = event["since_us"].as_f64().filter(|since| (0.0..=time).contains(since));
+                let start = time - since.unwrap_or(0.0);
                 let ends = [Some(time), None, None, None, None];
                 self.lives.insert(request, Life { name, start, ends });
             }
@@ -135,6 +160,18 @@ impl Trace {
         }
     }
 
+    /// Remembers an exit or an interrupt. Where there are too many, those before the first request have to go, and then the last ones.
+    fn mark(&mut self, mark: (f64, String, String)) {
+        let begin = self.lives.values().map(|life| life.start).fold(f64::INFINITY, f64::min);
+        if self.marks.len() == MARKS_MAX {
+            if self.marks[0].0 >= begin {
+                return;
+            }
+            self.marks.pop_front();
+        }
+        self.marks.push_back(mark);
+    }
+
     fn svg(&self) -> String {
         let scale = Scale::new(self.lives.values());
         let marks: Vec<_> = self.marks.iter().filter(|(time, ..)| scale.has(*time)).collect();
@@ -143,40 +180,29 @@ impl Trace {
         threads.dedup();
         let rows = threads.len() + self.lives.len();
         let height = TOP + ROW * rows as f64 + 40.0;
-        let mut out = format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{:.0}\" height=\"{height:.0}\" font-family=\"sans-serif\" font-size=\"12\">\n\
-             <rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n",
-            LEFT + WIDTH + 20.0
-        );
-        scale.draw(&mut out, height - 36.0);
+        let mut svg = Svg::new(scale.right() + 20.0, height);
+        scale.draw(&mut svg, height - 36.0);
         for (row, thread) in threads.iter().enumerate() {
             let y = TOP + ROW * row as f64;
-            label(&mut out, y, thread);
+            label(&mut svg, y, thread);
             for (time, _, what) in marks.iter().filter(|(_, of, _)| of == thread) {
-                let (at, what) = (scale.x(*time), escaped(what));
-                let _ = writeln!(
-                    out,
-                    "<rect x=\"{at:.1}\" y=\"{:.1}\" width=\"1.5\" height=\"14\" fill=\"#7a5cc9\"><title>{what}</title></rect>",
-                    y + 3.0
-                );
+                svg.rect((scale.x(*time), y + 3.0), (1.5, 14.0), "#7a5cc9", what);
             }
         }
         for (row, life) in (threads.len()..).zip(self.lives.values()) {
-            life.draw(&mut out, TOP + ROW * row as f64, &scale);
+            life.draw(&mut svg, TOP + ROW * row as f64, &scale);
         }
-        for (index, (_, name, color)) in STRETCHES.iter().enumerate() {
+        for (index, (until, name, color)) in STRETCHES.iter().enumerate() {
             let (at, y) = (LEFT + 150.0 * index as f64, height - 24.0);
-            let _ = writeln!(
-                out,
-                "<rect x=\"{at}\" y=\"{y}\" width=\"12\" height=\"12\" fill=\"{color}\"/><text x=\"{}\" y=\"{}\">{name}</text>",
-                at + 18.0,
-                y + 11.0
-            );
+            svg.rect((at, y), (12.0, 12.0), color, &format!("until {until}"));
+            svg.text((at + 18.0, y + 11.0), "start", TEXT, name);
         }
-        out + "</svg>\n"
+        svg.finish()
     }
 }
 
+const TEXT: &str = "#222222";
+const FAINT: &str = "#555555";
 /// Pixels: of the names on the left, of the time, above the first row, and of a row.
 const LEFT: f64 = 150.0;
 const WIDTH: f64 = 800.0;
@@ -227,50 +253,40 @@ impl Scale {
         left - GAP
     }
 
+    /// Where the last time is, or the width of the legend if that is more.
+    fn right(&self) -> f64 {
+        self.busy.last().map_or(0.0, |(_, end)| self.x(*end)).max(LEFT + WIDTH)
+    }
+
     /// A line where time is cut out, and how long a tenth of the width takes.
-    fn draw(&self, out: &mut String, bottom: f64) {
+    fn draw(&self, svg: &mut Svg, bottom: f64) {
         for (_, end) in self.busy.iter().rev().skip(1) {
             let at = self.x(*end) + GAP / 2.0;
-            let _ = writeln!(
-                out,
-                "<line x1=\"{at:.1}\" y1=\"{TOP}\" x2=\"{at:.1}\" y2=\"{bottom}\" stroke=\"#b0b7c3\" stroke-dasharray=\"2 3\"/>"
-            );
+            svg.line((at, TOP), (at, bottom), "#b0b7c3", "2 3");
         }
         let (right, time) = (LEFT + WIDTH / 10.0, WIDTH / 10.0 / self.zoom);
-        let _ = writeln!(
-            out,
-            "<line x1=\"{LEFT}\" y1=\"14\" x2=\"{right}\" y2=\"14\" stroke=\"#555555\"/>\
-             <text x=\"{}\" y=\"18\" fill=\"#555555\">{time:.0} us; time without requests is cut out</text>",
-            right + 8.0
-        );
+        let words = format!("{time:.0} us; time without requests is cut out");
+        svg.line((LEFT, 14.0), (right, 14.0), FAINT, "none");
+        svg.text((right + 8.0, 18.0), "start", FAINT, &words);
     }
 }
 
 impl Life {
     /// A bar of the stretches, one behind the other.
-    fn draw(&self, out: &mut String, y: f64, scale: &Scale) {
-        label(out, y, &self.name);
+    fn draw(&self, svg: &mut Svg, y: f64, scale: &Scale) {
+        label(svg, y, &self.name);
         let mut begin = self.start;
         for ((_, name, color), end) in STRETCHES.iter().zip(self.ends) {
             let Some(end) = end else { continue };
             let (left, right, time) = (scale.x(begin), scale.x(end), end - begin);
             // A stretch that is too short to be seen is drawn all the same.
-            let _ = writeln!(
-                out,
-                "<rect x=\"{left:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"14\" fill=\"{color}\"><title>{name}: {time:.1} us</title></rect>",
-                y + 3.0,
-                (right - left).max(0.5)
-            );
+            let size = ((right - left).max(0.5), 14.0);
+            svg.rect((left, y + 3.0), size, color, &format!("{name}: {time:.1} us"));
             begin = end;
         }
     }
 }
 
-fn label(out: &mut String, y: f64, text: &str) {
-    let (x, y, text) = (LEFT - 10.0, y + 15.0, escaped(text));
-    let _ = writeln!(out, "<text x=\"{x}\" y=\"{y:.1}\" text-anchor=\"end\">{text}</text>");
-}
-
-fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+fn label(svg: &mut Svg, y: f64, text: &str) {
+    svg.text((LEFT - 10.0, y + 15.0), "end", TEXT, text);
 }
