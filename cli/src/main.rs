@@ -9,6 +9,7 @@ mod boot_timing;
 mod ctl;
 mod directory_disk;
 mod exit_codes;
+mod explain_view;
 mod inherited;
 mod messages;
 mod powercut;
@@ -24,6 +25,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::process::ExitCode;
 
+use arguments::ExplainFormat;
 use arguments::Parsed;
 use arguments::incoming::IncomingOption;
 use boot_timing::Moment;
@@ -59,7 +61,7 @@ fn main() -> ExitCode {
             Ok(parsed) => parsed,
             Err(status) => return status,
         };
-    let trace = trace.filter(|_| !explain);
+    let trace = trace.filter(|_| explain.is_none());
     let (trace, layer) =
         trace.map(|options| Trace::new(&options, messages::Stderr, print_message)).unzip();
     messages::start_log(verbose, boot_timing.then_some(started), layer);
@@ -69,8 +71,12 @@ fn main() -> ExitCode {
         Ok(images) => images,
         Err(error) => return fail(&error, error.is_usage()),
     };
-    if explain {
-        return match vmm::explain(&config) {
+    if let Some(format) = explain {
+        let explained = vmm::explain(&config).map(|machine| match format {
+            ExplainFormat::Text => machine.text,
+            ExplainFormat::Svg => explain_view::draw(&machine),
+        });
+        return match explained {
             Ok(text) => ExitCode::from(if print_text(&text) { EXIT_CLEAN } else { EXIT_HOST }),
             Err(error) => fail(&error, error.is_usage()),
         };

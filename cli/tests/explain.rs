@@ -6,6 +6,7 @@ use std::fs;
 use minivmm_tests::files::{Listing, sparse};
 use minivmm_tests::guest::Program;
 use minivmm_tests::session::Session;
+use minivmm_tests::xml::elements;
 use minivmm_tests::{BOUND, image, kvm_is_usable, minivmm, small_guest, unexpected_lines};
 use tempfile::tempdir;
 
@@ -73,6 +74,42 @@ fn a_machine_is_printed_and_leaves_no_trace() {
     let calls = section(&text, "System calls");
     assert!(value(&calls, "vcpu").contains("ioctl (KVM_RUN, "), "{calls:?}");
     assert!(!value(&calls, "main").contains("openat"), "{calls:?}");
+}
+
+#[test]
+fn a_picture_names_every_region_and_thread_of_the_text() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    sparse(&directory.path().join("disk.img"), 1 << 20);
+    sparse(&directory.path().join("other.img"), 1 << 20);
+    let run = |explain: &str| {
+        let mut command = small_guest(directory.path(), Program::Exit);
+        command.args(["--cpus", "2", "--disk", "disk.img", "--disk", "other.img,aio=threads"]);
+        let ended = Session::start(command.arg(explain)).wait(BOUND).must_be(0);
+        String::from_utf8(ended.output).unwrap()
+    };
+    let text = run("--explain=text");
+    let elements = elements(&run("--explain=svg"));
+    let has = |name: &str, text: &str| {
+        elements.iter().any(|element| element.name == name && element.text == text)
+    };
+    for heading in ["Memory map", "Registers of devices", "Content of memory"] {
+        for region in section(&text, heading) {
+            assert!(has("title", region), "{region}: {elements:?}");
+            let (_, name) = region.split_once("  ").unwrap();
+            assert!(has("text", name), "{name}: {elements:?}");
+        }
+    }
+    let threads = section(&text, "Threads");
+    assert!(threads.iter().any(|thread| thread.starts_with("disk-vdb-0 ")), "{threads:?}");
+    // Of two runs, one may see a thread that has ended in the other.
+    for thread in threads.into_iter().filter(|thread| !thread.ends_with("and ends")) {
+        let (name, purpose) = thread.split_once(' ').unwrap();
+        assert!(has("title", &format!("{name}: {}", purpose.trim())), "{name}: {elements:?}");
+        assert!(has("text", name), "{name}: {elements:?}");
+    }
 }
 
 #[test]

@@ -48,7 +48,7 @@ pub use config::{ConsoleConfig, DiskConfig, GdbConfig, SandboxMode, VmConfig};
 pub use control::{Awaited, wait as wait_for_incoming};
 pub use error::{Error, VcpuError, WithCauses};
 pub use event_loop::EventLoop;
-pub use explain::explain;
+pub use explain::{Explanation, Part, Region, Thread, explain};
 pub use kvm::missing_hardware_support;
 pub use machine::Outcome;
 pub use sandbox::on_violation;

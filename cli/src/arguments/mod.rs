@@ -26,6 +26,7 @@ use vmm::{ConsoleConfig, GdbConfig, SandboxMode, VmConfig};
 use self::disk::{Context, DiskOption};
 use self::incoming::IncomingOption;
 use self::usage_error::UsageError;
+pub(crate) use self::value::ExplainFormat;
 use self::value::{os_text, text};
 use crate::exit_codes::{EXIT_HOST, EXIT_USAGE};
 use crate::messages::{print_message, was_taken};
@@ -209,12 +210,12 @@ struct ProcessOptions {
     #[arg(long, value_name = "on|off|log", default_value = "on", value_parser = text(value::sandbox))]
     sandbox: SandboxMode,
 
-    /// Print the machine that the other options describe, and do not run it.
+    /// Print the machine that the other options describe, and do not run it: as text, or with =svg as a picture of memory and threads.
     ///
     /// Memory map, tables, registers at the kernel's entry, command line, disks, threads, descriptors, and the system calls that each
     /// thread may make. The machine is built for that, but no socket is bound and no console's file created.
-    #[arg(long, conflicts_with = "incoming")]
-    explain: bool,
+    #[arg(long, value_name = "text|svg", num_args = 0..=1, require_equals = true, default_missing_value = "text", value_parser = text(value::explain), conflicts_with = "incoming")]
+    explain: Option<ExplainFormat>,
 
     #[allow(rustdoc::broken_intra_doc_links, reason = "brackets are what the help prints")]
     /// Record trace events: [enable=]PATTERN[,...][,file=PATH][,format=text|json|perfetto]. May be repeated.
@@ -257,7 +258,7 @@ pub(crate) struct Parsed {
     pub(crate) verbose: bool,
     pub(crate) boot_timing: bool,
     /// Print the machine and do not run it.
-    pub(crate) explain: bool,
+    pub(crate) explain: Option<ExplainFormat>,
     pub(crate) trace: Option<TraceOptions>,
 }
 

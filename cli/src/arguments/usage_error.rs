@@ -115,7 +115,7 @@ fn line(error: &clap::Error, help: &str) -> String {
     let first = |kind| texts(kind).into_iter().next().unwrap_or_default();
     // Such as `--memory SIZE`, or `SIZE` for an argument without an option.
     let argument = first(ContextKind::InvalidArg).replace(['<', '>'], "");
-    let option = argument.split(' ').next().unwrap_or_default();
+    let option = name(&argument);
     let meant = |kind| match texts(kind) {
         known if known.is_empty() => help.to_owned(),
         known => format!("did you mean {}? ({help})", known.join(" or ")),
@@ -164,9 +164,15 @@ fn line(error: &clap::Error, help: &str) -> String {
     }
 }
 
+/// The option alone of `--memory SIZE` or `--explain[=text|svg]`.
+fn name(argument: &str) -> &str {
+    let word = argument.split(' ').next().unwrap_or_default();
+    word.split("[=").next().unwrap_or_default()
+}
+
 /// `option` is given with one that it does not go with, or a second time.
 fn conflict(option: &str, other: &str) -> String {
-    match other.split(' ').next().unwrap_or_default() {
+    match name(other) {
         other if other.is_empty() || other == option => {
             format!("{option}: given twice; give it once")
         }

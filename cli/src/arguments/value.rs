@@ -186,6 +186,21 @@ pub(crate) fn sandbox(text: &str) -> Result<SandboxMode, ValueError> {
     }
 }
 
+/// How `--explain` shows the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ExplainFormat {
+    Text,
+    Svg,
+}
+
+pub(crate) fn explain(text: &str) -> Result<ExplainFormat, ValueError> {
+    match text {
+        "text" => Ok(ExplainFormat::Text),
+        "svg" => Ok(ExplainFormat::Svg),
+        _ => Err(ValueError::Write("write --explain or --explain=svg")),
+    }
+}
+
 pub(crate) fn console(text: &OsStr) -> Result<ConsoleConfig, ValueError> {
     if let Some(path) = path_after(text, "file:") {
         let (path, max) = with_max(path)?;

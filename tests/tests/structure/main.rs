@@ -91,7 +91,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
             "vmm/src/control/trace_commands.rs",
         ],
     ),
-    ("trace view", &["cli/src/trace_view", "cli/src/svg.rs"]),
+    ("trace view", &["cli/src/trace_view", "cli/src/svg.rs", "cli/src/explain_view.rs"]),
     (
         "VM generation ID",
         &["arch/src/tables/generation_id.rs", "vmm/src/snapshot/generation_id.rs"],

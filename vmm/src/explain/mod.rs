@@ -1,4 +1,4 @@
-//! `--explain`: a machine as text, read from the machine itself.
+//! `--explain`: a machine as text, and as the values of a picture, read from the machine itself.
 //!
 //! A capability. `cli` calls [`explain`] instead of running the machine. [`explain`] builds it, as a run would, and then reads everything
 //! from what was built: registers from KVM, the content of memory from the placement plan, features and configuration
@@ -10,15 +10,17 @@
 
 mod disks;
 mod process;
+mod regions;
 mod rows;
 
 use arch::boot::Protocol;
 use arch::layout;
 use arch::machine_layout::{MachineLayout, MachineSpec};
-use arch::memory::Kind;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
-use self::rows::{item, range};
+pub use self::process::Thread;
+pub use self::regions::{Part, Region};
+use self::rows::item;
 use crate::boot_image::BootImage;
 use crate::builder::{build, machine_spec};
 use crate::config::{ConsoleConfig, VmConfig};
@@ -31,22 +33,38 @@ use crate::signals::Signals;
 const CR0_PG: u64 = 1 << 31;
 const EFER_LMA: u64 = 1 << 10;
 
+/// What there is to say of a machine.
+#[derive(Debug)]
+pub struct Explanation {
+    /// All of it.
+    pub text: String,
+    /// The guest-physical address space.
+    pub regions: Vec<Region>,
+    /// The threads, in the order of their start.
+    pub threads: Vec<Thread>,
+}
+
 /// Describes the machine that `config` asks for, without running it.
 ///
 /// # Errors
 /// Those of building it.
-pub fn explain(config: &VmConfig) -> Result<String, Error> {
+pub fn explain(config: &VmConfig) -> Result<Explanation, Error> {
     let signals = Signals::block()?;
     let machine = &build(&without_traces(config), None, signals)?.machine;
     let disks = machine.hardware.disks.len();
     let spec = MachineSpec { disks, ..machine_spec(config) };
     let mut lines = summary(config, &spec);
-    lines.extend(memory_map(&MachineLayout::new(spec)));
-    lines.extend(machine.hardware.boot_image.as_ref().map(boot).unwrap_or_default());
+    let image = machine.hardware.boot_image.as_ref();
+    let regions = regions::regions(&MachineLayout::new(spec), image);
+    for part in [Part::Map, Part::Registers, Part::Content] {
+        lines.extend(regions::rows(&regions, part));
+    }
+    lines.extend(image.map(boot).unwrap_or_default());
     lines.extend(registers(machine)?);
     lines.extend(ports(config));
     machine.hardware.disks.iter().for_each(|disk| lines.extend(disks::describe(disk)));
-    lines.extend(process::threads());
+    let threads = process::threads();
+    lines.extend(process::thread_rows(&threads));
     lines.extend(process::descriptors());
     lines.extend(left_out(config));
     lines.push("System calls that a thread may make once the guest runs".to_owned());
@@ -56,7 +74,7 @@ pub fn explain(config: &VmConfig) -> Result<String, Error> {
         }
         None => vec!["  all: --sandbox off".to_owned()],
     });
-    Ok(lines.join("\n") + "\n")
+    Ok(Explanation { text: lines.join("\n") + "\n", regions, threads })
 }
 
 /// The same machine, but it leaves nothing on the host: its consoles are standard streams, and it has no sockets.
@@ -97,44 +115,13 @@ fn summary(config: &VmConfig, spec: &MachineSpec) -> Vec<String> {
     )]
 }
 
-fn memory_map(layout: &MachineLayout) -> Vec<String> {
-    let mut lines = vec!["Memory map that the guest is given".to_owned()];
-    lines.extend(layout.memory_map.iter().map(|entry| {
-        let kind = match entry.kind {
-            Kind::Ram => "RAM",
-            Kind::Reserved => "reserved",
-            Kind::Acpi => "ACPI tables",
-        };
-        range(entry.start, entry.size, kind)
-    }));
-    lines.push("Registers of devices in the hole below 4 GiB".to_owned());
-    let windows = layout.disks.iter().enumerate();
-    lines.extend(windows.map(|(index, window)| {
-        range(window.base.0, window.size, format!("disk {index}, interrupt {}", window.gsi))
-    }));
-    lines.push(range(layout::IOAPIC.0, layout::PAGE_SIZE, "IOAPIC"));
-    lines.push(range(layout::LAPIC.0, layout::PAGE_SIZE, "local APICs"));
-    lines
-}
-
-/// What memory holds before the first instruction.
+/// How the kernel is started.
 fn boot(image: &BootImage) -> Vec<String> {
     let plan = &image.plan;
-    let mut placed: Vec<_> = plan
-        .structures
-        .iter()
-        .map(|structure| (structure.address.0, structure.bytes.len() as u64, structure.name))
-        .chain(plan.kernel.iter().map(|file| (file.address.0, file.length, "kernel")))
-        .chain(plan.initrd.iter().map(|file| (file.address.0, file.length, "initrd")))
-        .collect();
-    placed.sort_unstable();
-    let mut lines =
-        vec!["Content of memory before the first instruction; the rest is zero".to_owned()];
-    lines.extend(placed.into_iter().map(|(start, length, name)| range(start, length, name)));
     let cmdline = plan.structures.iter().find(|structure| structure.address == layout::CMDLINE);
     let words = cmdline.map(|structure| structure.bytes.trim_ascii_end()).unwrap_or_default();
     let words = words.strip_suffix(b"\0").unwrap_or(words);
-    lines.push("Kernel command line".to_owned());
+    let mut lines = vec!["Kernel command line".to_owned()];
     lines.push(format!("  {}", String::from_utf8_lossy(words)));
     let protocol = match plan.entry.protocol {
         Protocol::Pvh => "PVH: ebx points to the start info",

@@ -23,17 +23,26 @@ const PURPOSES: [(&str, &str); 8] = [
 const LOOKS: u32 = 1000;
 const INTERVAL: Duration = Duration::from_millis(1);
 
+/// A thread of the process.
+#[derive(Clone, Debug)]
+pub struct Thread {
+    /// Its name, as `ps -T` shows it.
+    pub name: String,
+    /// Its kind, if it is one of minivmm's, and what it is for.
+    pub purpose: &'static str,
+}
+
 /// The threads, in the order of their start. KVM has some of its own.
-pub(super) fn threads() -> Vec<String> {
+pub(super) fn threads() -> Vec<Thread> {
     let mut ids: Vec<u32> = numbers("/proc/self/task");
     ids.sort_unstable();
-    let mut lines = vec!["Threads: name, kind and purpose".to_owned()];
-    for id in ids {
-        if let Some(name) = name(id) {
-            lines.push(item(&name, purpose(&name)));
-        }
-    }
-    lines
+    let names = ids.into_iter().filter_map(name);
+    names.map(|name| Thread { purpose: purpose(&name), name }).collect()
+}
+
+pub(super) fn thread_rows(threads: &[Thread]) -> impl Iterator<Item = String> {
+    let rows = threads.iter().map(|thread| item(&thread.name, thread.purpose));
+    std::iter::once("Threads: name, kind and purpose".to_owned()).chain(rows)
 }
 
 /// `None`: the thread has ended. Until a thread runs for the first time it has the name of the main thread, which made it.
