@@ -21,6 +21,7 @@ pub mod holdings;
 pub mod host_disk;
 pub mod image;
 pub mod linux;
+pub mod perfetto;
 pub mod polling;
 pub mod qmp;
 pub mod random;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use vmm::trace::{Decoded, EVENTS, decode};
 
 use super::record::{Record, ThreadId, Value};
-use super::requests::{Requests, Station};
+use super::requests::{EngineSpan, Requests, Station};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Format {
@@ -186,10 +186,10 @@ impl Formatter {
             (false, _) => arrow("t", request, record.time),
         }
         let (time, worker) = (self.time(record.time), record.thread.name.as_str());
-        let phase = match name {
-            "virtio_blk_submit" => "b",
-            "virtio_blk_req_complete" => "e",
-            _ => return,
+        let phase = match station.engine {
+            Some(EngineSpan::Begins) => "b",
+            Some(EngineSpan::Ends) => "e",
+            None => return,
         };
         let _ = write!(
             out,

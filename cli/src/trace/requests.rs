@@ -14,6 +14,8 @@ const WAITING_MAX: usize = 1024;
 struct Life {
     number: u64,
     last: Instant,
+    /// It was filed for the engine. Some requests need none, such as one for the disk's serial number.
+    submitted: bool,
 }
 
 #[derive(Default)]
@@ -26,6 +28,12 @@ struct Worker {
     waiting: Vec<u64>,
 }
 
+/// The time in which a request is with the engine.
+pub(super) enum EngineSpan {
+    Begins,
+    Ends,
+}
+
 /// What an event means for requests.
 #[derive(Default)]
 pub(super) struct Station {
@@ -35,6 +43,8 @@ pub(super) struct Station {
     pub(super) since: Option<Duration>,
     /// When the kick came that a request was taken for.
     pub(super) kick: Option<Instant>,
+    /// Whether that request goes to the engine for the first time, or has been there.
+    pub(super) engine: Option<EngineSpan>,
     /// The requests that it interrupts for.
     pub(super) interrupts_for: Vec<u64>,
 }
@@ -60,7 +70,7 @@ impl Requests {
         if name.starts_with("virtio_blk_handle_") {
             self.count += 1;
             let last = worker.kick.unwrap_or(record.time);
-            worker.lives.insert(place, Life { number: self.count, last });
+            worker.lives.insert(place, Life { number: self.count, last, submitted: false });
             station.kick = worker.kick;
         }
         let Some(life) = worker.lives.get_mut(&place) else { return station };
@@ -70,7 +80,11 @@ impl Requests {
         if name.ends_with("_complete") {
             worker.kick = None;
         }
+        if name == "virtio_blk_submit" && !std::mem::replace(&mut life.submitted, true) {
+            station.engine = Some(EngineSpan::Begins);
+        }
         if name == "virtio_blk_req_complete" {
+            station.engine = life.submitted.then_some(EngineSpan::Ends);
             worker.waiting.truncate(WAITING_MAX);
             worker.waiting.push(life.number);
             worker.lives.remove(&place);

@@ -16,3 +16,4 @@ mod gdb;
 mod lab;
 mod powercut;
 mod saved;
+mod trace;
