@@ -23,7 +23,7 @@ const SILENCE: Duration = Duration::from_secs(60);
 
 pub(crate) const IOPS: &str = "thousands of requests a second";
 
-const fn job(write: bool, random: bool, block: u32, depth: u32, requests: u64) -> Job {
+pub(crate) const fn job(write: bool, random: bool, block: u32, depth: u32, requests: u64) -> Job {
     Job { write, random, block, depth, requests }
 }
 
@@ -97,10 +97,10 @@ fn limits(group: &str, image: &Path, results: &mut Results) {
     }
 }
 
-fn command(monitor: Monitor, directory: &Path, image: &Path) -> Command {
+/// A monitor whose guest does `jobs`.
+pub(crate) fn command(monitor: Monitor, directory: &Path, image: &Path, jobs: &[Job]) -> Command {
     let kernel = directory.join("polling.elf");
-    fs::write(&kernel, polling::kernel(monitor.windows(), &JOBS.map(|(_, job)| job), FILE_SIZE))
-        .unwrap();
+    fs::write(&kernel, polling::kernel(monitor.windows(), jobs, FILE_SIZE)).unwrap();
     let disks = &[DiskSetup { path: image, serial: "test", read_only: false, direct: false }];
     monitor.command(&Setup {
         kernel: &kernel,
@@ -115,7 +115,7 @@ fn command(monitor: Monitor, directory: &Path, image: &Path) -> Command {
 /// Where minivmm's time to the guest goes, as it says itself.
 fn boot_phases(image: &Path, results: &mut Results) {
     let directory = tempfile::tempdir().unwrap();
-    let mut command = command(Monitor::Minivmm, directory.path(), image);
+    let mut command = command(Monitor::Minivmm, directory.path(), image, &JOBS.map(|(_, job)| job));
     let process = Process::start_on_errors(command.arg("--boot-timing"));
     while let Ok((_, line)) = process.line(SILENCE) {
         // boot: PHASE  1.23 ms, 0.45 ms of CPU
@@ -136,21 +136,15 @@ fn boot_phases(image: &Path, results: &mut Results) {
 
 fn once(monitor: Monitor, place: &str, image: &Path, hz: f64, results: &mut Results) {
     let directory = tempfile::tempdir().unwrap();
-    let mut command = command(monitor, directory.path(), image);
+    let mut command = command(monitor, directory.path(), image, &JOBS.map(|(_, job)| job));
     let process = Process::start(&mut command);
-    let line = || process.line(SILENCE).unwrap_or_else(|why| panic!("{command:?}: {why}"));
     let mut add = |row: &str, metric: &str, value| {
         results.add(Key::new(&group(place), row, &monitor.name(), metric), value);
     };
     let mut to_guest = Duration::ZERO;
     for (row, job) in JOBS {
-        let (time, line) = line();
-        // The first line begins with the guest's sign of life.
-        let line = line.strip_prefix('R').inspect(|_| to_guest = time).unwrap_or(&line);
-        let numbers = line
-            .split_once(' ')
-            .and_then(|(ticks, kicks)| Some((hexadecimal(ticks)?, hexadecimal(kicks)?)));
-        let (ticks, kicks) = numbers.unwrap_or_else(|| panic!("{command:?}: {line:?}"));
+        let Done { ticks, kicks, first } = Done::read(&process);
+        to_guest = first.unwrap_or(to_guest);
         let requests = job.requests as f64;
         add(row, IOPS, requests / (ticks / hz) / 1e3);
         add(row, "notifications a request", kicks / requests);
@@ -159,12 +153,34 @@ fn once(monitor: Monitor, place: &str, image: &Path, hz: f64, results: &mut Resu
     add("peak RSS with the guest's pages", "KiB", process.peak_kib());
 }
 
+/// What the guest prints when it has done a job.
+pub(crate) struct Done {
+    pub(crate) ticks: f64,
+    kicks: f64,
+    /// When after exec the guest ran, with its first job.
+    first: Option<Duration>,
+}
+
+impl Done {
+    /// Waits for the next job.
+    pub(crate) fn read(process: &Process) -> Self {
+        let (time, line) = process.line(SILENCE).unwrap_or_else(|why| panic!("the guest: {why}"));
+        // The first line begins with the guest's sign of life.
+        let rest = line.strip_prefix('R');
+        let numbers = rest.unwrap_or(&line).split_once(' ');
+        let numbers =
+            numbers.and_then(|(ticks, kicks)| Some((hexadecimal(ticks)?, hexadecimal(kicks)?)));
+        let (ticks, kicks) = numbers.unwrap_or_else(|| panic!("the guest printed {line:?}"));
+        Self { ticks, kicks, first: rest.map(|_| time) }
+    }
+}
+
 fn hexadecimal(text: &str) -> Option<f64> {
     u64::from_str_radix(text, 16).ok().map(|number| number as f64)
 }
 
 /// Ticks of the time stamp counter in a second.
-fn tsc_hz() -> f64 {
+pub(crate) fn tsc_hz() -> f64 {
     let now = || {
         // SAFETY: every x86-64 processor has RDTSC, and user space may use it (Linux leaves CR4.TSD clear).
         (Instant::now(), unsafe { core::arch::x86_64::_rdtsc() })
