@@ -1,6 +1,6 @@
 //! `--exec COMMAND`: the guest's shell runs a command as process 1, and the command's output and status are minivmm's own.
 //!
-//! A capability: the builder lets [`plan`] add to the configuration what the guest needs, and [`attach`] plug the
+//! A capability: the builder lets [`plan`] add to the configuration what the guest needs, and [`attach()`] plug the
 //! second serial port in. The parts:
 //!
 //! - `job.sh`, the script that the guest's `/bin/sh` runs. A small read-only disk behind the user's disks has it, since a kernel
