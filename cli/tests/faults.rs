@@ -172,6 +172,12 @@ fn what_cannot_be_done_is_refused() {
     }
     let error = fails("x-minivmm-fault-remove", json!({"device": "data", "id": 1}));
     assert!(error.contains("has no rule 1"), "{error}");
+    for _ in 0..64 {
+        add(&mut qmp, "error:n=1");
+    }
+    let more = json!({"device": "data", "rule": "error:n=1"});
+    let (_, error) = qmp.execute("x-minivmm-fault-add", more).unwrap_err();
+    assert!(error.contains("has 64 rules"), "{error}");
     qmp.query("quit");
     session.wait(BOUND);
 }

@@ -145,8 +145,9 @@ fn line(error: &clap::Error, help: &str) -> String {
             conflict(option, &first(ContextKind::PriorArg).replace(['<', '>'], ""))
         }
         (ErrorKind::MissingRequiredArgument, _) => {
-            let missing = texts(ContextKind::InvalidArg).join(" ").replace(['<', '>'], "");
-            format!("{missing} is missing; {help}")
+            let missing = texts(ContextKind::InvalidArg);
+            let verb = if missing.len() == 1 { "is" } else { "are" };
+            format!("{} {verb} missing; {help}", missing.join(" and ").replace(['<', '>'], ""))
         }
         (ErrorKind::InvalidSubcommand, _) => {
             let command = first(ContextKind::InvalidSubcommand);

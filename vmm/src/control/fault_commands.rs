@@ -1,6 +1,6 @@
 //! The QMP commands about faults on order (`fault=` of a disk), which QEMU does not have.
 
-use devices::disk::injected_faults::{self, BadFault, CountedRule, FaultRule, Faults};
+use devices::disk::injected_faults::{self, BadFault, CountedRule, FaultRule, Faults, RULES_MAX};
 use serde_json::{Value, json};
 
 use super::arguments::{Argument, ArgumentKind, Arguments, optional, required};
@@ -19,7 +19,9 @@ pub(super) fn add(machine: &mut Machine, arguments: &Arguments<'_>) -> Result<An
     let rule: FaultRule = rule
         .parse()
         .map_err(|error: BadFault| Failure::generic(format!("Parameter 'rule': {error}")))?;
-    let id = faults(machine, arguments)?.add(rule);
+    let Some(id) = faults(machine, arguments)?.add(rule) else {
+        return Err(Failure::generic(format!("The disk has {RULES_MAX} rules; remove one first")));
+    };
     Ok(Answer::Now(json!({ "id": id })))
 }
 

@@ -26,6 +26,9 @@ struct State {
     wakes: Vec<Arc<EventFd>>,
 }
 
+/// Most rules of a disk with those that clients add: each request looks at all of them.
+pub const RULES_MAX: usize = 64;
+
 /// A rule, and how often it was hit.
 #[derive(Clone, Debug)]
 pub struct CountedRule {
@@ -51,18 +54,15 @@ impl Faults {
     pub(super) fn new(rules: Vec<FaultRule>) -> Self {
         let faults = Self { state: Mutex::default(), limit: LogLimit::new() };
         for rule in rules {
-            faults.add(rule);
+            lock(&faults.state).push(rule);
         }
         faults
     }
 
-    /// Adds a rule behind those that there are, and returns its number.
-    pub fn add(&self, rule: FaultRule) -> u64 {
+    /// Adds a rule behind those that there are, and returns its number. `None`: the disk has [`RULES_MAX`].
+    pub fn add(&self, rule: FaultRule) -> Option<u64> {
         let mut state = lock(&self.state);
-        state.last_id += 1;
-        let id = state.last_id;
-        state.rules.push(CountedRule { id, rule, seen: 0, hits: 0 });
-        id
+        (state.rules.len() < RULES_MAX).then(|| state.push(rule))
     }
 
     /// Removes the rule of this number, or all, and lets go the requests that they hold back. `false`: there is no such rule.
@@ -122,6 +122,12 @@ impl Faults {
 }
 
 impl State {
+    fn push(&mut self, rule: FaultRule) -> u64 {
+        self.last_id += 1;
+        self.rules.push(CountedRule { id: self.last_id, rule, seen: 0, hits: 0 });
+        self.last_id
+    }
+
     /// Has the workers look at what they hold back.
     fn wake(&self) {
         for wake in &self.wakes {

@@ -24,7 +24,7 @@ use std::any::Any;
 use std::io;
 use std::sync::Arc;
 
-pub use self::faults::{CountedRule, Faults};
+pub use self::faults::{CountedRule, Faults, RULES_MAX};
 use self::faulty_engine::FaultyEngine;
 pub use self::rule::{BadFault, FaultRule};
 use super::layer::{Layer, LayeredDisk};

@@ -122,7 +122,7 @@ fn a_request_hangs_until_its_rule_is_removed() {
     let waiting = std::thread::spawn(move || rig.wait(1, |_| {}));
     assert!(faults.remove(Some(1)));
     assert_eq!(waiting.join().unwrap(), HashMap::from([(0, Ok(()))]));
-    assert_eq!(faults.add("error".parse().unwrap()), 3);
+    assert_eq!(faults.add("error".parse().unwrap()), Some(3));
     assert_eq!(counts(), [(2, 0, 0), (3, 0, 0)]);
     assert!(faults.remove(None));
     assert!(counts().is_empty());
