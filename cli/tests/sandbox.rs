@@ -60,6 +60,31 @@ fn every_thread_of_a_running_vm_is_confined() {
 }
 
 #[test]
+fn root_hands_the_vm_to_another_user() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let user = ["--user", "1234:2345"];
+    if !rustix::process::geteuid().is_root() {
+        sparse(&directory.path().join("disk.img"), 1 << 20);
+        let mut command = small_guest(directory.path(), Program::Echo);
+        let ended = Session::start(command.args(user)).wait(BOUND).must_be(2);
+        assert!(ended.errors.contains("--user 1234:2345: "), "{ended}");
+        return;
+    }
+    let mut session = start(directory.path(), &user);
+    for (name, status) in threads(session.id()) {
+        let ids = ["Uid", "Gid", "Groups", "CapEff"].map(|name| field(&status, name));
+        let expected = ["1234\t1234\t1234\t1234", "2345\t2345\t2345\t2345", "", "0000000000000000"];
+        assert_eq!(ids, expected, "{name}");
+    }
+    session.send("\x04");
+    let ended = session.wait(BOUND).must_be(guest::SUCCESS);
+    assert!(unexpected_lines(&ended.errors).is_empty(), "{ended}");
+}
+
+#[test]
 fn it_can_be_switched_off() {
     if !kvm_is_usable() {
         return;

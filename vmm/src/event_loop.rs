@@ -78,8 +78,7 @@ impl EventLoop {
 impl MutEventSubscriber for EventLoop {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         // The row after the last, and no source: `advance` looks at the clock.
-        let mut watched =
-            Poller::new(ops, self.sources.len()).add_edges(self.machine.deadline(), 0);
+        let mut watched = Poller::new(ops, self.sources.len()).add_edges(&self.machine.deadline, 0);
         for (row, source) in self.sources.iter_mut().enumerate() {
             watched = watched.and_then(|()| source.watch(&mut Poller::new(ops, row)));
         }

@@ -189,8 +189,6 @@ struct End {
     /// How long it may take, from `began`.
     limit: Duration,
     disks: Vec<DiskEnd>,
-    /// How often the user asked for the end, by a signal or a key.
-    requests: u32,
     over: bool,
 }
 
@@ -217,7 +215,7 @@ pub(crate) struct Machine {
     /// Panicked, and not ended yet: what the guest does meanwhile is of no interest.
     panicked: bool,
     /// Wakes the main loop at the deadline of the standstill or of the end.
-    deadline: TimerFd,
+    pub deadline: TimerFd,
 }
 
 impl Machine {
@@ -231,7 +229,6 @@ impl Machine {
         background: BackgroundThread,
         stop_timeout: Duration,
     ) -> Result<Self, Error> {
-        let deadline = TimerFd::new().map_err(|error| Error::host("make a timer")(error.into()))?;
         Ok(Self {
             hardware,
             state: RunState::Prelaunch,
@@ -247,16 +244,12 @@ impl Machine {
             halt_reported: false,
             hold_panic: false,
             panicked: false,
-            deadline,
+            deadline: TimerFd::new().map_err(|error| Error::host("make a timer")(error.into()))?,
         })
     }
 
     pub(crate) fn state(&self) -> RunState {
         if self.end.is_some() { RunState::Shutdown } else { self.state }
-    }
-
-    pub(crate) fn deadline(&self) -> &TimerFd {
-        &self.deadline
     }
 
     fn emit(&mut self, event: MachineEvent) {

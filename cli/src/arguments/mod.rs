@@ -21,7 +21,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use vmm::{ConsoleConfig, GdbConfig, SandboxMode, VmConfig};
+use vmm::{ConsoleConfig, DiskConfig, GdbConfig, SandboxMode, VmConfig};
 
 use self::disk::{Context, DiskOption};
 use self::incoming::IncomingOption;
@@ -210,6 +210,13 @@ struct ProcessOptions {
     #[arg(long, value_name = "on|off|log", default_value = "on", value_parser = text(value::sandbox))]
     sandbox: SandboxMode,
 
+    /// Become this user and group before the guest runs: UID:GID.
+    ///
+    /// For a minivmm that root starts. Files, sockets and /dev/kvm are opened before, as root. The sockets are removed at the end if the
+    /// user may write to their directories.
+    #[arg(long, value_name = "UID:GID", value_parser = text(value::user))]
+    user: Option<(u32, u32)>,
+
     /// Print the machine that the other options describe, and do not run it: as text, or with =svg as a picture of memory and threads.
     ///
     /// Memory map, tables, registers at the kernel's entry, command line, disks, threads, descriptors, and the system calls that each
@@ -328,15 +335,13 @@ impl Arguments {
         let disks = guest.disks.into_iter().enumerate();
         let disks = disks.map(|(index, disk)| disk.into_config(index, context));
         let disks = disks.collect::<Result<Vec<_>, _>>()?;
-        for (index, disk) in disks.iter().enumerate() {
-            if disks[..index].iter().any(|other| other.id == disk.id) {
-                let (path, id) = (disk.image.path.clone(), disk.id.clone());
-                return Err(UsageError::DuplicateId { path, id });
-            }
-        }
+        check_ids(&disks)?;
         let consoles = consoles::choose(control.consoles, control.exec.is_some())?;
         if control.exec.is_some() {
             consoles::check_exec(&guest.cmdline, disks.is_empty(), control.debug_exit)?;
+        }
+        if process.user.is_some() && process.sandbox == SandboxMode::Off {
+            return Err(UsageError::UserWithoutSandbox);
         }
         let has_second = consoles[1] != ConsoleConfig::None || control.exec.is_some();
         let config = VmConfig {
@@ -364,10 +369,21 @@ impl Arguments {
             save_directory: process.save_directory,
             dump_on_panic: process.dump_on_panic,
             sandbox: process.sandbox,
+            user: process.user,
         };
         same_file::check(&config, guest.incoming.as_ref(), trace)?;
         Ok(config)
     }
+}
+
+fn check_ids(disks: &[DiskConfig]) -> Result<(), UsageError> {
+    for (index, disk) in disks.iter().enumerate() {
+        if disks[..index].iter().any(|other| other.id == disk.id) {
+            let (path, id) = (disk.image.path.clone(), disk.id.clone());
+            return Err(UsageError::DuplicateId { path, id });
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

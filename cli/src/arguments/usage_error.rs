@@ -40,6 +40,8 @@ pub(crate) enum UsageError {
     DeferWithoutControl,
     #[error("--paused: only a client can start the guest; add --qmp unix:PATH or --gdb unix:PATH")]
     PausedForEver,
+    #[error("--user: the sandbox changes the user; leave out --sandbox off")]
+    UserWithoutSandbox,
     #[error("--trace: {0}= given twice; there is one trace: give it once")]
     TraceTwice(&'static str),
     #[error("--trace: format=json and format=perfetto need a file of their own; add file=PATH")]

@@ -186,6 +186,14 @@ pub(crate) fn sandbox(text: &str) -> Result<SandboxMode, ValueError> {
     }
 }
 
+pub(crate) fn user(text: &str) -> Result<(u32, u32), ValueError> {
+    // The last number stands for "as it is" (setresuid(2)).
+    let number = |text: &str| text.parse().ok().filter(|id| *id != u32::MAX);
+    text.split_once(':')
+        .and_then(|(user, group)| Some((number(user)?, number(group)?)))
+        .ok_or(ValueError::Write("write two numbers, UID:GID, such as 1000:1000"))
+}
+
 /// How `--explain` shows the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ExplainFormat {

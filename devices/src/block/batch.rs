@@ -32,8 +32,6 @@ pub(super) struct Batch {
     ordered: bool,
     /// How many more batches are not sorted.
     unsorted: u8,
-    /// Most members of a group.
-    group_max: usize,
 }
 
 #[derive(Clone, Copy)]
@@ -47,10 +45,8 @@ pub(super) struct Member {
 }
 
 impl Batch {
-    /// `merges`: the engine's word on it.
-    pub(super) fn new(merges: bool) -> Self {
+    pub(super) fn new() -> Self {
         Self {
-            group_max: if merges { BATCH_MAX } else { 1 },
             operation: Operation::Read,
             members: Vec::with_capacity(BATCH_MAX),
             ranges: Vec::with_capacity(BATCH_MAX),
@@ -93,7 +89,7 @@ impl Batch {
         }
         let (head, tail) = self.members[self.taken..].split_first()?;
         let (mut length, mut count, mut followers) = (head.length, head.count, 0);
-        for next in tail.iter().take(self.group_max - 1) {
+        for next in tail {
             if next.offset != head.offset + length || count + next.count > CHAIN_MAX as usize {
                 break;
             }

@@ -35,6 +35,8 @@ const LAST_FLUSH: u32 = 0;
 
 pub(super) struct Dispatcher {
     engine: Box<dyn Engine>,
+    /// The engine's, asked once.
+    merges: bool,
     batch: Batch,
     in_flight: InFlight,
     /// Tags of requests that are not with the engine, in turn: they have a piece to submit, or are done.
@@ -50,8 +52,9 @@ impl Dispatcher {
     /// For at most `depth` requests at a time.
     pub(super) fn new(engine: Box<dyn Engine>, depth: u32) -> Self {
         Self {
-            batch: Batch::new(engine.merges()),
+            merges: engine.merges(),
             engine,
+            batch: Batch::new(),
             in_flight: InFlight::new(depth),
             ready: VecDeque::with_capacity(depth as usize),
             with_engine: 0,
@@ -117,7 +120,7 @@ impl Dispatcher {
         self.count(length);
         let tag = self.in_flight.insert(request);
         let transfer = Transfer { tag, operation, offset, length, ranges: data };
-        if alone {
+        if alone || !self.merges {
             return self.engine.submit(transfer);
         }
         if self.batch.is_full(operation) {

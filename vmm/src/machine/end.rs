@@ -11,18 +11,17 @@ use super::{DiskEnd, End, Machine, MachineDisk, MachineEvent, Outcome, is_paused
 use crate::error::Error;
 use crate::vcpu::VcpuThread;
 
-/// How long the end goes on, from its beginning, once a second signal or `Ctrl-A x` has come. Not zero: timeout(1) sends its signal
+/// How long the end may take, from its beginning, once a signal or `Ctrl-A x` comes meanwhile. Not zero: timeout(1) sends its signal
 /// twice, to the process and to its group, and means one. On disks that answer the end takes a fraction of it.
 const HURRIED_END: Duration = Duration::from_secs(1);
 
 impl Machine {
     /// Begins to end the machine: vCPUs stop, disks are drained and flushed, each as soon as it stands still. The first
-    /// outcome counts. A second signal, or `Ctrl-A x`, leaves the end [`HURRIED_END`].
+    /// outcome counts. A further signal, or `Ctrl-A x`, leaves the end [`HURRIED_END`].
     pub(crate) fn end(&mut self, outcome: Result<Outcome, Error>) {
         let is_users = matches!(outcome, Ok(Outcome::Signal(_) | Outcome::Quit));
         if let Some(end) = &mut self.end {
-            end.requests += u32::from(is_users);
-            if is_users && end.requests == 2 && end.limit > HURRIED_END {
+            if is_users && end.limit > HURRIED_END {
                 end.limit = HURRIED_END;
                 let left = HURRIED_END.saturating_sub(end.began.elapsed());
                 self.start_deadline(left);
@@ -48,8 +47,7 @@ impl Machine {
         }
         let began = self.begin_to_pause();
         let disks = self.hardware.disks.iter().map(|_| DiskEnd::Draining).collect();
-        let (limit, requests) = (self.stop_timeout, is_users.into());
-        self.end = Some(End { outcome, began, limit, disks, requests, over: false });
+        self.end = Some(End { outcome, began, limit: self.stop_timeout, disks, over: false });
     }
 
     pub(super) fn advance_end(&mut self) {

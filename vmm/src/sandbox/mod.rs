@@ -2,7 +2,7 @@
 //!
 //! Before the guest's first instruction every thread gives up, for good:
 //!
-//! - privileges: it gets none by execve(2), and has no capability (`privileges`);
+//! - privileges: it gets none by execve(2), and has no capability (`privileges`); with `--user` it is that user's;
 //! - paths: Landlock lets it open, create and look into nothing, and connect to nothing. All that the machine uses is open by
 //!   then. One thing is left: removing files where the machine's own sockets are;
 //! - system calls: a seccomp filter for each kind of thread (`filters`). A call that is not on its list ends the VM (`violation`);
@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 
 use devices::spawn::{self, Body, Spawn};
+use rustix::io::Errno;
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use seccompiler::{BpfProgram, SeccompAction};
 
@@ -82,6 +83,21 @@ fn needs(config: &VmConfig) -> Needs {
     }
 }
 
+/// Finds out in a thread whether the process may become the user. What the host refuses later is only a warning.
+fn try_user(user: (u32, u32)) -> Result<(), Error> {
+    let tried = std::thread::spawn(move || privileges::become_user(user)).join();
+    tried.unwrap_or(Ok(())).map_err(|error| {
+        let value = format!("{}:{}", user.0, user.1);
+        let source = match error {
+            Errno::PERM => {
+                io::Error::other("only root becomes another user; start minivmm as root")
+            }
+            error => error.into(),
+        };
+        Error::Argument { option: "--user", value, source }
+    })
+}
+
 /// The absolute path of the directory.
 fn save_directory(path: &Path) -> Result<PathBuf, Error> {
     let listed = std::fs::read_dir(path).and_then(|_| std::path::absolute(path));
@@ -99,6 +115,7 @@ struct Rules {
     /// By `Kind`.
     filters: Vec<BpfProgram>,
     ruleset: Option<OwnedFd>,
+    user: Option<(u32, u32)>,
     /// Threads that are started and not confined yet.
     unconfined: Mutex<usize>,
     confined: Condvar,
@@ -118,6 +135,7 @@ impl Sandbox {
             SandboxMode::Log => SeccompAction::Log,
         };
         privileges::use_one_heap();
+        config.user.map_or(Ok(()), try_user)?;
         let needs = needs(config);
         let compile = |kind: Kind| filters::compile(kind, needs, otherwise.clone());
         let filters = Kind::ALL.into_iter().map(compile).collect::<Result<_, _>>();
@@ -152,6 +170,7 @@ impl Sandbox {
         Ok(Self(Some(Arc::new(Rules {
             filters: filters.map_err(|error| Error::Sandbox(error.into()))?,
             ruleset,
+            user: config.user,
             unconfined: Mutex::new(0),
             confined: Condvar::new(),
             lacking: Mutex::default(),
@@ -206,6 +225,9 @@ impl Rules {
     /// Takes everything from the calling thread that its kind does not need.
     fn confine(&self, kind: Kind) {
         violation::name_thread(kind);
+        if let Some(Err(error)) = self.user.map(privileges::become_user) {
+            self.warn("the user stays the same", &error);
+        }
         if let Err(error) = privileges::drop_privileges() {
             self.warn("privileges stay", &error);
         }

@@ -12,7 +12,11 @@ use landlock::{
     RulesetCreatedAttr, Scope,
 };
 use rustix::io::Errno;
-use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
+use rustix::process::{Gid, Uid};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs, set_thread_groups,
+    set_thread_res_gid, set_thread_res_uid,
+};
 
 /// The newest Landlock that this asks for. A host with an older one gives what it has.
 const LANDLOCK: ABI = ABI::V6;
@@ -66,6 +70,18 @@ pub(super) fn restrict(ruleset: &OwnedFd) -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Makes the calling thread another user's, without further groups. Other threads stay what they are: a call of libc's would change
+/// all at once, by a signal that the filters do not know.
+///
+/// # Errors
+/// The process may not: it is not root's.
+pub(super) fn become_user((user, group): (u32, u32)) -> Result<(), Errno> {
+    let (user, group) = (Uid::from_raw(user), Gid::from_raw(group));
+    set_thread_groups(&[])?;
+    set_thread_res_gid(group, group, group)?;
+    set_thread_res_uid(user, user, user)
 }
 
 /// The calling thread gets no privileges by execve(2) any more, and loses its capabilities. Those of other threads stay.
