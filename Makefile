@@ -116,7 +116,7 @@ bench: bench-tools build ## speed beside QEMU's microvm and the host: polling an
 	@mkdir -p $(CARGO_TARGET_DIR)/bench
 	$(BENCH) driver $(SPEED)
 	$(BENCH) native $(SPEED)
-	$(BENCH) tracing $(SPEED)
+	$(BENCH) options $(SPEED)
 	$(BENCH) saved $(SPEED)
 	$(call ANNOUNCE,the Linux guests)
 	$(if $(LAB),$(LAB) -c $$(nproc) -o $(CARGO_TARGET_DIR)/bench -- )$(BENCH) guests $(SPEED)

@@ -26,6 +26,7 @@ const DOCUMENTS: &[&str] = &[
     "vmm/docs/step-through-a-boot.md",
     "vmm/docs/stop-reset-save.md",
     "vmm/docs/threat-model.md",
+    "vmm/docs/tracing.md",
 ];
 
 fn read(path: &Path) -> String {

@@ -2,7 +2,7 @@
 //!
 //! - `bench driver`: the disk's rings and engine in this process, beside fio.
 //! - `bench native`: a guest of our own that polls at native speed, on any /dev/kvm.
-//! - `bench tracing`: the same guest with `--trace`, in each format.
+//! - `bench options`: the same guest without the sandbox, and with `--trace`, in each format.
 //! - `bench saved`: a save, a restore, and what clones cost.
 //! - `bench guests`: Linux and fio, on a CPU with hardware virtualization or in the lab.
 //! - `bench clones`: many clones of a booted Linux at once, on the same.
@@ -27,12 +27,12 @@ mod guests;
 mod limit;
 mod monitors;
 mod native;
+mod options;
 mod process;
 mod report;
 mod results;
 mod saved;
 mod table;
-mod tracing;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -70,7 +70,7 @@ fn main() -> ExitCode {
     match &words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["driver"] => save("driver.json", driver::run),
         ["native"] => save("native.json", native::run),
-        ["tracing"] => save(tracing::PART, tracing::run),
+        ["options"] => save(options::PART, options::run),
         ["saved"] => save(saved::PART, saved::run),
         ["guests"] => save(guests::PART, guests::run),
         ["clones"] => save(clones::PART, clones::run),
@@ -78,7 +78,7 @@ fn main() -> ExitCode {
         ["compare"] => return report::compare(&results::directory().join("previous.json")),
         ["compare", path] => return report::compare(&PathBuf::from(path)),
         _ => panic!(
-            "usage: bench driver|native|tracing|saved|guests|clones|report|compare [FILE] [--quick] [--repetitions=N]"
+            "usage: bench driver|native|options|saved|guests|clones|report|compare [FILE] [--quick] [--repetitions=N]"
         ),
     }
     ExitCode::SUCCESS

@@ -7,11 +7,11 @@ use std::process::ExitCode;
 use crate::counters::EVENTS;
 use crate::results::{Results, directory};
 use crate::table::{self, Target};
-use crate::{chart, clones, guests, native, saved, tracing};
+use crate::{chart, clones, guests, native, options, saved};
 
 /// What the parts save.
 const PARTS: [&str; 6] =
-    ["driver.json", "native.json", tracing::PART, saved::PART, guests::PART, clones::PART];
+    ["driver.json", "native.json", options::PART, saved::PART, guests::PART, clones::PART];
 const ALL: &str = "results.json";
 
 /// Shows the parts that there are, and keeps them as one; the run before becomes the one to compare with.

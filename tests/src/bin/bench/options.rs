@@ -1,6 +1,7 @@
-//! What `--trace` costs the guest that polls at native speed: without the option, with every event off, and with each format.
+//! What the sandbox and `--trace` cost the guest that polls at native speed: without the sandbox, and with every event off and in each
+//! format.
 //!
-//! The ways of tracing take turns, and each repetition compares them with its own run without a trace. A worker that is traced is
+//! The options take turns, and each repetition compares them with its own run without any. A worker that is traced is
 //! faster than the thread that writes the file: how many events were lost belongs to the result.
 
 use std::fs::File;
@@ -15,9 +16,9 @@ use crate::process::Process;
 use crate::results::{Key, Results};
 use crate::{Options, fill};
 
-pub(crate) const PART: &str = "tracing.json";
-const GROUP: &str = "polling guest, traced";
-const RATIO: &str = "ratio to no trace";
+pub(crate) const PART: &str = "options.json";
+const GROUP: &str = "polling guest, options";
+const RATIO: &str = "ratio to no option";
 const LOST: &str = "% of events lost";
 
 const JOBS: [(&str, Job); 2] = [
@@ -25,45 +26,43 @@ const JOBS: [(&str, Job); 2] = [
     ("4k random write, depth 32", job(true, true, 4096, 32, 150_000)),
 ];
 
-/// Each way of tracing, and what `--trace` says behind the file.
-const WAYS: [(&str, Option<&str>); 5] = [
-    ("minivmm", None),
-    ("all events off", Some("format=json")),
-    ("text", Some("*")),
-    ("json", Some("*,format=json")),
-    ("perfetto", Some("*,format=perfetto")),
+/// What each run has beside the guest and its disk.
+const RUNS: [(&str, &[&str]); 6] = [
+    ("minivmm", &[]),
+    ("sandbox off", &["--sandbox=off"]),
+    ("all events off", &["--trace=file=trace,format=json"]),
+    ("text", &["--trace=file=trace,*"]),
+    ("json", &["--trace=file=trace,*,format=json"]),
+    ("perfetto", &["--trace=file=trace,*,format=perfetto"]),
 ];
 
 pub(crate) fn run(options: &Options, results: &mut Results) {
     let hz = native::tsc_hz();
     let image = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     fill(image.path());
-    let directory = tempfile::tempdir_in(crate::results::directory()).unwrap();
-    let trace = directory.path().join("trace");
+    let directory =
+        tempfile::tempdir_in(crate::results::directory().canonicalize().unwrap()).unwrap();
     for _ in 0..options.repetitions {
-        let mut untraced = [f64::NAN; JOBS.len()];
-        for (system, words) in WAYS {
+        let mut plain = [f64::NAN; JOBS.len()];
+        for (system, arguments) in RUNS {
             let jobs = JOBS.map(|(_, job)| job);
             let mut command =
                 native::command(Monitor::Minivmm, directory.path(), image.path(), &jobs);
-            if let Some(words) = words {
-                command.arg("--trace").arg(format!("file={},{words}", trace.display()));
-            }
-            let process = Process::start(&mut command);
-            for ((row, job), untraced) in JOBS.iter().zip(&mut untraced) {
+            let process = Process::start(command.args(arguments).current_dir(directory.path()));
+            for ((row, job), plain) in JOBS.iter().zip(&mut plain) {
                 let rate = job.requests as f64 / (Done::read(&process).ticks / hz) / 1e3;
-                if words.is_none() {
-                    *untraced = rate;
+                if arguments.is_empty() {
+                    *plain = rate;
                 }
                 let mut add = |metric: &str, value| {
                     results.add(Key::new(GROUP, row, system, metric), value);
                 };
                 add(IOPS, rate);
-                add(RATIO, rate / *untraced);
+                add(RATIO, rate / *plain);
             }
             drop(process);
-            if words.is_some_and(|words| words.starts_with('*')) {
-                let share = lost(&trace);
+            if arguments.iter().any(|argument| argument.contains('*')) {
+                let share = lost(&directory.path().join("trace"));
                 results.add(Key::new(GROUP, "all jobs", system, LOST), share * 100.0);
             }
         }
