@@ -56,3 +56,16 @@ fn the_version_names_the_commit() {
         "{output}"
     );
 }
+
+/// systemd replaces `$NAME` only where it is a word of its own; inside a word it has to be `${NAME}` (systemd.service(5)).
+#[test]
+fn systemd_expands_the_variables_of_the_unit() {
+    let unit = include_str!("../../resources/install/minivmm@.service");
+    let commands = unit.lines().filter(|line| line.starts_with("Exec"));
+    let words: Vec<_> = commands.flat_map(|line| line.split_whitespace()).collect();
+    assert!(words.iter().any(|word| word.contains("MAINPID")), "{words:?}");
+    for word in words {
+        let inside = word.split('$').skip(1).filter(|_| !word.starts_with('$'));
+        assert!(inside.into_iter().all(|variable| variable.starts_with('{')), "{word}");
+    }
+}
