@@ -35,7 +35,7 @@ const LAST_FLUSH: u32 = 0;
 
 pub(super) struct Dispatcher {
     engine: Box<dyn Engine>,
-    /// The engine's, asked once.
+    /// Whether adjacent requests may become one transfer, as the engine says.
     merges: bool,
     batch: Batch,
     in_flight: InFlight,

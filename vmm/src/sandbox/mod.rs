@@ -85,8 +85,9 @@ fn needs(config: &VmConfig) -> Needs {
 
 /// Finds out in a thread whether the process may become the user. What the host refuses later is only a warning.
 fn try_user(user: (u32, u32)) -> Result<(), Error> {
-    let tried = std::thread::spawn(move || privileges::become_user(user)).join();
-    tried.unwrap_or(Ok(())).map_err(|error| {
+    let thread = std::thread::Builder::new().spawn(move || privileges::become_user(user));
+    let tried = thread.map_err(Error::host("start a thread"))?.join();
+    tried.unwrap_or(Err(Errno::PERM)).map_err(|error| {
         let value = format!("{}:{}", user.0, user.1);
         let source = match error {
             Errno::PERM => {

@@ -113,8 +113,12 @@ impl Faults {
         let (sector, operation) = (transfer.offset / SECTOR, transfer.operation);
         tracing::trace!(target: "disk_fault", ?kind, number, ?operation, sector);
         if let Some(suppressed) = self.limit.admit() {
-            let rule = self.rules().into_iter().find(|counted| counted.id == id);
-            let rule = rule.map(|counted| counted.rule.to_string()).unwrap_or_default();
+            let rule = lock(&self.state)
+                .rules
+                .iter()
+                .find(|rule| rule.id == id)
+                .map(|rule| rule.rule.to_string());
+            let rule = rule.unwrap_or_default();
             tracing::warn!(sector, ?operation, suppressed, "fault={rule}: number {number}");
         }
         Some(hit)
