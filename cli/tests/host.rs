@@ -162,8 +162,9 @@ fn kvm_without_hardware_support_names_the_lab() {
 fn processors_of(process: u32, name: &str) -> String {
     let tasks =
         fs::read_dir(format!("/proc/{process}/task")).unwrap().map(|task| task.unwrap().path());
-    let mut named =
-        tasks.filter(|task| fs::read_to_string(task.join("comm")).unwrap().trim() == name);
+    // A thread may have ended since the directory was read.
+    let is_named = |comm: String| comm.trim() == name;
+    let mut named = tasks.filter(|task| fs::read_to_string(task.join("comm")).is_ok_and(is_named));
     let status =
         fs::read_to_string(named.next().expect("the thread exists").join("status")).unwrap();
     let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap();

@@ -11,14 +11,14 @@ use minivmm_tests::{BOUND, kvm_is_usable, small_guest, unexpected_lines};
 use serde_json::json;
 use tempfile::tempdir;
 
-/// Each thread's name, and the fields of its status.
+/// Each thread's name, and the fields of its status. A thread may have ended since the directory was read, as `registers` does.
 fn threads(id: u32) -> Vec<(String, String)> {
     let tasks = fs::read_dir(format!("/proc/{id}/task")).unwrap();
     let status = |task: std::io::Result<fs::DirEntry>| {
-        let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
-        (field(&status, "Name").to_owned(), status)
+        let status = fs::read_to_string(task.unwrap().path().join("status")).ok()?;
+        Some((field(&status, "Name").to_owned(), status))
     };
-    tasks.map(status).collect()
+    tasks.filter_map(status).collect()
 }
 
 fn field<'a>(status: &'a str, name: &str) -> &'a str {
