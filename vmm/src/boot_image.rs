@@ -10,6 +10,8 @@
 //!
 //! [`crate::kernel_pages`] knows how pages of a file become pages of the guest.
 
+mod describe;
+
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
@@ -160,22 +162,6 @@ impl BootImage {
             }
         })?;
         Ok(Self { kernel, initrd, plan, map_kernel })
-    }
-
-    /// Logs what the guest starts from, and warns of an initrd that Linux cannot unpack.
-    pub(crate) fn describe(&self) {
-        let BootFile { path, opened, .. } = &self.kernel;
-        let (path, size, protocol) = (path.display(), opened.size, self.plan.entry.protocol);
-        tracing::debug!("kernel {path}: {size} bytes, boot protocol {protocol:?}");
-        if let Some(initrd) = &self.initrd {
-            let path = initrd.path.display();
-            tracing::debug!("initrd {path}: {} bytes", initrd.opened.size);
-            if initrd.read_at(0, 512).is_ok_and(|start| !boot::is_initrd(&start)) {
-                tracing::warn!(
-                    "--initrd {path}: neither a cpio archive nor a compressed one; Linux will not unpack it"
-                );
-            }
-        }
     }
 
     /// Fills `memory`, all of which is zero, and says where the boot vCPU starts.

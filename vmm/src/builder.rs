@@ -38,7 +38,9 @@ use crate::snapshot::{Incoming, PanicDump, generation_id};
 use crate::sources::Source;
 use crate::timeout::Timeout;
 use crate::vcpu::{VcpuSetup, VcpuStart, VcpuThread, install_kick_handler};
-use crate::{affinity, attach, console, control, disk_faults, exec, hugepages, kvm, memory, trace};
+use crate::{
+    affinity, attach, console, control, disk_faults, exec, host_cpu, hugepages, kvm, memory, trace,
+};
 
 /// Builds the machine: one that boots or, with `incoming`, one that was saved. Its vCPUs have threads but have not entered the
 /// guest: [`EventLoop::run`] starts them.
@@ -209,7 +211,7 @@ fn open_boot_image(
     let initrd =
         config.initrd.as_deref().map(|path| BootFile::open("--initrd", path)).transpose()?;
     // Nested, a page that is mapped and not copied costs an exit through two hypervisors.
-    let map_kernel = !kvm::is_nested() && lease_outlasts(config.stop_timeout);
+    let map_kernel = !host_cpu::is_nested() && lease_outlasts(config.stop_timeout);
     let mut image = BootImage::new(layout, kernel, initrd, cmdline, map_kernel)?;
     // A reset keeps it, unlike a restore.
     image.plan.structures.extend(generation_id.cloned());

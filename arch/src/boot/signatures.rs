@@ -1,4 +1,6 @@
-//! Names what a file is that was given as a kernel by mistake, from its first bytes.
+//! Names what a file is that was given as a kernel by mistake, from its first bytes; and tells whether it may be an initrd.
+//!
+//! A capability: `formats` asks it when no format has recognized a file, and `vmm` before it warns of an initrd.
 
 /// Offset, bytes there, and what the file then is. The first match counts.
 const SIGNATURES: &[(usize, &[u8], &str)] = &[

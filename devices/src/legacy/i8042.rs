@@ -1,4 +1,6 @@
 //! The PS/2 controller, of which only the CPU reset command is there: what Linux falls back to without ACPI.
+//!
+//! A capability: `vmm/src/attach.rs` puts it on the bus, and nothing else knows it.
 
 use std::convert::Infallible;
 

@@ -1,5 +1,7 @@
 //! Switching off and resetting: the byte-wide registers that the FADT of a hardware-reduced machine names (ACPI 6.4
 //! §4.8.3.6, §4.8.3.7).
+//!
+//! A capability: `vmm/src/attach.rs` puts them on the bus, and nothing else knows them.
 
 use super::{EventSink, GuestEvent};
 use crate::bus::BusDevice;

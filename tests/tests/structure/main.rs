@@ -41,11 +41,13 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("exec", &["vmm/src/exec"]),
     ("explain", &["vmm/src/explain", "devices/src/virtio/spec/names.rs"]),
     ("gdb", &["vmm/src/gdb"]),
+    ("first bytes of files", &["arch/src/boot/signatures.rs", "vmm/src/boot_image/describe.rs"]),
     ("geometry", &["devices/src/block/geometry.rs"]),
     (
         "halt watch",
         &["vmm/src/halt_watch.rs", "vmm/src/machine/halt_report.rs", "vmm/src/vcpu/halt.rs"],
     ),
+    ("host's CPU", &["vmm/src/host_cpu.rs"]),
     ("huge pages", &["vmm/src/hugepages.rs"]),
     ("io_uring", &["devices/src/disk/engine/uring.rs"]),
     ("layers over disks", &["devices/src/disk/layer.rs"]),
@@ -55,6 +57,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("output files", &["vmm/src/output_files.rs"]),
     ("panic port", &["devices/src/legacy/pvpanic.rs"]),
     ("panics", &["vmm/src/machine/panic.rs", "vmm/src/snapshot/panic_dump.rs"]),
+    ("power and reset", &["devices/src/legacy/i8042.rs", "devices/src/legacy/power.rs"]),
     ("power cuts", &["cli/src/powercut"]),
     (
         "power cuts: states",

@@ -9,7 +9,7 @@ use crate::{capability, source};
 
 /// Code lines of the core: what a reader has to know to follow the two walks. The aim is 8,500; until it is reached, this
 /// limit only goes down.
-const CORE_MAX: usize = 11_150;
+const CORE_MAX: usize = 11_000;
 /// Code lines of one capability.
 const CAPABILITY_MAX: usize = 1_200;
 /// Lines of a file, comments and tests included.
@@ -27,7 +27,11 @@ const LONG_FUNCTIONS: &[(&str, &str)] = &[(
 fn the_core_and_each_capability_keep_their_budget() {
     let mut lines: BTreeMap<&str, usize> = BTreeMap::new();
     for file in source::files() {
-        *lines.entry(capability(&file.path).unwrap_or("core")).or_default() += file.code_lines();
+        let part = capability(&file.path).unwrap_or("core");
+        *lines.entry(part).or_default() += file.code_lines();
+        if part == "core" {
+            println!("{:6} code lines of the core: {}", file.code_lines(), file.path);
+        }
     }
     for (part, count) in &lines {
         println!("{count:6} code lines: {part}");

@@ -27,8 +27,8 @@ use crate::GuestMemory;
 use crate::config::{DiskConfig, VmConfig};
 use crate::control::ControlServer;
 use crate::error::Error;
+use crate::host_cpu;
 use crate::kernel_pages;
-use crate::kvm;
 use crate::machine::{Machine, UnmapFiles};
 use crate::vcpu::VcpuStart;
 
@@ -175,7 +175,7 @@ impl Incoming {
         let unreadable = |error: std::io::Error| Error::incoming(SnapshotError::Host(error));
         let mode = self.options.map;
         let wanted = match mode {
-            MapMode::Auto => !self.saved.config.hugepages && !kvm::is_nested(),
+            MapMode::Auto => !self.saved.config.hugepages && !host_cpu::is_nested(),
             MapMode::On => true,
             MapMode::Off => false,
         };
