@@ -31,7 +31,7 @@ GENERATED = $(CARGO_TARGET_DIR)/install
 install: build ## the binary, man pages, completions and a systemd unit, to PREFIX=/usr/local (below DESTDIR=)
 	$(CARGO) run -q -p minivmm --example install_files -- $(GENERATED)
 	install -D -m 755 $(MINIVMM) $(DESTDIR)$(PREFIX)/bin/minivmm
-	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man1 $(GENERATED)/minivmm.1 $(GENERATED)/minivmm-ctl.1 $(GENERATED)/minivmm-powercut.1 $(GENERATED)/minivmm-trace-view.1
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man1 $(GENERATED)/minivmm.1 $(GENERATED)/minivmm-ctl.1 $(GENERATED)/minivmm-powercut.1 $(GENERATED)/minivmm-replay.1 $(GENERATED)/minivmm-trace-view.1
 	install -D -m 644 $(GENERATED)/minivmm.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/minivmm
 	install -D -m 644 $(GENERATED)/_minivmm $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_minivmm
 	install -D -m 644 $(GENERATED)/minivmm.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/minivmm.fish

@@ -23,6 +23,8 @@ mod exit_codes;
 mod messages;
 #[path = "../src/powercut/mod.rs"]
 mod powercut;
+#[path = "../src/replay/mod.rs"]
+mod replay;
 #[path = "../src/svg.rs"]
 mod svg;
 #[path = "../src/trace/mod.rs"]
@@ -43,6 +45,7 @@ fn main() {
         ("minivmm", arguments::command()),
         ("minivmm-ctl", ctl::command()),
         ("minivmm-powercut", powercut::command()),
+        ("minivmm-replay", replay::command()),
         ("minivmm-trace-view", trace_view::command()),
     ];
     for (name, command) in commands {
@@ -55,6 +58,7 @@ fn main() {
     let mut command = arguments::command()
         .subcommand(ctl::command().name("ctl"))
         .subcommand(powercut::command().name("powercut"))
+        .subcommand(replay::command().name("replay"))
         .subcommand(trace_view::command().name("trace-view"));
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
         clap_complete::generate_to(shell, &mut command, "minivmm", &directory)

@@ -13,6 +13,7 @@ mod explain_view;
 mod inherited;
 mod messages;
 mod powercut;
+mod replay;
 mod required_calls;
 mod saved;
 mod service;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
     match std::env::args_os().nth(1).as_ref().and_then(|word| word.to_str()) {
         Some("ctl") => return ctl::main(arguments()),
         Some("powercut") => return powercut::main(arguments()),
+        Some("replay") => return replay::main(arguments()),
         Some("trace-view") => return trace_view::main(arguments()),
         Some(word @ ("show" | "check")) => return saved::main(word, arguments()),
         _ => {}

@@ -34,6 +34,7 @@ fn man_pages_and_completions_have_every_option() {
     }
     assert!(read("minivmm-ctl.1").contains("throttle"));
     assert!(read("minivmm-powercut.1").contains("EPOCH:BITS"));
+    assert!(read("minivmm-replay.1").contains("no\\-stall") && bash.contains("replay"));
     let page = read("minivmm-trace-view.1");
     assert!(page.contains("\\-\\-requests") && bash.contains("trace-view"), "{page}");
 

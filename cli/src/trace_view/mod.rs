@@ -4,12 +4,12 @@
 
 #[cfg(test)]
 mod fuzz;
+pub(crate) mod lines;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
-use std::ops::RangeInclusive;
+use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -20,6 +20,7 @@ use crate::arguments::parse_as;
 use crate::exit_codes::{EXIT_CLEAN, EXIT_HOST, EXIT_USAGE};
 use crate::messages::{print_message, print_text};
 use crate::svg::Svg;
+use lines::LineError;
 
 /// Draw the first requests of a trace.
 ///
@@ -40,10 +41,6 @@ struct Arguments {
     requests: u16,
 }
 
-/// Bytes of a line: an event that interrupts for 1024 requests has some 20 KiB.
-const LINE_MAX: u64 = 64 << 10;
-/// Microseconds since the start: up to some 30 years.
-const TIMES: RangeInclusive<f64> = 0.0..=1e15;
 /// Exits and interrupts that are remembered. A picture with more could not be read.
 const MARKS_MAX: usize = 10_000;
 
@@ -51,9 +48,7 @@ const MARKS_MAX: usize = 10_000;
 #[derive(Debug, thiserror::Error)]
 enum ViewError {
     #[error("{0}")]
-    File(#[from] std::io::Error),
-    #[error("line {0} is no event; record the trace with format=json")]
-    Line(usize),
+    Lines(#[from] LineError),
     #[error("it has no request from its ring to its used ring; record 'virtio_*'")]
     NoRequest,
 }
@@ -93,7 +88,7 @@ pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
         Ok(arguments) => arguments,
         Err(status) => return status,
     };
-    let opened = File::open(&file).map_err(ViewError::File);
+    let opened = File::open(&file).map_err(|error| LineError::from(error).into());
     match opened.and_then(|file| read(BufReader::new(file), requests.into())) {
         Ok(trace) => ExitCode::from(if print_text(&trace.svg()) { EXIT_CLEAN } else { EXIT_HOST }),
         Err(error) => {
@@ -103,21 +98,10 @@ pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
     }
 }
 
-/// Reads a trace up to its end. Of a file without lines, such as a device, only the first bytes are read.
-fn read(mut file: impl BufRead, requests: u64) -> Result<Trace, ViewError> {
-    let (mut trace, mut line) = (Trace::default(), Vec::new());
-    for number in 1.. {
-        line.clear();
-        if (&mut file).take(LINE_MAX).read_until(b'\n', &mut line)? == 0 {
-            break;
-        }
-        let event: Value = serde_json::from_slice(&line).map_err(|_| ViewError::Line(number))?;
-        let time = event["time_us"].as_f64().filter(|time| TIMES.contains(time));
-        let (Some(name), Some(time)) = (event["event"].as_str(), time) else {
-            return Err(ViewError::Line(number));
-        };
-        trace.add(name, time, &event, requests);
-    }
+/// Reads a trace up to its end.
+fn read(file: impl BufRead, requests: u64) -> Result<Trace, ViewError> {
+    let mut trace = Trace::default();
+    lines::each(file, |name, time, event| trace.add(name, time, event, requests))?;
     trace.lives.retain(|_, life| life.ends[3].is_some());
     if trace.lives.is_empty() { Err(ViewError::NoRequest) } else { Ok(trace) }
 }

@@ -98,6 +98,17 @@ pub(crate) fn files() -> TempDir {
     WriteLog::new(at("good.log")).begin().unwrap();
     // Behind the magic (Linux, drivers/md/dm-log-writes.c, log_write_super).
     write("version-9.log", &patched(&fs::read(at("good.log")).unwrap(), 8, &[9]));
+    let event = |number: u64, disk: &str, kind: &str, sector: u64| {
+        format!(
+            "{{\"time_us\":{number},\"event\":\"virtio_blk_handle_any\",\"disk\":\"{disk}\",\"req\":{number},\
+             \"kind\":\"{kind}\",\"sector\":{sector},\"nsectors\":1}}\n"
+        )
+    };
+    let both = event(1, "vda", "Read", 0) + &event(2, "vdb", "Write", 0);
+    write("two-disks.json", both.as_bytes());
+    write("reads.json", event(1, "vda", "Read", 4096).as_bytes());
+    write("writes.json", event(1, "vda", "Write", 0).as_bytes());
+    write("no-request.json", b"{\"time_us\":1,\"event\":\"irq_pulse\"}\n");
     write("unreadable", &elf);
     fs::set_permissions(at("unreadable"), Permissions::from_mode(0o000)).unwrap();
     directory

@@ -77,6 +77,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
             "devices/src/disk/qcow2/publish.rs",
         ],
     ),
+    ("replay", &["cli/src/replay"]),
     ("required calls", &["cli/src/required_calls.rs"]),
     ("sandbox", &["vmm/src/sandbox"]),
     ("scsi", &["devices/src/disk/scsi", "devices/src/block/scsi"]),
