@@ -1,12 +1,14 @@
 //! The user's terminal: raw while the guest has it, and as it was on every way out.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
+use std::io::Write;
+use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use minivmm_tests::guest::{self, Program};
 use minivmm_tests::session::{Session, Terminal};
-use minivmm_tests::{BOUND, kvm_is_usable, minivmm, small_guest};
+use minivmm_tests::{BOUND, kvm_is_usable, minivmm, small_guest, unexpected_lines};
 use rustix::process::Signal;
 use tempfile::tempdir;
 
@@ -125,4 +127,31 @@ fn bad_arguments_do_not_touch_it() {
     let (vm, terminal, before) = Session::start_on_terminal(command.current_dir(directory.path()));
     vm.wait(BOUND).must_be(2);
     assert_eq!(terminal.settings(), before);
+}
+
+/// As when a connection drops: the kernel tells the session's leader alone, and if that is make(1), it waits for the VM.
+#[test]
+fn a_terminal_that_hangs_up_ends_the_vm() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    for program in [Program::Echo, Program::Spin] {
+        let (mut user, terminal) = Terminal::new();
+        let before = terminal.settings();
+        let mut command = small_guest(directory.path(), program);
+        let vm = Session::start_on(command.stdin(terminal.file()).stdout(Stdio::null()));
+        // It holds the terminal open.
+        drop(command);
+        let deadline = Instant::now() + BOUND;
+        while terminal.settings() == before {
+            assert!(Instant::now() < deadline, "it never becomes raw");
+            thread::sleep(Duration::from_millis(5));
+        }
+        // What is typed and not read is of no use, however much it is.
+        (0..50).for_each(|_| user.write_all(&[b'?'; 100]).unwrap());
+        drop((user, terminal));
+        let ended = vm.wait(BOUND).must_be(0);
+        assert!(unexpected_lines(&ended.errors).is_empty(), "{ended}");
+    }
 }

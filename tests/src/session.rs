@@ -66,17 +66,11 @@ impl Session {
 
     /// Starts `command` on a new pseudo-terminal (standard error on a pipe). The text is the terminal's settings before.
     pub fn start_on_terminal(command: &mut Command) -> (Self, Terminal, String) {
-        let master =
-            openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
-        grantpt(&master).unwrap();
-        unlockpt(&master).unwrap();
-        let name = ptsname(&master, Vec::new()).unwrap().into_string().unwrap();
-        let slave = File::options().read(true).write(true).open(name).unwrap();
+        let (master, terminal) = Terminal::new();
+        let slave = &terminal.slave;
         let (input, output) = (slave.try_clone().unwrap(), slave.try_clone().unwrap());
-        let terminal = Terminal { original: tcgetattr(&slave).unwrap(), slave };
         let before = terminal.settings();
         let child = spawn(command.stdin(input).stdout(output).stderr(Stdio::piped()));
-        let master = File::from(master);
         let transcript = Transcript::of(master.try_clone().unwrap());
         let mut session = Self::watch(command, child, Some(master), transcript);
         session.on_terminal = true;
@@ -203,6 +197,22 @@ impl fmt::Display for Ended {
 }
 
 impl Terminal {
+    /// A new pseudo-terminal, and the user's side of it.
+    pub fn new() -> (File, Self) {
+        let master =
+            openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+        grantpt(&master).unwrap();
+        unlockpt(&master).unwrap();
+        let name = ptsname(&master, Vec::new()).unwrap().into_string().unwrap();
+        let slave = File::options().read(true).write(true).open(name).unwrap();
+        (File::from(master), Self { original: tcgetattr(&slave).unwrap(), slave })
+    }
+
+    /// The program's side of it.
+    pub fn file(&self) -> File {
+        self.slave.try_clone().unwrap()
+    }
+
     /// The terminal's settings, to compare.
     pub fn settings(&self) -> String {
         format!("{:?}", tcgetattr(&self.slave).unwrap())

@@ -62,8 +62,9 @@ impl Signals {
     }
 }
 
+/// Whether this process ignores `signal`.
 #[expect(unsafe_code, reason = "sigaction has no safe wrapper")]
-fn is_ignored(signal: libc::c_int) -> bool {
+pub(crate) fn is_ignored(signal: libc::c_int) -> bool {
     let mut action = MaybeUninit::<libc::sigaction>::zeroed();
     // SAFETY: only reads the present action into a structure of the right type, which all-zero bytes initialize.
     let action = unsafe {

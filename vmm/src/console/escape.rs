@@ -14,6 +14,8 @@ pub(super) enum Typed {
     Byte(u8),
     Help,
     Quit,
+    /// No byte: the terminal is gone.
+    HungUp,
 }
 
 /// Whether the last byte was the escape key.

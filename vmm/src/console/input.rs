@@ -7,6 +7,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 
 use super::escape::{Escape, Typed};
+use crate::signals::is_ignored;
 
 /// Bytes that are read ahead from a terminal.
 const READ_AHEAD: usize = 4096;
@@ -16,6 +17,8 @@ pub(crate) struct Input {
     /// `None` before a client comes, and when the input has ended. What was read ahead is kept.
     pub(super) source: Option<File>,
     escape: Option<Escape>,
+    /// The terminal's hang-up ends the VM. Not where the parent process ignores SIGHUP for us, as nohup(1) does.
+    pub(super) ends_by_hang_up: bool,
     /// Read from the host, but not yet given to the UART.
     waiting: VecDeque<u8>,
 }
@@ -23,7 +26,12 @@ pub(crate) struct Input {
 impl Input {
     /// Input from `source`; with `escapes`, `Ctrl-A` is the escape key.
     pub(crate) fn new(source: Option<File>, escapes: bool) -> Self {
-        Self { source, escape: escapes.then(Escape::default), waiting: VecDeque::new() }
+        Self {
+            source,
+            escape: escapes.then(Escape::default),
+            ends_by_hang_up: escapes && !is_ignored(libc::SIGHUP),
+            waiting: VecDeque::new(),
+        }
     }
 
     pub(crate) fn fd(&self) -> Option<RawFd> {
@@ -48,7 +56,13 @@ impl Input {
         let mut buffer = [0; 64];
         let count = count.min(buffer.len());
         let count = match source.read(&mut buffer[..count]) {
-            Ok(0) => return false,
+            Ok(0) => {
+                // A raw terminal's input ends only when it hangs up.
+                if self.ends_by_hang_up {
+                    command(Typed::HungUp);
+                }
+                return false;
+            }
             Ok(count) => count,
             Err(error)
                 if matches!(

@@ -10,6 +10,8 @@
 //! | `Full` | the guest makes room | `Polled` |
 //! | `Polled`, `AlwaysReady` | the input ends | `Absent`, and the next client may connect |
 //! | `Full` | the client hangs up | `Full`: its input is kept, and the next client may connect |
+//!
+//! A terminal that hangs up ends the VM as SIGHUP does.
 
 use std::fs::File;
 use std::io::Write;
@@ -31,6 +33,9 @@ const INPUT: u8 = 0;
 const INPUT_DRAINED: u8 = 1;
 const CLIENTS: u8 = 2;
 
+/// The terminal is gone. The kernel tells the session's leader alone, and if that is make(1), it waits for us.
+const HUNG_UP: Outcome = Outcome::Signal(libc::SIGHUP);
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Polling {
     Absent,
@@ -46,6 +51,8 @@ pub(crate) struct SerialConsole {
     serial: Arc<Mutex<SerialDevice>>,
     input_drained: EventFd,
     polling: Polling,
+    /// How the user ends the VM, once for each key that quits.
+    outcomes: Vec<Outcome>,
 }
 
 impl SerialConsole {
@@ -55,25 +62,23 @@ impl SerialConsole {
         serial: Arc<Mutex<SerialDevice>>,
         input_drained: EventFd,
     ) -> Self {
-        Self { ends, serial, input_drained, polling: Polling::Absent }
+        Self { ends, serial, input_drained, polling: Polling::Absent, outcomes: Vec::new() }
     }
 
-    /// Moves input to the guest until the UART is full or the host has no more for now. Returns how often the user typed the
-    /// key that quits.
-    fn move_input(&mut self, poller: &mut Poller<'_, '_>) -> u32 {
-        let mut quits = 0;
+    /// Moves input to the guest until the UART is full or the host has no more for now.
+    fn move_input(&mut self, poller: &mut Poller<'_, '_>) {
         loop {
             let room = self.fill_uart();
             let wanted = self.ends.input.wanted(room);
             if wanted == 0 {
-                self.poll_for_end_only(poller);
-                return quits;
+                return self.poll_for_end_only(poller);
             }
             let mut help = false;
             let is_open = self.ends.input.read(wanted, |typed| match typed {
                 Typed::Byte(_) => {}
                 Typed::Help => help = true,
-                Typed::Quit => quits += 1,
+                Typed::Quit => self.outcomes.push(Outcome::Quit),
+                Typed::HungUp => self.outcomes.push(HUNG_UP),
             });
             self.fill_uart();
             if help {
@@ -84,8 +89,8 @@ impl SerialConsole {
                 self.listen(poller);
             }
             // A polled source becomes ready again when there is more.
-            if quits > 0 || !is_open || self.polling == Polling::Polled {
-                return quits;
+            if !self.outcomes.is_empty() || !is_open || self.polling == Polling::Polled {
+                return;
             }
         }
     }
@@ -115,13 +120,15 @@ impl SerialConsole {
         }
     }
 
-    fn open_input(&mut self, poller: &mut Poller<'_, '_>) -> u32 {
-        let Some(fd) = self.ends.input.fd() else { return 0 };
+    fn open_input(&mut self, poller: &mut Poller<'_, '_>) {
+        let Some(fd) = self.ends.input.fd() else { return };
         // It may still be polled for its end.
         let polled =
             poller.add(fd, INPUT).or_else(|_| poller.modify(fd, INPUT, EventSet::IN)).is_ok();
         self.polling = if polled { Polling::Polled } else { Polling::AlwaysReady };
-        if polled { 0 } else { self.move_input(poller) }
+        if !polled {
+            self.move_input(poller);
+        }
     }
 
     fn close_input(&mut self, poller: &mut Poller<'_, '_>) {
@@ -133,10 +140,10 @@ impl SerialConsole {
     }
 
     /// Takes a client; the next one waits in the socket's backlog.
-    fn accept(&mut self, poller: &mut Poller<'_, '_>) -> u32 {
-        let Some(clients) = &self.ends.clients else { return 0 };
-        let Some(client) = clients.accept() else { return 0 };
-        let Ok(output) = client.try_clone() else { return 0 };
+    fn accept(&mut self, poller: &mut Poller<'_, '_>) {
+        let Some(clients) = &self.ends.clients else { return };
+        let Some(client) = clients.accept() else { return };
+        let Ok(output) = client.try_clone() else { return };
         poller.remove(clients.as_raw_fd());
         // The last client's input, which the guest did not take.
         self.close_input(poller);
@@ -152,19 +159,20 @@ impl Source for SerialConsole {
         if let Some(clients) = &self.ends.clients {
             poller.add_edges(&**clients, CLIENTS)?;
         }
-        // The key that quits cannot have come: a terminal is only polled here.
         self.open_input(poller);
         Ok(())
     }
 
     fn process(&mut self, number: u8, poller: &mut Poller<'_, '_>, machine: &mut Machine) {
-        let quits = match (number, self.polling) {
+        match (number, self.polling) {
             (INPUT, Polling::Full) => {
                 if let Some(fd) = self.ends.input.fd() {
                     poller.remove(fd);
                 }
                 self.listen(poller);
-                0
+                if self.ends.input.ends_by_hang_up {
+                    self.outcomes.push(HUNG_UP);
+                }
             }
             (INPUT, _) => self.move_input(poller),
             (INPUT_DRAINED, polling) => {
@@ -173,12 +181,12 @@ impl Source for SerialConsole {
                 match polling {
                     Polling::Full => self.open_input(poller),
                     Polling::AlwaysReady => self.move_input(poller),
-                    Polling::Absent | Polling::Polled => 0,
+                    Polling::Absent | Polling::Polled => {}
                 }
             }
             _ => self.accept(poller),
-        };
-        (0..quits).for_each(|_| machine.end(Ok(Outcome::Quit)));
+        }
+        self.outcomes.drain(..).for_each(|outcome| machine.end(Ok(outcome)));
     }
 
     fn finish(self: Box<Self>) {

@@ -17,9 +17,11 @@ const HURRIED_END: Duration = Duration::from_secs(1);
 
 impl Machine {
     /// Begins to end the machine: vCPUs stop, disks are drained and flushed, each as soon as it stands still. The first
-    /// outcome counts. A further signal, or `Ctrl-A x`, leaves the end [`HURRIED_END`].
+    /// outcome counts. A further signal but SIGHUP, or `Ctrl-A x`, leaves the end [`HURRIED_END`].
     pub(crate) fn end(&mut self, outcome: Result<Outcome, Error>) {
-        let is_users = matches!(outcome, Ok(Outcome::Signal(_) | Outcome::Quit));
+        // One terminal that goes away sends SIGHUP from its shell and from the kernel, and hangs up the console.
+        let is_users = matches!(&outcome, Ok(Outcome::Signal(signal)) if *signal != libc::SIGHUP)
+            || matches!(outcome, Ok(Outcome::Quit));
         if let Some(end) = &mut self.end {
             if is_users && end.limit > HURRIED_END {
                 end.limit = HURRIED_END;
