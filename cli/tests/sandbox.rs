@@ -48,6 +48,7 @@ fn every_thread_of_a_running_vm_is_confined() {
     for kind in ["minivmm", "vcpu-0", "vcpu-1", "disk-vda-0", "disk-io-0", "console", "trace"] {
         assert!(names.contains(&kind), "{names:?}");
     }
+    assert!(!names.contains(&"save"), "a thread that could fork, and was not asked for: {names:?}");
     for (name, status) in &confined {
         let rights = ["NoNewPrivs", "Seccomp", "CapEff", "CapPrm", "CapInh"];
         let rights = rights.map(|right| field(status, right));

@@ -40,6 +40,8 @@ macro_rules! programs {
             ".set PAGE_TABLES, {page_tables}",
             ".set I8042_COMMAND, {i8042_command}",
             ".set VIRTIO, {virtio}",
+            ".set COUNT_LOW, {count_low}",
+            ".set COUNT_HIGH, {count_high}",
             ".globl guest_start",
             ".globl guest_end",
             "guest_start:",
@@ -63,6 +65,8 @@ macro_rules! programs {
             i8042_command = const layout::I8042_COMMAND,
             page_tables = const layout::PAGE_TABLES.0,
             virtio = const layout::VIRTIO_MMIO.0,
+            count_low = const COUNTERS[0],
+            count_high = const COUNTERS[1],
             options(att_syntax),
         );
     };
@@ -126,6 +130,8 @@ programs! {
     Job = "job",
     /// Writes to each page of 128 MiB, then prints lines of a dot without end.
     Fill = "fill",
+    /// Counts at both [`COUNTERS`], one after the other, and prints a dot now and then.
+    Count = "count",
     /// As [`Program::Flood`], then resets the disk and prints "reset" and a newline when Status reads 0.
     FloodReset = "flood_reset",
     /// Prints "ready" and a newline; gives a write to the disk after a typed byte; after a second one starts the other vCPUs, of
@@ -159,6 +165,9 @@ pub mod debugger {
     /// 32 bits: its rounds.
     pub const SECOND_COUNTER: u64 = 0x8100;
 }
+
+/// Where [`Program::Count`] counts, 32 bits each: far from each other, in 32 MiB of memory.
+pub const COUNTERS: [u64; 2] = [0x40_0000, 0x1f0_0000];
 
 /// What [`Program::Chatter`] repeats.
 pub const CHATTER: &str = "fifteen letters\n";

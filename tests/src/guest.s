@@ -617,6 +617,17 @@ guest_fill:                             # a word that is not 0 in each page, the
     call put_line_end
     jmp 1b
 
+guest_count:                            # counts at both ends of its memory, and prints a dot now and then
+    movl $STACK_TOP, %esp
+0:  movl $0x1000, %ecx
+1:  incl COUNT_LOW
+    incl COUNT_HIGH
+    decl %ecx
+    jnz 1b
+    movb $'.', %al
+    call put_char
+    jmp 0b
+
 # ---- much at once -----------------------------------------------------------------------------------------------
 # 256 reads of 4080 MiB each: every descriptor of the queue refers to one indirect table, whose 1020 data buffers are one
 # buffer of 4 MiB. What a guest with 32 MiB of RAM can ask of a device at most.

@@ -180,20 +180,18 @@ pub fn build(
     let spawn = sandbox.spawn(Kind::DiskIo);
     let background =
         BackgroundThread::spawn(&spawn, "machine-job".to_owned(), Arc::clone(&events))?;
-    let mut machine = Machine::new(hardware, events, background, config.stop_timeout)?;
+    let mut machine = Machine::new(hardware, Arc::clone(&events), background, config.stop_timeout)?;
     machine.hold_panic = config.dump_on_panic.is_some();
     let paused = match incoming {
         Some(incoming) => incoming.restore(&mut machine)? && control.is_some() || config.paused,
         None => config.paused,
     };
     sources.push(Box::new(HaltWatch::start()?));
-    if let Some(timeout) = timeout {
-        sources.push(Box::new(timeout));
-    }
+    sources.extend(timeout.map(|timeout| Box::new(timeout) as Box<dyn Source>));
     // To its clients the end of the connection is the end of the VM.
-    if let Some(control) = control {
-        sources.push(Box::new(control));
-    }
+    let spawn = sandbox.spawn(Kind::Save);
+    let control = control.map(|control| control.into_source(config, &spawn, &events));
+    sources.extend(control.transpose()?);
     // It confines the main thread when the loop begins, after all others watch what they need.
     sources.extend(sandbox.source()?);
     // Nothing is refused any more.

@@ -62,6 +62,8 @@ pub struct VmConfig {
     pub dump_on_panic: Option<PathBuf>,
     /// How much the process confines itself.
     pub sandbox: SandboxMode,
+    /// The confined process may start the child process of a background save.
+    pub spawn: bool,
     /// User and group that the process becomes before the guest runs.
     pub user: Option<(u32, u32)>,
     /// How long to wait for vCPUs and disks to stand still, at a stop and at the end.

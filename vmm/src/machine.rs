@@ -14,6 +14,7 @@ mod panic;
 pub(crate) mod save_task;
 mod standstill;
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -214,6 +215,8 @@ pub(crate) struct Machine {
     pub hold_panic: bool,
     /// Panicked, and not ended yet: what the guest does meanwhile is of no interest.
     panicked: bool,
+    /// Ends the background save that may be under way (`save_task`).
+    pub background_save: Option<Arc<AtomicBool>>,
     /// Wakes the main loop at the deadline of the standstill or of the end.
     pub deadline: TimerFd,
 }
@@ -244,6 +247,7 @@ impl Machine {
             halt_reported: false,
             hold_panic: false,
             panicked: false,
+            background_save: None,
             deadline: TimerFd::new().map_err(|error| Error::host("make a timer")(error.into()))?,
         })
     }

@@ -206,9 +206,10 @@ struct ProcessOptions {
     /// Give up, before the guest runs, all that running it does not need: on, off or log.
     ///
     /// Each thread keeps only the system calls that it needs, and no way to open a file. A forbidden system call ends the VM; with
-    /// log the host's kernel logs it instead. What the host does not support is left out, with a warning.
-    #[arg(long, value_name = "on|off|log", default_value = "on", value_parser = text(value::sandbox))]
-    sandbox: SandboxMode,
+    /// log the host's kernel logs it instead. What the host does not support is left out, with a warning. With ,spawn=allow one thread
+    /// may start a child process, which a background save needs.
+    #[arg(long, value_name = "on|off|log[,spawn=allow]", default_value = "on", value_parser = text(value::sandbox))]
+    sandbox: (SandboxMode, bool),
 
     /// Become this user and group before the guest runs: UID:GID.
     ///
@@ -340,7 +341,7 @@ impl Arguments {
         if control.exec.is_some() {
             consoles::check_exec(&guest.cmdline, disks.is_empty(), control.debug_exit)?;
         }
-        if process.user.is_some() && process.sandbox == SandboxMode::Off {
+        if process.user.is_some() && process.sandbox.0 == SandboxMode::Off {
             return Err(UsageError::UserWithoutSandbox);
         }
         let has_second = consoles[1] != ConsoleConfig::None || control.exec.is_some();
@@ -368,7 +369,8 @@ impl Arguments {
             stop_timeout: control.stop_timeout,
             save_directory: process.save_directory,
             dump_on_panic: process.dump_on_panic,
-            sandbox: process.sandbox,
+            sandbox: process.sandbox.0,
+            spawn: process.sandbox.1,
             user: process.user,
         };
         same_file::check(&config, guest.incoming.as_ref(), trace)?;

@@ -177,13 +177,21 @@ pub(crate) fn switch(text: &str) -> Result<bool, ValueError> {
     }
 }
 
-pub(crate) fn sandbox(text: &str) -> Result<SandboxMode, ValueError> {
-    match (text, switch(text)) {
-        ("log", _) => Ok(SandboxMode::Log),
-        (_, Ok(true)) => Ok(SandboxMode::On),
-        (_, Ok(false)) => Ok(SandboxMode::Off),
-        _ => Err(ValueError::Write("write on, off or log")),
-    }
+/// The mode, and whether the process may start a child process.
+pub(crate) fn sandbox(text: &str) -> Result<(SandboxMode, bool), ValueError> {
+    let (mode, spawn) = match text.split_once(',') {
+        None => (text, false),
+        Some((mode, "spawn=allow")) => (mode, true),
+        Some((mode, "spawn=deny")) => (mode, false),
+        _ => return Err(ValueError::Write("after the comma write spawn=allow or spawn=deny")),
+    };
+    let mode = match (mode, switch(mode)) {
+        ("log", _) => SandboxMode::Log,
+        (_, Ok(true)) => SandboxMode::On,
+        (_, Ok(false)) => SandboxMode::Off,
+        _ => return Err(ValueError::Write("write on, off or log")),
+    };
+    Ok((mode, spawn))
 }
 
 pub(crate) fn user(text: &str) -> Result<(u32, u32), ValueError> {

@@ -103,13 +103,18 @@ enum Command {
     Faults,
     /// Save the VM to a file, from which `minivmm --incoming file:PATH` starts it again.
     ///
-    /// The VM stands still meanwhile, and goes on afterwards if it ran before.
+    /// The VM stands still meanwhile, and goes on afterwards if it ran before. With --background it stands still for a moment only.
     Save {
         /// The file. An older saved machine of that name is replaced, any other file is not.
         path: PathBuf,
         /// End the VM once it is saved.
         #[arg(long)]
         quit: bool,
+        /// Let the VM go on while it is written. The VM was started with --sandbox on,spawn=allow.
+        ///
+        /// A VM with disks that it writes to must be stopped: copy their images during the save, then resume it.
+        #[arg(long, conflicts_with = "quit")]
+        background: bool,
     },
     /// Print all counters, in Prometheus' text format.
     Metrics,
@@ -181,7 +186,9 @@ fn run(socket: &Path, command: Command) -> Result<(), CtlError> {
             let added = vm.execute("x-minivmm-fault-add", arguments)?;
             return print(&format!("{}\n", added["id"]));
         }
-        Command::Save { path, quit } => return save::save(vm, &path, quit),
+        Command::Save { path, quit, background } => {
+            return save::save(vm, &path, quit, background);
+        }
         Command::Stop => ("stop", json!({})),
         Command::Cont => ("cont", json!({})),
         Command::Powerdown => ("system_powerdown", json!({})),

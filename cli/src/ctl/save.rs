@@ -24,13 +24,20 @@ fn check_target(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Saves the VM and waits until that is done. A VM that ran goes on, unless it is to `quit`.
+/// Saves the VM and waits until that is done. A VM that ran goes on, unless it is to `quit`; `in_background` it does so at once.
 ///
 /// The file is opened here and handed over, since the VM is confined: it opens none. It gets its name when it is whole.
-pub(super) fn save(vm: &mut Client, path: &Path, quit: bool) -> Result<(), CtlError> {
+pub(super) fn save(
+    vm: &mut Client,
+    path: &Path,
+    quit: bool,
+    in_background: bool,
+) -> Result<(), CtlError> {
     let before = vm.execute("query-status", json!({}))?;
-    let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
-    vm.execute("migrate-set-capabilities", events)?;
+    let capability = |name, state| json!({ "capability": name, "state": state });
+    let capabilities =
+        [capability("events", true), capability("background-snapshot", in_background)];
+    vm.execute("migrate-set-capabilities", json!({ "capabilities": capabilities }))?;
     let fails = |source| CtlError::Target(path.to_owned(), source);
     let file = check_target(path).and_then(|()| NewFile::create(path)).map_err(fails)?;
     vm.hand_over(file.file())?;
@@ -51,7 +58,7 @@ pub(super) fn save(vm: &mut Client, path: &Path, quit: bool) -> Result<(), CtlEr
     file.publish().map_err(fails)?;
     if quit {
         vm.execute("quit", json!({}))?;
-    } else if before["running"] == Value::Bool(true) {
+    } else if before["running"] == Value::Bool(true) && !in_background {
         vm.execute("cont", json!({}))?;
     }
     Ok(())

@@ -1,6 +1,7 @@
 //! A machine is saved in one process and goes on in another, with its disks, its console and its memory.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
+mod background;
 mod dumps;
 mod files;
 mod hosts;
@@ -53,6 +54,11 @@ fn ctl(directory: &Path, arguments: &[&str]) -> Session {
 
 /// The statuses of a save, up to its end.
 fn statuses(qmp: &mut Qmp) -> Vec<String> {
+    statuses_until(qmp, "")
+}
+
+/// The statuses of a save, up to this one or its end.
+fn statuses_until(qmp: &mut Qmp, awaited: &str) -> Vec<String> {
     let mut statuses = Vec::new();
     loop {
         let events = std::mem::take(&mut qmp.events);
@@ -61,6 +67,7 @@ fn statuses(qmp: &mut Qmp) -> Vec<String> {
             .extend(migration.map(|event| event["data"]["status"].as_str().unwrap().to_owned()));
         match statuses.last().map(String::as_str) {
             Some("completed" | "failed" | "cancelled") => return statuses,
+            Some(status) if status == awaited => return statuses,
             _ => {
                 let event = qmp.receive().expect("an event");
                 qmp.events.push(event);

@@ -21,6 +21,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("console arguments", &["cli/src/arguments/consoles.rs"]),
     ("consoles beside stdio", &["vmm/src/console/backends.rs", "vmm/src/console/ports.rs"]),
     ("save: file and memory", &["vmm/src/snapshot/core_file.rs", "vmm/src/snapshot/pages.rs"]),
+    ("save: memory held still", &["vmm/src/snapshot/held_memory.rs"]),
     ("save and restore", &["vmm/src/snapshot", "vmm/src/machine/save_task.rs"]),
     ("save in QMP", &["vmm/src/control/deferred.rs", "vmm/src/control/migration.rs"]),
     ("disk keys", &["cli/src/arguments/disk.rs", "cli/src/arguments/throttling.rs"]),

@@ -1,7 +1,8 @@
 //! Saving the machine in QMP's words (QEMU, qapi/migration.json): to QEMU a save is a migration to a file.
 //!
 //! `server` has the one [`Migration`] and shows it every event of the machine. A save stops the guest, which stays stopped in the
-//! state `postmigrate` when it has succeeded; after a failure, or if it was canceled, the guest goes on.
+//! state `postmigrate` when it has succeeded; after a failure, or if it was canceled, the guest goes on. In a background save it goes
+//! on when the status becomes `active`.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,9 +16,13 @@ use super::arguments::{Argument, ArgumentKind, Arguments, optional, required};
 use super::event_messages::stamped;
 use super::protocol::{Answer, Failure};
 use super::schema::{CAPABILITY_NAMES, CommandTypes, STATUSES};
+use crate::background::Answer as Rest;
 use crate::error::{Error, WithCauses};
 use crate::machine::{Machine, MachineEvent};
-use crate::snapshot::{self, Destination, Progress, Purpose, SavedConfig, generation_id};
+use crate::snapshot::{
+    self, Background, Destination, Progress, Purpose, SavedConfig, begin_in_background,
+    generation_id,
+};
 
 const SETUP: &str = STATUSES[1];
 const ACTIVE: &str = STATUSES[2];
@@ -98,7 +103,8 @@ pub(super) const COMMANDS: &[MigrationCommand] = &[
         migration.set_capabilities(arguments).map(|()| Answer::empty())
     }),
     command("query-migrate-capabilities", &[], "[MigrationCapabilityStatus]", |migration, _, _| {
-        let states = CAPABILITY_NAMES.iter().zip([migration.events, true]);
+        let states = [migration.events, true, migration.in_background];
+        let states = CAPABILITY_NAMES.iter().zip(states);
         let states = states.map(|(name, state)| json!({ "capability": name, "state": state }));
         Ok(Answer::Now(states.collect()))
     }),
@@ -151,6 +157,10 @@ struct Save {
     began: Instant,
     milliseconds: u64,
     error: Option<String>,
+    /// How long the guest stood still, in milliseconds, once it has gone on.
+    downtime: Option<u64>,
+    /// Of a background save: answers when the file is whole.
+    rest: Option<Rest>,
 }
 
 /// What clients set up for saves, and how far the last one is.
@@ -158,6 +168,10 @@ pub(crate) struct Migration {
     config: SavedConfig,
     /// Send MIGRATION events (the capability `events`).
     events: bool,
+    /// The guest goes on while it is saved (the capability `background-snapshot`).
+    in_background: bool,
+    /// `None`: the process may not start a child process.
+    pub(super) background: Option<Background>,
     save: Option<Save>,
     /// Not sent yet.
     messages: Vec<Value>,
@@ -166,6 +180,8 @@ pub(crate) struct Migration {
     /// Files that clients handed over by `getfd`, by name.
     files: BTreeMap<String, File>,
 }
+
+const NO_CHILD: &str = "the VM is confined and starts no child process, which holds its memory still; start it with --sandbox on,spawn=allow, or save it without background-snapshot";
 
 /// Files that clients can hand over before they use them.
 const FILES_MAX: usize = 16;
@@ -177,6 +193,8 @@ impl Migration {
         Self {
             config,
             events: false,
+            in_background: false,
+            background: None,
             save: None,
             messages: Vec::new(),
             received: None,
@@ -246,14 +264,34 @@ impl Migration {
         if self.config.runs_command {
             return Err(Failure::generic("a machine that runs --exec cannot be saved"));
         }
-        let progress = Progress::default();
-        let job =
-            snapshot::begin(machine, self.config.clone(), destination, &progress, Purpose::Save)
-                .map_err(|error| Failure::of(&error))?;
-        let (began, milliseconds, error) = (Instant::now(), 0, None);
-        self.save = Some(Save { job, status: SETUP, progress, began, milliseconds, error });
+        let (progress, config) = (Progress::default(), self.config.clone());
+        let (job, rest) = match (&self.background, self.in_background) {
+            (_, false) => {
+                let job = snapshot::begin(machine, config, destination, &progress, Purpose::Save);
+                job.map(|job| (job, None))
+            }
+            (Some(background), true) => {
+                begin_in_background(machine, config, destination, &progress, background)
+                    .map(|(job, rest)| (job, Some(rest)))
+            }
+            (None, true) => return Err(Failure::generic(NO_CHILD)),
+        }
+        .map_err(|error| Failure::of(&error))?;
+        let is_held_later = rest.is_some();
+        self.save = Some(Save {
+            job,
+            status: SETUP,
+            progress,
+            began: Instant::now(),
+            milliseconds: 0,
+            error: None,
+            downtime: None,
+            rest,
+        });
         self.set_status(SETUP);
-        self.set_status(ACTIVE);
+        if !is_held_later {
+            self.set_status(ACTIVE);
+        }
         Ok(())
     }
 
@@ -268,7 +306,7 @@ impl Migration {
 
     fn cancel(&mut self) {
         if let Some(save) = &self.save
-            && save.status == ACTIVE
+            && [SETUP, ACTIVE].contains(&save.status)
         {
             save.progress.cancel.store(true, Ordering::Relaxed);
             self.set_status(CANCELLING);
@@ -286,16 +324,36 @@ impl Migration {
             if let MachineEvent::Done(job, result) = event
                 && let Some(save) = self.save.as_mut().filter(|save| save.job == *job)
             {
-                save.milliseconds = save.began.elapsed().as_millis() as u64;
-                let cancelled = save.progress.cancel.load(Ordering::Relaxed);
-                save.error = result.as_ref().err().map(|error| WithCauses(error).to_string());
-                self.set_status(match result {
-                    Ok(()) => COMPLETED,
-                    Err(_) if cancelled => CANCELLED,
-                    Err(_) => FAILED,
-                });
+                save.downtime = Some(save.began.elapsed().as_millis() as u64);
+                match result {
+                    // What the guest was at this moment is written; it goes on.
+                    Ok(()) if save.rest.is_some() => {
+                        if save.status == SETUP {
+                            self.set_status(ACTIVE);
+                        }
+                    }
+                    result => self.finish(result),
+                }
             }
         }
+        if let Some(save) = self.save.as_mut().filter(|save| save.downtime.is_some())
+            && let Some(result) = save.rest.as_ref().and_then(Rest::poll)
+        {
+            self.finish(&result);
+        }
+    }
+
+    fn finish(&mut self, result: &Result<(), Error>) {
+        let Some(save) = &mut self.save else { return };
+        save.rest = None;
+        save.milliseconds = save.began.elapsed().as_millis() as u64;
+        save.error = result.as_ref().err().map(|error| WithCauses(error).to_string());
+        let cancelled = save.progress.cancel.load(Ordering::Relaxed);
+        self.set_status(match result {
+            Ok(()) => COMPLETED,
+            Err(_) if cancelled => CANCELLED,
+            Err(_) => FAILED,
+        });
     }
 
     fn set_capabilities(&mut self, arguments: &Arguments<'_>) -> Result<(), Failure> {
@@ -306,6 +364,7 @@ impl Migration {
                 (Some("events"), Some(state)) => self.events = state,
                 // RAM is at fixed places of the file in any case.
                 (Some("mapped-ram"), Some(_)) => {}
+                (Some("background-snapshot"), Some(state)) => self.in_background = state,
                 (Some(name), Some(_)) => {
                     let unknown = format!("Parameter 'capability' does not accept value '{name}'");
                     return Err(Failure::generic(unknown));
@@ -339,11 +398,9 @@ impl Migration {
             info["error-desc"] = json!(error);
         }
         let elapsed = save.began.elapsed().as_millis() as u64;
-        let is_over = save.status == COMPLETED;
         info["total-time"] = json!(if save.milliseconds > 0 { save.milliseconds } else { elapsed });
-        if is_over {
-            // The guest stands still from the first to the last moment.
-            info["downtime"] = json!(save.milliseconds);
+        if let Some(downtime) = save.downtime {
+            info["downtime"] = json!(downtime);
         }
         info
     }

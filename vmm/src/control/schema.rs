@@ -110,7 +110,7 @@ const RUN_STATES: &[&str] = &[
 /// Of a save.
 pub(super) const STATUSES: [&str; 7] =
     ["none", "setup", "active", "completed", "failed", "cancelling", "cancelled"];
-pub(super) const CAPABILITY_NAMES: [&str; 2] = ["events", "mapped-ram"];
+pub(super) const CAPABILITY_NAMES: [&str; 3] = ["events", "mapped-ram", "background-snapshot"];
 
 const ENUMS: &[(&str, &[&str])] = &[
     ("RunState", RUN_STATES),

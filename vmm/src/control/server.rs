@@ -3,15 +3,21 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
+use std::sync::Arc;
 
+use devices::spawn::Spawn;
 use event_manager::EventSet;
 use serde_json::Value;
 
 use super::client::{Client, Gone};
 use super::event_limit::EventLimit;
 use super::migration::Migration;
+use crate::config::{SandboxMode, VmConfig};
+use crate::error::Error;
+use crate::events::EventSender;
 use crate::listener::Listener;
 use crate::machine::{Machine, MachineEvent};
+use crate::snapshot::Background;
 use crate::sources::{Poller, Source};
 
 /// Connections at a time. One more takes the place of the client that has been silent longest.
@@ -63,6 +69,22 @@ impl ControlServer {
 
     pub(super) fn migration(&mut self) -> &mut Migration {
         &mut self.migration
+    }
+
+    /// The source of a machine that is to be confined. `spawn` starts the thread of background saves.
+    ///
+    /// # Errors
+    /// When the host has no thread left.
+    pub(crate) fn into_source(
+        mut self,
+        config: &VmConfig,
+        spawn: &Spawn,
+        main_loop: &Arc<EventSender>,
+    ) -> Result<Box<dyn Source>, Error> {
+        if config.spawn || config.sandbox == SandboxMode::Off {
+            self.migration.background = Some(Background::start(spawn, Arc::clone(main_loop))?);
+        }
+        Ok(Box::new(self))
     }
 
     fn accept(&mut self, poller: &mut Poller<'_, '_>) {

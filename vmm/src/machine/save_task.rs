@@ -55,8 +55,12 @@ impl Machine {
         Ok(job)
     }
 
-    /// Ends a save that is under way, or has not begun.
+    /// Ends a save that is under way, or has not begun. A background save, too: it reads pages of files, which may be changed
+    /// once the machine has given up its lease.
     pub(crate) fn cancel_task(&mut self, error: Error) {
+        if let Some(cancel) = self.background_save.take() {
+            cancel.store(true, Ordering::Relaxed);
+        }
         if let Some(mut task) = self.standstill.as_mut().and_then(|still| still.task.take()) {
             task.cancel(self, error);
         }

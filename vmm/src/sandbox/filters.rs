@@ -28,11 +28,20 @@ pub(crate) enum Kind {
     Console,
     /// Maps the disks' registers for the guest, and ends.
     Registers,
+    /// Starts the child process of a background save, with the same filter, and waits for it.
+    Save,
 }
 
 impl Kind {
-    pub(super) const ALL: [Self; 6] =
-        [Self::Main, Self::Vcpu, Self::Disk, Self::DiskIo, Self::Console, Self::Registers];
+    pub(super) const ALL: [Self; 7] = [
+        Self::Main,
+        Self::Vcpu,
+        Self::Disk,
+        Self::DiskIo,
+        Self::Console,
+        Self::Registers,
+        Self::Save,
+    ];
 
     /// As documents and messages call it.
     pub(super) fn name(self) -> &'static str {
@@ -43,6 +52,7 @@ impl Kind {
             Self::DiskIo => "disk-io",
             Self::Console => "console",
             Self::Registers => "registers",
+            Self::Save => "save",
         }
     }
 }
@@ -222,6 +232,21 @@ fn disk_io(scsi: bool) -> Vec<Allowed> {
     calls
 }
 
+/// Beside those, what only threads that wait for an image do.
+fn waiting_disk_io(scsi: bool) -> Vec<Allowed> {
+    let mut calls = disk_io(scsi);
+    // A save notes the length and time of each image, by its path.
+    calls.extend(always(&[call!(SYS_statx)]));
+    let (note, requests) = match scsi {
+        false => ("BLKDISCARD, BLKSECDISCARD; with scsi=on also SG_IO", ioctls::DISCARD.to_vec()),
+        true => {
+            ("BLKDISCARD, BLKSECDISCARD, SG_IO", [&ioctls::DISCARD[..], &[ioctls::SG_IO]].concat())
+        }
+    };
+    calls.push(ioctl(note, requests));
+    calls
+}
+
 /// All that a thread of this kind may do, by name.
 pub(super) fn allowed(kind: Kind, needs: Needs) -> Vec<Allowed> {
     let Needs { process, scsi, saves, debugs } = needs;
@@ -259,25 +284,18 @@ pub(super) fn allowed(kind: Kind, needs: Needs) -> Vec<Allowed> {
         }
         Kind::DiskIo => {
             calls.extend(anonymous_memory());
-            calls.extend(disk_io(scsi));
-            // A save notes the length and time of each image, by its path.
-            calls.extend(always(&[call!(SYS_statx)]));
+            calls.extend(waiting_disk_io(scsi));
             calls.extend(always(SAVE_ENDS).filter(|_| saves));
-            let (note, requests) = match scsi {
-                false => {
-                    ("BLKDISCARD, BLKSECDISCARD; with scsi=on also SG_IO", ioctls::DISCARD.to_vec())
-                }
-                true => (
-                    "BLKDISCARD, BLKSECDISCARD, SG_IO",
-                    [&ioctls::DISCARD[..], &[ioctls::SG_IO]].concat(),
-                ),
-            };
-            calls.push(ioctl(note, requests));
         }
         Kind::Console => calls.extend(anonymous_memory()),
         Kind::Registers => {
             calls.extend(anonymous_memory());
             calls.push(ioctl("KVM_SET_USER_MEMORY_REGION", [ioctls::KVM_SET_USER_MEMORY_REGION]));
+        }
+        Kind::Save => {
+            calls.extend(anonymous_memory());
+            calls.extend(save());
+            calls.extend(always(SAVE_ENDS).filter(|_| saves));
         }
     }
     calls.sort_by_key(|call| call.name);
@@ -316,6 +334,30 @@ fn main() -> Vec<Allowed> {
         ),
         when(call!(SYS_mmap), "not executable", [vec![(2, Test::Clear(libc::PROT_EXEC as u64))]]),
         ioctl("KVM's for the state of vCPUs, chips and clock; FIONBIO", ioctls::main()),
+    ]);
+    calls
+}
+
+fn save() -> Vec<Allowed> {
+    let mut calls: Vec<_> = always(&[
+        // In the child, which leaves itself the file and a pipe.
+        call!(SYS_close_range),
+        call!(SYS_fsync),
+        call!(SYS_ftruncate),
+        call!(SYS_pipe2),
+        call!(SYS_pread64),
+        call!(SYS_pwrite64),
+        call!(SYS_statx),
+        call!(SYS_wait4),
+    ])
+    .collect();
+    // What fork(2) is: no thread, no namespace, no other stack.
+    let fork = vec![(0, Test::Is(libc::SIGCHLD as u64)), (1, Test::Is(0))];
+    let dies_with_parent =
+        vec![(0, Test::Is(libc::PR_SET_PDEATHSIG as u64)), (1, Test::Is(libc::SIGKILL as u64))];
+    calls.extend([
+        when(call!(SYS_clone), "as fork(2)", [fork]),
+        when(call!(SYS_prctl), "PR_SET_PDEATHSIG", [dies_with_parent]),
     ]);
     calls
 }

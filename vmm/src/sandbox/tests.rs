@@ -119,7 +119,8 @@ fn each_kind_dies_of_what_it_must_not_do() {
     for kind in Kind::ALL.map(Kind::name) {
         let ended = in_child(&format!("{kind} nothing"));
         assert_eq!(ended.status.code(), Some(7), "{kind} without an attack: {ended:?}");
-        for attack in ATTACKS {
+        let its_purpose = |attack: &str| (kind, attack) == ("save", "clone");
+        for attack in ATTACKS.into_iter().filter(|attack| !its_purpose(attack)) {
             let ended = in_child(&format!("{kind} {attack}"));
             assert_eq!(ended.status.signal(), Some(libc::SIGSYS), "{kind}, {attack}: {ended:?}");
         }
@@ -155,7 +156,7 @@ fn table() -> String {
     names.sort_unstable();
     names.dedup();
     let mut table = String::from(
-        "| system call | main | vcpu | disk | disk-io | console | registers |\n|---|---|---|---|---|---|---|\n",
+        "| system call | main | vcpu | disk | disk-io | console | registers | save |\n|---|---|---|---|---|---|---|---|\n",
     );
     for name in names {
         write!(table, "| {name} |").unwrap();
@@ -201,6 +202,7 @@ fn the_lists_are_short() {
         (Kind::DiskIo, 50),
         (Kind::Console, 27),
         (Kind::Registers, 27),
+        (Kind::Save, 40),
     ] {
         let mut names: Vec<_> =
             filters::allowed(kind, NEEDS).iter().map(|call| call.name).collect();

@@ -4,7 +4,7 @@
 //! it); restoring is the builder's second way to start, an [`Incoming`] machine. The chapter is `vmm/docs/stop-reset-save.md`.
 //!
 //! [`saved`] has the machine as a value, [`vcpu`] a vCPU, [`core_file`] the file around it, [`pages`] guest RAM, and [`checksum`]
-//! what finds damage. [`save`] and [`incoming`] put them together, each in an order that has its reasons; [`panic_dump`] saves a guest that has panicked; [`generation_id`] tells a guest that it was restored; [`fit`] compares a
+//! what finds damage. [`save`] and [`incoming`] put them together, each in an order that has its reasons; [`held_memory`] lets the guest go on meanwhile; [`panic_dump`] saves a guest that has panicked; [`generation_id`] tells a guest that it was restored; [`fit`] compares a
 //! saved CPU with this host's.
 //!
 //! Every field of a file is checked before use: nothing of a file that fails a check reaches a guest. The paths of images and
@@ -16,6 +16,7 @@ mod fit;
 #[cfg(test)]
 mod fuzz;
 pub(crate) mod generation_id;
+mod held_memory;
 mod incoming;
 mod new_file;
 mod pages;
@@ -29,6 +30,7 @@ mod vcpu;
 use std::io;
 use std::path::PathBuf;
 
+pub(crate) use held_memory::{Background, begin_in_background};
 pub use incoming::{ClockMode, Incoming, IncomingConfig, MapMode};
 pub use new_file::NewFile;
 pub(crate) use pages::open_page_map;
@@ -43,6 +45,10 @@ pub(crate) enum SnapshotError {
     Target { path: PathBuf, source: io::Error },
     #[error("disk {disk}: {why}")]
     Unsaveable { disk: String, why: &'static str },
+    #[error(
+        "huge pages cannot be held still while the guest goes on; save it without background-snapshot"
+    )]
+    HugePages,
     #[error(transparent)]
     Host(#[from] io::Error),
     #[error("it is not a saved machine; give a file that `minivmm ctl SOCKET save` wrote")]

@@ -108,81 +108,125 @@ fn file_mappings(maps: &str) -> Option<Vec<Range<u64>>> {
     Some(mappings.into_iter().filter_map(|(is_file, range)| is_file.then_some(range)).collect())
 }
 
-/// Writes all of RAM to its places in `file`. Returns the checksum of each block.
-///
-/// # Errors
-/// What the host says to a write, or `Interrupted` once `cancel` is set.
-pub(super) fn write(
-    memory: &GuestMemory,
-    map: Option<&PageMap>,
-    file: &File,
-    segments: &[RamSegment],
-    progress: &RamProgress,
-    cancel: &AtomicBool,
-) -> io::Result<Vec<u64>> {
-    let mut checksums = Vec::new();
-    let mut buffer = vec![0; BLOCK as usize];
-    for (region, segment) in memory.iter().zip(segments) {
-        let host = region.as_ptr() as u64;
-        for at in (0..region.len()).step_by(BLOCK as usize) {
-            if cancel.load(Ordering::Relaxed) {
-                return Err(io::ErrorKind::Interrupted.into());
-            }
-            let length = BLOCK.min(region.len() - at) as usize;
-            let block = &mut buffer[..length];
-            let pages = length / PAGE;
-            let data =
-                map.map_or_else(|| vec![true; pages], |map| map.may_hold_data(host + at, pages));
-            let address = GuestAddress(segment.address + at);
-            let written = write_block(memory, address, &data, block, file, segment.offset + at)?;
-            checksums.push(if written == 0 { 0 } else { block_checksum(block) });
-            progress.written.fetch_add(written, Ordering::Relaxed);
-            progress.zero.fetch_add(length as u64 - written, Ordering::Relaxed);
-            progress.remaining.fetch_sub(length as u64, Ordering::Relaxed);
-        }
-    }
-    Ok(checksums)
+/// RAM that is being written to its places in a file.
+pub(super) struct RamSave<'a> {
+    pub(super) memory: &'a GuestMemory,
+    pub(super) map: Option<&'a PageMap>,
+    pub(super) file: &'a File,
+    pub(super) segments: &'a [RamSegment],
+    pub(super) progress: &'a RamProgress,
+    pub(super) cancel: &'a AtomicBool,
 }
 
-/// Reads those pages of a block that may hold data into `block`, whose other pages become zero, and writes those that are not
-/// zero. Returns how many bytes that were.
-fn write_block(
-    memory: &GuestMemory,
+/// A block of RAM: where it is for the guest, and where in the file.
+pub(super) struct Block {
     address: GuestAddress,
-    data: &[bool],
-    block: &mut [u8],
-    file: &File,
     offset: u64,
-) -> io::Result<u64> {
-    if !data.contains(&true) {
-        return Ok(0);
+    pub(super) length: usize,
+    /// Whether each of its pages may hold data.
+    data: Vec<bool>,
+}
+
+/// What a block has in the file.
+pub(super) struct Written {
+    pub(super) bytes: u64,
+    pub(super) checksum: u64,
+}
+
+impl RamSave<'_> {
+    /// Writes all of RAM. Returns the checksum of each block.
+    ///
+    /// # Errors
+    /// What the host says to a write, or `Interrupted` once the save is canceled.
+    pub(super) fn write(&self) -> io::Result<Vec<u64>> {
+        let mut checksums = Vec::new();
+        let mut buffer = vec![0; BLOCK as usize];
+        for block in self.blocks() {
+            let written = block.write(self.memory, self.file, &mut buffer)?;
+            self.count(&block, &written)?;
+            checksums.push(written.checksum);
+        }
+        Ok(checksums)
     }
-    block.fill(0);
-    for run in runs(data) {
-        let bytes = run.start * PAGE..run.end * PAGE;
-        let from = GuestAddress(address.0 + bytes.start as u64);
-        memory.read_slice(&mut block[bytes], from).map_err(into_io)?;
+
+    /// All of RAM in its order. Each block is looked at when it is asked for.
+    pub(super) fn blocks(&self) -> impl Iterator<Item = Block> {
+        self.memory.iter().zip(self.segments).flat_map(move |(region, segment)| {
+            let host = region.as_ptr() as u64;
+            (0..region.len()).step_by(BLOCK as usize).map(move |at| {
+                let length = BLOCK.min(region.len() - at) as usize;
+                let pages = length / PAGE;
+                let map = self.map.map(|map| map.may_hold_data(host + at, pages));
+                Block {
+                    address: GuestAddress(segment.address + at),
+                    offset: segment.offset + at,
+                    length,
+                    data: map.unwrap_or_else(|| vec![true; pages]),
+                }
+            })
+        })
     }
-    let used: Vec<_> = block.chunks(PAGE).map(|page| !is_zero(page)).collect();
-    let mut written = 0;
-    for run in runs(&used) {
-        let bytes = run.start * PAGE..run.end * PAGE;
-        file.write_all_at(&block[bytes.clone()], offset + bytes.start as u64)?;
-        written += bytes.len() as u64;
+
+    /// Counts a block that was written.
+    ///
+    /// # Errors
+    /// The save is canceled.
+    pub(super) fn count(&self, block: &Block, written: &Written) -> io::Result<()> {
+        let length = block.length as u64;
+        self.progress.written.fetch_add(written.bytes, Ordering::Relaxed);
+        self.progress.zero.fetch_add(length.saturating_sub(written.bytes), Ordering::Relaxed);
+        self.progress.remaining.fetch_sub(length, Ordering::Relaxed);
+        match self.cancel.load(Ordering::Relaxed) {
+            true => Err(io::ErrorKind::Interrupted.into()),
+            false => Ok(()),
+        }
     }
-    Ok(written)
+}
+
+impl Block {
+    /// Reads those pages that may hold data into `buffer`, which has the size of a block, and writes those that are not zero. Allocates
+    /// nothing: a child process calls it (`held_memory`).
+    pub(super) fn write(
+        &self,
+        memory: &GuestMemory,
+        file: &File,
+        buffer: &mut [u8],
+    ) -> io::Result<Written> {
+        let nothing = Written { bytes: 0, checksum: 0 };
+        let Some(buffer) = buffer.get_mut(..self.length) else { return Ok(nothing) };
+        if !self.data.contains(&true) {
+            return Ok(nothing);
+        }
+        let mut end = 0;
+        for run in runs(self.data.iter().copied()) {
+            let bytes = run.start * PAGE..run.end * PAGE;
+            buffer[end..bytes.start].fill(0);
+            end = bytes.end;
+            let from = GuestAddress(self.address.0 + bytes.start as u64);
+            memory.read_slice(&mut buffer[bytes], from).map_err(into_io)?;
+        }
+        buffer[end..].fill(0);
+        let mut bytes = 0;
+        for run in runs(buffer.chunks(PAGE).map(|page| !is_zero(page))) {
+            let used = &buffer[run.start * PAGE..run.end * PAGE];
+            file.write_all_at(used, self.offset + (run.start * PAGE) as u64)?;
+            bytes += used.len() as u64;
+        }
+        Ok(Written { bytes, checksum: if bytes == 0 { 0 } else { block_checksum(buffer) } })
+    }
 }
 
 /// The ranges of indices that are set.
-fn runs(set: &[bool]) -> Vec<Range<usize>> {
-    let mut runs: Vec<Range<usize>> = Vec::new();
-    for (at, _) in set.iter().enumerate().filter(|(_, set)| **set) {
-        match runs.last_mut() {
-            Some(run) if run.end == at => run.end += 1,
-            _ => runs.push(at..at + 1),
+fn runs(set: impl Iterator<Item = bool>) -> impl Iterator<Item = Range<usize>> {
+    let mut set = set.enumerate();
+    std::iter::from_fn(move || {
+        let (start, _) = set.find(|(_, set)| *set)?;
+        let mut end = start + 1;
+        while let Some((_, true)) = set.next() {
+            end += 1;
         }
-    }
-    runs
+        Some(start..end)
+    })
 }
 
 /// The parts of `segment` that have data in the file, in whole pages. A file system without holes has one.
@@ -268,8 +312,7 @@ pub(super) fn read(
                 return Err(SnapshotError::Damaged("memory differs from its checksum"));
             }
             let Some(memory) = memory.filter(|_| has_data) else { continue };
-            let used: Vec<_> = block.chunks(PAGE).map(|page| !is_zero(page)).collect();
-            for run in runs(&used) {
+            for run in runs(block.chunks(PAGE).map(|page| !is_zero(page))) {
                 let bytes = run.start * PAGE..run.end * PAGE;
                 let to = GuestAddress(segment.address + at + bytes.start as u64);
                 memory.write_slice(&block[bytes], to).map_err(into_io)?;
@@ -301,7 +344,8 @@ mod tests {
 
     #[test]
     fn runs_are_whole() {
-        assert_eq!(runs(&[true, true, false, true]), [0..2, 3..4]);
-        assert!(runs(&[false]).is_empty());
+        let of = |set: &[bool]| runs(set.iter().copied()).collect::<Vec<_>>();
+        assert_eq!(of(&[true, true, false, true]), [0..2, 3..4]);
+        assert!(of(&[false]).is_empty());
     }
 }

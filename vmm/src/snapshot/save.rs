@@ -5,7 +5,8 @@
 //!
 //! 1. The machine is read as a value, on the main thread: see [`super::saved`].
 //! 2. On the background thread: each disk is flushed, so that the image on the medium is the one that the guest's memory knows.
-//! 3. RAM is written, then headers and notes, and the file is synced.
+//! 3. RAM is written, then headers and notes, and the file is synced. A background save (`held_memory`) does this and the rest on a
+//!    thread of its own, while the machine goes on.
 //! 4. Only then the file gets its name ([`NewFile`]). A file that a client handed over has one, or gets one from the client.
 //!
 //! The thread gets every file that it needs opened: the main loop goes on meanwhile, and answers how far it is.
@@ -23,7 +24,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use super::SnapshotError;
 use super::core_file::CoreLayout;
 use super::new_file::NewFile;
-use super::pages::{self, PageMap, RamProgress};
+use super::pages::{PageMap, RamProgress, RamSave};
 use super::saved::{Purpose, SavedConfig, SavedMachine};
 use crate::GuestMemory;
 use crate::error::Error;
@@ -37,6 +38,9 @@ pub(crate) struct Progress {
     pub(crate) cancel: Arc<AtomicBool>,
 }
 
+/// Does the rest of a save elsewhere, and returns once the machine may go on.
+pub(super) type Hold = Box<dyn FnOnce(Job) -> Result<(), Error> + Send>;
+
 /// Saves `machine` at the next standstill. Returns the number of the `Done` event.
 ///
 /// # Errors
@@ -48,6 +52,18 @@ pub(crate) fn begin(
     progress: &Progress,
     purpose: Purpose,
 ) -> Result<u64, Error> {
+    begin_with(machine, config, destination, progress, purpose, None)
+}
+
+/// As [`begin`]. With `hold` the machine goes on when that returns.
+pub(super) fn begin_with(
+    machine: &mut Machine,
+    config: SavedConfig,
+    destination: Destination,
+    progress: &Progress,
+    purpose: Purpose,
+    hold: Option<Hold>,
+) -> Result<u64, Error> {
     let target = Target::prepare(destination, machine, &config)?;
     if purpose == Purpose::LastDump {
         // A save of a guest that has panicked since fails, as if the machine had ended.
@@ -55,8 +71,9 @@ pub(crate) fn begin(
     }
     let cancel = Arc::clone(&progress.cancel);
     let progress = progress.clone();
-    let begin = move |machine: &Machine| prepare(machine, config, target, progress, purpose);
-    machine.save(Box::new(begin), cancel, purpose == Purpose::Dump)
+    let goes_on = purpose == Purpose::Dump || hold.is_some();
+    let begin = move |machine: &Machine| prepare(machine, config, target, progress, purpose, hold);
+    machine.save(Box::new(begin), cancel, goes_on)
 }
 
 fn save_error(path: &Path, source: io::Error) -> Error {
@@ -84,6 +101,7 @@ fn prepare(
     target: Target,
     progress: Progress,
     purpose: Purpose,
+    hold: Option<Hold>,
 ) -> Result<Work, Error> {
     let saved = SavedMachine::read(machine, config, purpose)?;
     let memory = machine.hardware.memory.clone();
@@ -93,30 +111,76 @@ fn prepare(
     let flushed = |disk: &&MachineDisk| purpose == Purpose::Save && !disk.image.read_only();
     let disks = machine.hardware.disks.iter().filter(flushed);
     let disks = disks.map(|disk| (Arc::clone(&disk.image), disk.config.id.clone())).collect();
-    let job = Job { saved, memory, disks, map: PageMap::read(), target, progress };
-    Ok(Box::new(move || job.run()))
+    let job = Job { saved, memory, map: PageMap::read(), target, progress };
+    Ok(Box::new(move || job.run(disks, hold)))
 }
 
-struct Job {
+/// A machine that was read, on its way into a file.
+pub(super) struct Job {
     saved: SavedMachine,
     memory: GuestMemory,
-    /// Those to flush, with their names.
-    disks: Vec<(Arc<dyn Disk>, String)>,
     map: Option<PageMap>,
     target: Target,
     progress: Progress,
 }
 
 impl Job {
-    fn run(self) -> Result<(), Error> {
-        let Self { mut saved, memory, disks, map, target, progress } = self;
+    /// `disks`: those to flush, with their names.
+    fn run(mut self, disks: Vec<(Arc<dyn Disk>, String)>, hold: Option<Hold>) -> Result<(), Error> {
         for (image, device) in disks {
             image.flush().map_err(|source| Error::Flush { device, source })?;
         }
-        saved.disks.iter_mut().for_each(|disk| disk.look_again());
-        let path = target.path().to_owned();
-        let written = target.write(&saved, &memory, map.as_ref(), &progress);
-        written.map_err(|error| save_error(&path, error))
+        self.saved.disks.iter_mut().for_each(|disk| disk.look_again());
+        match hold {
+            Some(hold) => hold(self),
+            None => self.write(|ram| ram.write()),
+        }
+    }
+
+    /// Writes the file. `write_ram` returns the checksums of RAM.
+    pub(super) fn write(
+        self,
+        write_ram: impl FnOnce(&RamSave<'_>) -> io::Result<Vec<u64>>,
+    ) -> Result<(), Error> {
+        let path = self.target.path().to_owned();
+        self.write_target(write_ram).map_err(|error| save_error(&path, error))
+    }
+
+    fn write_target(
+        self,
+        write_ram: impl FnOnce(&RamSave<'_>) -> io::Result<Vec<u64>>,
+    ) -> io::Result<()> {
+        let Self { saved, memory, map, target, progress } = self;
+        let file = target.file();
+        let json = serde_json::to_vec(&saved)?;
+        let cpus: Vec<_> =
+            saved.vcpus.iter().map(|vcpu| (vcpu.state.regs, vcpu.state.sregs)).collect();
+        let ram: Vec<_> =
+            memory.iter().map(|region| (region.start_addr().0, region.len())).collect();
+        let layout = CoreLayout::new(&json, &cpus, &ram);
+        if let Target::Given(..) = &target {
+            file.set_len(0)?;
+        }
+        let layout_length = layout.file_length();
+        file.set_len(layout_length)?;
+        let checksums = write_ram(&RamSave {
+            memory: &memory,
+            map: map.as_ref(),
+            file,
+            segments: &layout.segments,
+            progress: &progress.ram,
+            cancel: &progress.cancel,
+        })?;
+        file.write_all_at(&layout.head(&checksums), 0)?;
+        file.sync_all()?;
+        if file.metadata()?.len() != layout_length {
+            // pwrite(2) ignores the offset then.
+            return Err(io::Error::other("it is open for appending; open it for writing"));
+        }
+        if progress.cancel.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        target.publish()
     }
 }
 
@@ -176,38 +240,5 @@ impl Target {
             Self::New(new) => new.publish(),
             Self::Given(..) => Ok(()),
         }
-    }
-
-    fn write(
-        self,
-        saved: &SavedMachine,
-        memory: &GuestMemory,
-        map: Option<&PageMap>,
-        progress: &Progress,
-    ) -> io::Result<()> {
-        let file = self.file();
-        let json = serde_json::to_vec(saved)?;
-        let cpus: Vec<_> =
-            saved.vcpus.iter().map(|vcpu| (vcpu.state.regs, vcpu.state.sregs)).collect();
-        let ram: Vec<_> =
-            memory.iter().map(|region| (region.start_addr().0, region.len())).collect();
-        let layout = CoreLayout::new(&json, &cpus, &ram);
-        if let Self::Given(..) = &self {
-            file.set_len(0)?;
-        }
-        let layout_length = layout.file_length();
-        file.set_len(layout_length)?;
-        let checksums =
-            pages::write(memory, map, file, &layout.segments, &progress.ram, &progress.cancel)?;
-        file.write_all_at(&layout.head(&checksums), 0)?;
-        file.sync_all()?;
-        if file.metadata()?.len() != layout_length {
-            // pwrite(2) ignores the offset then.
-            return Err(io::Error::other("it is open for appending; open it for writing"));
-        }
-        if progress.cancel.load(Ordering::Relaxed) {
-            return Err(io::ErrorKind::Interrupted.into());
-        }
-        self.publish()
     }
 }

@@ -353,6 +353,6 @@ fn printable(text: impl std::fmt::Display) -> String {
     text.to_string().replace(char::is_control, "\u{fffd}")
 }
 
-fn unsaveable(disk: &str, why: &'static str) -> Error {
+pub(super) fn unsaveable(disk: &str, why: &'static str) -> Error {
     Error::Save(SnapshotError::Unsaveable { disk: disk.to_owned(), why }.into())
 }

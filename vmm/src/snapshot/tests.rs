@@ -15,7 +15,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::core_file::{CoreLayout, RamSegment};
-use super::pages::{self, PageMap, RamProgress};
+use super::pages::{self, PageMap, RamProgress, RamSave};
 use super::saved::SavedMachine;
 use super::vcpu::{SavedVcpu, TscShift};
 use crate::GuestMemory;
@@ -278,8 +278,16 @@ fn memory_on_both_sides_of_the_hole_keeps_its_place() {
         let progress = RamProgress::default();
         let map = PageMap::read();
         let never = AtomicBool::new(false);
-        let checksums =
-            pages::write(&memory, map.as_ref(), &file, &segments, &progress, &never).unwrap();
+        let checksums = RamSave {
+            memory: &memory,
+            map: map.as_ref(),
+            file: &file,
+            segments: &segments,
+            progress: &progress,
+            cancel: &never,
+        }
+        .write()
+        .unwrap();
         let [written, zero] =
             [&progress.written, &progress.zero].map(|count| count.load(Ordering::Relaxed));
         assert_eq!(written + zero, bytes);

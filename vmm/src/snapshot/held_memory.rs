@@ -1,0 +1,229 @@
+//! A background save: the guest goes on while its memory, as it was at the standstill, is written.
+//!
+//! What holds the memory still is a child process. From fork(2) on it has all of this process's memory as it is then: the host's kernel
+//! copies a page when the guest, a disk's thread or io_uring changes it in this process. Guest memory is private, so that this
+//! holds for all of it.
+//!
+//! The child closes every descriptor but the file and a pipe, writes RAM to its places in the file, tells the pipe of each block, and
+//! ends. It allocates nothing and takes no lock: other threads may have held one at the fork. It has the filter of the thread that made
+//! it (`sandbox::Kind::Save`), which opens nothing. It does not outlive this process: the kernel kills it, and without a
+//! reader it ends at the next block. So the pipe is also how a save is canceled. Headers and notes are written, and the file gets its name,
+//! on this side.
+//!
+//! The guest's disks are not held still. See [`check`].
+
+#![expect(unsafe_code, reason = "fork, and what the child does without the standard library")]
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+
+use devices::spawn::Spawn;
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, WaitOptions, waitpid};
+use vm_memory::GuestMemoryBackend;
+
+use super::checksum::BLOCK;
+use super::pages::{Block, RamSave, Written};
+use super::save::{self, Destination, Hold, Job, Progress};
+use super::saved::{Purpose, SavedConfig};
+use super::{SnapshotError, saved};
+use crate::GuestMemory;
+use crate::background::{Answer, BackgroundThread};
+use crate::error::Error;
+use crate::events::EventSender;
+use crate::machine::{Machine, RunState};
+
+/// The thread that may start a child process.
+pub(crate) struct Background(BackgroundThread);
+
+impl Background {
+    /// Starts the thread, which wakes `main_loop` when a save is over.
+    ///
+    /// # Errors
+    /// When the host has no thread left.
+    pub(crate) fn start(spawn: &Spawn, main_loop: Arc<EventSender>) -> Result<Self, Error> {
+        BackgroundThread::spawn(spawn, "save".to_owned(), main_loop).map(Self)
+    }
+}
+
+/// Saves `machine` as of the next standstill, after which it goes on. Returns the number of the `Done` event, which comes when it goes on,
+/// and what answers when the file is whole.
+///
+/// # Errors
+/// The target cannot be made, the machine is busy, or it cannot be held still. Nothing has changed then.
+pub(crate) fn begin_in_background(
+    machine: &mut Machine,
+    config: SavedConfig,
+    destination: Destination,
+    progress: &Progress,
+    background: &Background,
+) -> Result<(u64, Answer), Error> {
+    check(machine)?;
+    let (send_job, job) = channel::<(Job, _)>();
+    let answer = background.0.run(move || {
+        let (job, is_held) = job.recv().map_err(|_| Error::Stopping)?;
+        let mut is_held: Option<Sender<_>> = Some(is_held);
+        let held = || drop(is_held.take().map(|is_held| is_held.send(Ok(()))));
+        match (job.write(|ram| write(ram, held)), is_held) {
+            (Err(error), Some(is_held)) => {
+                let _ = is_held.send(Err(error));
+                Err(Error::Stopping)
+            }
+            (result, _) => result,
+        }
+    });
+    let hold: Hold = Box::new(move |job| {
+        let (send, is_held) = channel();
+        let _ = send_job.send((job, send));
+        is_held.recv().unwrap_or(Err(Error::ThreadPanicked))
+    });
+    let purpose = Purpose::Save;
+    let id = save::begin_with(machine, config, destination, progress, purpose, Some(hold))?;
+    machine.background_save = Some(Arc::clone(&progress.cancel));
+    Ok((id, answer))
+}
+
+/// Refuses what would not be as it was at the moment of the save.
+///
+/// A guest that goes on also writes to its disks, and its memory would meet newer ones at the restore. So either it writes to none, or it
+/// stands still until the user has copied their images.
+fn check(machine: &Machine) -> Result<(), Error> {
+    let hardware = &machine.hardware;
+    if hardware.memory.iter().any(|region| region.flags() & libc::MAP_HUGETLB != 0) {
+        return Err(Error::Save(SnapshotError::HugePages.into()));
+    }
+    let mut written = hardware.disks.iter().filter(|disk| !disk.image.read_only());
+    match written.next() {
+        Some(disk) if machine.state() == RunState::Running => {
+            Err(saved::unsaveable(&disk.config.id, DISK_GOES_ON))
+        }
+        _ => Ok(()),
+    }
+}
+
+const DISK_GOES_ON: &str = "the guest would go on writing to it; send `stop` before the save, copy the image when the save is active, then send `cont`";
+
+/// What the child says of a block: bytes and checksum, or `FAILED` and an errno.
+type Message = [u64; 2];
+const FAILED: u64 = u64::MAX;
+
+/// Writes RAM as it is now. Calls `held` as soon as it may change.
+fn write(ram: &RamSave<'_>, held: impl FnOnce()) -> io::Result<Vec<u64>> {
+    let mut buffer = vec![0; BLOCK as usize];
+    let blocks: Vec<Block> = ram.blocks().collect();
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
+    let (mut reader, writer) = (File::from(reader), File::from(writer));
+    // SAFETY: the child calls nothing that allocates or takes a lock, and never returns.
+    let child = match unsafe { fork() }? {
+        Some(child) => child,
+        None => write_as_child(ram.memory, &blocks, &mut buffer, ram.file, &writer),
+    };
+    drop((writer, buffer));
+    held();
+    let result = follow(ram, &blocks, &mut reader);
+    // A child that still writes finds no reader.
+    drop(reader);
+    while let Err(rustix::io::Errno::INTR) = waitpid(Some(child), WaitOptions::empty()) {}
+    result
+}
+
+/// Reads what the child says until all is written.
+fn follow(ram: &RamSave<'_>, blocks: &[Block], reader: &mut File) -> io::Result<Vec<u64>> {
+    let mut checksums = Vec::with_capacity(blocks.len());
+    for block in blocks {
+        let mut message = [[0; 8]; 2];
+        reader.read_exact(message.as_flattened_mut()).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => {
+                io::Error::other("the process that writes it was killed")
+            }
+            _ => error,
+        })?;
+        let [bytes, checksum] = message.map(u64::from_ne_bytes);
+        if bytes == FAILED {
+            return Err(io::Error::from_raw_os_error(checksum as i32));
+        }
+        ram.count(block, &Written { bytes, checksum })?;
+        checksums.push(checksum);
+    }
+    Ok(checksums)
+}
+
+/// fork(2), but nothing of libc's: no handlers run, and the filter of the calling thread allows these arguments only. `None`: this is the
+/// child.
+///
+/// # Safety
+/// The child may make system calls and read and write memory. It must not allocate, take a lock or return to code that does.
+unsafe fn fork() -> io::Result<Option<Pid>> {
+    // SAFETY: without a stack of its own the child goes on here, on a copy of this one.
+    let id = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
+    match id {
+        -1 => {
+            let error = io::Error::last_os_error();
+            let why = format!(
+                "the host makes no child process: {error}; save without background-snapshot"
+            );
+            Err(io::Error::new(error.kind(), why))
+        }
+        id => Ok(Pid::from_raw(id as i32)),
+    }
+}
+
+/// Ends the process, even after a panic, which must not reach code of the parent.
+struct Exit;
+
+impl Drop for Exit {
+    fn drop(&mut self) {
+        // SAFETY: the call does not return.
+        unsafe { libc::_exit(0) }
+    }
+}
+
+fn write_as_child(
+    memory: &GuestMemory,
+    blocks: &[Block],
+    buffer: &mut [u8],
+    file: &File,
+    mut pipe: &File,
+) -> ! {
+    let _exit = Exit;
+    let prepared = close_all_but(file.as_raw_fd(), pipe.as_raw_fd());
+    let mut write = |block: &Block| {
+        let written = prepared.and_then(|()| {
+            let errno = |error: io::Error| error.raw_os_error().unwrap_or(libc::EIO);
+            block.write(memory, file, buffer).map_err(errno)
+        });
+        let message: Message = match &written {
+            Ok(Written { bytes, checksum }) => [*bytes, *checksum],
+            Err(errno) => [FAILED, *errno as u64],
+        };
+        let told = pipe.write_all(message.map(u64::to_ne_bytes).as_flattened());
+        told.is_ok() && written.is_ok()
+    };
+    let _ = blocks.iter().all(&mut write);
+    // SAFETY: the call does not return.
+    unsafe { libc::_exit(0) }
+}
+
+/// Leaves the calling process these descriptors, and has it die with its parent.
+fn close_all_but(one: RawFd, other: RawFd) -> Result<(), i32> {
+    let (low, high) = (one.min(other) as u32, one.max(other) as u32);
+    let ranges =
+        [(0, low.checked_sub(1)), (low + 1, high.checked_sub(1)), (high + 1, Some(u32::MAX))];
+    // SAFETY: the process uses no other descriptor, and neither call takes a pointer.
+    let done = unsafe {
+        libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) == 0
+            && ranges.iter().all(|(first, last)| match last {
+                Some(last) if first <= last => {
+                    libc::syscall(libc::SYS_close_range, *first, *last, 0) == 0
+                }
+                _ => true,
+            })
+    };
+    match done {
+        true => Ok(()),
+        false => Err(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)),
+    }
+}
