@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use minivmm_tests::guest::Program;
 use minivmm_tests::qmp::Qmp;
 use minivmm_tests::{image, minivmm};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::process::Process;
 use crate::results::{Key, Results};
@@ -29,6 +29,7 @@ pub(crate) fn target(group: &str, row: &str) -> Option<Target> {
     Some(match row {
         _ if group != GROUP => return None,
         "save" => Target::AtMost(150.0),
+        "pause of a background save" => Target::AtMost(25.0),
         "exec to the restored guest" => Target::AtMost(6.0),
         "migrate-incoming to the guest" => Target::AtMost(3.0),
         "private memory of a clone" => Target::AtMost(8192.0),
@@ -44,7 +45,10 @@ pub(crate) fn run(options: &Options, results: &mut Results) {
     for _ in 0..options.repetitions {
         let directory = tempfile::tempdir_in(results::directory()).unwrap();
         let directory = directory.path();
-        add("save", "ms", save(directory));
+        let [save, pause, background] = save(directory);
+        add("save", "ms", save);
+        add("pause of a background save", "ms", pause);
+        add("background save, to its end", "ms", background);
         let saved = directory.join("saved");
         let blocks = std::os::unix::fs::MetadataExt::blocks(&fs::metadata(saved).unwrap());
         add("file, beyond the guest's data", "KiB", blocks as f64 / 2.0 - DATA);
@@ -79,30 +83,57 @@ pub(crate) fn run(options: &Options, results: &mut Results) {
     }
 }
 
-/// Saves a guest to `saved`. Returns milliseconds.
-fn save(directory: &Path) -> f64 {
+/// Saves a guest to `saved`, and in the background. Returns milliseconds: of the save, of the pause in the background save, and of all
+/// of that.
+fn save(directory: &Path) -> [f64; 3] {
     fs::write(directory.join("guest.elf"), image::pvh(Program::Fill)).unwrap();
     let mut command = minivmm(["--kernel", "guest.elf", "--memory", "1G", "--qmp", "unix:qmp"]);
-    let command = command.args(["--save-directory", "."]).current_dir(directory);
-    let source = Process::start(command);
+    command.args(["--save-directory", ".", "--sandbox", "on,spawn=allow"]).current_dir(directory);
+    let source = Process::start(&mut command);
     first_line(&source);
-    save_to(&directory.join("qmp"), &directory.join("saved"))
+    let mut qmp = connect(&directory.join("qmp"));
+    let capability = json!({ "capability": "background-snapshot", "state": true });
+    let capability = json!({ "capabilities": [capability] });
+    qmp.execute("migrate-set-capabilities", capability).unwrap();
+    let (background, events) = save_by(&mut qmp, &directory.join("background"));
+    let moment = |name: &str| {
+        let event = events.iter().find(|event| event["event"] == name).unwrap();
+        let [seconds, microseconds] =
+            ["seconds", "microseconds"].map(|unit| event["timestamp"][unit].as_f64().unwrap());
+        seconds * 1e3 + microseconds / 1e3
+    };
+    let pause = moment("RESUME") - moment("STOP");
+    fs::remove_file(directory.join("background")).unwrap();
+    [save_to(&directory.join("qmp"), &directory.join("saved")), pause, background]
 }
 
-/// Saves the machine with this control socket. Returns milliseconds.
-pub(crate) fn save_to(socket: &Path, saved: &Path) -> f64 {
+fn connect(socket: &Path) -> Qmp {
     let mut qmp = Qmp::connect(socket);
     qmp.set_bound(SILENCE);
     let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
     qmp.execute("migrate-set-capabilities", events).unwrap();
+    qmp
+}
+
+/// Saves the machine with this control socket. Returns milliseconds.
+pub(crate) fn save_to(socket: &Path, saved: &Path) -> f64 {
+    let mut qmp = connect(socket);
+    let in_background = json!({ "capability": "background-snapshot", "state": false });
+    qmp.execute("migrate-set-capabilities", json!({ "capabilities": [in_background] })).unwrap();
+    save_by(&mut qmp, saved).0
+}
+
+/// Milliseconds, and what happened meanwhile.
+fn save_by(qmp: &mut Qmp, saved: &Path) -> (f64, Vec<Value>) {
     let uri = format!("file:{}", saved.display());
     let began = Instant::now();
     qmp.execute("migrate", json!({ "uri": uri })).unwrap();
+    let mut events = std::mem::take(&mut qmp.events);
     loop {
-        match qmp.event("MIGRATION")["status"].as_str() {
-            Some("completed") => return began.elapsed().as_secs_f64() * 1e3,
+        match events.last().and_then(|event| event["data"]["status"].as_str()) {
+            Some("completed") => return (began.elapsed().as_secs_f64() * 1e3, events),
             Some("failed") => panic!("the save failed: {}", qmp.query("query-migrate")),
-            _ => {}
+            _ => events.push(qmp.receive().expect("the end of a save")),
         }
     }
 }
