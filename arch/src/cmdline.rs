@@ -23,7 +23,7 @@ pub enum Error {
     )]
     Unprintable { byte: u8, position: usize },
     #[error(
-        "the kernel command line has {length} bytes, and this kernel takes at most {limit}; shorten it"
+        "the kernel command line has {length} bytes, and this kernel takes at most {limit}; shorten it, or with '--acpi off' give fewer disks"
     )]
     TooLong { length: usize, limit: usize },
 }

@@ -6,7 +6,7 @@
 //! 0x0000_0472  warm-reset flag                       0x060,0x064 i8042 (reset)    3, 4  COM2, COM1
 //! 0x0000_1000  GDT                                   0x0f4       debug exit       9     power button
 //! 0x0000_2000  PVH start info, module list, map      0x3f8-0x3ff COM1             13    VM generation ID
-//! 0x0000_7000  zero page (Linux boot_params)         0x2f8-0x2ff COM2             16-23, 5-7, 10-12, 14, 15  disks
+//! 0x0000_7000  zero page (Linux boot_params)         0x2f8-0x2ff COM2             16-23, 5-7, 10-12, 14, 15  disks (from the 17th, two and more to a line)
 //! 0x0000_9000  page tables (6 pages)                 0x505       pvpanic
 //! 0x0002_0000  command line                          0x600,0x601 sleep
 //! 0x0009_fc00  end of conventional memory            0xcf9       reset
@@ -62,7 +62,7 @@ pub const VGA_WINDOW: GuestAddress = GuestAddress(0xa_0000);
 /// ACPI tables. The RSDP comes first: ACPI 6.5 §5.2.5.1 has it found by a scan of 0xe0000-0xfffff, so a kernel that
 /// gets no address finds it too.
 pub const ACPI_TABLES: GuestAddress = GuestAddress(0xe_0000);
-/// Bytes set aside at [`ACPI_TABLES`]: 255 processors and 16 disks take about 12 KiB.
+/// Bytes set aside at [`ACPI_TABLES`]: 255 processors and 64 disks take about 17 KiB.
 pub const ACPI_TABLES_SIZE: usize = 0x1_0000;
 /// The MPTable's floating pointer, then the table. MP 1.4 §4 has it found by a scan of 0xf0000-0xfffff.
 pub const MPTABLE: GuestAddress = GuestAddress(0xf_0000);
@@ -145,11 +145,14 @@ pub const CPUS_MAX: u32 = 255;
 pub const POWER_BUTTON_GSI: u32 = 9;
 /// Raised when the VM generation ID has changed. PCs give the pin to the FPU, whose errors need none since the 486.
 pub const GENERATION_ID_GSI: u32 = 13;
-/// One edge-triggered interrupt for each disk. First the pins that no PC device ever had, then those of ISA cards
-/// that this machine lacks. Left out: 0 (timer), 1 (keyboard), 2 (cascade), 3 (COM2), 4, 8 (clock), 9, 13 (VM generation ID).
-const VIRTIO_MMIO_GSIS: [u32; 16] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 10, 11, 12, 14, 15];
-/// How many virtio-mmio devices the machine has room for: each one's interrupt is its own.
-pub const VIRTIO_MMIO_MAX: usize = VIRTIO_MMIO_GSIS.len();
+/// Edge-triggered interrupts of the first disks, which they never share: the pins that no PC device ever had.
+const VIRTIO_MMIO_GSIS: [u32; 8] = [16, 17, 18, 19, 20, 21, 22, 23];
+/// Those of all others: the pins of ISA cards that this machine lacks. Left out: 0 (timer), 1 (keyboard), 2 (cascade), 3 (COM2), 4,
+/// 8 (clock), 9, 13 (VM generation ID). A machine of 16 disks has an interrupt for each; with more, disks 8, 16, 24 ... share the first
+/// of these, disks 9, 17, 25 ... the second, and so on.
+const VIRTIO_MMIO_SHARED_GSIS: [u32; 8] = [5, 6, 7, 10, 11, 12, 14, 15];
+/// How many virtio-mmio devices the machine has room for. Interrupts cost more the more disks share a line, seven at most.
+pub const VIRTIO_MMIO_MAX: usize = 64;
 
 /// The place of one virtio-mmio device: `size` bytes of registers at the guest-physical address `base`, and the interrupt
 /// line `gsi`.
@@ -163,7 +166,8 @@ pub struct MmioDevice {
 
 /// The place of the virtio-mmio device `index` (from 0); `None` from [`VIRTIO_MMIO_MAX`] on.
 pub(crate) fn virtio_mmio(index: usize) -> Option<MmioDevice> {
-    let gsi = *VIRTIO_MMIO_GSIS.get(index)?;
+    let gsis = VIRTIO_MMIO_GSIS.iter().chain(VIRTIO_MMIO_SHARED_GSIS.iter().cycle());
+    let gsi = *gsis.take(VIRTIO_MMIO_MAX).nth(index)?;
     let base = GuestAddress(VIRTIO_MMIO.0 + index as u64 * VIRTIO_MMIO_SIZE);
     Some(MmioDevice { base, size: VIRTIO_MMIO_SIZE, gsi })
 }
@@ -203,11 +207,15 @@ mod tests {
     }
 
     #[test]
-    fn every_disk_has_its_own_window_and_interrupt() {
+    fn every_disk_has_its_own_window_and_sixteen_an_interrupt_of_their_own() {
         let devices: Vec<_> = (0..).map_while(virtio_mmio).collect();
         assert_eq!(devices.len(), VIRTIO_MMIO_MAX);
-        let gsis: BTreeSet<u32> = devices.iter().map(|device| device.gsi).collect();
-        assert_eq!(gsis.len(), devices.len());
+        let gsis: BTreeSet<u32> = devices[..16].iter().map(|device| device.gsi).collect();
+        assert_eq!(gsis.len(), 16);
+        for gsi in &gsis {
+            let sharers = devices.iter().filter(|device| device.gsi == *gsi).count();
+            assert_eq!(sharers, if VIRTIO_MMIO_GSIS.contains(gsi) { 1 } else { 7 }, "{gsi}");
+        }
         assert!(gsis.iter().all(|gsi| *gsi < u32::from(IOAPIC_PINS)));
         assert!(
             [0, 1, 2, 3, 4, 8, POWER_BUTTON_GSI, GENERATION_ID_GSI]

@@ -61,11 +61,11 @@ fn more_than_there_is() {
         minivmm(["--kernel", "good.elf", "--memory", &memory]),
         &["--memory", &memory, "the host has"],
     );
-    let disks = ["--disk=good.img,locking=off"; 17];
+    let disks = ["--disk=good.img,locking=off"; 65];
     check(
         directory.path(),
         minivmm([&["--kernel", "good.elf"][..], &disks].concat()),
-        &["--disk", "17", "16"],
+        &["--disk", "65 disks", "64"],
     );
     if kvm_is_usable() {
         check(

@@ -109,6 +109,8 @@ programs! {
     Unmapped = "unmapped",
     /// Drives a disk of [`DISK_SECTORS`] sectors: see the test. Prints its serial number; ends with [`SUCCESS`].
     Disk = "disk",
+    /// Writes [`words`] from the address of its registers up to the first sector of each disk; ends with [`SUCCESS`].
+    Disks = "disks",
     /// Fills the disk sector by sector with 32-bit words that count up from the sector's number, a dot for each finished write; ends with
     /// [`SUCCESS`] at the end of the disk.
     DiskLoad = "disk_load",

@@ -462,6 +462,24 @@ guest_disk:
     call check_data
     exit SUCCESS
 
+guest_disks:                            # writes words from the address of its registers up to the first sector of each disk
+    movl $STACK_TOP, %esp
+    movl $VIRTIO, %ebp
+next_disk:
+    movl $0, AVAILABLE
+    movl $0, USED
+    call start_device_at_ebp
+    movl %ebp, %eax
+    call fill_data
+    submit 1, 0, 0, 512, 0, 1, 76
+    movl $0, 0x070(%ebp)                # Status: reset, after which the rings are the next disk's
+0:  cmpl $0, 0x070(%ebp)
+    jne 0b
+    addl $0x1000, %ebp
+    cmpl $0x74726976, (%ebp)            # MagicValue, or ones behind the last disk
+    je next_disk
+    exit SUCCESS
+
 guest_job:                              # the second disk has --exec's script, which begins with "mark='", 34 bytes and "'"
     movl $STACK_TOP, %esp
     movl $(VIRTIO + 0x1000), %ebp

@@ -39,23 +39,18 @@ pub(crate) fn legacy(
         Arc::new(move |event: GuestEvent| events.send(VmEvent::Guest(event)))
     };
     let events = || Arc::clone(&sink);
-    legacy_device(port_io, layout::I8042_DATA, I8042::SIZE, I8042::new(events()))?;
-    legacy_device(port_io, layout::SLEEP_CONTROL, SleepRegisters::SIZE, SleepRegisters(events()))?;
-    legacy_device(port_io, layout::RESET, ResetRegister::SIZE, ResetRegister(events()))?;
-    legacy_device(port_io, layout::PVPANIC, Pvpanic::SIZE, Pvpanic::new(events()))?;
+    add(port_io, layout::I8042_DATA, I8042::SIZE, I8042::new(events()))?;
+    add(port_io, layout::SLEEP_CONTROL, SleepRegisters::SIZE, SleepRegisters(events()))?;
+    add(port_io, layout::RESET, ResetRegister::SIZE, ResetRegister(events()))?;
+    add(port_io, layout::PVPANIC, Pvpanic::SIZE, Pvpanic::new(events()))?;
     if debug_exit {
-        legacy_device(port_io, layout::DEBUG_EXIT, DebugExit::SIZE, DebugExit(sink))?;
+        add(port_io, layout::DEBUG_EXIT, DebugExit::SIZE, DebugExit(sink))?;
     }
     Ok(())
 }
 
-fn legacy_device(
-    port_io: &mut Bus,
-    port: u16,
-    size: u64,
-    device: impl BusDevice + 'static,
-) -> Result<(), Error> {
-    insert(port_io, port.into(), size, Arc::new(Mutex::new(device)))
+fn add(bus: &mut Bus, port: u16, size: u64, device: impl BusDevice + 'static) -> Result<(), Error> {
+    Ok(bus.insert(port.into(), size, Arc::new(Mutex::new(device)))?)
 }
 
 /// Puts a serial port on the port I/O bus. The eventfd is readable after the guest has emptied the receive FIFO.
@@ -72,13 +67,13 @@ pub(crate) fn serial(
     let drained = input_drained.try_clone().map_err(Error::host("duplicate an eventfd"))?;
     let serial = SerialDevice::new(line(vm, gsi), Box::new(output), drained);
     let serial = Arc::new(Mutex::new(serial));
-    insert(port_io, port.into(), SerialDevice::SIZE, Arc::clone(&serial) as _)?;
+    port_io.insert(port.into(), SerialDevice::SIZE, Arc::clone(&serial) as _)?;
     Ok((serial, input_drained))
 }
 
-/// Puts disk `index` behind its virtio-mmio window. From here on a queue notification wakes the queue's worker and
-/// a completion interrupts the guest, both inside the kernel: no vCPU returns to us for either. Nor does it to acknowledge
-/// an interrupt, unless `trap_registers`.
+/// Puts a disk behind its virtio-mmio window, with the `line` of that window. From here on a queue notification wakes the queue's
+/// worker and a completion interrupts the guest, both inside the kernel: no vCPU returns to us for either. Nor does it to
+/// acknowledge an interrupt, unless `trap_registers`.
 ///
 /// # Errors
 /// When the host or KVM refuses a resource.
@@ -87,10 +82,11 @@ pub(crate) fn disk(
     mmio: &mut Bus,
     memory: &GuestMemory,
     window: MmioDevice,
+    line: Arc<dyn InterruptLine>,
     device: BlockDevice,
     trap_registers: bool,
 ) -> Result<Arc<Mutex<MmioTransport>>, Error> {
-    let transport = MmioTransport::new(Box::new(device), memory.clone(), line(vm, window.gsi))
+    let transport = MmioTransport::new(Box::new(device), memory.clone(), line)
         .map_err(Error::host("make a virtio-mmio device"))?;
     for (queue, kick) in (0u32..).zip(transport.kicks()) {
         let notify = IoEventAddress::Mmio(window.base.0 + QUEUE_NOTIFY_OFFSET);
@@ -104,7 +100,7 @@ pub(crate) fn disk(
             .map_err(Error::kvm("register an interrupt's acknowledgement"))?;
     }
     let transport = Arc::new(Mutex::new(transport));
-    insert(mmio, window.base.0, window.size, Arc::clone(&transport) as _)?;
+    mmio.insert(window.base.0, window.size, Arc::clone(&transport) as _)?;
     Ok(transport)
 }
 
@@ -133,15 +129,6 @@ pub(crate) fn map_registers(
     Ok(())
 }
 
-pub(crate) fn insert(
-    bus: &mut Bus,
-    base: u64,
-    size: u64,
-    device: Arc<Mutex<dyn BusDevice>>,
-) -> Result<(), Error> {
-    bus.insert(base, size, device).map_err(Error::from)
-}
-
 /// An interrupt line of the guest's wired interrupt controllers: KVM_IRQ_LINE, up and down, from the calling thread.
 ///
 /// An irqfd would do the same two steps, but later: KVM can inject only message-signaled interrupts where an eventfd is
@@ -150,10 +137,11 @@ pub(crate) fn insert(
 struct KvmLine {
     vm: Arc<VmFd>,
     gsi: u32,
-    /// Held during a pulse: a disk's queues share the line, and a second pulse while it is up would be no edge.
+    /// Held during a pulse: a disk's queues share the line, and disks do, and a second pulse while it is up would be no edge.
     pulse: Mutex<()>,
 }
 
+/// The line `gsi`. There is one value for a line, which all that share it clone.
 pub(crate) fn line(vm: &Arc<VmFd>, gsi: u32) -> Arc<dyn InterruptLine> {
     Arc::new(KvmLine { vm: Arc::clone(vm), gsi, pulse: Mutex::new(()) })
 }

@@ -6,6 +6,7 @@
 //! Everything that the user named is opened and checked before anything is changed, and files of earlier runs are emptied
 //! when nothing can be refused any more. Each step ends with an event of the `boot` trace (`--boot-timing`).
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -276,7 +277,7 @@ fn attach_disks(
 ) -> Result<Vec<MachineDisk>, Error> {
     let threads =
         DiskThreads { worker: sandbox.spawn(Kind::Disk), io: sandbox.spawn(Kind::DiskIo) };
-    let mut disks = Vec::with_capacity(config.disks.len());
+    let (mut disks, mut lines) = (Vec::with_capacity(config.disks.len()), BTreeMap::new());
     for ((config, image), window) in config.disks.iter().zip(images).zip(&layout.disks) {
         let reports = Arc::clone(events);
         let sink = Arc::new(move |event| reports.report(event));
@@ -284,7 +285,9 @@ fn attach_disks(
         let device = BlockDevice::new(options, Arc::clone(image), memory, sink, &threads)
             .map_err(|source| Error::DiskOptions { path: config.image.path.clone(), source })?;
         let handle = device.handle();
-        let transport = attach::disk(vm, mmio, memory, *window, device, trap_registers)?;
+        let line = lines.entry(window.gsi).or_insert_with(|| attach::line(vm, window.gsi));
+        let line = Arc::clone(line);
+        let transport = attach::disk(vm, mmio, memory, *window, line, device, trap_registers)?;
         disks.push(MachineDisk {
             config: config.clone(),
             handle,

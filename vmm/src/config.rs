@@ -93,6 +93,15 @@ pub struct DiskConfig {
     pub device: BlockOptions,
 }
 
+impl DiskConfig {
+    /// The name that Linux gives the disk at place `index`: vda to vdz, then vdaa.
+    pub fn linux_name(index: usize) -> String {
+        let letter = |value: usize| char::from(b'a' + (value % 26) as u8);
+        let first = (index / 26).checked_sub(1).map(letter);
+        "vd".chars().chain(first).chain([letter(index)]).collect()
+    }
+}
+
 /// Where a debugger connects.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GdbConfig {
@@ -122,4 +131,15 @@ pub enum ConsoleConfig {
     Unix(PathBuf),
     /// Nowhere: the guest does not have this serial port, and its kernel loses no time on it.
     None,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_have_the_names_that_linux_gives_them() {
+        let names = [0, 25, 26, 51, 52, 63].map(DiskConfig::linux_name);
+        assert_eq!(names, ["vda", "vdz", "vdaa", "vdaz", "vdba", "vdbl"]);
+    }
 }

@@ -37,7 +37,7 @@ pub enum Error {
     Disk { path: PathBuf, source: Cause, remedy: Option<&'static str> },
     #[error("--disk {}", path.display())]
     DiskOptions { path: PathBuf, source: BlockError },
-    #[error("--disk: {0} disks, but a machine has interrupt lines for {max}; give fewer", max = arch::layout::VIRTIO_MMIO_MAX)]
+    #[error("--disk: {0} disks, but a machine has room for {max}; give fewer", max = arch::layout::VIRTIO_MMIO_MAX)]
     TooManyDisks(usize),
     #[error("--memory {wanted_mib}M: the host has {host_mib}M; ask for less than that")]
     TooMuchMemory { wanted_mib: u64, host_mib: u64 },

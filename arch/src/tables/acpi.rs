@@ -135,9 +135,9 @@ fn dsdt(layout: &MachineLayout, add_last: fn(&mut dyn AmlSink)) -> Sdt {
     sdt
 }
 
-/// Edge-triggered, active high, not shared: how every interrupt of this machine arrives.
-fn edge(gsi: u32) -> Interrupt {
-    Interrupt::new(true, true, false, false, gsi)
+/// Edge-triggered, active high: how every interrupt of this machine arrives.
+fn edge(gsi: u32, shared: bool) -> Interrupt {
+    Interrupt::new(true, true, false, shared, gsi)
 }
 
 /// A device: its name, what kind it is (`_HID`), which of that kind (`_UID`), and its other objects.
@@ -155,7 +155,7 @@ pub(super) fn device(
 
 /// A Generic Event Device (ACPI 6.5 §5.6.9): its interrupt runs `_EVT`, which notifies the driver of the device `target`.
 pub(super) fn event_device(sink: &mut dyn AmlSink, name: &str, uid: u32, gsi: u32, target: &str) {
-    let (interrupt, target) = (edge(gsi), Path::new(target));
+    let (interrupt, target) = (edge(gsi, false), Path::new(target));
     let resources = ResourceTemplate::new(vec![&interrupt]);
     let notify = Notify::new(&target, &DEVICE_EVENT);
     let event = Method::new("_EVT".into(), 1, true, vec![&notify]);
@@ -169,7 +169,7 @@ fn processor(sink: &mut dyn AmlSink, id: u32) {
 
 /// The serial port with this index in [`layout::SERIAL_PORTS`].
 fn uart(sink: &mut dyn AmlSink, index: u32, port: u16, gsi: u32) {
-    let (ports, interrupt) = (IO::new(port, port, 1, layout::UART_SIZE as u8), edge(gsi));
+    let (ports, interrupt) = (IO::new(port, port, 1, layout::UART_SIZE as u8), edge(gsi, false));
     let resources = ResourceTemplate::new(vec![&ports, &interrupt]);
     let (name, crs) = (format!("COM{}", index + 1), Name::new("_CRS".into(), &resources));
     device(sink, &name, &EISAName::new("PNP0501"), index, &[&crs]);
@@ -179,7 +179,7 @@ fn uart(sink: &mut dyn AmlSink, index: u32, port: u16, gsi: u32) {
 fn virtio_mmio(sink: &mut dyn AmlSink, index: u32, disk: &MmioDevice) {
     // The windows lie in the hole below 4 GiB.
     let registers = Memory32Fixed::new(true, disk.base.0 as u32, disk.size as u32);
-    let interrupt = edge(disk.gsi);
+    let interrupt = edge(disk.gsi, true);
     let resources = ResourceTemplate::new(vec![&registers, &interrupt]);
     let coherent = Name::new("_CCA".into(), &aml::ONE);
     let crs = Name::new("_CRS".into(), &resources);
@@ -295,25 +295,25 @@ mod tests {
         let devices: Vec<_> = (0..).map_while(layout::virtio_mmio).collect();
         let [.., dsdt] = walk(&written(2, true, devices.len()));
         for name in [
-            b"C000", b"C001", b"COM1", b"COM2", b"VR00", b"VR0F", b"PEVT", b"PWRB", b"GED_",
+            b"C000", b"C001", b"COM1", b"COM2", b"VR00", b"VR3F", b"PEVT", b"PWRB", b"GED_",
             b"_EVT", b"VGEN", b"_S5_",
         ] {
             assert!(contains(&dsdt, name), "{}", String::from_utf8_lossy(name));
         }
         assert!(!contains(&dsdt, b"C002"));
         let place = |name: &[u8]| dsdt.windows(4).position(|window| window == name);
-        assert!(place(b"VR00") < place(b"VR01") && place(b"VR01") < place(b"VR0F"));
+        assert!(place(b"VR00") < place(b"VR01") && place(b"VR01") < place(b"VR3F"));
         for device in &devices {
-            // Memory32Fixed, writable; then an edge-triggered, active-high, exclusive interrupt.
+            // Memory32Fixed, writable; then an edge-triggered, active-high, shared interrupt.
             let mut resources = vec![0x86, 9, 0, 1];
             resources.extend((device.base.0 as u32).to_le_bytes());
             resources.extend((device.size as u32).to_le_bytes());
-            resources.extend([0x89, 6, 0, 0b0011, 1]);
+            resources.extend([0x89, 6, 0, 0b1011, 1]);
             resources.extend(device.gsi.to_le_bytes());
             assert!(contains(&dsdt, &resources), "{device:?}");
         }
         for gsi in [layout::POWER_BUTTON_GSI, layout::GENERATION_ID_GSI] {
-            // An interrupt as above, and the end tag.
+            // An interrupt as above, but exclusive, and the end tag.
             let resources = [&[0x89, 6, 0, 0b0011, 1], &gsi.to_le_bytes()[..], &[0x79]].concat();
             assert!(contains(&dsdt, &resources), "{gsi}");
         }

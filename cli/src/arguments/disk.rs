@@ -104,20 +104,11 @@ impl DiskOption {
         if image.scsi && image.log_writes.is_some() {
             return Err(UsageError::LogsNoScsi { path: image.path });
         }
-        device.name = name(index);
+        device.name = DiskConfig::linux_name(index);
         device.num_queues =
             num_queues.unwrap_or_else(|| u16::try_from(context.cpus).unwrap_or(u16::MAX));
         device.write_cache = image.cache.writeback();
         Ok(DiskConfig { id: id.unwrap_or_else(|| device.name.clone()), image, device })
-    }
-}
-
-/// The name that Linux gives the disk at place `index`: vda to vdz, then vdaa.
-fn name(index: usize) -> String {
-    let letter = |value: usize| char::from(b'a' + (value % 26) as u8);
-    match index / 26 {
-        0 => format!("vd{}", letter(index)),
-        wraps => format!("vd{}{}", letter(wraps - 1), letter(index)),
     }
 }
 

@@ -290,3 +290,35 @@ fn an_acknowledged_event_was_seen() {
         assert!(seen == REQUESTS || pending, "the driver saw {seen}, and nothing is pending");
     });
 }
+
+/// Two disks share an edge-triggered line. The interrupt controller remembers one edge, and each time that the driver takes it, the
+/// handlers of both disks read their status.
+#[test]
+fn no_interrupt_of_a_shared_line_is_lost() {
+    model(|| {
+        let pages = Arc::new([RegisterPage::default(), RegisterPage::default()]);
+        let edge = Wake::new();
+        let devices = [0, 1].map(|disk| {
+            let (pages, edge) = (Arc::clone(&pages), edge.clone());
+            thread::spawn(move || {
+                pages[disk].set(Register::InterruptStatus, INTERRUPT_USED_BUFFER);
+                edge.wake();
+            })
+        });
+        let mut served = [false; 2];
+        let mut interrupt = || {
+            if edge.0.swap(0, AcqRel) != 0 {
+                for (page, served) in pages.iter().zip(&mut served) {
+                    let status = page.load(Register::InterruptStatus);
+                    page.clear(Register::InterruptStatus, status);
+                    *served |= status != 0;
+                }
+            }
+        };
+        interrupt();
+        devices.into_iter().for_each(|device| device.join().unwrap());
+        // What has come since the handlers began.
+        interrupt();
+        assert_eq!(served, [true; 2], "a disk was not served, and no edge is pending");
+    });
+}

@@ -1,6 +1,8 @@
 //! The boot matrix: kernels and entries, ACPI or not, vCPUs, memory, disks, and ways to end. Not every combination, but
 //! every value, and every pair that could matter to each other.
 
+use std::collections::BTreeSet;
+
 use minivmm_tests::linux::{Guest, Report, System, artefact};
 
 const CLOUD_PVH: System = System { kernel: "linux-cloud/vmlinux", initrd: "initrd-cloud.cpio" };
@@ -53,6 +55,7 @@ matrix! {
     pvh_small:            CLOUD_PVH   ACPI     1 cpus   64 MiB  0 disks DEFAULT;
     pvh:                  CLOUD_PVH   ACPI     2 cpus  512 MiB  1 disks REBOOT;
     pvh_large:            CLOUD_PVH   ACPI     8 cpus 5120 MiB  4 disks PANIC;
+    pvh_most_disks:       CLOUD_PVH   ACPI     2 cpus  512 MiB 64 disks DEFAULT;
     pvh_many_cpus:        CLOUD_PVH   ACPI    16 cpus  512 MiB  0 disks SILENT_PANIC;
     linux64_small:        CLOUD_64    ACPI     2 cpus   64 MiB  4 disks DEBUG_EXIT;
     linux64_large:        CLOUD_64    ACPI     1 cpus 5120 MiB  1 disks DEFAULT;
@@ -66,6 +69,7 @@ matrix! {
     newer_bzimage:        NEWER_BZ    ACPI     2 cpus 5120 MiB  1 disks SILENT_PANIC;
     no_acpi_pvh:          NO_ACPI_PVH NO_ACPI  1 cpus  512 MiB  1 disks DEFAULT;
     no_acpi_pvh_large:    NO_ACPI_PVH NO_ACPI  2 cpus 5120 MiB  4 disks SILENT_PANIC;
+    no_acpi_many_disks:   NO_ACPI_PVH NO_ACPI  2 cpus  512 MiB 40 disks DEFAULT;
     no_acpi_linux64:      NO_ACPI_64  NO_ACPI  8 cpus  512 MiB  4 disks DEBUG_EXIT;
     no_acpi_bzimage:      NO_ACPI_BZ  NO_ACPI  2 cpus  512 MiB  0 disks REBOOT;
 }
@@ -126,11 +130,11 @@ fn boots(system: System, acpi: bool, cpus: u64, memory: u64, disks: usize, end: 
         report.get("clocksource")
     );
     check_ram(&report, memory << 20);
-    let expected: Vec<_> =
-        (0..disks).map(|n| format!("vd{} {}", letter(n), size(n) / 512)).collect();
-    assert_eq!(report.all("disk"), expected);
-    let expected: Vec<_> = (0..disks).map(|n| format!("vd{} image-{n}", letter(n))).collect();
-    assert_eq!(report.all("content"), expected);
+    let sorted = |facts: Vec<&str>| facts.into_iter().map(str::to_owned).collect::<BTreeSet<_>>();
+    let disk = |n| format!("{} {}", name(n), size(n) / 512);
+    assert_eq!(sorted(report.all("disk")), (0..disks).map(disk).collect());
+    let content = |n| format!("{} image-{n}", name(n));
+    assert_eq!(sorted(report.all("content")), (0..disks).map(content).collect());
     let complaints = report.all("complaint");
     let complaints: Vec<_> = complaints
         .iter()
@@ -183,8 +187,11 @@ fn size(index: usize) -> u64 {
     (index as u64 + 1) << 20
 }
 
-fn letter(index: usize) -> char {
-    char::from(b'a' + u8::try_from(index).unwrap())
+/// What Linux calls the disk: vda to vdz, then vdaa.
+fn name(index: usize) -> String {
+    let letter = |value: usize| char::from(b'a' + u8::try_from(value % 26).unwrap());
+    let wraps = (index / 26).checked_sub(1).map(letter);
+    "vd".chars().chain(wraps).chain([letter(index)]).collect()
 }
 
 fn write_at_start(image: &std::path::Path, text: &str) {

@@ -14,6 +14,7 @@ mod fio;
 mod formats;
 mod gdb;
 mod lab;
+mod many_disks;
 mod powercut;
 mod saved;
 mod trace;

@@ -80,7 +80,7 @@ pub(crate) fn attach(
     let drained = attach::new_eventfd()?;
     let serial = SerialDevice::new(Arc::clone(&line) as _, Box::new(buffer.writer()), drained);
     let port = Arc::new(Mutex::new(JobPort { serial, line, buffer: Arc::clone(&buffer) }));
-    attach::insert(port_io, base.into(), SerialDevice::SIZE, port)?;
+    port_io.insert(base.into(), SerialDevice::SIZE, port)?;
     let output = JobOutput::spawn(buffer, stdout, Arc::clone(events), spawn);
     let output = output.map_err(Error::host("start the thread of the command's output"))?;
     Ok(Some(Box::new(output)))
@@ -114,8 +114,7 @@ impl Job {
     /// Adds the script's disk, and words that name it.
     fn extend(&self, config: &VmConfig) -> VmConfig {
         let mut config = config.clone();
-        // The builder refuses more disks than there are letters.
-        let name = format!("vd{}", char::from(b'a' + (config.disks.len() % 26) as u8));
+        let name = DiskConfig::linux_name(config.disks.len());
         let fd = self.script.as_raw_fd();
         let mut image = OpenOptions::new(format!("/proc/self/fd/{fd}"));
         image.format = Some(Format::Raw);
