@@ -81,6 +81,8 @@ programs! {
     ResetI8042 = "reset_i8042",
     /// Reports a panic at the pvpanic port.
     Panic = "panic",
+    /// Reports a panic at the pvpanic port, then as [`Program::DiskLoad`].
+    PanicLoad = "panic_load",
     /// Ends in a triple fault.
     TripleFault = "triple_fault",
     /// Reboots by a triple fault, as Linux does with `reboot=t`.

@@ -46,6 +46,10 @@ guest_panic:
     out_byte PVPANIC, 1
     jmp guest_spin
 
+guest_panic_load:                       # goes on after it has said so
+    out_byte PVPANIC, 1
+    jmp guest_disk_load
+
 guest_triple_fault:                     # an empty interrupt table: #UD, then the fault about that, then #DF
     movl $STACK_TOP, %esp
     pushl $0

@@ -35,6 +35,8 @@ pub struct HostDisk {
 struct State {
     content: Vec<u8>,
     hangs: bool,
+    /// Hold what asks for the file's attributes, such as fstat(2).
+    holds_attributes: bool,
     held: Vec<Held>,
     /// What writes and syncs fail with.
     error: Option<i32>,
@@ -46,6 +48,7 @@ enum Held {
     Read(ReplyData, usize, usize),
     Write(ReplyWrite, usize, Vec<u8>),
     Sync(ReplyEmpty),
+    Attributes(ReplyAttr),
 }
 
 impl HostDisk {
@@ -75,10 +78,15 @@ impl HostDisk {
         self.state.lock().unwrap().hangs = true;
     }
 
+    /// From now on a process that asks for the file's attributes waits.
+    pub fn hold_attributes(&self) {
+        self.state.lock().unwrap().holds_attributes = true;
+    }
+
     /// Answers the held requests, and the later ones again.
     pub fn serve(&self) {
         let mut state = self.state.lock().unwrap();
-        state.hangs = false;
+        (state.hangs, state.holds_attributes) = (false, false);
         for held in std::mem::take(&mut state.held) {
             state.answer(held);
         }
@@ -134,6 +142,7 @@ impl State {
                 reply.written(data.len() as u32);
             }
             Held::Sync(reply) => reply.ok(),
+            Held::Attributes(reply) => reply.attr(&TTL, &attributes(FILE, size)),
         }
     }
 }
@@ -144,25 +153,29 @@ struct Server {
 
 impl Server {
     fn attributes(&self, inode: INodeNo) -> FileAttr {
-        let file = inode == FILE;
-        let size = if file { self.state.lock().unwrap().content.len() as u64 } else { 0 };
-        FileAttr {
-            ino: inode,
-            size,
-            blocks: size.div_ceil(512),
-            atime: UNIX_EPOCH,
-            mtime: UNIX_EPOCH,
-            ctime: UNIX_EPOCH,
-            crtime: UNIX_EPOCH,
-            kind: if file { FileType::RegularFile } else { FileType::Directory },
-            perm: if file { 0o644 } else { 0o755 },
-            nlink: 1,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            blksize: 4096,
-            flags: 0,
-        }
+        attributes(inode, self.state.lock().unwrap().content.len())
+    }
+}
+
+fn attributes(inode: INodeNo, length: usize) -> FileAttr {
+    let file = inode == FILE;
+    let size = if file { length as u64 } else { 0 };
+    FileAttr {
+        ino: inode,
+        size,
+        blocks: size.div_ceil(512),
+        atime: UNIX_EPOCH,
+        mtime: UNIX_EPOCH,
+        ctime: UNIX_EPOCH,
+        crtime: UNIX_EPOCH,
+        kind: if file { FileType::RegularFile } else { FileType::Directory },
+        perm: if file { 0o644 } else { 0o755 },
+        nlink: 1,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 4096,
+        flags: 0,
     }
 }
 
@@ -176,7 +189,11 @@ impl Filesystem for Server {
     }
 
     fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        reply.attr(&TTL, &self.attributes(inode));
+        let mut state = self.state.lock().unwrap();
+        if inode == FILE && state.holds_attributes {
+            return state.held.push(Held::Attributes(reply));
+        }
+        reply.attr(&TTL, &attributes(inode, state.content.len()));
     }
 
     fn setattr(

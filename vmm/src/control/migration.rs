@@ -348,7 +348,8 @@ impl Migration {
         save.rest = None;
         save.milliseconds = save.began.elapsed().as_millis() as u64;
         save.error = result.as_ref().err().map(|error| WithCauses(error).to_string());
-        let cancelled = save.progress.cancel.load(Ordering::Relaxed);
+        // Not if the machine has canceled it, because it ends or panics.
+        let cancelled = save.status == CANCELLING;
         self.set_status(match result {
             Ok(()) => COMPLETED,
             Err(_) if cancelled => CANCELLED,

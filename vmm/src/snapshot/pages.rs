@@ -177,7 +177,7 @@ impl RamSave<'_> {
         self.progress.zero.fetch_add(length.saturating_sub(written.bytes), Ordering::Relaxed);
         self.progress.remaining.fetch_sub(length, Ordering::Relaxed);
         match self.cancel.load(Ordering::Relaxed) {
-            true => Err(io::ErrorKind::Interrupted.into()),
+            true => Err(io::Error::new(io::ErrorKind::Interrupted, "it was canceled")),
             false => Ok(()),
         }
     }
