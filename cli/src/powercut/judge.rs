@@ -9,7 +9,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -245,23 +245,33 @@ fn run(
         .stderr(output.try_clone()?)
         .spawn()?;
     let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-    let pid = Pid::from_child(&child);
-    let exit = pidfd_open(pid, PidfdFlags::empty())?;
-    let ended = loop {
+    let ended = wait(&mut child, deadline, &mut is_stopped);
+    if !matches!(ended, Ok(Ended::Exited(_))) {
+        kill_process_group(Pid::from_child(&child), Signal::KILL)?;
+        child.wait()?;
+    }
+    ended
+}
+
+/// Waits for a command. It still runs if the host fails, the time is up or it is stopped.
+fn wait(
+    child: &mut Child,
+    deadline: Option<Instant>,
+    is_stopped: &mut impl FnMut() -> bool,
+) -> io::Result<Ended> {
+    let exit = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
+    loop {
         let left = deadline.map_or(LOOK, |at| at.saturating_duration_since(Instant::now()));
         let wait = Timespec::try_from(left.min(LOOK)).map_err(io::Error::other)?;
         // Whatever wakes it, the child is asked.
         let _ = poll(&mut [PollFd::new(&exit, PollFlags::IN)], Some(&wait));
         match child.try_wait()? {
             Some(status) => return Ok(Ended::Exited(status)),
-            None if is_stopped() => break Ended::Stopped,
-            None if left.is_zero() => break Ended::TimedOut,
+            None if is_stopped() => return Ok(Ended::Stopped),
+            None if left.is_zero() => return Ok(Ended::TimedOut),
             None => {}
         }
-    };
-    kill_process_group(pid, Signal::KILL)?;
-    child.wait()?;
-    Ok(ended)
+    }
 }
 
 /// `word` with the path of `file` for each `{}`.
