@@ -17,6 +17,7 @@ use devices::disk::{
     CacheMode, Engine, EngineSetup, GuestRange, OpenOptions, Operation, Transfer, open,
 };
 use minivmm_tests::session::Session;
+use minivmm_tests::xml::elements;
 use minivmm_tests::{BOUND, minivmm};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -199,6 +200,38 @@ fn the_text_says_what_failed_and_how_to_have_it_again() {
     ] {
         assert!(text.contains(part), "{part}: {text}");
     }
+}
+
+/// Each of its elements closes, and a label names what the text names.
+#[test]
+fn the_picture_shows_the_cuts_that_fail_and_what_is_missing() {
+    let directory = commit(CacheMode::Writeback, false);
+    let arguments = ["--json", "--picture", "cut.svg", "--", "sh", "-c", SOUND, "{}"];
+    let report = report(&powercut(directory.path(), &arguments));
+    let failures = report["failures"].as_array().unwrap();
+    assert!(!failures.is_empty(), "{report:#}");
+    let svg = fs::read_to_string(directory.path().join("cut.svg")).unwrap();
+    let elements = elements(&svg);
+    let texts = |name: &str| -> Vec<&str> {
+        let of_name = elements.iter().filter(|element| element.name == name);
+        of_name.map(|element| element.text.as_str()).collect()
+    };
+    for failure in failures {
+        let (state, entries) = (failure["state"].as_str().unwrap(), &failure["entries"]);
+        let title = format!("state {state}: the power is cut after entry {entries}");
+        assert!(texts("text").contains(&title.as_str()), "{title}: {svg}");
+        assert!(texts("title").contains(&format!("{state} fails").as_str()), "{svg}");
+        let missing = &failure["dropped"][0];
+        let (entry, sector) = (&missing["entry"], missing["sector"].as_u64().unwrap());
+        let words = format!("{entry}: sectors {sector} to {}: missing", sector + RECORD / 512 - 1);
+        assert!(texts("title").contains(&words.as_str()), "{words}: {svg}");
+    }
+    // Nor is a picture without failures empty.
+    let sound = commit(CacheMode::Writeback, true);
+    let arguments = ["--picture", "sound.svg", "--", "sh", "-c", SOUND, "{}"];
+    assert_eq!(powercut(sound.path(), &arguments).status.code(), Some(0));
+    let svg = fs::read_to_string(sound.path().join("sound.svg")).unwrap();
+    assert!(svg.contains("0 failed") && svg.contains(": sectors 8 to "), "{svg}");
 }
 
 #[test]

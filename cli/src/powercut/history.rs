@@ -166,6 +166,14 @@ impl History {
         }
     }
 
+    /// The flushes: how many entries each covers, and how many the log had when it succeeded.
+    pub(super) fn flush_spans(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.events.iter().filter_map(|event| match *event {
+            Event::Flush { place, done } => Some((place, done)),
+            Event::Durable(_) => None,
+        })
+    }
+
     /// The changes from `first` on that have begun at an epoch, in the order of the log.
     fn begun(&self, epoch: usize, first: usize) -> impl Iterator<Item = usize> {
         let count = self.entries_at(epoch);

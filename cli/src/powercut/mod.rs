@@ -12,12 +12,14 @@
 //! | `medium` | a file that holds a state |
 //! | `judge` | runs the command, and makes a failing state smaller |
 //! | `report` | text and JSON |
+//! | `picture` | SVG |
 
 mod choice;
 mod error;
 mod history;
 mod judge;
 mod medium;
+mod picture;
 mod plan;
 mod report;
 #[cfg(test)]
@@ -87,6 +89,10 @@ struct Arguments {
     #[arg(long)]
     json: bool,
 
+    /// Draw the log and the states that fail as a timeline, an SVG image: a new file.
+    #[arg(long, value_name = "FILE", conflicts_with = "state")]
+    picture: Option<PathBuf>,
+
     /// Make one state, as a report names it, instead of looking at many.
     #[arg(long, value_name = "EPOCH:BITS", requires = "output", conflicts_with = "command")]
     state: Option<String>,
@@ -111,7 +117,7 @@ fn atomic(text: &str) -> Result<u64, ValueError> {
 const STATUS_HELP: &str =
     "The command may change the file. Files are made in TMPDIR, or else in /var/tmp.
 
-Exit status: 0 all states pass; 1 one fails, or the host does; 2 bad arguments or files.";
+Exit status: 0 all states pass; 1 one fails, the host does, or a signal ended it; 2 bad arguments or files.";
 
 /// The command line's definition, for man pages and completions.
 #[allow(dead_code, reason = "an example makes the files that are installed")]
@@ -160,7 +166,11 @@ fn run(arguments: &Arguments) -> Result<bool, PowercutError> {
     let place = Workplace::new(std::env::var_os("TMPDIR"))?;
     let (timeout, directory) = (arguments.command_timeout, place.path());
     let judge = Judge { history: &history, base: &image, command, timeout, directory };
-    look(arguments, &judge)
+    let Some(path) = &arguments.picture else { return look(arguments, &judge, None) };
+    let failed = |source| PowercutError::file("--picture", path, source);
+    // Found out now, and not after all states.
+    let file = File::create_new(path).map_err(failed)?;
+    look(arguments, &judge, Some((path, file))).inspect_err(|_| drop(std::fs::remove_file(path)))
 }
 
 /// `--state NAME --output FILE`.
@@ -189,8 +199,12 @@ fn make_state(
     make().inspect_err(|_| drop(std::fs::remove_file(output)))
 }
 
-/// Looks at many states and reports.
-fn look(arguments: &Arguments, judge: &Judge<'_>) -> Result<bool, PowercutError> {
+/// Looks at many states and reports. `picture` is the file for the picture.
+fn look(
+    arguments: &Arguments,
+    judge: &Judge<'_>,
+    picture: Option<(&PathBuf, File)>,
+) -> Result<bool, PowercutError> {
     let signals = Signals::block().ok();
     let mut is_stopped = false;
     let mut look_for_signals = || {
@@ -233,6 +247,11 @@ fn look(arguments: &Arguments, judge: &Judge<'_>) -> Result<bool, PowercutError>
     };
     let text = if arguments.json { format!("{:#}\n", report.json()) } else { report.text() };
     print_text(&text);
+    if let Some((path, mut file)) = picture {
+        let svg = picture::draw(&report.summary(), judge.history, &report.failures);
+        file.write_all(svg.as_bytes())
+            .map_err(|source| PowercutError::file("--picture", path, source))?;
+    }
     Ok(report.failed == 0 && !is_stopped)
 }
 

@@ -43,15 +43,20 @@ fn dropped<'a>(history: &'a History, choice: &Choice) -> Vec<(&'a Change, &'stat
 }
 
 impl Report<'_> {
-    pub(super) fn text(&self) -> String {
+    /// The log and the number of states.
+    pub(super) fn summary(&self) -> String {
         let Self { history, states, failed, .. } = self;
-        let mut text = format!(
-            "{}: {} changes, {} flushes, {} epochs; {states} states: {failed} failed\n",
+        format!(
+            "{}: {} changes, {} flushes, {} epochs; {states} states: {failed} failed",
             self.log.display(),
             history.changes.len(),
             history.flushes,
             history.epochs(),
-        );
+        )
+    }
+
+    pub(super) fn text(&self) -> String {
+        let mut text = self.summary() + "\n";
         if self.is_stopped {
             text += "stopped by a signal: not all states were looked at\n";
         }
