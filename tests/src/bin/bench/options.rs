@@ -1,5 +1,5 @@
-//! What the sandbox and `--trace` cost the guest that polls at native speed: without the sandbox, and with every event off and in each
-//! format.
+//! What the sandbox, `--trace` and `log-writes=` cost the guest that polls at native speed: without the sandbox, with every event off and
+//! in each format, and with a log of writes in memory.
 //!
 //! The options take turns, and each repetition compares them with its own run without any. A worker that is traced is
 //! faster than the thread that writes the file: how many events were lost belongs to the result.
@@ -18,6 +18,9 @@ use crate::{Options, fill};
 
 pub(crate) const PART: &str = "options.json";
 const GROUP: &str = "polling guest, options";
+/// The run that the others are compared with, and the one whose disk has a log of writes.
+const PLAIN: &str = "minivmm";
+const LOG: &str = "log of writes";
 const RATIO: &str = "ratio to no option";
 const LOST: &str = "% of events lost";
 
@@ -27,8 +30,9 @@ const JOBS: [(&str, Job); 2] = [
 ];
 
 /// What each run has beside the guest and its disk.
-const RUNS: [(&str, &[&str]); 6] = [
-    ("minivmm", &[]),
+const RUNS: [(&str, &[&str]); 7] = [
+    (PLAIN, &[]),
+    (LOG, &[]),
     ("sandbox off", &["--sandbox=off"]),
     ("all events off", &["--trace=file=trace,format=json"]),
     ("text", &["--trace=file=trace,*"]),
@@ -38,20 +42,22 @@ const RUNS: [(&str, &[&str]); 6] = [
 
 pub(crate) fn run(options: &Options, results: &mut Results) {
     let hz = native::tsc_hz();
-    let image = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
-    fill(image.path());
+    let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let image = memory.path().join("image");
+    fill(&image);
+    let logged = format!("{},log-writes={0}.log", image.display());
     let directory =
         tempfile::tempdir_in(crate::results::directory().canonicalize().unwrap()).unwrap();
     for _ in 0..options.repetitions {
         let mut plain = [f64::NAN; JOBS.len()];
         for (system, arguments) in RUNS {
             let jobs = JOBS.map(|(_, job)| job);
-            let mut command =
-                native::command(Monitor::Minivmm, directory.path(), image.path(), &jobs);
+            let disk = if system == LOG { Path::new(&logged) } else { &image };
+            let mut command = native::command(Monitor::Minivmm, directory.path(), disk, &jobs);
             let process = Process::start(command.args(arguments).current_dir(directory.path()));
             for ((row, job), plain) in JOBS.iter().zip(&mut plain) {
                 let rate = job.requests as f64 / (Done::read(&process).ticks / hz) / 1e3;
-                if arguments.is_empty() {
+                if system == PLAIN {
                     *plain = rate;
                 }
                 let mut add = |metric: &str, value| {
