@@ -143,6 +143,13 @@ fn a_missing_flush_is_found_and_the_write_that_it_forgot_is_named() {
         .current_dir(directory.path())
         .status();
     assert!(!judged.unwrap().success());
+    // A command gets the state, and says with what status this ends.
+    let script = format!("{SOUND} || exit 7");
+    let mut command = minivmm(["powercut", "log", "--base", "base", "--state", state]);
+    command.args(["--", "sh", "-c", &script, "{}"]).current_dir(directory.path());
+    let handed = command.env("TMPDIR", directory.path()).output().unwrap();
+    assert_eq!(handed.status.code(), Some(7), "{handed:?}");
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 4, "the file is removed");
     let again = powercut(directory.path(), &["--state", state, "--output", "state"]);
     assert_eq!(again.status.code(), Some(2), "the file is there already: {again:?}");
 }

@@ -17,7 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, kill_process_group, pidfd_open};
 
 use super::choice::{Choice, Presence};
 use super::error::PowercutError;
@@ -137,6 +137,35 @@ impl Judge<'_> {
             .failures
             .sort_by_cached_key(|failure| (failure.choice.epoch, failure.choice.to_string()));
         Ok(verdict)
+    }
+
+    /// Runs the command on the state in `file` as a user's shell would: with this program's terminal, in its process group. When
+    /// `is_stopped` returns true, the command is sent SIGTERM. Returns its exit status; `None`: a signal killed it, or the time was up.
+    pub(super) fn hand_over(
+        &self,
+        file: &Path,
+        mut is_stopped: impl FnMut() -> bool,
+    ) -> Result<Option<u8>, PowercutError> {
+        let words: Vec<_> = self.command.iter().map(|word| fill(word, file)).collect();
+        let mut run = || {
+            let mut child = Command::new(&words[0]).args(&words[1..]).spawn()?;
+            let deadline = self.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+            match wait(&mut child, deadline, &mut is_stopped) {
+                Ok(Ended::Exited(status)) => return Ok(Some(status)),
+                Ok(Ended::Stopped | Ended::TimedOut) => {
+                    kill_process(Pid::from_child(&child), Signal::TERM)?;
+                }
+                Err(error) => {
+                    child.kill()?;
+                    child.wait()?;
+                    return Err(error);
+                }
+            }
+            child.wait().map(|_| None)
+        };
+        let name = || words[0].display().to_string();
+        let ended = run().map_err(|source| PowercutError::Command { command: name(), source })?;
+        Ok(ended.and_then(|status| status.code()).and_then(|code| u8::try_from(code).ok()))
     }
 
     /// The failing state with the fewest changes dropped that is found from `failure`, whose changes it has and more.

@@ -93,12 +93,14 @@ struct Arguments {
     #[arg(long, value_name = "FILE", conflicts_with = "state")]
     picture: Option<PathBuf>,
 
-    /// Make one state, as a report names it, instead of looking at many.
-    #[arg(long, value_name = "EPOCH:BITS", requires = "output", conflicts_with = "command")]
+    /// Make one state, as a report names it, instead of looking at many: for --output, or for the command, such as minivmm --disk {}.
+    ///
+    /// The command has the terminal, and its exit status becomes this one's. The state's file is removed when it ends.
+    #[arg(long, value_name = "EPOCH:BITS")]
     state: Option<String>,
 
     /// The file for the state of --state: a new one.
-    #[arg(long, value_name = "FILE", requires = "state")]
+    #[arg(long, value_name = "FILE", requires = "state", conflicts_with = "command")]
     output: Option<PathBuf>,
 
     /// The command that looks at a state, with {} for the state's file. It passes the state if it exits with 0.
@@ -132,8 +134,7 @@ pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
         Err(status) => return status,
     };
     match run(&arguments) {
-        Ok(true) => ExitCode::from(EXIT_CLEAN),
-        Ok(false) => ExitCode::from(EXIT_HOST),
+        Ok(status) => ExitCode::from(status),
         Err(error) => {
             print_message(&format!("powercut: {}", WithCauses(&error)));
             ExitCode::from(if error.is_usage() { EXIT_USAGE } else { EXIT_HOST })
@@ -141,10 +142,10 @@ pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
     }
 }
 
-/// Returns whether all states pass.
-fn run(arguments: &Arguments) -> Result<bool, PowercutError> {
+/// Returns the exit status.
+fn run(arguments: &Arguments) -> Result<u8, PowercutError> {
     let Arguments { log, base, command, .. } = arguments;
-    if arguments.state.is_none() {
+    if arguments.output.is_none() {
         let has_place = |word: &OsString| word.as_bytes().windows(2).any(|pair| pair == b"{}");
         match command.iter().any(has_place) {
             true => {}
@@ -161,11 +162,18 @@ fn run(arguments: &Arguments) -> Result<bool, PowercutError> {
         ));
     }
     if let (Some(name), Some(output)) = (&arguments.state, &arguments.output) {
-        return make_state(&history, &image, name, output).map(|()| true);
+        return make_state(&history, &image, name, output).map(|()| EXIT_CLEAN);
     }
     let place = Workplace::new(std::env::var_os("TMPDIR"))?;
     let (timeout, directory) = (arguments.command_timeout, place.path());
     let judge = Judge { history: &history, base: &image, command, timeout, directory };
+    if let Some(name) = &arguments.state {
+        let signals = Signals::block().ok();
+        let file = directory.join("state");
+        make_state(&history, &image, name, &file)?;
+        let is_stopped = || signals.as_ref().is_some_and(|signals| signals.read().is_some());
+        return Ok(judge.hand_over(&file, is_stopped)?.unwrap_or(EXIT_HOST));
+    }
     let Some(path) = &arguments.picture else { return look(arguments, &judge, None) };
     let failed = |source| PowercutError::file("--picture", path, source);
     // Found out now, and not after all states.
@@ -204,7 +212,7 @@ fn look(
     arguments: &Arguments,
     judge: &Judge<'_>,
     picture: Option<(&PathBuf, File)>,
-) -> Result<bool, PowercutError> {
+) -> Result<u8, PowercutError> {
     let signals = Signals::block().ok();
     let mut is_stopped = false;
     let mut look_for_signals = || {
@@ -252,7 +260,7 @@ fn look(
         file.write_all(svg.as_bytes())
             .map_err(|source| PowercutError::file("--picture", path, source))?;
     }
-    Ok(report.failed == 0 && !is_stopped)
+    Ok(if report.failed == 0 && !is_stopped { EXIT_CLEAN } else { EXIT_HOST })
 }
 
 /// A line on the terminal that is written over.
