@@ -14,6 +14,7 @@ use minivmm_tests::guest::{BASE, Program, SUCCESS};
 use minivmm_tests::qmp::{Qmp, SOCKET};
 use minivmm_tests::session::Session;
 use minivmm_tests::{BOUND, has_hardware_virtualization, kvm_is_usable, skip, unexpected_lines};
+use rustix::process::Signal;
 use serde_json::json;
 use tempfile::{TempDir, tempdir};
 
@@ -70,6 +71,23 @@ fn a_paused_guest_shows_and_takes_registers_and_memory() {
     assert_eq!(debugger.request("g"), changed);
     assert!(debugger.request("m4000000000,4").starts_with('E'), "no page there");
     assert!(debugger.request("M4000000000,4:00000000").starts_with('E'), "no page there");
+    end(session, debugger);
+}
+
+/// The digits of 2048 bytes fill the longest packet. More would be as much memory of the host as the guest has, for one request.
+#[test]
+fn a_read_is_no_longer_than_its_packet() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let (_directory, session, mut debugger) = paused(&[]);
+    assert_eq!(debugger.request("m100000,800").len(), 4096);
+    for length in ["801", "fff", "1000", "1ffffff", "ffffffffffffffff"] {
+        assert_eq!(debugger.request(&format!("m0,{length}")), "E79", "{length}");
+    }
+    // An address that leaves little room in the packet's buffer, so that the memory is read in many small parts.
+    let reply = debugger.request(&format!("m{:0>4000},1ffffff", "0"));
+    assert!(reply.len() < 4200 && reply.ends_with("E79"), "{} digits", reply.len());
     end(session, debugger);
 }
 
@@ -336,6 +354,31 @@ fn what_is_no_protocol_ends_the_connection_alone() {
     debugger.set_word(STATUS, SUCCESS as u32);
     assert_eq!(debugger.go("c"), format!("W{SUCCESS:02x}"));
     session.wait(BOUND).must_be(SUCCESS);
+}
+
+/// Any user of the host can connect to a port: what they send fills no log.
+#[test]
+fn debuggers_that_come_and_go_leave_a_few_lines() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let (directory, session) = guest(&["--paused"]);
+    let path = directory.path().join(SOCKET_NAME);
+    let began = Instant::now();
+    for _ in 0..100 {
+        let mut debugger = Debugger::connect(&path);
+        let mut second = UnixStream::connect(&path).unwrap();
+        assert_eq!(second.read(&mut [0]).unwrap(), 0, "it is turned away");
+        debugger.send("Z9,0,1");
+        debugger.send_bytes(b"$?#00");
+        debugger.close();
+    }
+    // Each of three kinds at once, and then once a second.
+    let lines = 3 * (began.elapsed().as_secs() as usize + 2);
+    session.signal(Signal::TERM);
+    let ended = session.wait(BOUND).must_be(4);
+    let found = unexpected_lines(&ended.errors).len();
+    assert!(found <= lines, "{found} lines: {ended}");
 }
 
 /// INT3 in guest memory, behind the four debug registers.

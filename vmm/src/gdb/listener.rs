@@ -4,7 +4,9 @@ use std::fmt;
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::LazyLock;
 
+use devices::log_limit::LogLimit;
 use rustix::net::{SocketFlags, accept_with, sockopt};
 
 use crate::config::GdbConfig;
@@ -46,7 +48,10 @@ impl DebugListener {
                     Ok(client) => Some(client),
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
                     Err(error) => {
-                        tracing::warn!(%error, "--gdb: a debugger cannot be served");
+                        static REFUSED: LazyLock<LogLimit> = LazyLock::new(LogLimit::new);
+                        if let Some(suppressed) = REFUSED.admit() {
+                            tracing::warn!(%error, suppressed, "--gdb: a debugger cannot be served");
+                        }
                         None
                     }
                 }

@@ -17,6 +17,7 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use devices::log_limit::LogLimit;
 use event_manager::EventSet;
 use gdbstub::common::Signal;
 use gdbstub::conn::Connection;
@@ -79,9 +80,18 @@ impl Client {
     }
 }
 
+/// Of messages that a debugger, or any user of the host at a TCP port, can cause without end.
+#[derive(Default)]
+struct Limits {
+    turned_away: LogLimit,
+    disconnected: LogLimit,
+    lost: LogLimit,
+}
+
 /// The source: see the module's documentation.
 pub(crate) struct Gdb {
     listener: DebugListener,
+    limits: Limits,
     target: Target,
     client: Option<Client>,
     /// A debugger has gone away and left breakpoints behind. `Some(true)`: the machine goes on without them.
@@ -113,6 +123,7 @@ impl Gdb {
         let listener = DebugListener::bind(config)?;
         Ok(Some(Box::new(Self {
             listener,
+            limits: Limits::default(),
             target,
             client: None,
             leaving: None,
@@ -127,9 +138,12 @@ impl Gdb {
                 self.lost(poller, machine);
             }
             if self.client.is_some() {
-                tracing::warn!(
-                    "--gdb: a second debugger was turned away; disconnect the first one"
-                );
+                if let Some(suppressed) = self.limits.turned_away.admit() {
+                    tracing::warn!(
+                        suppressed,
+                        "--gdb: a second debugger was turned away; disconnect the first one"
+                    );
+                }
                 continue;
             }
             self.client = Some(Client { socket, protocol: None, interrupted: false });
@@ -162,6 +176,7 @@ impl Gdb {
         let Some(client) = &mut self.client else { return Ok(()) };
         let Some(mut protocol) = client.protocol.take() else { return Ok(()) };
         for byte in bytes {
+            self.target.read = 0;
             protocol = match protocol {
                 Protocol::Idle(idle) => idle.incoming_data(&mut self.target, *byte)?,
                 Protocol::Running(running) => running.incoming_data(&mut self.target, *byte)?,
@@ -184,7 +199,9 @@ impl Gdb {
         machine: &mut Machine,
     ) {
         if let Err(error) = result {
-            tracing::warn!(%error, "--gdb: the debugger is disconnected");
+            if let Some(suppressed) = self.limits.disconnected.admit() {
+                tracing::warn!(%error, suppressed, "--gdb: the debugger is disconnected");
+            }
             return self.lost(poller, machine);
         }
         self.send(poller, machine);
@@ -233,8 +250,12 @@ impl Gdb {
     /// The connection is gone, and the debugger did not say whether the guest is to go on: it stays as it is.
     fn lost(&mut self, poller: &mut Poller<'_, '_>, machine: &mut Machine) {
         let runs = machine.state() == RunState::Running;
-        if !runs && machine.state() != RunState::Shutdown {
+        if !runs
+            && machine.state() != RunState::Shutdown
+            && let Some(suppressed) = self.limits.lost.admit()
+        {
             tracing::warn!(
+                suppressed,
                 "--gdb: the debugger went away without detaching; the guest stays stopped until one connects again"
             );
         }

@@ -32,6 +32,10 @@ use crate::vcpu::{Vcpu, VcpuThread};
 
 const PAGE_SIZE: u64 = 0x1000;
 
+/// Bytes of memory that a packet may ask for: their digits fill the longest reply. `gdbstub` has no limit, so that a short request
+/// would take twice as much memory of the host as the guest has, and hold the main loop for as long.
+const READ_MAX: usize = 2048;
+
 /// More than a person sets, and few enough to search at each stop.
 const SOFTWARE_BREAKPOINTS_MAX: usize = 1024;
 
@@ -60,6 +64,8 @@ pub(super) struct Target {
     current: usize,
     /// KVM can keep interrupts away from a single step.
     blocks_interrupts: bool,
+    /// Bytes of memory that the packet at hand has asked for.
+    pub(super) read: usize,
 }
 
 /// The thread of a vCPU: numbers begin with 1.
@@ -78,6 +84,7 @@ impl Target {
             goes_on: false,
             current: 0,
             blocks_interrupts,
+            read: 0,
         }
     }
 
@@ -292,8 +299,12 @@ impl MultiThreadBase for Target {
         }
     }
 
-    /// Reads up to the first page that is not mapped.
+    /// Reads up to the first page that is not mapped. A request for more than a packet takes comes here in several calls, and fails.
     fn read_addrs(&mut self, start: u64, data: &mut [u8], tid: Tid) -> TargetResult<usize, Self> {
+        self.read = self.read.saturating_add(data.len());
+        if self.read > READ_MAX {
+            return Err(TargetError::NonFatal);
+        }
         let mut done = 0;
         while done < data.len() {
             let place = self.translate(tid.get() - 1, start.wrapping_add(done as u64));
