@@ -323,7 +323,8 @@ impl Machine {
         let Self { resizes, hardware, pending_events, .. } = self;
         resizes.retain(|Resize { disk, job, answer }| {
             let Some(result) = answer.poll() else { return true };
-            result.iter().for_each(|()| hardware.disks[*disk].handle.capacity_changed());
+            // In a failure, too: a block device has the size that its host gave it.
+            hardware.disks[*disk].handle.capacity_changed();
             pending_events.push(MachineEvent::Done(*job, result));
             false
         });

@@ -261,7 +261,11 @@ impl RawImage {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
         }
         if self.file.kind == FileKind::Regular {
-            self.file.file.set_len(bytes)?;
+            // First: a write that begins beyond the new end would make the file longer again. One that is on its way may.
+            self.capacity.fetch_min(bytes, Ordering::Relaxed);
+            let keep = |_: &io::Error| drop(self.refresh_capacity());
+            let resized = self.file.file.set_len(bytes).inspect_err(keep);
+            return resized.map(|()| self.capacity.store(bytes, Ordering::Relaxed));
         }
         match self.refresh_capacity()? {
             actual if actual == bytes => Ok(()),

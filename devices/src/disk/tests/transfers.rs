@@ -1,7 +1,9 @@
 //! What single transfers do, and what the host file looks like afterwards.
 
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use vm_memory::GuestAddress;
 
@@ -251,6 +253,28 @@ fn a_disk_grows_and_shrinks() {
             assert_eq!(rig.disk.capacity(), 8192, "{name}");
         }
     }
+}
+
+/// A write makes the file longer again. Here another program writes in the guest's place, as often as it can.
+#[test]
+fn a_disk_shrinks_while_a_write_beyond_its_end_is_on_its_way() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = full_image(directory.path());
+    let disk = open(&OpenOptions::new(&path)).unwrap();
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                file.write_all_at(&[1], SIZE - 1).unwrap();
+            }
+        });
+        let shrunk: Vec<_> = (0..1000)
+            .map(|_| disk.resize(4096).map(|()| disk.capacity()).map_err(|error| error.kind()))
+            .collect();
+        done.store(true, Ordering::Relaxed);
+        assert!(shrunk.iter().all(|capacity| *capacity == Ok(4096)), "{shrunk:?}");
+    });
 }
 
 /// What an engine took it finishes before it is gone, and it touches guest memory no more.
