@@ -3,11 +3,18 @@
 //! `main` enters [`RawMode`] when the machine is built. The settings come back when it is dropped, before a panic prints its
 //! message, and before a fatal signal ends the process; SIGKILL alone leaves the terminal raw. A shell takes the terminal
 //! while the process is stopped (SIGSTOP, SIGTSTP), so that SIGCONT makes it raw again.
+//!
+//! In the background (`minivmm &`, `timeout 1m minivmm`, `bg`) the terminal and its settings are the shell's: minivmm leaves them
+//! alone. The kernel would stop a process that touches them (SIGTTOU) or reads (SIGTTIN), and stop it anew each time that it is
+//! continued, so that SIGTERM would never end the VM. With these signals ignored a read fails, which is the end of the input.
 
 use std::sync::OnceLock;
 
+use rustix::process::{Pid, getpgrp};
 use rustix::stdio;
-use rustix::termios::{OptionalActions, OutputModes, Termios, isatty, tcgetattr, tcsetattr};
+use rustix::termios::{
+    OptionalActions, OutputModes, Termios, isatty, tcgetattr, tcgetpgrp, tcsetattr,
+};
 use vmm::{ConsoleConfig, VmConfig};
 
 static SETTINGS: OnceLock<Settings> = OnceLock::new();
@@ -15,6 +22,8 @@ static SETTINGS: OnceLock<Settings> = OnceLock::new();
 struct Settings {
     original: Termios,
     raw: Termios,
+    /// The process group of minivmm, which the shell that started it has chosen.
+    group: Pid,
 }
 
 /// Signals whose default action ends the process (signal(7)), without those that the main loop reads.
@@ -51,7 +60,7 @@ impl RawMode {
         // minivmm's own messages end in a bare newline.
         raw.output_modes |= original.output_modes & OutputModes::OPOST;
         vmm::on_violation(restore);
-        let settings = SETTINGS.get_or_init(|| Settings { original, raw });
+        let settings = SETTINGS.get_or_init(|| Settings { original, raw, group: getpgrp() });
         let report = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
             restore();
@@ -59,7 +68,8 @@ impl RawMode {
         }));
         FATAL.into_iter().for_each(|signal| handle(signal, restore_and_die, libc::SA_RESETHAND));
         handle(libc::SIGCONT, make_raw_again, libc::SA_RESTART);
-        apply(&settings.raw).then_some(Self(()))
+        [libc::SIGTTIN, libc::SIGTTOU].into_iter().for_each(ignore);
+        settings.apply(&settings.raw).then_some(Self(()))
     }
 }
 
@@ -70,20 +80,34 @@ impl Drop for RawMode {
     }
 }
 
-fn apply(settings: &Termios) -> bool {
-    tcsetattr(stdio::stdin(), OptionalActions::Now, settings).is_ok()
+impl Settings {
+    /// Returns false if the terminal refuses. In its background nothing is to be done.
+    fn apply(&self, wanted: &Termios) -> bool {
+        !self.in_foreground() || tcsetattr(stdio::stdin(), OptionalActions::Now, wanted).is_ok()
+    }
+
+    /// A terminal that does not control the session has no foreground, and is anyone's.
+    fn in_foreground(&self) -> bool {
+        tcgetpgrp(stdio::stdin()).map_or(true, |group| group == self.group)
+    }
 }
 
 fn restore() {
     if let Some(settings) = SETTINGS.get() {
-        apply(&settings.original);
+        settings.apply(&settings.original);
     }
 }
 
 extern "C" fn make_raw_again(_: libc::c_int) {
     if let Some(settings) = SETTINGS.get() {
-        apply(&settings.raw);
+        settings.apply(&settings.raw);
     }
+}
+
+#[expect(unsafe_code, reason = "signal has no safe wrapper")]
+fn ignore(signal: libc::c_int) {
+    // SAFETY: SIG_IGN is a valid disposition of any signal but SIGKILL and SIGSTOP.
+    unsafe { libc::signal(signal, libc::SIG_IGN) };
 }
 
 extern "C" fn do_nothing(_: libc::c_int) {}

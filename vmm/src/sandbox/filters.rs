@@ -182,11 +182,11 @@ fn common(process: u32) -> Vec<Allowed> {
     calls.extend([
         // Debug builds of std look at each descriptor before they close it.
         when(call!(SYS_fcntl), "F_GETFD", [vec![(1, Test::Is(libc::F_GETFD as u64))]]),
-        // A handler of a fatal signal puts the terminal back.
+        // A handler of a fatal signal puts the terminal back, unless minivmm is in its background.
         when(
             call!(SYS_ioctl),
-            "TCSETS of standard input",
-            [libc::TCSETS, libc::TCSETS2].map(terminal),
+            "TCSETS and TIOCGPGRP of standard input",
+            [libc::TCSETS, libc::TCSETS2, libc::TIOCGPGRP].map(terminal),
         ),
         when(call!(SYS_mprotect), "not executable", [vec![NO_CODE]]),
         when(call!(SYS_tgkill), "this process", [vec![(0, Test::Is(process.into()))]]),
