@@ -83,6 +83,7 @@ fn main() -> ExitCode {
             Err(error) => fail(&error, error.is_usage()),
         };
     }
+    messages::never_wait();
     let ended = run(&mut config, incoming);
     if let Some(trace) = trace {
         trace.finish();

@@ -2,10 +2,14 @@
 //! through `tracing`, and [`start_log`] prints what they log.
 
 use std::fmt;
+use std::fs::File;
 use std::io::{self, Write};
-use std::sync::Mutex;
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::{Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FileType, fstat};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::format::Writer;
@@ -68,7 +72,9 @@ pub(crate) fn start_log(verbose: bool, boot_timing: Option<Moment>, trace: Optio
     let boot_level = if phases.is_some() { LevelFilter::INFO } else { LevelFilter::OFF };
     let filter = Targets::new()
         .with_default(if verbose { Level::DEBUG } else { Level::WARN })
-        .with_target(boot_timing::TARGET, boot_level);
+        .with_target(boot_timing::TARGET, boot_level)
+        // What a debugger's packets cause, without a limit; the server says in its own words why it disconnects one.
+        .with_target("gdbstub", if verbose { LevelFilter::DEBUG } else { LevelFilter::OFF });
     let lines = tracing_subscriber::fmt::layer().with_writer(|| Stderr).event_format(Line(phases));
     match trace {
         None => tracing_subscriber::registry().with(lines).with(filter).init(),
@@ -80,27 +86,66 @@ pub(crate) fn start_log(verbose: bool, boot_timing: Option<Moment>, trace: Optio
 }
 
 /// A reader that takes longer than this for a line loses it.
-const READER_TIMEOUT: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+const READER_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// Standard error. Its reader may have gone (`2>&1 | head`) or stopped reading (`2>&1 | less`), which must neither end nor
-/// delay the VM: a line that the reader does not take in time is dropped. Each write is one line.
+/// Standard error, opened once more.
+static NONBLOCKING: OnceLock<File> = OnceLock::new();
+
+/// From now on no message waits for its reader; to be called before the process is confined. A terminal that has room for a byte
+/// is ready, and a longer line then waits for the rest; another process may fill a pipe after the poll. So both are
+/// opened once more: O_NONBLOCK on the descriptor that minivmm was given would be seen by each process that has it, too. A
+/// terminal of another user cannot be opened.
+pub(crate) fn never_wait() {
+    let kind = fstat(rustix::stdio::stderr()).map(|stat| FileType::from_raw_mode(stat.st_mode));
+    if matches!(kind, Ok(FileType::CharacterDevice | FileType::Fifo)) {
+        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+        let opened = File::options().write(true).custom_flags(flags).open("/proc/self/fd/2");
+        if let Ok(file) = opened {
+            let _ = NONBLOCKING.set(file);
+        }
+    }
+}
+
+/// Standard error. Its reader may have gone (`2>&1 | head`) or stopped reading (`2>&1 | less`, a terminal behind a dead network),
+/// which must neither end nor delay the VM: a line that the reader does not take in time is dropped. Each write is one line.
 pub(crate) struct Stderr;
 
 impl Write for Stderr {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let stderr = io::stderr();
         let mut ready = [PollFd::new(&stderr, PollFlags::OUT)];
-        // A pipe that is ready takes 4096 bytes at once (pipe(7)).
-        if poll(&mut ready, Some(&READER_TIMEOUT)).is_ok()
+        if poll(&mut ready, Timespec::try_from(READER_TIMEOUT).ok().as_ref()).is_ok()
             && ready[0].revents().contains(PollFlags::OUT)
         {
-            let _ = stderr.lock().write_all(line);
+            // Locked in both cases: lines of several threads do not mix.
+            let mut stderr = stderr.lock();
+            match NONBLOCKING.get() {
+                Some(file) => write_in_time(file, line),
+                None => drop(stderr.write_all(line)),
+            }
         }
         Ok(line.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// Writes to a descriptor that does not block, as much as its reader takes in time.
+fn write_in_time(mut file: &File, mut line: &[u8]) {
+    let began = Instant::now();
+    while !line.is_empty() && began.elapsed() < READER_TIMEOUT {
+        match file.write(line) {
+            Ok(count) => line = &line[count..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let mut ready = [PollFd::new(&file, PollFlags::OUT)];
+                let left = READER_TIMEOUT.saturating_sub(began.elapsed());
+                let _ = poll(&mut ready, Timespec::try_from(left).ok().as_ref());
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return,
+        }
     }
 }
 

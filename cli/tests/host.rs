@@ -59,7 +59,7 @@ const ROWS: &[(&str, &str, i32, &str)] = &[
         "cannot map 512M of guest memory: Cannot allocate memory (os error 12); ask for less with --memory",
     ),
     (
-        "ulimit -n 4; exec \"$@\"",
+        "ulimit -n 5; exec \"$@\"",
         "",
         1,
         "--kernel guest.elf: Too many open files (os error 24); raise the limit on open files (`ulimit -n`)",

@@ -1,14 +1,18 @@
 //! The user's terminal: raw while the guest has it, and as it was on every way out.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
-use std::io::Write;
-use std::process::Stdio;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use minivmm_tests::guest::{self, Program};
 use minivmm_tests::session::{Session, Terminal};
 use minivmm_tests::{BOUND, kvm_is_usable, minivmm, small_guest, unexpected_lines};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Signal;
 use tempfile::tempdir;
 
@@ -154,4 +158,79 @@ fn a_terminal_that_hangs_up_ends_the_vm() {
         let ended = vm.wait(BOUND).must_be(0);
         assert!(unexpected_lines(&ended.errors).is_empty(), "{ended}");
     }
+}
+
+/// `&` of a shell with job control and `timeout` start a program in the background of the terminal, whose settings and input are
+/// not its own there. The kernel stops a program that touches them, again after each SIGCONT, so that SIGTERM never ends it.
+#[test]
+fn in_its_background_a_vm_runs_and_can_be_ended() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let vm = small_guest(directory.path(), Program::Echo);
+    let shell = "set -m; \"$@\" & read line; kill -STOP %1; kill -CONT %1; \
+                 read line; kill -TERM %1; kill -CONT %1; wait %1; echo \"status $?\"";
+    let mut command = Command::new("setsid");
+    command.args(["--ctty", "--wait", "sh", "-c", shell, "sh"]).arg(vm.get_program());
+    command.args(vm.get_args()).arg("--debug-exit").current_dir(directory.path());
+    let (mut session, terminal, before) = Session::start_on_terminal(&mut command);
+    session.expect("ready", BOUND);
+    assert_eq!(terminal.settings(), before, "the shell's");
+    // Each is the shell's, though the VM is told of it, too.
+    session.send("a line\n");
+    session.send("another one\n");
+    session.expect("status 4", BOUND);
+    assert_eq!(terminal.settings(), before);
+    session.wait(BOUND).must_be(0);
+}
+
+/// A terminal whose other side is alive and reads nothing, such as that of a connection whose network is dead, has room for a part
+/// of a message: the main thread once waited there for the rest, and no signal ended the VM.
+#[test]
+fn a_message_to_a_terminal_without_a_reader_holds_up_no_end() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let (_master, slave) = terminal_with_little_room();
+    let mut command = small_guest(directory.path(), Program::Echo);
+    let vm = Session::start_with_errors_elsewhere(command.arg("--debug-exit").stderr(slave));
+    vm.expect("ready", BOUND);
+    vm.signal(Signal::TERM);
+    vm.wait(BOUND).must_be(4);
+}
+
+/// Both sides of a terminal that takes fewer bytes than a message has, and then no more.
+fn terminal_with_little_room() -> (File, File) {
+    let (mut master, terminal) = Terminal::new();
+    let slave = terminal.file();
+    let mut filler = File::options();
+    let filler = filler.write(true).custom_flags(libc::O_NOCTTY | libc::O_NONBLOCK);
+    let mut filler = filler.open(format!("/proc/self/fd/{}", slave.as_raw_fd())).unwrap();
+    let is_ready = |milliseconds: i64| {
+        let mut ready = [PollFd::new(&slave, PollFlags::OUT)];
+        let bound = Timespec { tv_sec: 0, tv_nsec: milliseconds * 1_000_000 };
+        poll(&mut ready, Some(&bound)).unwrap() > 0
+    };
+    // The kernel moves bytes from one side to the other a little later.
+    let mut fill = |limit: usize| {
+        let mut filled = 0;
+        while filled < limit && (filler.write(b"x").is_ok() || is_ready(5)) {
+            filled += 1;
+        }
+        filled
+    };
+    let mut make_room = || {
+        while !is_ready(1) {
+            master.read_exact(&mut [0]).unwrap();
+        }
+    };
+    fill(usize::MAX);
+    make_room();
+    let room = fill(usize::MAX);
+    make_room();
+    fill(room - 20);
+    make_room();
+    (master, slave)
 }

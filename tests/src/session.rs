@@ -64,6 +64,14 @@ impl Session {
         Self::watch(command, child, None, Transcript::of(std::io::empty()))
     }
 
+    /// Starts `command` with pipes, but for standard error, which it has as the caller set it: there are no `errors`.
+    pub fn start_with_errors_elsewhere(command: &mut Command) -> Self {
+        let mut child = spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
+        let input = OwnedFd::from(child.stdin.take().unwrap()).into();
+        let output = Transcript::of(child.stdout.take().unwrap());
+        Self::watch(command, child, Some(input), output)
+    }
+
     /// Starts `command` on a new pseudo-terminal (standard error on a pipe). The text is the terminal's settings before.
     pub fn start_on_terminal(command: &mut Command) -> (Self, Terminal, String) {
         let (master, terminal) = Terminal::new();
@@ -78,7 +86,10 @@ impl Session {
     }
 
     fn watch(command: &Command, mut child: Child, input: Option<File>, output: Transcript) -> Self {
-        let errors = Transcript::of(child.stderr.take().unwrap());
+        let errors = match child.stderr.take() {
+            Some(errors) => Transcript::of(errors),
+            None => Transcript::of(std::io::empty()),
+        };
         let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
         Self {
             child,
