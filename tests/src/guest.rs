@@ -49,6 +49,8 @@ macro_rules! programs {
             include_str!("guest.s"),
             include_str!("chaos.s"),
             include_str!("crowd.s"),
+            "guest_virtqueue:",
+            include_str!("ten_lines/virtqueue.s"),
             "guest_end:",
             ".code64",
             ".popsection",
@@ -113,6 +115,8 @@ programs! {
     Disk = "disk",
     /// Writes [`words`] from the address of its registers up to the first sector of each disk; ends with [`SUCCESS`].
     Disks = "disks",
+    /// Prints the start of the first disk: the chapter *Ten-line guests* explains it.
+    Virtqueue = "virtqueue",
     /// Fills the disk sector by sector with 32-bit words that count up from the sector's number, a dot for each finished write; ends with
     /// [`SUCCESS`] at the end of the disk.
     DiskLoad = "disk_load",

@@ -27,6 +27,7 @@ pub mod qmp;
 pub mod random;
 pub mod refusal;
 pub mod session;
+pub mod ten_lines;
 pub mod transcript;
 pub mod xml;
 

@@ -3,6 +3,9 @@
 #[doc = include_str!("../docs/a-kernel-boots.md")]
 pub mod a_kernel_boots {}
 
+#[doc = include_str!("../docs/kvm-in-one-page.md")]
+pub mod kvm_in_one_page {}
+
 #[doc = include_str!("../docs/stop-reset-save.md")]
 pub mod stop_reset_save {}
 

@@ -4,6 +4,7 @@
 
 mod documents;
 mod imports;
+mod kvm_page;
 mod language;
 mod size;
 mod source;
