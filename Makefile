@@ -18,7 +18,7 @@ endif
 PREFIX ?= /usr/local
 DESTDIR ?=
 
-.PHONY: help build install run guest lab test test-scripts test-unit test-guests test-tools soak fuzz model sanitize bench bench-before bench-compare instructions bench-tools fmt lint clean
+.PHONY: help build install run guest lab book exits test test-scripts test-unit test-guests test-tools soak fuzz model sanitize bench bench-before bench-compare instructions bench-tools fmt lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -59,6 +59,13 @@ guest: demo ## only the guests' kernels and disks, in ~/.cache/minivmm
 
 lab: ## make lab CMD='...': a command on a machine whose /dev/kvm works (CMD=bash for a look around)
 	@resources/lab -- bash -c '$(or $(CMD),$(error usage: make lab CMD='...'))'
+
+book: ## the chapters as a book with search: target/book/html/index.html
+	@resources/book/build
+	@echo "file://$(CARGO_TARGET_DIR)/book/html/index.html"
+
+exits: ## what each kind of VM exit costs on this machine
+	@$(CARGO) run -q --release -p minivmm-tests --bin exits
 
 # The guests first: an unreachable package archive or a missing linker shows early.
 test: guest test-scripts test-unit test-guests ## all tests

@@ -13,6 +13,8 @@ const DOCUMENTS: &[&str] = &[
     "resources/README.md",
     "tests/docs/faults.md",
     "tests/docs/fuzzing.md",
+    "tests/docs/ten-line-guests.md",
+    "tests/docs/what-a-vm-exit-costs.md",
     "devices/docs/cut-the-power.md",
     "devices/docs/disk-engines.md",
     "devices/docs/follow-one-write.md",
@@ -20,6 +22,7 @@ const DOCUMENTS: &[&str] = &[
     "devices/docs/virtio-blk.md",
     "vmm/docs/a-kernel-boots.md",
     "vmm/docs/control.md",
+    "vmm/docs/kvm-in-one-page.md",
     "vmm/docs/minivmm-in-ci.md",
     "vmm/docs/refused-system-calls.md",
     "vmm/docs/sandbox.md",
@@ -98,6 +101,49 @@ fn paths_and_links_that_the_documents_name_exist() {
         );
     }
     assert!(missing.is_empty(), "these do not exist:\n{}", missing.join("\n"));
+}
+
+/// What the heading is called in a link, on GitHub and in the book: small letters and digits, and a hyphen for each space.
+fn anchor(heading: &str) -> String {
+    let kept = |letter: &char| letter.is_alphanumeric() || " -_".contains(*letter);
+    heading.trim().to_lowercase().chars().filter(kept).collect::<String>().replace(' ', "-")
+}
+
+#[test]
+fn links_to_headings_lead_to_one() {
+    let mut missing = Vec::new();
+    for name in DOCUMENTS {
+        let document = root().join(name);
+        let text = read(&document);
+        let targets = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+        for (path, heading) in targets.filter_map(|target| target.split_once('#')) {
+            if path.contains(':') {
+                continue;
+            }
+            let target = if path.is_empty() {
+                document.clone()
+            } else {
+                document.with_file_name("").join(path)
+            };
+            let page = read(&target);
+            let prose = page.split("```").step_by(2).collect::<String>();
+            let mut headings = prose.lines().filter(|line| line.starts_with('#'));
+            if !headings.any(|line| anchor(line.trim_start_matches('#')) == heading) {
+                missing.push(format!("{name}: {path}#{heading}"));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "these headings do not exist:\n{}", missing.join("\n"));
+}
+
+#[test]
+fn the_book_has_each_document_once() {
+    let summary = read(&root().join("resources/book/SUMMARY.md"));
+    let mut pages = links(&summary);
+    pages.sort_unstable();
+    let mut documents = [DOCUMENTS, &["CHANGELOG.md"]].concat();
+    documents.sort_unstable();
+    assert_eq!(pages, documents);
 }
 
 /// Tests are functions, functions of a script, or rows of the boot matrix.
