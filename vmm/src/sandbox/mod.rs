@@ -71,7 +71,9 @@ pub(crate) fn system_calls(config: &VmConfig) -> Option<Vec<(&'static str, Vec<S
         });
         (kind.name(), shown.collect())
     };
-    (config.sandbox == SandboxMode::On).then(|| Kind::ALL.map(calls).into())
+    let exists = |kind: &Kind| *kind != Kind::Save || config.spawn;
+    (config.sandbox == SandboxMode::On)
+        .then(|| Kind::ALL.into_iter().filter(exists).map(calls).collect())
 }
 
 fn needs(config: &VmConfig) -> Needs {
