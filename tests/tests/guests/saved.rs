@@ -115,7 +115,8 @@ fn a_restored_guest_draws_other_random_numbers() {
     third.wait(BOOT_BOUND).must_be(0);
 }
 
-fn save_and_restore(cpus: u32, rounds: u32) {
+/// A guest with a raw disk and a qcow2 one, which [`SCRIPT`] fills.
+fn loaded(cpus: u32) -> Guest {
     let guest = Guest::new(CLOUD, SCRIPT)
         .with_tools()
         .with(&format!("--qmp unix:{SOCKET} --save-directory ."));
@@ -126,8 +127,62 @@ fn save_and_restore(cpus: u32, rounds: u32) {
         .args([qcow2.as_os_str(), "16M".as_ref()])
         .status();
     assert!(made.unwrap().success());
-    let guest = guest.with("--disk qcow2,format=qcow2");
+    guest.with("--disk qcow2,format=qcow2")
+}
 
+/// What the lines of [`SCRIPT`] in `text` say of `name`.
+fn facts(text: &str, name: &str) -> Vec<String> {
+    let prefix = format!("fact: {name} ");
+    let lines = text.lines().filter_map(|line| line.split_once(&prefix));
+    lines.map(|(_, value)| value.to_owned()).collect()
+}
+
+/// The guest writes on to its disks while its memory is written. What was saved goes on with the images that were copied at that moment.
+#[test]
+fn a_guest_under_load_is_saved_in_the_background_and_its_past_goes_on() {
+    let guest = loaded(1).with("--sandbox on,spawn=allow");
+    let session = guest.start();
+    let mut qmp = Qmp::connect(&guest.path(SOCKET));
+    qmp.set_bound(BOOT_BOUND);
+    let capabilities = ["events", "background-snapshot"];
+    let capabilities = capabilities.map(|name| json!({ "capability": name, "state": true }));
+    qmp.execute("migrate-set-capabilities", json!({ "capabilities": capabilities })).unwrap();
+    let end = |mut session: Session, text: &str| {
+        session.send("hello\n");
+        let text = text.to_owned() + &Report::new(session.wait(BOOT_BOUND).must_be(0)).text;
+        let complaints = (facts(&text, "broken"), facts(&text, "complaint"));
+        assert_eq!(complaints, (vec![], vec![]), "{text}");
+        assert_eq!(facts(&text, "finished").len(), 2, "{text}");
+        println!("rounds of verified writes: {:?}", facts(&text, "rounds"));
+    };
+    let mut text = String::new();
+    for round in 0..runs(1, 20) {
+        text += &session.expect("fact: tick ", BOOT_BOUND);
+        qmp.query("stop");
+        let saved = format!("file:{}", guest.path("saved").display());
+        qmp.execute("migrate", json!({ "uri": saved })).unwrap();
+        while qmp.event("MIGRATION")["status"] != "active" {}
+        for image in ["raw", "qcow2"] {
+            let mut copy = Command::new("cp");
+            copy.args(["--preserve=timestamps", "--reflink=auto"]);
+            copy.args([guest.path(image), guest.path(&format!("{image}-copy"))]);
+            assert!(copy.status().unwrap().success());
+        }
+        qmp.query("cont");
+        while qmp.event("MIGRATION")["status"] != "completed" {}
+        println!("round {round}: {}", qmp.query("query-migrate"));
+        let mut past = minivmm(["--incoming", "file:saved,paths=saved"]);
+        past.args(["--disk", "raw-copy,id=vdb", "--disk", "qcow2-copy,id=vdc,format=qcow2"]);
+        past.current_dir(guest.path(".")).env("TMPDIR", std::env::temp_dir());
+        let past = Session::start(&mut past);
+        past.expect("fact: tick ", BOOT_BOUND);
+        end(past, "");
+    }
+    end(session, &text);
+}
+
+fn save_and_restore(cpus: u32, rounds: u32) {
+    let guest = loaded(cpus);
     let began = Instant::now();
     let mut text = String::new();
     let mut session = guest.start();
@@ -150,11 +205,7 @@ fn save_and_restore(cpus: u32, rounds: u32) {
     session.send("hello\n");
     let report = Report::new(session.wait(BOOT_BOUND).must_be(0));
     text += &report.text;
-    let all = |name: &str| -> Vec<String> {
-        let prefix = format!("fact: {name} ");
-        let lines = text.lines().filter_map(|line| line.split_once(&prefix));
-        lines.map(|(_, value)| value.to_owned()).collect()
-    };
+    let all = |name: &str| facts(&text, name);
     assert_eq!(all("echo"), ["hello"], "{text}");
     assert_eq!((all("broken"), all("complaint")), (vec![], vec![]), "{text}");
     assert_eq!(all("finished").len(), 2, "{text}");
