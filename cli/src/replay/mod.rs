@@ -18,7 +18,7 @@ mod load;
 mod player;
 mod report;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::ffi::OsString;
 use std::fs::File;

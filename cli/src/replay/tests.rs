@@ -24,6 +24,18 @@ fn read(trace: &str, disk: Option<&str>) -> Result<Load, ReplayError> {
     Load::read(trace.as_bytes(), disk)
 }
 
+/// For the fuzz target of traces: what a load promises, whatever the trace is.
+pub(crate) fn keeps_its_bounds(trace: &[u8]) {
+    let Ok(load) = Load::read(trace, None) else { return };
+    let requests = &load.requests;
+    assert!(!requests.is_empty() && requests.is_sorted_by_key(|request| request.begin));
+    assert!(requests[0].begin.is_zero());
+    for request in requests {
+        assert!(usize::from(request.in_flight) <= IN_FLIGHT_MAX, "{request:?}");
+        assert!(request.kind == Kind::Flush || request.length > 0, "{request:?}");
+    }
+}
+
 #[test]
 fn a_request_has_its_time_with_the_engine_and_how_many_others_were_under_way() {
     let trace = [

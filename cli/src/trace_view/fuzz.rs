@@ -1,4 +1,4 @@
-//! Traces that are anything, and what their pictures promise.
+//! Traces that are anything, and what their pictures and replays promise.
 
 use std::fmt::Write;
 use std::io::BufReader;
@@ -8,6 +8,7 @@ use minivmm_tests::xml::{Element, elements};
 use serde_json::json;
 
 use super::{MARKS_MAX, read};
+use crate::replay;
 
 const NAMES: &[&str] = &[
     "virtio_blk_handle_write",
@@ -22,6 +23,8 @@ const NAMES: &[&str] = &[
     "lost",
 ];
 
+const KINDS: [&str; 7] = ["Read", "Write", "Flush", "Discard", "WriteZeroes", "GetId", ""];
+
 /// A line that is an event or, rarely, any bytes.
 fn line(input: &mut Input<'_>, time: &mut f64, out: &mut Vec<u8>) {
     if input.below(32) == 31 {
@@ -33,7 +36,7 @@ fn line(input: &mut Input<'_>, time: &mut f64, out: &mut Vec<u8>) {
         29 => 0.0,
         step => *time + step as f64 / 4.0,
     };
-    let mut event = json!({ "event": input.pick(NAMES), "time_us": *time });
+    let mut event = json!({ "event": input.pick(NAMES), "time_us": *time, "disk": "vda" });
     let choices = input.u8();
     let mut field = |bit: u8, name: &str, value: serde_json::Value| {
         if choices & 1 << bit != 0 {
@@ -42,6 +45,8 @@ fn line(input: &mut Input<'_>, time: &mut f64, out: &mut Vec<u8>) {
     };
     let request = input.below(8);
     field(0, "req", json!(request));
+    field(0, "kind", json!(KINDS[request as usize % KINDS.len()]));
+    field(0, "nsectors", json!(request * 3));
     field(1, "reqs", json!([request, request + 1, "x", -1]));
     field(2, "since_us", json!(f64::from(input.u16()) - 10.0));
     field(3, "sector", json!(input.u16()));
@@ -61,6 +66,7 @@ fn trace_view() {
         while !input.is_empty() {
             line(input, &mut time, &mut bytes);
         }
+        replay::tests::keeps_its_bounds(&bytes);
         let trace = match read(BufReader::new(&bytes[..]), requests) {
             Ok(trace) => trace,
             Err(error) => {
