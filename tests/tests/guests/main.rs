@@ -16,5 +16,6 @@ mod gdb;
 mod lab;
 mod many_disks;
 mod powercut;
+mod powercut_sound;
 mod saved;
 mod trace;
