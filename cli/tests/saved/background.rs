@@ -3,6 +3,7 @@
 //! The file is on a [`HostDisk`], which holds the writes of the child process for as long as a test wants.
 
 use minivmm_tests::guest::COUNTERS;
+use minivmm_tests::image;
 use minivmm_tests::refusal::{Call, refuse};
 use rustix::process::{Pid, kill_process};
 
@@ -199,6 +200,33 @@ fn a_killed_child_fails_a_background_save_and_the_guest_goes_on() {
     assert!(guest.why().ends_with("the process that writes it was killed"), "{}", guest.why());
     guest.goes_on();
     guest.quit();
+}
+
+/// The file has a name beside the target's while the process is confined.
+#[test]
+fn a_machine_that_ends_in_a_background_save_leaves_no_file() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    fs::write(directory.path().join("guest.elf"), image::pvh(Program::Fill)).unwrap();
+    let mut command = minivmm(["--kernel", "guest.elf", "--memory", "256M", "--qmp", "unix:qmp"]);
+    command.args(ALLOWED).args(["--save-directory", "."]).current_dir(directory.path());
+    let session = Session::start(&mut command);
+    session.output.expect_bytes(1, BOUND).unwrap();
+    let before = names(directory.path());
+    let mut qmp = Qmp::connect(&directory.path().join("qmp"));
+    in_background(&mut qmp);
+    let uri = format!("file:{}", directory.path().join("saved").display());
+    qmp.execute("migrate", json!({ "uri": uri })).unwrap();
+    statuses_until(&mut qmp, "active");
+    qmp.query("quit");
+    session.wait(BOUND).must_be(0);
+    let mut after = names(directory.path());
+    // A save may have been faster.
+    after.remove(std::ffi::OsStr::new("saved"));
+    after.insert("qmp".into());
+    assert_eq!(after, before);
 }
 
 /// The child has nothing but the file and the pipe, may call as little as its thread, and dies with its parent.

@@ -16,11 +16,10 @@ use super::arguments::{Argument, ArgumentKind, Arguments, optional, required};
 use super::event_messages::stamped;
 use super::protocol::{Answer, Failure};
 use super::schema::{CAPABILITY_NAMES, CommandTypes, STATUSES};
-use crate::background::Answer as Rest;
 use crate::error::{Error, WithCauses};
 use crate::machine::{Machine, MachineEvent};
 use crate::snapshot::{
-    self, Background, Destination, Progress, Purpose, SavedConfig, begin_in_background,
+    self, Background, Destination, Progress, Purpose, Rest, SavedConfig, begin_in_background,
     generation_id,
 };
 
@@ -310,6 +309,13 @@ impl Migration {
         {
             save.progress.cancel.store(true, Ordering::Relaxed);
             self.set_status(CANCELLING);
+        }
+    }
+
+    /// The machine has ended, and with it a save.
+    pub(super) fn end(&self) {
+        if let Some(rest) = self.save.as_ref().and_then(|save| save.rest.as_ref()) {
+            rest.wait();
         }
     }
 

@@ -194,5 +194,6 @@ impl Source for ControlServer {
         for client in self.clients.iter_mut().flatten() {
             let _ = client.write();
         }
+        self.migration.end();
     }
 }

@@ -18,7 +18,8 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 use devices::spawn::Spawn;
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -49,8 +50,30 @@ impl Background {
     }
 }
 
+/// A background save, from its command on.
+pub(crate) struct Rest {
+    answer: Answer,
+    /// Its sender goes when nothing is left to do.
+    is_over: Receiver<()>,
+}
+
+impl Rest {
+    /// The answer, if the file is whole or the save has failed.
+    pub(crate) fn poll(&self) -> Option<Result<(), Error>> {
+        self.answer.poll()
+    }
+
+    /// Waits until a save that was canceled has removed its file. Without the wait, the process could end before.
+    pub(crate) fn wait(&self) {
+        let _ = self.is_over.recv_timeout(END_TIMEOUT);
+    }
+}
+
+/// How long the end of the process waits for that. The child ends after its present block, unless the file's disk does not answer.
+const END_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Saves `machine` as of the next standstill, after which it goes on. Returns the number of the `Done` event, which comes when it goes on,
-/// and what answers when the file is whole.
+/// and the rest of the save.
 ///
 /// # Errors
 /// The target cannot be made, the machine is busy, or it cannot be held still. Nothing has changed then.
@@ -60,10 +83,12 @@ pub(crate) fn begin_in_background(
     destination: Destination,
     progress: &Progress,
     background: &Background,
-) -> Result<(u64, Answer), Error> {
+) -> Result<(u64, Rest), Error> {
     check(machine)?;
     let (send_job, job) = channel::<(Job, _)>();
+    let (over, is_over) = channel();
     let answer = background.0.run(move || {
+        let _over: Sender<()> = over;
         let (job, is_held) = job.recv().map_err(|_| Error::Stopping)?;
         let mut is_held: Option<Sender<_>> = Some(is_held);
         let held = || drop(is_held.take().map(|is_held| is_held.send(Ok(()))));
@@ -83,7 +108,7 @@ pub(crate) fn begin_in_background(
     let purpose = Purpose::Save;
     let id = save::begin_with(machine, config, destination, progress, purpose, Some(hold))?;
     machine.background_save = Some(Arc::clone(&progress.cancel));
-    Ok((id, answer))
+    Ok((id, Rest { answer, is_over }))
 }
 
 /// Refuses what would not be as it was at the moment of the save.

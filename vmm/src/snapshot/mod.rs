@@ -30,7 +30,7 @@ mod vcpu;
 use std::io;
 use std::path::PathBuf;
 
-pub(crate) use held_memory::{Background, begin_in_background};
+pub(crate) use held_memory::{Background, Rest, begin_in_background};
 pub use incoming::{ClockMode, Incoming, IncomingConfig, MapMode};
 pub use new_file::NewFile;
 pub(crate) use pages::open_page_map;
