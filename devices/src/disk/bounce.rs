@@ -15,6 +15,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 
 use libc::iovec;
 
+use super::host_file::Alignment;
 use super::positioned_io::{READ, WRITE, transfer};
 use crate::lock;
 
@@ -23,19 +24,10 @@ const CAPACITY: usize = 256 << 10;
 /// Where the buffer starts: enough for any device's direct I/O.
 const ALIGNMENT: usize = 64 << 10;
 
-/// What direct I/O requires of a transfer, in bytes; both are powers of two.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Alignment {
-    pub(super) memory: u32,
-    /// Of offsets and lengths: the unit.
-    pub(super) offset: u32,
-}
-
-impl Alignment {
-    pub(super) fn supported(self) -> bool {
-        let fits = |unit: u32| unit.is_power_of_two() && unit as usize <= ALIGNMENT;
-        fits(self.memory) && fits(self.offset)
-    }
+/// Whether a buffer can be aligned as direct I/O requires it.
+pub(super) fn supports(alignment: Alignment) -> bool {
+    let fits = |unit: u32| unit.is_power_of_two() && unit as usize <= ALIGNMENT;
+    fits(alignment.memory) && fits(alignment.offset)
 }
 
 /// An aligned buffer of 256 KiB for direct I/O whose guest memory or length does not fit the device's units. Each

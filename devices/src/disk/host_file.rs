@@ -1,31 +1,29 @@
-//! The file or block device behind an image: how it is opened and locked, what it prefers, and what flushes it.
+//! The file or block device behind an image: how it is opened, what it prefers, and what flushes it.
 //!
 //! Every format keeps its data in a [`HostFile`]. Opening one creates nothing, changes nothing and waits for nothing. The
 //! file's limits come from statx(2) and statvfs(3); those of a block device are in `block_device`. Reads and writes are not here:
 //! the formats and engines make them with `file`.
 
-#![expect(unsafe_code, reason = "ioctl(2)")]
-
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicI32, Ordering};
 
-use rustix::fs::{
-    AtFlags, CWD, FallocateFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, openat,
-};
+use rustix::fs::{CWD, FileType, Mode, OFlags, SeekFrom, openat};
 use rustix::io::Errno;
-use rustix::ioctl::{Opcode, Setter, ioctl};
 
-use super::bounce::{Alignment, Bounce};
 use super::error::is_refusal;
-use super::lock::{self, LockError};
 use super::observer::{Change, ObservedBy};
 use super::{Limits, OpenOptions, OpenReason, SECTOR};
 
-const BLKDISCARD: Opcode = 0x1277;
-const BLKSECDISCARD: Opcode = 0x127d;
+/// What direct I/O requires of a transfer, in bytes; both are powers of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Alignment {
+    pub(super) memory: u32,
+    /// Of offsets and lengths: the unit.
+    pub(super) offset: u32,
+}
 
 /// What a host file is; nothing else can be a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +43,7 @@ pub(super) struct HostFile {
     /// A second open file description that holds the lock until it is closed. io_uring must not get it: files
     /// registered there stay open for a moment after the process has ended, and a machine that is started again at once
     /// would find its own disk locked. A writable block device is claimed by it (O_EXCL).
-    lock: Option<File>,
+    pub(super) lock: Option<File>,
     /// The errno of the first flush that failed while the page cache held written data, else 0. Linux drops what it could not
     /// write, so the next fdatasync(2) would succeed without that data: every later flush fails with this errno.
     failed_flush: AtomicI32,
@@ -53,31 +51,25 @@ pub(super) struct HostFile {
 }
 
 impl HostFile {
-    /// Opens `path` with the cache mode and locking of `options`.
+    /// Opens `path` with the cache mode of `options`. The caller locks it, and asks what direct I/O requires.
     pub(super) fn open(
         path: &Path,
         writable: bool,
         options: &OpenOptions,
     ) -> Result<Self, OpenReason> {
-        let direct = options.cache.direct();
-        let (file, kind) = open(path, writable, direct)?;
-        let lock = match options.locking {
-            true => Some(lock(path, &file, kind, writable)?),
-            false => None,
-        };
-        let direct = match direct {
-            true => Some(direct_alignment(&file, kind)?.ok_or(OpenReason::NoDirect)?),
-            false => None,
-        };
-        let observer = options.observer.clone();
-        Ok(Self { file, kind, direct, lock, failed_flush: AtomicI32::new(0), observer })
+        let (file, kind) = open(path, writable, options.cache.direct())?;
+        Ok(Self { observer: options.observer.clone(), ..Self::new(file, kind, None) })
     }
 
     /// Wraps a file that something else has opened, without a lock.
     pub(super) fn from_file(file: File, direct: Option<Alignment>) -> Result<Self, OpenReason> {
         let kind = file_kind(rustix::fs::fstat(&file)?.st_mode)?;
+        Ok(Self::new(file, kind, direct))
+    }
+
+    fn new(file: File, kind: FileKind, direct: Option<Alignment>) -> Self {
         let failed_flush = AtomicI32::new(0);
-        Ok(Self { file, kind, direct, lock: None, failed_flush, observer: None })
+        Self { file, kind, direct, lock: None, failed_flush, observer: None }
     }
 
     /// Length in bytes now. Moves the file offset, which no transfer uses.
@@ -151,42 +143,6 @@ impl HostFile {
         error
     }
 
-    /// The description to discard and zero ranges with. For a block device Linux drops the affected pages from the page
-    /// cache only if the caller has claimed the device; others get EBUSY if one of those pages is dirty.
-    fn for_ranges(&self) -> &File {
-        self.lock.as_ref().filter(|_| self.kind == FileKind::BlockDevice).unwrap_or(&self.file)
-    }
-
-    /// fallocate(2) that keeps the file's size: past the end, a punched hole does nothing and a zeroed range preallocates.
-    pub(super) fn fallocate(
-        &self,
-        mode: FallocateFlags,
-        offset: u64,
-        length: u64,
-    ) -> io::Result<()> {
-        let mode = mode | FallocateFlags::KEEP_SIZE;
-        let call = || rustix::fs::fallocate(self.for_ranges(), mode, offset, length);
-        self.observe(|| Change::Zero { offset, length }, || Ok(rustix::io::retry_on_intr(call)?))
-    }
-
-    pub(super) fn discard_blocks(&self, offset: u64, length: u64) -> io::Result<()> {
-        // SAFETY: BLKDISCARD reads two 64-bit integers.
-        Ok(unsafe {
-            ioctl(self.for_ranges(), Setter::<BLKDISCARD, [u64; 2]>::new([offset, length]))
-        }?)
-    }
-
-    /// Destroys whole logical blocks of a block device and all copies of them.
-    pub(super) fn secure_erase(&self, offset: u64, length: u64) -> io::Result<()> {
-        if self.kind == FileKind::Regular {
-            return Err(Errno::OPNOTSUPP.into());
-        }
-        // SAFETY: BLKSECDISCARD reads two 64-bit integers.
-        Ok(unsafe {
-            ioctl(self.for_ranges(), Setter::<BLKSECDISCARD, [u64; 2]>::new([offset, length]))
-        }?)
-    }
-
     /// The sizes that a disk should announce whose bytes are the file's. `discard`: the guest's discards reach the file.
     pub(super) fn limits(&self, discard: bool) -> Limits {
         let unit = rustix::fs::fstatvfs(&self.file).map_or(4096, |status| status.f_frsize);
@@ -249,35 +205,6 @@ fn open(path: &Path, writable: bool, direct: bool) -> Result<(File, FileKind), O
     Ok((file.into(), kind))
 }
 
-/// Opens `path` again, locks that description and returns it.
-fn lock(path: &Path, file: &File, kind: FileKind, writable: bool) -> Result<File, OpenReason> {
-    let claims = kind == FileKind::BlockDevice && writable;
-    let access = if claims { OFlags::RDWR } else { OFlags::RDONLY };
-    let describe = |flags| {
-        let flags = access | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK | flags;
-        openat(CWD, path, flags, Mode::empty())
-    };
-    let exclude = |description: &OwnedFd| {
-        lock::lock(description, writable).map_err(|error| match error {
-            LockError::Held => OpenReason::Locked,
-            LockError::Host(error) => OpenReason::CannotLock(error),
-        })
-    };
-    // O_EXCL without O_CREAT claims a block device: open(2) fails with EBUSY while the host has it mounted.
-    let claim = if claims { OFlags::EXCL } else { OFlags::empty() };
-    let description = describe(claim).or_else(|error| match error {
-        // Another minivmm or QEMU claims it too, but also holds the lock, which tells the two cases apart.
-        Errno::BUSY => exclude(&describe(OFlags::empty())?).and(Err(OpenReason::Mounted)),
-        error => Err(error.into()),
-    })?;
-    let identity = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
-    if identity(rustix::fs::fstat(&description)?) != identity(rustix::fs::fstat(file)?) {
-        return Err(OpenReason::Changed);
-    }
-    exclude(&description)?;
-    Ok(description.into())
-}
-
 fn file_kind(mode: u32) -> Result<FileKind, OpenReason> {
     match FileType::from_raw_mode(mode) {
         FileType::RegularFile => Ok(FileKind::Regular),
@@ -302,23 +229,4 @@ pub(super) fn check_length(path: &Path, length: u64) -> Result<(), OpenReason> {
         );
     }
     Ok(())
-}
-
-/// What direct I/O on `file`, which was opened with O_DIRECT, requires. `None`: it does not work, whatever open(2) said.
-fn direct_alignment(file: &File, kind: FileKind) -> io::Result<Option<Alignment>> {
-    let status = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
-    if let Ok(status) = status
-        && status.stx_mask & StatxFlags::DIOALIGN.bits() != 0
-    {
-        let alignment =
-            Alignment { memory: status.stx_dio_mem_align, offset: status.stx_dio_offset_align };
-        return Ok((alignment.offset != 0 && alignment.supported()).then_some(alignment));
-    }
-    // Linux before 6.1, a file system that does not tell, or a filter that refuses statx(2): a device's logical block, otherwise by trial.
-    let works = |unit: u32| Bounce::default().probe(file, unit).is_ok();
-    let unit = match kind {
-        FileKind::BlockDevice => Some(rustix::fs::ioctl_blksszget(file)?),
-        FileKind::Regular => [SECTOR as u32, 4096].into_iter().find(|unit| works(*unit)),
-    };
-    Ok(unit.map(|unit| Alignment { memory: unit, offset: unit }))
 }

@@ -15,7 +15,6 @@ use std::sync::Arc;
 use libc::iovec;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, VolatileSlice};
 
-use super::bounce::Alignment;
 use super::positioned_io::{IOV_MAX, READ, WRITE, transfer};
 use super::{Change, DeviceCommand, DiskError, GuestRange, Operation};
 use crate::GuestMemory;
@@ -150,7 +149,7 @@ impl IoBuffers {
         self.first = 0;
     }
 
-    fn rest(&self) -> &[iovec] {
+    pub(super) fn rest(&self) -> &[iovec] {
         &self.iovecs[self.first..]
     }
 
@@ -174,16 +173,6 @@ impl IoBuffers {
             count -= step;
             self.first += usize::from(iovec.iov_len == 0);
         }
-    }
-
-    /// Whether direct I/O takes the buffers as they are. Before Linux 6.18 each buffer's length has to be a multiple of the
-    /// unit, not just their sum.
-    pub(super) fn aligned(&self, alignment: Alignment) -> bool {
-        let (memory, unit) = (alignment.memory as usize, alignment.offset as usize);
-        let fits = |iovec: &iovec| {
-            iovec.iov_base.addr().is_multiple_of(memory) && iovec.iov_len.is_multiple_of(unit)
-        };
-        self.rest().iter().all(fits)
     }
 
     /// One read from `offset` into the buffers, which stay as they are. Returns the bytes read.

@@ -6,8 +6,9 @@
 //! implement them, and [`open`] makes the real ones. Nothing here knows virtio.
 //!
 //! Inside: `open.rs` puts a disk together from a host file, a format and an engine. `opened.rs` names the formats, `raw.rs`
-//! and `qcow2.rs` are formats, `host_file.rs` is the file below each of them (`block_device.rs` what is special
-//! of a device), and `engine/` moves the data.
+//! and `qcow2.rs` are formats, `host_file.rs` is the file below each of them, and `engine/` moves the data. A cached write passes no
+//! more than these. `image_file.rs` locks a file, `direct.rs` knows direct I/O, `block_device.rs` what is special of a device, and
+//! `raw/blocking.rs` does, on the threads of `engine/threads.rs`, what has to wait for the host.
 //!
 #![doc = include_str!("../../docs/disk-engines.md")]
 
@@ -21,9 +22,11 @@ use crate::spawn::{self, Spawn};
 
 mod block_device;
 mod bounce;
+mod direct;
 mod engine;
 mod error;
 mod host_file;
+mod image_file;
 pub mod injected_faults;
 mod job;
 mod layer;

@@ -6,17 +6,19 @@ use std::io;
 use std::sync::Arc;
 
 use super::bounce::Bounce;
+use super::direct::Direct;
 use super::engine::ring::MakeRing;
-use super::engine::{QueueEngine, uring};
+use super::engine::{QueueEngine, threads, uring};
 use super::host_file::{FileKind, HostFile, check_length};
 use super::job::Job;
 use super::opened::{Backend, OpenedDisk};
 use super::qcow2::Qcow2Image;
-use super::raw::RawImage;
+use super::raw::blocking::Blocking;
+use super::raw::{DirectIo, RawImage};
 use super::scsi::is_scsi_disk;
 use super::{
     Aio, Corruption, DetectZeroes, DiscardMode, Disk, DiskError, Engine, EngineSetup, Format,
-    Lifetime, Limits, OpenError, OpenOptions, OpenReason, block_device, other_formats,
+    Lifetime, Limits, OpenError, OpenOptions, OpenReason, block_device, image_file, other_formats,
 };
 
 /// Opens an image as a disk.
@@ -32,17 +34,17 @@ pub fn open(options: &OpenOptions) -> Result<Arc<dyn Disk>, OpenError> {
         {
             return Err(refused(OpenReason::UnmapWithoutDiscard));
         }
-        (Format::Raw, false) => Backend::Raw(open_raw(options).map_err(refused)?),
+        (Format::Raw, false) => open_raw(options).map_err(refused)?,
         _ if options.scsi => return Err(refused(OpenReason::NotScsi)),
         (_, snapshot) => Backend::Qcow2(Box::new(Qcow2Image::open(options, snapshot)?)),
     };
     let ring =
-        options.aio == Aio::IoUring && matches!(backend, Backend::Raw(_)) && uring::available();
+        options.aio == Aio::IoUring && matches!(backend, Backend::Raw(..)) && uring::available();
     Ok(Arc::new(OpenedDisk::new(backend, options, ring.then_some(uring::make as MakeRing))))
 }
 
-fn open_raw(options: &OpenOptions) -> Result<RawImage, OpenReason> {
-    let file = HostFile::open(&options.path, !options.read_only, options)?;
+fn open_raw(options: &OpenOptions) -> Result<Backend, OpenReason> {
+    let file = image_file::open(&options.path, !options.read_only, options)?;
     if options.scsi && !is_scsi_disk(&file.file) {
         return Err(OpenReason::NotScsi);
     }
@@ -58,14 +60,18 @@ fn open_raw(options: &OpenOptions) -> Result<RawImage, OpenReason> {
 }
 
 /// A raw image that `file` is. `discard`: the guest's discards reach it.
-pub(super) fn raw_image(file: HostFile, discard: bool) -> io::Result<RawImage> {
+pub(super) fn raw_image(file: HostFile, discard: bool) -> io::Result<Backend> {
     let (limits, lifetime) = match file.kind {
         FileKind::Regular => (file.limits(discard), None),
         FileKind::BlockDevice => {
             (block_device::limits(&file, discard)?, block_device::lifetime(&file))
         }
     };
-    RawImage::new(file, limits, lifetime, discard)
+    let direct = file.direct.map(|alignment| Arc::new(Direct::new(alignment)));
+    let takes = direct.clone().map(|direct| direct as Arc<dyn DirectIo>);
+    let image = RawImage::new(file, limits, lifetime, takes)?;
+    let blocking = Blocking::new(&image, direct, discard);
+    Ok(Backend::Raw(image, blocking))
 }
 
 impl Disk for OpenedDisk {
@@ -79,7 +85,7 @@ impl Disk for OpenedDisk {
 
     fn limits(&self) -> Limits {
         match &self.backend {
-            Backend::Raw(image) => image.limits(),
+            Backend::Raw(image, _) => image.limits(),
             Backend::Qcow2(image) => image.limits(),
         }
     }
@@ -98,7 +104,7 @@ impl Disk for OpenedDisk {
 
     fn refresh_capacity(&self) -> io::Result<u64> {
         match &self.backend {
-            Backend::Raw(image) => image.refresh_capacity(),
+            Backend::Raw(image, _) => image.refresh_capacity(),
             Backend::Qcow2(image) => image.refresh_capacity(),
         }
     }
@@ -116,7 +122,7 @@ impl Disk for OpenedDisk {
             _ if self.read_only => {
                 Err(io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "the disk is read-only"))
             }
-            Backend::Raw(image) => image.resize(bytes),
+            Backend::Raw(image, _) => image.resize(bytes),
             Backend::Qcow2(image) => image.resize(bytes),
         }
     }
@@ -131,7 +137,7 @@ impl Disk for OpenedDisk {
     }
 
     fn engine(self: Arc<Self>, setup: EngineSetup) -> io::Result<Box<dyn Engine>> {
-        Ok(Box::new(QueueEngine::new(self, setup)?))
+        Ok(Box::new(QueueEngine::new(self, setup, threads::make)?))
     }
 }
 

@@ -16,13 +16,14 @@ use super::engine::ring::MakeRing;
 use super::job::Job;
 use super::qcow2::Qcow2Image;
 use super::raw::RawImage;
+use super::raw::blocking::Blocking;
 use super::{DetectZeroes, DiskError, GuestRange, OpenOptions, Operation};
 use crate::GuestMemory;
 use crate::log_limit::LogLimit;
 
 /// An opened image, by how its bytes become the disk's. Each blocking call may come from any thread.
 pub(super) enum Backend {
-    Raw(RawImage),
+    Raw(RawImage, Blocking),
     Qcow2(Box<Qcow2Image>),
 }
 
@@ -64,14 +65,14 @@ impl OpenedDisk {
     /// The raw image, whose file engines may use without `execute`.
     pub(super) fn raw(&self) -> Option<&RawImage> {
         match &self.backend {
-            Backend::Raw(image) => Some(image),
+            Backend::Raw(image, _) => Some(image),
             _ => None,
         }
     }
 
     pub(super) fn capacity(&self) -> u64 {
         match &self.backend {
-            Backend::Raw(image) => image.capacity(),
+            Backend::Raw(image, _) => image.capacity(),
             Backend::Qcow2(image) => image.capacity(),
         }
     }
@@ -79,9 +80,9 @@ impl OpenedDisk {
     /// Does what is left of `job` on the calling thread, which may have to wait. `bounce` is that thread's.
     pub(super) fn execute(&self, job: &mut Job, bounce: &mut Bounce) -> Result<(), DiskError> {
         match (&self.backend, job.command.take()) {
-            (Backend::Raw(image), None) => image.execute(job, bounce),
+            (Backend::Raw(image, blocking), None) => blocking.execute(image, job, bounce),
             (Backend::Qcow2(image), None) => image.execute(job, bounce),
-            (Backend::Raw(image), Some(command)) if self.scsi => {
+            (Backend::Raw(image, _), Some(command)) if self.scsi => {
                 let data = job.buffers.whole().ok_or(DiskError::Host(libc::EINVAL))?;
                 // SAFETY: the iovecs are valid by the invariant of `IoBuffers`.
                 unsafe { command.execute(image.file().as_fd(), data) }

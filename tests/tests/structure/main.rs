@@ -31,6 +31,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("control (QMP)", &["vmm/src/control"]),
     ("ctl", &["cli/src/ctl"]),
     ("debug exit", &["devices/src/legacy/debug_exit.rs"]),
+    ("direct I/O", &["devices/src/disk/bounce.rs", "devices/src/disk/direct.rs"]),
     ("directory disks", &["cli/src/directory_disk.rs"]),
     (
         "faults on order",
@@ -52,6 +53,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("host's CPU", &["vmm/src/host_cpu.rs"]),
     ("huge pages", &["vmm/src/hugepages.rs"]),
     ("io_uring", &["devices/src/disk/engine/uring.rs"]),
+    ("image locks", &["devices/src/disk/image_file.rs", "devices/src/disk/lock.rs"]),
     ("layers over disks", &["devices/src/disk/layer.rs"]),
     ("log of writes", &["devices/src/disk/log_writes", "vmm/src/write_logs.rs"]),
     ("MPTable", &["arch/src/tables/mptable.rs"]),
@@ -80,12 +82,17 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
         ],
     ),
     ("replay", &["cli/src/replay"]),
+    ("ranges of raw images", &["devices/src/disk/raw/ranges.rs"]),
     ("required calls", &["cli/src/required_calls.rs"]),
     ("sandbox", &["vmm/src/sandbox"]),
     ("scsi", &["devices/src/disk/scsi", "devices/src/block/scsi"]),
     ("service manager", &["cli/src/service.rs"]),
     ("state", &["devices/src/virtio/mmio/state.rs", "devices/src/legacy/serial/state.rs"]),
     ("temporary files", &["devices/src/disk/temporary_file.rs"]),
+    (
+        "threads that wait for the host",
+        &["devices/src/disk/engine/threads.rs", "devices/src/disk/raw/blocking.rs"],
+    ),
     ("throttling", &["devices/src/block/throttle"]),
     ("timeout", &["vmm/src/timeout.rs"]),
     (

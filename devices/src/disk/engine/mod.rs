@@ -1,7 +1,7 @@
 //! The engine of one queue worker: it sends each transfer the cheapest way that serves it.
 //!
 //! A transfer is checked, its guest ranges become host addresses, and [`route`] decides who moves the data: the worker
-//! itself (`inline`), the kernel (`ring`), or a thread that may wait (`pool`). A transfer that comes back short continues
+//! itself (`inline`), the kernel (`ring`), or a thread that may wait (`pool`). The last two are plugged in. A transfer that comes back short continues
 //! from where it stopped, on the route that suits the rest. Errors that belong to a route and not to the file (a full ring,
 //! a seccomp filter) send the transfer to the pool, whose system call then gives the file's own answer.
 
@@ -18,7 +18,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::inline::Inline;
-use self::pool::Pool;
+use self::pool::{MakePool, Pool};
 use self::ring::{Carried, Ring};
 use super::job::Job;
 use super::opened::OpenedDisk;
@@ -32,6 +32,7 @@ use crate::GuestMemory;
 mod inline;
 mod pool;
 pub(super) mod ring;
+pub(super) mod threads;
 pub(super) mod uring;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,14 +89,20 @@ pub(super) struct QueueEngine {
     pooled: VecDeque<(Box<Job>, Result<(), DiskError>)>,
     inline: Inline,
     ring: Option<Box<dyn Ring>>,
-    pool: Pool,
+    pool: Box<dyn Pool>,
+    /// Jobs that the pool has.
+    waiting: usize,
     event: EventFd,
     /// Every job's buffers point into it: it stays until `drop` has drained them.
     memory: GuestMemory,
 }
 
 impl QueueEngine {
-    pub(super) fn new(disk: Arc<OpenedDisk>, setup: EngineSetup) -> io::Result<Self> {
+    pub(super) fn new(
+        disk: Arc<OpenedDisk>,
+        setup: EngineSetup,
+        make_pool: MakePool,
+    ) -> io::Result<Self> {
         let EngineSetup { memory, depth, threads, spawn } = setup;
         let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         let depth = depth.max(1) as usize;
@@ -103,7 +110,7 @@ impl QueueEngine {
         // A file in memory is served inline: it needs no ring.
         let waiting = image.filter(|image| !image.is_in_memory());
         let ring = disk.make_ring.zip(waiting);
-        let ring = ring.map(|(make, image)| make(image.file(), depth, &event, &disk.shortages));
+        let ring = ring.map(|(make, image)| make(image, depth, &event, &disk.shortages));
         let ring = match ring.transpose() {
             // Nothing else would work, either.
             Err(error) if error.raw_os_error() == Some(libc::EMFILE) => return Err(error),
@@ -121,7 +128,8 @@ impl QueueEngine {
         Ok(Self {
             inline: Inline::default(),
             ring,
-            pool: Pool::new(Arc::clone(&disk), depth, threads, event.try_clone()?, &spawn),
+            pool: make_pool(Arc::clone(&disk), depth, threads, event.try_clone()?, &spawn),
+            waiting: 0,
             spare: Vec::with_capacity(depth),
             finished: Vec::with_capacity(depth),
             reaped: VecDeque::with_capacity(depth),
@@ -186,24 +194,26 @@ impl QueueEngine {
                     return self.finish(job, result);
                 }
             }
-            (Route::Ring, Some(raw), Some(ring)) if raw.try_take_units(&job) => {
-                match ring.submit(job) {
-                    Ok(()) => return,
-                    Err(refused) => job = refused,
-                }
-                raw.release_units(&job);
-            }
+            (Route::Ring, _, Some(ring)) => match ring.submit(job) {
+                Ok(()) => return,
+                Err(refused) => job = refused,
+            },
             _ => self.inline.passed(&job),
         }
+        self.wait_for(job);
+    }
+
+    /// Leaves a job to the threads that wait for the host.
+    fn wait_for(&mut self, job: Box<Job>) {
+        self.waiting += 1;
         self.pool.submit(job);
     }
 
     /// Takes a job back from the ring: done, failed, or to be continued.
     fn take_back(&mut self, mut job: Box<Job>, carried: Carried) {
         let Some(raw) = self.disk.raw() else { unreachable!("only raw images have a ring") };
-        raw.release_units(&job);
         let result = match (job.operation, carried) {
-            (_, None) => return self.pool.submit(job),
+            (_, None) => return self.wait_for(job),
             (Operation::Flush, Some(result)) => raw.file().check_flushed(result.map(drop)),
             (_, Some(Ok(0))) => Err(io::ErrorKind::UnexpectedEof.into()),
             (_, Some(Ok(count))) => {
@@ -240,7 +250,7 @@ impl Engine for QueueEngine {
         match unsafe { job.buffers.resolve(&self.memory, data) } {
             Ok(_) => {
                 job.command = Some(command);
-                self.pool.submit(job);
+                self.wait_for(job);
             }
             Err(error) => self.finish(job, Err(error)),
         }
@@ -257,9 +267,12 @@ impl Engine for QueueEngine {
     }
 
     fn reap(&mut self, done: &mut Vec<Completion>) {
-        self.pool.reap(&mut self.pooled);
-        while let Some((job, result)) = self.pooled.pop_front() {
-            self.finish(job, result);
+        if self.waiting > 0 {
+            self.pool.reap(&mut self.pooled);
+            while let Some((job, result)) = self.pooled.pop_front() {
+                self.waiting -= 1;
+                self.finish(job, result);
+            }
         }
         while let Some(ring) = &mut self.ring {
             ring.reap(&mut self.reaped);
@@ -291,7 +304,7 @@ impl Engine for QueueEngine {
             }
             self.reap(done);
         }
-        while self.pool.in_flight() > 0 {
+        while self.waiting > 0 {
             self.pool.wait();
             self.reap(done);
         }

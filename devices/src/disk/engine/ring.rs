@@ -7,14 +7,14 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::disk::host_file::HostFile;
 use crate::disk::job::Job;
+use crate::disk::raw::RawImage;
 use crate::log_limit::LogLimit;
 
-/// Makes the ring of one engine: for the image's file, with at most so many jobs at once. The ring writes to the eventfd
+/// Makes the ring of one engine: for the image, with at most so many jobs at once. The ring writes to the eventfd
 /// when a job is done after the last `reap`; the limit is for messages about what the kernel refuses.
 pub(in crate::disk) type MakeRing =
-    fn(&HostFile, usize, &EventFd, &Arc<LogLimit>) -> io::Result<Box<dyn Ring>>;
+    fn(&RawImage, usize, &EventFd, &Arc<LogLimit>) -> io::Result<Box<dyn Ring>>;
 
 /// What became of a job: the bytes that were moved, or the file's error. `None`: the ring could not carry the job, which
 /// says nothing about the file.

@@ -22,8 +22,8 @@ use io_uring::{IoUring, opcode, squeue, types};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::ring::{Carried, Ring};
-use crate::disk::host_file::HostFile;
 use crate::disk::job::Job;
+use crate::disk::raw::{DirectIo, RawImage};
 use crate::disk::{Change, ObservedBy, Operation};
 use crate::log_limit::LogLimit;
 
@@ -44,6 +44,7 @@ struct Uring {
     broken: bool,
     shortages: Arc<LogLimit>,
     observer: Option<ObservedBy>,
+    direct: Option<Arc<dyn DirectIo>>,
 }
 
 /// Whether this host provides io_uring. The host is asked once, and so is the user told.
@@ -116,13 +117,13 @@ fn restrict(uring: &IoUring) -> io::Result<()> {
 /// # Errors
 /// The host refuses one, for now or for good.
 pub(in crate::disk) fn make(
-    image: &HostFile,
+    image: &RawImage,
     depth: usize,
     event: &EventFd,
     shortages: &Arc<LogLimit>,
 ) -> io::Result<Box<dyn Ring>> {
     let mut uring = build(u32::try_from(depth).unwrap_or(u32::MAX))?;
-    uring.submitter().register_files(&[image.file.as_raw_fd()])?;
+    uring.submitter().register_files(&[image.file().file.as_raw_fd()])?;
     uring.submitter().register_eventfd(event.as_raw_fd())?;
     restrict(&uring)?;
     uring.completion().disable_eventfd();
@@ -134,7 +135,8 @@ pub(in crate::disk) fn make(
         enabled: false,
         broken: false,
         shortages: Arc::clone(shortages),
-        observer: image.observer.clone(),
+        observer: image.file().observer.clone(),
+        direct: image.direct.clone(),
     }))
 }
 
@@ -146,6 +148,10 @@ impl Ring for Uring {
     fn submit(&mut self, mut job: Box<Job>) -> Result<(), Box<Job>> {
         let free = self.jobs.get(job.tag as usize).is_some_and(Option::is_none);
         let Some(entry) = entry(&job).filter(|_| free && !self.broken) else { return Err(job) };
+        if !self.direct.as_ref().is_none_or(|direct| direct.try_take(&job)) {
+            // Another write has some of its units: a thread waits for them.
+            return Err(job);
+        }
         self.begin(&mut job);
         // SAFETY: the entry's pointers stay valid until the completion: guest memory by the invariant of `IoBuffers`, the
         // iovec list because `jobs` keeps the job, untouched, until `reap` has seen its completion.
@@ -158,7 +164,7 @@ impl Ring for Uring {
                 Ok(())
             }
             Err(_full) => {
-                end(&self.observer, &mut job, false);
+                end(&self.observer, self.direct.as_deref(), &mut job, false);
                 Err(job)
             }
         }
@@ -205,7 +211,7 @@ impl Ring for Uring {
                     self.jobs.get_mut(entry.user_data() as usize).and_then(Option::take)
                 {
                     self.in_flight -= 1;
-                    end(&self.observer, &mut job, entry.result() >= 0);
+                    end(&self.observer, self.direct.as_deref(), &mut job, entry.result() >= 0);
                     completed.push_back((job, carried(entry.result())));
                 }
             }
@@ -214,7 +220,7 @@ impl Ring for Uring {
                 for tag in self.queued.drain(..) {
                     self.in_flight -= 1;
                     let Some(mut job) = self.jobs[tag as usize].take() else { continue };
-                    end(&self.observer, &mut job, false);
+                    end(&self.observer, self.direct.as_deref(), &mut job, false);
                     completed.push_back((job, None));
                 }
             }
@@ -240,8 +246,16 @@ impl Ring for Uring {
     }
 }
 
-/// Shows the observer, if there is one, that the ring is done with a job.
-fn end(observer: &Option<ObservedBy>, job: &mut Job, succeeded: bool) {
+/// The ring is done with a job: shows that to the observer, if there is one, and gives back the job's units.
+fn end(
+    observer: &Option<ObservedBy>,
+    direct: Option<&dyn DirectIo>,
+    job: &mut Job,
+    succeeded: bool,
+) {
+    if let Some(direct) = direct {
+        direct.release(job);
+    }
     if let (Some(ObservedBy(observer)), Some(change)) = (observer, job.change.take()) {
         observer.end(change, succeeded);
     }

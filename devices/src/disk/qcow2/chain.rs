@@ -13,8 +13,7 @@ use imago::raw::Raw;
 use super::header::{self, Header};
 use super::ordered::OrderedStorage;
 use super::storage::HostStorage;
-use crate::disk::host_file::HostFile;
-use crate::disk::{Format, OpenError, OpenOptions, OpenReason, other_formats};
+use crate::disk::{Format, OpenError, OpenOptions, OpenReason, image_file, other_formats};
 
 const MAX_CHAIN: usize = 64;
 
@@ -49,7 +48,7 @@ fn open_at_depth(
     if depth > MAX_CHAIN {
         return Err(refused(OpenReason::BackingChain(MAX_CHAIN)));
     }
-    let file = Arc::new(HostFile::open(path, writable, options).map_err(refused)?);
+    let file = Arc::new(image_file::open(path, writable, options).map_err(refused)?);
     let header = match format {
         Format::Raw => {
             // Only an image that the user has named can be without a format.

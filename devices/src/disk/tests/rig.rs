@@ -10,11 +10,11 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::GuestMemory;
-use crate::disk::bounce::Alignment;
 use crate::disk::engine::uring;
+use crate::disk::host_file::Alignment;
 use crate::disk::host_file::HostFile;
 use crate::disk::open::raw_image;
-use crate::disk::opened::{Backend, OpenedDisk};
+use crate::disk::opened::OpenedDisk;
 use crate::disk::{
     Aio, CacheMode, DetectZeroes, Disk, DiskError, Engine, EngineSetup, GuestRange, OpenOptions,
     OpenReason, Operation, Transfer, open,
@@ -206,7 +206,7 @@ pub(super) fn demanding(options: &OpenOptions, alignment: Alignment) -> Option<A
 
 /// A raw disk over `file`, served as `options` say.
 pub(super) fn raw_disk(file: HostFile, options: &OpenOptions) -> Arc<dyn Disk> {
-    let backend = Backend::Raw(raw_image(file, true).unwrap());
+    let backend = raw_image(file, true).unwrap();
     let ring = options.aio == Aio::IoUring && uring::available();
     Arc::new(OpenedDisk::new(backend, options, ring.then_some(uring::make as _)))
 }

@@ -1,0 +1,165 @@
+//! Threads that wait for the host: everything with `aio=threads` or qcow2 that has to wait, and whatever io_uring does not do,
+//! such as discards and device commands.
+//!
+//! A capability: what the worker makes at once comes by none of this. It hooks in as a [`Pool`], which `open` gives to each engine.
+//!
+//! Each engine has a pool of its own. All its threads are started with it, because a confined process cannot start any later,
+//! and end when the pool is dropped, after the work. If the host cannot start a thread (RLIMIT_NPROC, a pids cgroup), the
+//! threads there are do the work, or else the worker itself.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::pool::Pool;
+use crate::disk::DiskError;
+use crate::disk::bounce::Bounce;
+use crate::disk::job::Job;
+use crate::disk::opened::OpenedDisk;
+use crate::lock;
+use crate::spawn::Spawn;
+
+/// How a job ended. The outer error is a panic, which goes on in the thread that reaps.
+type Outcome = Result<Result<(), DiskError>, Box<dyn Any + Send>>;
+
+/// One engine's threads, and the jobs that they have. The worker that owns the engine adds and reaps jobs. The threads
+/// share only the queue of jobs with it, and touch guest memory while the worker does other things.
+struct Threads {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    in_flight: usize,
+}
+
+struct Shared {
+    disk: Arc<OpenedDisk>,
+    state: Mutex<State>,
+    /// A job was queued, or `State::stop` was set.
+    queued: Condvar,
+    finished: Condvar,
+    /// Written to when `State::finished` stops being empty.
+    event: EventFd,
+}
+
+struct State {
+    queue: VecDeque<Box<Job>>,
+    finished: Vec<(Box<Job>, Outcome)>,
+    stop: bool,
+}
+
+/// A pool of at most `threads` threads for at most `depth` jobs at once. It writes to `event` when some are finished.
+pub(in crate::disk) fn make(
+    disk: Arc<OpenedDisk>,
+    depth: usize,
+    threads: usize,
+    event: EventFd,
+    spawn: &Spawn,
+) -> Box<dyn Pool> {
+    let state = State {
+        queue: VecDeque::with_capacity(depth),
+        finished: Vec::with_capacity(depth),
+        stop: false,
+    };
+    let shared = Arc::new(Shared {
+        disk,
+        state: Mutex::new(state),
+        queued: Condvar::new(),
+        finished: Condvar::new(),
+        event,
+    });
+    let wanted = threads.clamp(1, depth);
+    let mut threads = Vec::with_capacity(wanted);
+    for number in 0..wanted {
+        let of_thread = Arc::clone(&shared);
+        let body = Box::new(move || work(&of_thread, true));
+        match spawn(format!("disk-io-{number}"), body) {
+            Ok(thread) => threads.push(thread),
+            Err(error) => {
+                if let Some(suppressed) = shared.disk.shortages.admit() {
+                    tracing::warn!(%error, suppressed, "a disk's queue has {number} threads that wait for the host instead of {wanted}");
+                }
+                break;
+            }
+        }
+    }
+    Box::new(Threads { shared, threads, in_flight: 0 })
+}
+
+impl Pool for Threads {
+    /// Queues a job for the threads, or does it here if there are none.
+    fn submit(&mut self, job: Box<Job>) {
+        self.in_flight += 1;
+        lock(&self.shared.state).queue.push_back(job);
+        if self.threads.is_empty() {
+            work(&self.shared, false);
+        } else {
+            self.shared.queued.notify_one();
+        }
+    }
+
+    fn reap(&mut self, done: &mut VecDeque<(Box<Job>, Result<(), DiskError>)>) {
+        if self.in_flight == 0 {
+            return;
+        }
+        let mut state = lock(&self.shared.state);
+        self.in_flight -= state.finished.len();
+        done.extend(state.finished.drain(..).map(|(job, outcome)| {
+            let result = outcome.unwrap_or_else(|panic| match thread::panicking() {
+                // This is the engine's clean-up during another panic, and a second one would abort.
+                true => Err(DiskError::Host(libc::EIO)),
+                false => resume_unwind(panic),
+            });
+            (job, result)
+        }));
+    }
+
+    fn wait(&self) {
+        let state = lock(&self.shared.state);
+        let waiting = |state: &mut State| self.in_flight > 0 && state.finished.is_empty();
+        drop(
+            self.shared.finished.wait_while(state, waiting).unwrap_or_else(PoisonError::into_inner),
+        );
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        lock(&self.shared.state).stop = true;
+        self.shared.queued.notify_all();
+        for thread in self.threads.drain(..) {
+            // Panics in a job were caught and are reported with it.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Does jobs until there are none; a thread that may `wait` for more ends only with the pool.
+fn work(shared: &Shared, wait: bool) {
+    let mut bounce = Bounce::default();
+    let mut state = lock(&shared.state);
+    loop {
+        let Some(mut job) = state.queue.pop_front() else {
+            if state.stop || !wait {
+                return;
+            }
+            state = shared.queued.wait(state).unwrap_or_else(PoisonError::into_inner);
+            continue;
+        };
+        drop(state);
+        let (operation, offset, size) = (job.operation, job.offset, job.length);
+        tracing::trace!(target: "disk_io_begin", ?operation, offset, size);
+        let outcome = catch_unwind(AssertUnwindSafe(|| shared.disk.execute(&mut job, &mut bounce)));
+        tracing::trace!(target: "disk_io_end", size);
+        state = lock(&shared.state);
+        state.finished.push((job, outcome));
+        if state.finished.len() == 1 {
+            shared.finished.notify_one();
+            if let Err(error) = shared.event.write(1) {
+                tracing::error!(%error, "cannot signal a finished disk transfer");
+            }
+        }
+    }
+}
