@@ -1,13 +1,10 @@
 //! What the driver is told before the first request: features and configuration space (virtio 1.2 §5.2.3-5.2.5).
 
 use super::options::{BlockOptions, BlockSizes};
+use super::request::RequestTypes;
 use crate::disk::Disk;
 use crate::virtio::spec::{self, blk};
 
-/// Most segments in a discard, write-zeroes or secure-erase request; one page of them, and Linux's own maximum.
-pub(super) const MAX_SEGMENTS: u32 = 256;
-/// Most sectors in one of those segments: 2 GiB, a multiple of every granularity.
-pub(super) const MAX_SEGMENT_SECTORS: u32 = 1 << 22;
 /// What one vectored system call moves at most (MAX_RW_COUNT in Linux: INT_MAX rounded down to a page).
 const MAX_TRANSFER: u32 = 0x7fff_f000;
 const PAGE: u32 = 4096;
@@ -31,8 +28,8 @@ impl ConfigSpace {
         sizes: &BlockSizes,
         disk: &dyn Disk,
         geometry: GeometryRule,
+        request_types: &[Box<dyn RequestTypes>],
     ) -> Self {
-        let limits = disk.limits();
         // Two descriptors of a full queue are left for header and status, as QEMU does.
         let seg_max = u32::from(options.queue_size) - 2;
         let mut features = blk::F_SIZE_MAX
@@ -59,30 +56,10 @@ impl ConfigSpace {
         if options.num_queues > 1 {
             features |= blk::F_MQ;
         }
-        if disk.lifetime().is_some() {
-            features |= blk::F_LIFETIME;
-        }
         if disk.read_only() {
             features |= blk::F_RO;
-        } else {
-            features |= blk::F_WRITE_ZEROES;
-            base.max_write_zeroes_sectors = MAX_SEGMENT_SECTORS;
-            base.max_write_zeroes_seg = MAX_SEGMENTS;
-            let unit = limits.discard_granularity.max(sizes.logical) / blk::SECTOR_SIZE as u32;
-            if limits.discard_granularity > 0 {
-                features |= blk::F_DISCARD;
-                base.max_discard_sectors = MAX_SEGMENT_SECTORS;
-                base.max_discard_seg = MAX_SEGMENTS;
-                base.discard_sector_alignment = unit;
-                base.write_zeroes_may_unmap = 1;
-            }
-            if limits.secure_erase {
-                features |= blk::F_SECURE_ERASE;
-                base.max_secure_erase_sectors = MAX_SEGMENT_SECTORS;
-                base.max_secure_erase_seg = MAX_SEGMENTS;
-                base.secure_erase_sector_alignment = unit;
-            }
         }
+        request_types.iter().for_each(|types| types.offer(disk, &mut features, &mut base));
         Self { features, base, geometry, block_size: sizes.logical }
     }
 
@@ -106,6 +83,7 @@ impl ConfigSpace {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::block::device::request_types;
     use crate::block::geometry;
     use crate::block::options::Geometry;
     use crate::block::tests::TestDisk;
@@ -117,7 +95,8 @@ mod tests {
         change(&mut options, &mut disk);
         let sizes = options.check(&disk.limits).unwrap();
         let geometry = geometry::rule(options.geometry, &disk);
-        ConfigSpace::new(&options, &sizes, &disk, geometry)
+        let request_types = request_types(&options, &disk);
+        ConfigSpace::new(&options, &sizes, &disk, geometry, &request_types)
     }
 
     const ALWAYS: u64 = blk::F_SIZE_MAX

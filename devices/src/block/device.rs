@@ -17,6 +17,9 @@ use super::geometry;
 use super::histogram::Histogram;
 use super::options::{BlockError, BlockOptions};
 use super::queue::QueueSnapshot;
+use super::request::RequestTypes;
+use super::request::identity::Identity;
+use super::request::segments::Segments;
 use super::scsi::ScsiCommands;
 use super::shared::Shared;
 use super::stats::{BlockStats, IoStatus, Kind};
@@ -71,10 +74,10 @@ impl BlockDevice {
         let count = usize::from(options.num_queues).clamp(1, cpus);
         options.throttling.check()?;
         let throttle = Arc::new(Throttle::new(options.throttling, Instant::now()));
-        let commands = Box::new(ScsiCommands { enabled: disk.scsi() });
+        let types = request_types(&options, &*disk);
         let limiter = Arc::clone(&throttle) as Arc<dyn Limiter>;
         let geometry = geometry::rule(options.geometry, &*disk);
-        let shared = Shared::new(options, disk, events, count, limiter, commands, geometry)?;
+        let shared = Shared::new(options, disk, events, count, limiter, types, geometry)?;
         let workers: Result<Arc<[_]>, _> = (0..count)
             .map(|number| {
                 // As `place` deals them out.
@@ -95,6 +98,13 @@ impl BlockDevice {
             running: Arc::clone(&self.running),
         }
     }
+}
+
+/// What a disk serves beside reads, writes and flushes.
+pub(super) fn request_types(options: &BlockOptions, disk: &dyn Disk) -> Vec<Box<dyn RequestTypes>> {
+    let identity = Identity::new(options.serial.as_deref(), disk.lifetime());
+    let scsi = ScsiCommands { enabled: disk.scsi() };
+    vec![Box::new(Segments), Box::new(identity), Box::new(scsi)]
 }
 
 /// The thread that serves queue `index`, and the queue's position there.

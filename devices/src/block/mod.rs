@@ -13,8 +13,9 @@
 //! `worker` is the only module that acts on requests; the others decide, count or hold, and only its thread calls it.
 //! Beside the path: `device` is the transport's view and the VM's, `shared` what all threads of a disk see,
 //! `config_space` what the driver reads before the first request, `busy_poll` and
-//! `error_policy` two decisions. `throttle`, `scsi` and `geometry` are capabilities: `device` plugs them in, and the path
-//! knows them by the traits in `admission` and `request`, and a function type in `config_space`.
+//! `error_policy` two decisions. `throttle`, `scsi`, `geometry`, and the requests that are no read, write or flush are capabilities:
+//! `device` plugs them in, and the path knows them by the traits in `admission` and `request`, and a function type in
+//! `config_space`.
 
 mod admission;
 mod batch;

@@ -1,5 +1,5 @@
 //! SCSI commands (`scsi=on`) in virtio-blk's legacy framing: header, command, data, sense, trailer, status (virtio 1.2
-//! §5.2.6.3). A capability: the core knows it as a [`CommandSet`], which `device` plugs in.
+//! §5.2.6.3). A capability: the core knows it as [`RequestTypes`], which `device` plugs in.
 //!
 //! F_SCSI is never offered: it is a bit of the legacy interface (§5.2.3.1), and the transport has only the modern one, with
 //! VERSION_1, where QEMU withdraws the bit. So the option alone decides: the operator sets `scsi=on` for a driver that
@@ -7,7 +7,8 @@
 
 use std::sync::Arc;
 
-use super::request::{CommandRequest, CommandSet};
+use super::request::{Action, CommandRequest, RequestLimits, RequestTypes, UnsuitableRequest};
+use super::stats::Kind;
 use crate::disk::{CDB_MAX, DiskError, Engine, SENSE_MAX, ScsiCommand, ScsiDirection};
 use crate::virtio::queue::{ChainBuffers, total, write_at};
 use crate::virtio::spec::blk;
@@ -32,7 +33,7 @@ struct Packet {
     trailer: Vec<GuestRange>,
 }
 
-impl CommandSet for ScsiCommands {
+impl RequestTypes for ScsiCommands {
     /// The next device-readable buffer is the command, of its length (here buffers do count, §5.2.6.3), and what is left of
     /// either kind is the data.
     fn parse(
@@ -40,7 +41,8 @@ impl CommandSet for ScsiCommands {
         request_type: u32,
         buffers: &mut ChainBuffers,
         memory: &GuestMemory,
-    ) -> Option<Result<Box<dyn CommandRequest>, (u8, u32)>> {
+        _: &RequestLimits,
+    ) -> Option<(Kind, Result<Action, UnsuitableRequest>)> {
         if !matches!(request_type, blk::T_SCSI_CMD | blk::T_SCSI_CMD_OUT) {
             return None;
         }
@@ -50,10 +52,12 @@ impl CommandSet for ScsiCommands {
         } else {
             Err((blk::S_UNSUPP, trailer))
         };
-        Some(match packet {
-            Ok(packet) => Ok(Box::new(packet)),
-            Err((code, trailer)) => Err((code, put_trailer(memory, &trailer, [NOT_DONE, 0, 0, 0]))),
-        })
+        let action = packet.map(|packet| Action::Command(Box::new(packet)));
+        let refused = |(code, trailer): (u8, Vec<_>)| {
+            let written = put_trailer(memory, &trailer, [NOT_DONE, 0, 0, 0]);
+            UnsuitableRequest { code, written }
+        };
+        Some((Kind::Other, action.map_err(refused)))
     }
 }
 

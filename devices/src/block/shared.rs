@@ -11,7 +11,7 @@ use super::admission::Limiter;
 use super::config_space::{ConfigSpace, GeometryRule};
 use super::events::{BlockEvent, ErrorAction, EventLimit, EventSink};
 use super::options::{BlockError, BlockOptions};
-use super::request::{CommandSet, Refusal, RequestLimits};
+use super::request::{Refusal, RequestLimits, RequestTypes};
 use super::stats::{BlockStats, Counters, IoStatus, Kind};
 use crate::disk::{Disk, DiskError};
 use crate::log_limit::LogLimit;
@@ -35,7 +35,7 @@ pub(super) struct Shared {
     write_threshold: AtomicU64,
     pub(super) counters: Vec<Arc<Counters>>,
     pub(super) limiter: Arc<dyn Limiter>,
-    pub(super) commands: Box<dyn CommandSet>,
+    pub(super) request_types: Vec<Box<dyn RequestTypes>>,
     limits: LogLimits,
     error_events: EventLimit,
 }
@@ -58,17 +58,17 @@ impl Shared {
         events: EventSink,
         workers: usize,
         limiter: Arc<dyn Limiter>,
-        commands: Box<dyn CommandSet>,
+        request_types: Vec<Box<dyn RequestTypes>>,
         geometry: GeometryRule,
     ) -> Result<Arc<Self>, BlockError> {
         let sizes = options.check(&disk.limits())?;
         Ok(Arc::new(Self {
-            config_space: ConfigSpace::new(&options, &sizes, &*disk, geometry),
+            config_space: ConfigSpace::new(&options, &sizes, &*disk, geometry, &request_types),
             writeback: AtomicBool::new(options.write_cache),
             io_status: AtomicU8::new(IoStatus::Ok as u8),
             write_threshold: AtomicU64::new(NO_THRESHOLD),
             limiter,
-            commands,
+            request_types,
             options,
             disk,
             events,
@@ -127,23 +127,6 @@ impl Shared {
             usize::try_from(offset).ok().and_then(|offset| bytes.get(offset..)).unwrap_or_default();
         data.fill(0);
         data.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
-    }
-
-    /// The answer to GET_ID: the serial number, padded with NUL (virtio 1.2 §5.2.6).
-    pub(super) fn id(&self) -> [u8; blk::ID_SIZE] {
-        let mut id = [0; blk::ID_SIZE];
-        let serial = self.options.serial.as_deref().unwrap_or_default().as_bytes();
-        id.iter_mut().zip(serial).for_each(|(id, byte)| *id = *byte);
-        id
-    }
-
-    /// The answer to GET_LIFETIME; what the host does not tell is 0 (virtio 1.2 §5.2.6).
-    pub(super) fn lifetime(&self) -> blk::Lifetime {
-        self.disk.lifetime().map_or(blk::Lifetime::default(), |lifetime| blk::Lifetime {
-            pre_eol_info: lifetime.pre_eol_info,
-            estimate_type_a: lifetime.device_lifetime_est_typ_a,
-            estimate_type_b: lifetime.device_lifetime_est_typ_b,
-        })
     }
 
     pub(super) fn io_status(&self) -> IoStatus {

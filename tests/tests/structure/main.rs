@@ -86,6 +86,10 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("required calls", &["cli/src/required_calls.rs"]),
     ("sandbox", &["vmm/src/sandbox"]),
     ("scsi", &["devices/src/disk/scsi", "devices/src/block/scsi"]),
+    (
+        "segments and identity",
+        &["devices/src/block/request/identity.rs", "devices/src/block/request/segments.rs"],
+    ),
     ("service manager", &["cli/src/service.rs"]),
     ("state", &["devices/src/virtio/mmio/state.rs", "devices/src/legacy/serial/state.rs"]),
     ("temporary files", &["devices/src/disk/temporary_file.rs"]),

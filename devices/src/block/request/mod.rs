@@ -2,20 +2,23 @@
 //!
 //! [`parse`] turns the buffers of a chain into a [`Request`], or into the [`Refusal`] that answers it. A request has passed
 //! every check and holds all that serving it needs: what to do, where its data is, and where its status byte goes. The
-//! worker reads no header and no segment list itself.
+//! worker reads no header itself.
 //!
-//! Request types that are no part of the block device proper (SCSI commands) come from a [`CommandSet`], which the device
-//! plugs in: this module and the worker know only the trait.
+//! Requests that are no read, write or flush (`segments`, `identity`, SCSI commands) come from [`RequestTypes`], which the device
+//! plugs in: [`parse`] and the worker know only the trait.
 
+pub(super) mod identity;
 mod parse;
+pub(super) mod segments;
 
 use std::slice;
 
 use vm_memory::GuestAddress;
 
 use super::stats::Kind;
-use crate::disk::{DiskError, Engine, Operation};
+use crate::disk::{Disk, DiskError, Engine, Operation};
 use crate::virtio::queue::ChainBuffers;
+use crate::virtio::spec::blk;
 use crate::{GuestMemory, GuestRange};
 
 pub(super) use parse::parse;
@@ -50,11 +53,9 @@ pub(super) enum Action {
     Flush,
     /// Discard, zero or erase these ranges, one after the other.
     Ranges(Vec<DiskRange>),
-    /// Write the disk's serial number, padded with NUL to 20 bytes, into the data.
-    GetId,
-    /// Write how worn the disk is into the data.
-    GetLifetime,
-    /// Carry out a command of the plugged-in [`CommandSet`].
+    /// Write this into the data.
+    Answer(Vec<u8>),
+    /// Have the engine carry out a command.
     Command(Box<dyn CommandRequest>),
 }
 
@@ -87,21 +88,40 @@ pub(super) enum Refusal {
     Unanswerable,
 }
 
-/// Request types beyond those of virtio 1.2 §5.2.6.
-pub(super) trait CommandSet: Send + Sync {
-    /// Makes a command of the buffers behind the header. `None`: not a type of this set.
+/// Request types beyond reads, writes and flushes, which `device` plugs in.
+pub(super) trait RequestTypes: Send + Sync {
+    /// Makes a request of the buffers behind the header. `None`: it is of no type that this knows.
     ///
     /// # Errors
-    /// The status that refuses the request, and the bytes written before it.
+    /// The request is not suitable.
     fn parse(
         &self,
         request_type: u32,
         buffers: &mut ChainBuffers,
         memory: &GuestMemory,
-    ) -> Option<Result<Box<dyn CommandRequest>, (u8, u32)>>;
+        limits: &RequestLimits,
+    ) -> Option<(Kind, Result<Action, UnsuitableRequest>)>;
+
+    /// Adds its feature bits to `features`, and its fields to the configuration space of `disk`.
+    fn offer(&self, _disk: &dyn Disk, _features: &mut u64, _config: &mut blk::Config) {}
 }
 
-/// A request of a [`CommandSet`] on its way.
+/// The status that refuses a request, and the bytes of data written before it.
+pub(super) struct UnsuitableRequest {
+    pub(super) code: u8,
+    pub(super) written: u32,
+}
+
+/// Byte offset of `sector`, when it and the `length` bytes from there are whole logical blocks of the disk.
+pub(super) fn byte_offset(sector: u64, length: u64, limits: &RequestLimits) -> Option<u64> {
+    let offset = sector.checked_mul(blk::SECTOR_SIZE)?;
+    let end = offset.checked_add(length)?;
+    // The block size is a power of two.
+    let aligned = (offset | length) & (limits.block_size - 1) == 0;
+    (aligned && end <= limits.capacity).then_some(offset)
+}
+
+/// A command on its way: neither a transfer nor a flush.
 pub(super) trait CommandRequest: Send {
     /// Hands the command to the engine, whose completion has this tag.
     fn submit(&self, tag: u32, data: &[GuestRange], engine: &mut dyn Engine);

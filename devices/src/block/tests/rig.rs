@@ -5,12 +5,12 @@ use std::sync::{Arc, Mutex};
 
 use super::disk::TestDisk;
 use super::driver::{Buffer, Driver, MEMORY, Sent};
-use crate::block::scsi::ScsiCommands;
+use crate::block::device::request_types;
 use crate::block::shared::Shared;
 use crate::block::throttle::Throttle;
 use crate::block::worker::{Negotiated, Worker};
 use crate::block::{BlockEvent, BlockOptions, BlockStats, EventSink, Throttling};
-use crate::disk::{Disk, EngineSetup};
+use crate::disk::EngineSetup;
 use crate::virtio::device::ActiveQueue;
 use crate::virtio::drain::Drain;
 use crate::virtio::spec::{self, blk};
@@ -59,7 +59,7 @@ impl Rig {
         let disk = Arc::new(disk);
         let (sink, events) = recorder();
         let throttle = Arc::new(Throttle::new(options.throttling, Instant::now()));
-        let commands = Box::new(ScsiCommands { enabled: disk.scsi() });
+        let commands = request_types(&options, &*disk);
         let limiter = Arc::clone(&throttle);
         let geometry = crate::block::geometry::rule(None, &*disk);
         let shared =

@@ -3,7 +3,7 @@
 use super::driver::Buffer;
 use super::rig::{Outcome, Rig};
 use crate::block::Kind;
-use crate::block::config_space::{MAX_SEGMENT_SECTORS, MAX_SEGMENTS};
+use crate::block::request::segments::{MAX_SEGMENT_SECTORS, MAX_SEGMENTS};
 use crate::disk::{DiskError, Operation};
 use crate::virtio::spec::blk::{self, Segment};
 

@@ -105,7 +105,7 @@ impl Worker {
                 queue.split.abandon(chain);
                 Err(error.into())
             }
-            Ok(()) => match parse(buffers, memory, limits, &*self.shared.commands) {
+            Ok(()) => match parse(buffers, memory, limits, &self.shared.request_types) {
                 Err(refusal) => self.refuse(position, chain, &refusal),
                 Ok(request) => match self.must_wait(&request, started, origin) {
                     Some(direction) => {
@@ -182,13 +182,8 @@ impl Worker {
                 self.shared.changes_up_to(ends.max().unwrap_or_default());
                 self.dispatcher.submit_ranges(request, &ranges, &[]);
             }
-            Action::GetId => {
-                request.written = write_at(memory, data, 0, &self.shared.id()) as u32;
-                self.answer(request, blk::S_OK);
-            }
-            Action::GetLifetime => {
-                let lifetime = self.shared.lifetime().to_le_bytes();
-                request.written = write_at(memory, data, 0, &lifetime) as u32;
+            Action::Answer(bytes) => {
+                request.written = write_at(memory, data, 0, &bytes) as u32;
                 self.answer(request, blk::S_OK);
             }
             Action::Command(command) => {
