@@ -14,16 +14,14 @@ use virtio_queue::QueueT;
 use super::admission::Limiter;
 use super::events::EventSink;
 use super::geometry;
-use super::histogram::Histogram;
 use super::options::{BlockError, BlockOptions};
-use super::queue::QueueSnapshot;
 use super::request::RequestTypes;
 use super::request::identity::Identity;
 use super::request::segments::Segments;
 use super::scsi::ScsiCommands;
 use super::shared::Shared;
-use super::stats::{BlockStats, IoStatus, Kind};
-use super::throttle::{Throttle, Throttling, ThrottlingError};
+use super::stats::IoStatus;
+use super::throttle::Throttle;
 use super::worker::Negotiated;
 use super::worker_thread::{Loop, WorkerThread};
 use crate::GuestMemory;
@@ -108,7 +106,7 @@ pub(super) fn request_types(options: &BlockOptions, disk: &dyn Disk) -> Vec<Box<
 }
 
 /// The thread that serves queue `index`, and the queue's position there.
-fn place(workers: &[WorkerThread], index: u16) -> (&WorkerThread, usize) {
+pub(super) fn place(workers: &[WorkerThread], index: u16) -> (&WorkerThread, usize) {
     let (index, count) = (usize::from(index), workers.len());
     (&workers[index % count], index / count)
 }
@@ -227,12 +225,13 @@ impl Drop for BlockDevice {
     }
 }
 
-/// The VM's way to a disk while the transport owns the device: queries, and what an operator may do to it.
+/// The VM's way to a disk while the transport owns the device. `operator` adds queries and limits, and `worker::state` the queues
+/// as values.
 #[derive(Clone)]
 pub struct BlockHandle {
-    shared: Arc<Shared>,
-    throttle: Arc<Throttle>,
-    workers: Arc<[WorkerThread]>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) throttle: Arc<Throttle>,
+    pub(super) workers: Arc<[WorkerThread]>,
     running: Arc<Mutex<Option<Running>>>,
 }
 
@@ -247,65 +246,9 @@ impl BlockHandle {
         lock(&self.running).is_some()
     }
 
-    /// The accounts so far.
-    pub fn stats(&self) -> BlockStats {
-        self.shared.stats()
-    }
-
-    /// The latencies of reads, writes or flushes, where `set_histogram` asked for them.
-    pub fn histogram(&self, kind: Kind) -> Option<Histogram> {
-        let mut histograms = self.shared.counters.iter().map(|counters| counters.histogram(kind));
-        let first = histograms.next()??;
-        Some(histograms.flatten().fold(first, |mut sum, histogram| {
-            sum.add(&histogram);
-            sum
-        }))
-    }
-
-    /// Counts the latencies of one kind of request into these bins from now on, or into none.
-    pub fn set_histogram(&self, kind: Kind, histogram: Option<&Histogram>) {
-        self.shared
-            .counters
-            .iter()
-            .for_each(|counters| counters.set_histogram(kind, histogram.cloned()));
-    }
-
-    /// The limits.
-    pub fn throttling(&self) -> Throttling {
-        self.throttle.options()
-    }
-
-    /// Other limits from now on, also for the requests that wait for the present ones.
-    ///
-    /// # Errors
-    /// What does not go together; nothing has changed then.
-    pub fn set_throttling(&self, throttling: Throttling) -> Result<(), ThrottlingError> {
-        throttling.check()?;
-        self.throttle.set(throttling, Instant::now());
-        for worker in &*self.workers {
-            worker.send(|thread, _| thread.release());
-        }
-        Ok(())
-    }
-
-    /// The offset past which a change is reported, in bytes.
-    pub fn write_threshold(&self) -> Option<u64> {
-        self.shared.write_threshold()
-    }
-
-    /// Reports the next change past `offset`, and that alone ([`BlockEvent::WriteThreshold`](super::events::BlockEvent::WriteThreshold)); `None`: no more.
-    pub fn set_write_threshold(&self, offset: Option<u64>) {
-        self.shared.set_write_threshold(offset);
-    }
-
     /// Whether an error stopped the VM.
     pub fn io_status(&self) -> IoStatus {
         self.shared.io_status()
-    }
-
-    /// Whether completed writes may be volatile: as configured, or as the driver chose.
-    pub fn write_cache(&self) -> bool {
-        self.shared.writeback_field()
     }
 
     /// The VM pauses: the workers take no more work. The drain is done when nothing of the disk is with the host any more, and
@@ -329,21 +272,6 @@ impl BlockHandle {
         for worker in &*self.workers {
             worker.send(|thread, _| thread.resume());
         }
-    }
-
-    /// The queues of a disk that stands still, as values, in index order.
-    pub fn queues(&self) -> Vec<QueueSnapshot> {
-        let states = |worker: &WorkerThread| worker.request(|thread, _| thread.snapshot());
-        let mut queues: Vec<_> = self.workers.iter().filter_map(states).flatten().collect();
-        queues.sort_by_key(|queue| queue.queue);
-        queues
-    }
-
-    /// Takes over what a snapshot says of a queue beside its indices: after the transport started the restored device,
-    /// before `resume`. `false` when that device has no such queue or descriptor.
-    pub fn restore_queue(&self, snapshot: QueueSnapshot) -> bool {
-        let (worker, position) = place(&self.workers, snapshot.queue);
-        worker.request(move |thread, _| thread.restore(position, &snapshot)).unwrap_or(false)
     }
 
     /// The disk's size changed: tells the driver (virtio 1.2 §5.2.6.2).

@@ -12,8 +12,6 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
-
 use vmm_sys_util::eventfd::EventFd;
 
 use super::admission::{Direction, WaitingRequest};
@@ -36,7 +34,7 @@ pub(super) struct WorkerQueue {
     /// Requests that wait for `resume`, in the order in which they stopped.
     pub(super) stopped: Vec<DescriptorChain>,
     /// Requests that wait for the limiter, by direction, in the order of arrival.
-    waiting: [VecDeque<WaitingRequest>; 2],
+    pub(super) waiting: [VecDeque<WaitingRequest>; 2],
 }
 
 impl WorkerQueue {
@@ -79,31 +77,6 @@ impl WorkerQueue {
     /// Whether there is something to take, or the ring has to be looked at to find out why it cannot be read.
     pub(super) fn has_work(&self, memory: &GuestMemory) -> bool {
         self.state == QueueState::Running && self.split.available(memory) != Ok(0)
-    }
-
-    /// The queue as a value. `in_flight`: the heads of its requests in the in-flight table.
-    pub(super) fn snapshot(&self, in_flight: impl Iterator<Item = u16>) -> QueueSnapshot {
-        let waiting = self.waiting.iter().flatten().map(|request| &request.chain);
-        let idle = self.stopped.iter().chain(waiting).map(DescriptorChain::head);
-        let (next_avail, next_used) = self.split.position();
-        QueueSnapshot {
-            queue: self.index,
-            next_avail,
-            next_used,
-            broken: self.state == QueueState::Broken,
-            stopped: in_flight.chain(idle).collect(),
-        }
-    }
-
-    /// Takes over what a snapshot says beside the indices, which came with the queue.
-    pub(super) fn restore(&mut self, snapshot: &QueueSnapshot) -> bool {
-        if snapshot.broken {
-            self.state = QueueState::Broken;
-        }
-        snapshot.stopped.iter().all(|head| {
-            let chain = self.split.restore_chain(*head);
-            chain.map(|chain| self.stopped.push(chain)).is_some()
-        })
     }
 }
 
@@ -173,21 +146,4 @@ impl Queues {
     pub(super) fn is_waiting(&self) -> bool {
         self.iter().any(|(_, queue)| queue.waiting.iter().any(|waiting| !waiting.is_empty()))
     }
-}
-
-/// A queue of a disk that stands still, as a value: with the ring's addresses and size, which the transport has, it is all
-/// there is to save and to restore.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct QueueSnapshot {
-    /// Index of the queue.
-    pub queue: u16,
-    /// Index into the available ring of the next chain to take.
-    pub next_avail: u16,
-    /// Index into the used ring of the next completion.
-    pub next_used: u16,
-    /// The driver broke the ring: nothing is taken from it until a reset.
-    pub broken: bool,
-    /// Heads of the chains that were taken and not completed. `resume` starts them over.
-    pub stopped: Vec<u16>,
 }

@@ -12,13 +12,13 @@ use super::config_space::{ConfigSpace, GeometryRule};
 use super::events::{BlockEvent, ErrorAction, EventLimit, EventSink};
 use super::options::{BlockError, BlockOptions};
 use super::request::{Refusal, RequestLimits, RequestTypes};
-use super::stats::{BlockStats, Counters, IoStatus, Kind};
+use super::stats::{Counters, IoStatus, Kind};
 use crate::disk::{Disk, DiskError};
 use crate::log_limit::LogLimit;
 use crate::virtio::queue::QueueError;
 use crate::virtio::spec::blk;
 
-const NO_THRESHOLD: u64 = u64::MAX;
+pub(super) const NO_THRESHOLD: u64 = u64::MAX;
 
 /// What all of a disk's threads share: its workers, the vCPU that accesses its registers, and the VM's
 /// [`BlockHandle`](super::BlockHandle). Fields that change are atomics or have a lock of their own, which is never held
@@ -29,10 +29,10 @@ pub(super) struct Shared {
     pub(super) disk: Arc<dyn Disk>,
     pub(super) events: EventSink,
     /// The `writeback` field: what the driver chose, or the initial value.
-    writeback: AtomicBool,
+    pub(super) writeback: AtomicBool,
     io_status: AtomicU8,
     /// The operator wants to hear of a change past this offset, in bytes. Nothing ever reaches past `NO_THRESHOLD`.
-    write_threshold: AtomicU64,
+    pub(super) write_threshold: AtomicU64,
     pub(super) counters: Vec<Arc<Counters>>,
     pub(super) limiter: Arc<dyn Limiter>,
     pub(super) request_types: Vec<Box<dyn RequestTypes>>,
@@ -83,12 +83,6 @@ impl Shared {
         u32::from(self.options.queue_size) * positions as u32
     }
 
-    pub(super) fn stats(&self) -> BlockStats {
-        let mut stats = BlockStats::default();
-        self.counters.iter().for_each(|counters| counters.add_to(&mut stats));
-        stats
-    }
-
     /// Whether completed writes may be volatile. Without FLUSH the driver cannot make them durable, so they always are
     /// (virtio 1.2 §5.2.5.2, §5.2.6.2).
     pub(super) fn writeback(&self, features: u64) -> bool {
@@ -99,11 +93,6 @@ impl Shared {
     pub(super) fn set_writeback(&self, writeback: Option<bool>) {
         let value = writeback.unwrap_or(self.options.write_cache);
         self.writeback.store(value, Ordering::Release);
-    }
-
-    /// The `writeback` field, whatever the driver negotiated.
-    pub(super) fn writeback_field(&self) -> bool {
-        self.writeback.load(Ordering::Relaxed)
     }
 
     /// What requests are checked against as of now.
@@ -139,14 +128,6 @@ impl Shared {
 
     pub(super) fn set_io_status(&self, status: IoStatus) {
         self.io_status.store(status as u8, Ordering::Relaxed);
-    }
-
-    pub(super) fn write_threshold(&self) -> Option<u64> {
-        Some(self.write_threshold.load(Ordering::Relaxed)).filter(|offset| *offset != NO_THRESHOLD)
-    }
-
-    pub(super) fn set_write_threshold(&self, offset: Option<u64>) {
-        self.write_threshold.store(offset.unwrap_or(NO_THRESHOLD), Ordering::Relaxed);
     }
 
     /// Tells the VM and the log of a host error.

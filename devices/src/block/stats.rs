@@ -1,12 +1,12 @@
 //! The accounts of a disk: what was asked of it and how it went, per kind of request.
 //!
-//! Each worker counts for itself, without contention; a query adds the workers up.
+//! Each worker counts for itself, without contention; a query (`operator`) adds the workers up.
 
+use std::any::Any;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use super::histogram::Histogram;
 use crate::counter::Counter;
 use crate::lock;
 
@@ -29,7 +29,7 @@ pub enum Kind {
     Other,
 }
 
-const KINDS: usize = Kind::Other as usize + 1;
+pub(super) const KINDS: usize = Kind::Other as usize + 1;
 
 /// Whether the disk is in trouble, until the VM is resumed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,65 +43,32 @@ pub enum IoStatus {
     NoSpace,
 }
 
-/// The account of one kind of request.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct KindStats {
-    /// Requests that succeeded.
-    pub operations: u64,
-    /// Bytes of disk those covered.
-    pub bytes: u64,
-    /// Of those requests, how many travelled in another one's transfer.
-    pub merged: u64,
-    /// Requests that the host failed.
-    pub errors: u64,
-    /// Requests that were refused before they reached the host.
-    pub invalid: u64,
-    /// From the ring to the answer, added up over `operations` and `errors`.
-    pub time: Duration,
-}
-
-/// The accounts of a disk.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct BlockStats {
-    kinds: [KindStats; KINDS],
-    /// Chains that could not be answered for want of a writable byte.
-    pub unanswerable: u64,
-    /// Rings that the driver corrupted.
-    pub broken_rings: u64,
-    /// Interrupts raised for used rings.
-    pub interrupts: u64,
-    /// First byte of the disk after all that was written.
-    pub highest_write: u64,
-}
-
-impl BlockStats {
-    /// The account of one kind.
-    pub fn kind(&self, kind: Kind) -> &KindStats {
-        &self.kinds[kind as usize]
-    }
+/// Hears how long each request took, as long as `Counters::counts_latencies` is set.
+pub(super) trait Latencies: Any + Send {
+    fn count(&mut self, kind: Kind, time: Duration);
 }
 
 /// One worker's counters: written by that worker alone, read by anyone.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Counters {
-    kinds: [KindCounters; KINDS],
+    pub(super) kinds: [KindCounters; KINDS],
     pub(super) unanswerable: Counter,
     pub(super) broken_rings: Counter,
     pub(super) interrupts: Counter,
-    highest_write: Counter,
-    has_histograms: AtomicBool,
-    /// Of reads, writes and flushes. The worker's alone but for a query now and then.
-    histograms: Mutex<[Option<Histogram>; 3]>,
+    pub(super) highest_write: Counter,
+    pub(super) counts_latencies: AtomicBool,
+    /// The worker's alone but for a query now and then.
+    pub(super) latencies: Mutex<Option<Box<dyn Latencies>>>,
 }
 
-#[derive(Debug, Default)]
-struct KindCounters {
-    operations: Counter,
-    bytes: Counter,
-    merged: Counter,
-    errors: Counter,
-    invalid: Counter,
-    nanoseconds: Counter,
+#[derive(Default)]
+pub(super) struct KindCounters {
+    pub(super) operations: Counter,
+    pub(super) bytes: Counter,
+    pub(super) merged: Counter,
+    pub(super) errors: Counter,
+    pub(super) invalid: Counter,
+    pub(super) nanoseconds: Counter,
 }
 
 impl Counters {
@@ -127,41 +94,14 @@ impl Counters {
     }
 
     fn count_latency(&self, kind: Kind, time: Duration) {
-        if self.has_histograms.load(Ordering::Relaxed)
-            && let Some(Some(histogram)) = lock(&self.histograms).get_mut(kind as usize)
+        if self.counts_latencies.load(Ordering::Relaxed)
+            && let Some(latencies) = &mut *lock(&self.latencies)
         {
-            histogram.count(time);
+            latencies.count(kind, time);
         }
-    }
-
-    pub(super) fn histogram(&self, kind: Kind) -> Option<Histogram> {
-        lock(&self.histograms).get(kind as usize)?.clone()
-    }
-
-    pub(super) fn set_histogram(&self, kind: Kind, histogram: Option<Histogram>) {
-        let mut histograms = lock(&self.histograms);
-        if let Some(place) = histograms.get_mut(kind as usize) {
-            *place = histogram;
-        }
-        self.has_histograms.store(histograms.iter().any(Option::is_some), Ordering::Relaxed);
     }
 
     pub(super) fn invalid(&self, kind: Kind) {
         self.kinds[kind as usize].invalid.add(1);
-    }
-
-    pub(super) fn add_to(&self, stats: &mut BlockStats) {
-        for (sum, counters) in stats.kinds.iter_mut().zip(&self.kinds) {
-            sum.operations += counters.operations.get();
-            sum.bytes += counters.bytes.get();
-            sum.merged += counters.merged.get();
-            sum.errors += counters.errors.get();
-            sum.invalid += counters.invalid.get();
-            sum.time += Duration::from_nanos(counters.nanoseconds.get());
-        }
-        stats.unanswerable += self.unanswerable.get();
-        stats.broken_rings += self.broken_rings.get();
-        stats.interrupts += self.interrupts.get();
-        stats.highest_write = stats.highest_write.max(self.highest_write.get());
     }
 }

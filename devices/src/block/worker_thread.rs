@@ -24,7 +24,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::events::BlockEvent;
 use super::options::BlockError;
-use super::queue::{QueueSnapshot, QueueState};
+use super::queue::QueueState;
 use super::shared::Shared;
 use super::stats::Counters;
 use super::worker::{Negotiated, Worker};
@@ -179,7 +179,7 @@ pub(super) struct Loop {
     commands: Receiver<Command>,
     /// `None` while the worker has it.
     engine: Option<Box<dyn Engine>>,
-    worker: Option<Worker>,
+    pub(super) worker: Option<Worker>,
     paused: bool,
     /// A pause that waits for what is with the host.
     pausing: Option<Party>,
@@ -267,16 +267,6 @@ impl Loop {
     /// Starts what may start by now: the limits changed, or the time has come.
     pub(super) fn release(&mut self) {
         self.with_worker(|worker| worker.release(Instant::now()));
-    }
-
-    /// The queues as values.
-    pub(super) fn snapshot(&self) -> Vec<QueueSnapshot> {
-        self.worker.as_ref().map_or(Vec::new(), Worker::snapshot)
-    }
-
-    /// Takes over what a snapshot says of a queue.
-    pub(super) fn restore(&mut self, position: usize, snapshot: &QueueSnapshot) -> bool {
-        self.worker.as_mut().is_some_and(|worker| worker.restore(position, snapshot))
     }
 
     fn with_worker(&mut self, act: impl FnOnce(&mut Worker)) {

@@ -58,6 +58,10 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("log of writes", &["devices/src/disk/log_writes", "vmm/src/write_logs.rs"]),
     ("MPTable", &["arch/src/tables/mptable.rs"]),
     ("other formats", &["devices/src/disk/other_formats.rs"]),
+    (
+        "operator's view of a disk",
+        &["devices/src/block/histogram.rs", "devices/src/block/operator.rs"],
+    ),
     ("output files", &["vmm/src/output_files.rs"]),
     ("panic port", &["devices/src/legacy/pvpanic.rs"]),
     ("panics", &["vmm/src/machine/panic.rs", "vmm/src/snapshot/panic_dump.rs"]),
@@ -91,7 +95,14 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
         &["devices/src/block/request/identity.rs", "devices/src/block/request/segments.rs"],
     ),
     ("service manager", &["cli/src/service.rs"]),
-    ("state", &["devices/src/virtio/mmio/state.rs", "devices/src/legacy/serial/state.rs"]),
+    (
+        "state",
+        &[
+            "devices/src/block/worker/state.rs",
+            "devices/src/legacy/serial/state.rs",
+            "devices/src/virtio/mmio/state.rs",
+        ],
+    ),
     ("temporary files", &["devices/src/disk/temporary_file.rs"]),
     (
         "threads that wait for the host",

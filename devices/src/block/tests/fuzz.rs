@@ -11,8 +11,8 @@ use vm_memory::ByteValued;
 
 use super::driver::{BUFFERS, Buffer, INDIRECT, NEXT, WRITE};
 use super::rig::Rig;
+use crate::block::KindStats;
 use crate::block::admission::{Direction, Limiter};
-use crate::block::stats::KindStats;
 use crate::block::throttle::{Limit, Rate, Throttle, Throttling};
 use crate::block::{ErrorPolicy, Kind};
 use crate::clock::Instant;

@@ -26,6 +26,7 @@
 //! [`BYTES_WITH_ENGINE`](super::dispatch::BYTES_WITH_ENGINE) of data, besides flushes and SCSI commands under way. A reset of a
 //! writable disk also waits for a last flush.
 
+pub(super) mod state;
 mod verbs;
 
 use std::io;
@@ -36,7 +37,7 @@ use super::admission::{Direction, WaitingRequest};
 use super::busy_poll::BusyPolling;
 use super::dispatch::Dispatcher;
 use super::in_flight::InFlightRequest;
-use super::queue::{QueueSnapshot, QueueState, Queues, WorkerQueue};
+use super::queue::{QueueState, Queues, WorkerQueue};
 use super::shared::Shared;
 use super::stats::Counters;
 use crate::GuestMemory;
@@ -224,20 +225,6 @@ impl Worker {
         self.reap();
         self.release(Instant::now());
         self.queues.positions().for_each(|position| self.serve(position));
-    }
-
-    /// The queues of a worker that stands still, as values.
-    pub(super) fn snapshot(&self) -> Vec<QueueSnapshot> {
-        let of_queue = |(position, queue): (usize, &WorkerQueue)| {
-            let ready = self.dispatcher.ready().filter(|request| request.queue == position);
-            queue.snapshot(ready.map(|request| request.chain.head()))
-        };
-        self.queues.iter().map(of_queue).collect()
-    }
-
-    /// Takes over what the snapshot says of the queue at `position`. `false`: it has no such queue or descriptor.
-    pub(super) fn restore(&mut self, position: usize, snapshot: &QueueSnapshot) -> bool {
-        self.queues.find_mut(position).is_some_and(|queue| queue.restore(snapshot))
     }
 
     /// The driver resets the queue at `position`. `advance_resets` hands it back when nothing of it is with the engine.

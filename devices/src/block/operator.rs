@@ -1,0 +1,176 @@
+//! What an operator asks of a disk and sets while it runs: its accounts, latencies, limits and write threshold.
+//!
+//! A capability: requests are served without it. It hooks in as methods of [`BlockHandle`], which QMP and the metrics page call; they
+//! read what the workers count, and change what these look at for each request.
+
+use std::any::Any;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::device::BlockHandle;
+use super::histogram::Histogram;
+use super::shared::{NO_THRESHOLD, Shared};
+use super::stats::{Counters, KINDS, Kind, Latencies};
+use super::throttle::{Throttling, ThrottlingError};
+use crate::clock::Instant;
+use crate::lock;
+
+/// The account of one kind of request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KindStats {
+    /// Requests that succeeded.
+    pub operations: u64,
+    /// Bytes of disk those covered.
+    pub bytes: u64,
+    /// Of those requests, how many travelled in another one's transfer.
+    pub merged: u64,
+    /// Requests that the host failed.
+    pub errors: u64,
+    /// Requests that were refused before they reached the host.
+    pub invalid: u64,
+    /// From the ring to the answer, added up over `operations` and `errors`.
+    pub time: Duration,
+}
+
+/// The accounts of a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BlockStats {
+    kinds: [KindStats; KINDS],
+    /// Chains that could not be answered for want of a writable byte.
+    pub unanswerable: u64,
+    /// Rings that the driver corrupted.
+    pub broken_rings: u64,
+    /// Interrupts raised for used rings.
+    pub interrupts: u64,
+    /// First byte of the disk after all that was written.
+    pub highest_write: u64,
+}
+
+impl BlockStats {
+    /// The account of one kind.
+    pub fn kind(&self, kind: Kind) -> &KindStats {
+        &self.kinds[kind as usize]
+    }
+}
+
+impl BlockHandle {
+    /// The accounts so far.
+    pub fn stats(&self) -> BlockStats {
+        self.shared.stats()
+    }
+
+    /// The latencies of reads, writes or flushes, where `set_histogram` asked for them.
+    pub fn histogram(&self, kind: Kind) -> Option<Histogram> {
+        let mut histograms = self.shared.counters.iter().map(|counters| counters.histogram(kind));
+        let first = histograms.next()??;
+        Some(histograms.flatten().fold(first, |mut sum, histogram| {
+            sum.add(&histogram);
+            sum
+        }))
+    }
+
+    /// Counts the latencies of one kind of request into these bins from now on, or into none.
+    pub fn set_histogram(&self, kind: Kind, histogram: Option<&Histogram>) {
+        self.shared
+            .counters
+            .iter()
+            .for_each(|counters| counters.set_histogram(kind, histogram.cloned()));
+    }
+
+    /// The limits.
+    pub fn throttling(&self) -> Throttling {
+        self.throttle.options()
+    }
+
+    /// Other limits from now on, also for the requests that wait for the present ones.
+    ///
+    /// # Errors
+    /// What does not go together; nothing has changed then.
+    pub fn set_throttling(&self, throttling: Throttling) -> Result<(), ThrottlingError> {
+        throttling.check()?;
+        self.throttle.set(throttling, Instant::now());
+        for worker in &*self.workers {
+            worker.send(|thread, _| thread.release());
+        }
+        Ok(())
+    }
+
+    /// The offset past which a change is reported, in bytes.
+    pub fn write_threshold(&self) -> Option<u64> {
+        self.shared.write_threshold()
+    }
+
+    /// Reports the next change past `offset`, and that alone ([`BlockEvent::WriteThreshold`](super::events::BlockEvent::WriteThreshold)); `None`: no more.
+    pub fn set_write_threshold(&self, offset: Option<u64>) {
+        self.shared.set_write_threshold(offset);
+    }
+
+    /// Whether completed writes may be volatile: as configured, or as the driver chose.
+    pub fn write_cache(&self) -> bool {
+        self.shared.writeback.load(Ordering::Relaxed)
+    }
+}
+
+impl Shared {
+    pub(super) fn stats(&self) -> BlockStats {
+        let mut stats = BlockStats::default();
+        self.counters.iter().for_each(|counters| counters.add_to(&mut stats));
+        stats
+    }
+
+    pub(super) fn write_threshold(&self) -> Option<u64> {
+        Some(self.write_threshold.load(Ordering::Relaxed)).filter(|offset| *offset != NO_THRESHOLD)
+    }
+
+    pub(super) fn set_write_threshold(&self, offset: Option<u64>) {
+        self.write_threshold.store(offset.unwrap_or(NO_THRESHOLD), Ordering::Relaxed);
+    }
+}
+
+/// Of reads, writes and flushes.
+#[derive(Default)]
+struct Histograms([Option<Histogram>; 3]);
+
+impl Latencies for Histograms {
+    fn count(&mut self, kind: Kind, time: Duration) {
+        if let Some(Some(histogram)) = self.0.get_mut(kind as usize) {
+            histogram.count(time);
+        }
+    }
+}
+
+impl Counters {
+    pub(super) fn histogram(&self, kind: Kind) -> Option<Histogram> {
+        let latencies = lock(&self.latencies);
+        let Histograms(of_kinds) = (latencies.as_deref()? as &dyn Any).downcast_ref()?;
+        of_kinds.get(kind as usize)?.clone()
+    }
+
+    pub(super) fn set_histogram(&self, kind: Kind, histogram: Option<Histogram>) {
+        let mut latencies = lock(&self.latencies);
+        let present = latencies.get_or_insert_with(|| Box::new(Histograms::default()));
+        let Some(Histograms(of_kinds)) = (&mut **present as &mut dyn Any).downcast_mut() else {
+            return;
+        };
+        if let Some(place) = of_kinds.get_mut(kind as usize) {
+            *place = histogram;
+        }
+        let any = of_kinds.iter().any(Option::is_some);
+        self.counts_latencies.store(any, Ordering::Relaxed);
+    }
+
+    pub(super) fn add_to(&self, stats: &mut BlockStats) {
+        for (sum, counters) in stats.kinds.iter_mut().zip(&self.kinds) {
+            sum.operations += counters.operations.get();
+            sum.bytes += counters.bytes.get();
+            sum.merged += counters.merged.get();
+            sum.errors += counters.errors.get();
+            sum.invalid += counters.invalid.get();
+            sum.time += Duration::from_nanos(counters.nanoseconds.get());
+        }
+        stats.unanswerable += self.unanswerable.get();
+        stats.broken_rings += self.broken_rings.get();
+        stats.interrupts += self.interrupts.get();
+        stats.highest_write = stats.highest_write.max(self.highest_write.get());
+    }
+}
