@@ -8,7 +8,7 @@
 //! moment. Each load therefore compares size and time of modification with those of the start, and a reset whose files
 //! have changed is refused before anything of the machine is touched ([`BootImage::check_unchanged`]).
 //!
-//! [`crate::kernel_pages`] knows how pages of a file become pages of the guest.
+//! [`FilePages`] knows whether pages of the kernel's file become pages of the guest, and how.
 
 mod describe;
 
@@ -25,7 +25,6 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::GuestMemory;
 use crate::error::Error;
-use crate::kernel_pages;
 use crate::memory::into_io;
 
 /// A kernel or an initrd, open for reading for as long as the machine lives. Errors name it by the option and the path that
@@ -33,7 +32,7 @@ use crate::memory::into_io;
 pub(crate) struct BootFile {
     option: &'static str,
     path: PathBuf,
-    file: File,
+    pub(crate) file: File,
     opened: Version,
 }
 
@@ -127,13 +126,30 @@ impl ReadAt for BootFile {
     }
 }
 
+/// Makes pages of the kernel's file the guest's where that is safe and pays. The builder plugs it in.
+pub(crate) trait FilePages {
+    /// Whether `file` cannot be written to from now on without this process hearing of it first.
+    fn lease(&self, file: &File) -> bool;
+
+    /// Maps what it can of `range`, the first bytes of which are there then: their number. None without `leased`.
+    ///
+    /// # Errors
+    /// The host refuses the mapping.
+    fn place(
+        &self,
+        memory: &GuestMemory,
+        file: &File,
+        range: &FileRange,
+        leased: bool,
+    ) -> io::Result<u64>;
+}
+
 /// Everything that the guest starts from: the files, which stay open for the next reset, and the plan of their place.
 pub(crate) struct BootImage {
-    kernel: BootFile,
+    pub(crate) kernel: BootFile,
     initrd: Option<BootFile>,
     pub(crate) plan: Plan,
-    /// Pages of the kernel's file may become the guest's. Without, the kernel is copied.
-    map_kernel: bool,
+    pages: Box<dyn FilePages>,
 }
 
 impl BootImage {
@@ -146,7 +162,7 @@ impl BootImage {
         kernel: BootFile,
         initrd: Option<BootFile>,
         cmdline: &str,
-        map_kernel: bool,
+        pages: Box<dyn FilePages>,
     ) -> Result<Self, Error> {
         use boot::Error::{Cmdline, EmptyInitrd, InitrdDoesNotFit, InitrdNeverFits};
         let parsed = Kernel::parse(&kernel).map_err(|error| kernel.unsuitable(error))?;
@@ -161,7 +177,7 @@ impl BootImage {
                 (error, _) => kernel.unsuitable(error),
             }
         })?;
-        Ok(Self { kernel, initrd, plan, map_kernel })
+        Ok(Self { kernel, initrd, plan, pages })
     }
 
     /// Fills `memory`, all of which is zero, and says where the boot vCPU starts.
@@ -176,16 +192,13 @@ impl BootImage {
                 .map_err(Error::host(structure.name))?;
         }
         // The lease comes first: once it is held, a size that was compared cannot change any more.
-        let leased = self.map_kernel && kernel_pages::lease(&self.kernel.file);
+        let leased = self.pages.lease(&self.kernel.file);
         self.check_unchanged()?;
         for range in &self.plan.kernel {
-            let mapped = if leased {
-                kernel_pages::map(memory, &self.kernel.file, range)
-                    .map_err(Error::host("map the kernel into guest memory"))?
-            } else {
-                kernel_pages::prefer_huge(memory, range);
-                0
-            };
+            let mapped = self
+                .pages
+                .place(memory, &self.kernel.file, range, leased)
+                .map_err(Error::host("map the kernel into guest memory"))?;
             self.kernel.copy(memory, range, mapped)?;
         }
         if let (Some(initrd), Some(range)) = (&self.initrd, &self.plan.initrd) {
@@ -202,20 +215,6 @@ impl BootImage {
     /// A file was changed in place.
     pub(crate) fn check_unchanged(&self) -> Result<(), Error> {
         self.initrd.iter().chain([&self.kernel]).try_for_each(BootFile::check_unchanged)
-    }
-
-    /// Gives the guest copies of the kernel's pages and lets writers of the kernel's file go on. SIGIO asks for this. Neither
-    /// the guest nor a device uses `memory` meanwhile.
-    ///
-    /// # Errors
-    /// The host has no memory left, or the file was cut off before the copy was made; the guest has lost memory.
-    pub(crate) fn give_up_kernel_file(&self, memory: &GuestMemory) -> Result<(), Error> {
-        for range in &self.plan.kernel {
-            kernel_pages::copy(memory, range)
-                .map_err(Error::host("copy the kernel's pages, whose file is being changed"))?;
-        }
-        kernel_pages::release(&self.kernel.file);
-        Ok(())
     }
 }
 

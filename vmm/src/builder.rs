@@ -30,7 +30,7 @@ use crate::events::{EventSender, event_channel};
 use crate::gdb::Gdb;
 use crate::halt_watch::HaltWatch;
 use crate::irq_chips::IrqChips;
-use crate::kernel_pages::lease_outlasts;
+use crate::kernel_pages::{KernelPages, lease_outlasts};
 use crate::machine::{Hardware, Machine, MachineDisk};
 use crate::output_files::OutputFiles;
 use crate::sandbox::{Kind, Sandbox};
@@ -126,6 +126,7 @@ pub fn build(
     })?;
     kvm::create_irq_chips(&vm)?;
     let irq_chips = IrqChips::read(&vm)?;
+    let reset_irq_chips = Box::new(move |vm: &VmFd| irq_chips.write(vm));
     let control = match incoming.as_mut().and_then(|incoming| incoming.control.take()) {
         None => config.qmp.as_deref().map(|path| control::listen(path, config)).transpose()?,
         control => control,
@@ -172,7 +173,7 @@ pub fn build(
         buses,
         memory,
         vm,
-        irq_chips,
+        reset_irq_chips,
         boot_image,
         unmap_files,
         serial,
@@ -210,8 +211,9 @@ fn open_boot_image(
     let initrd =
         config.initrd.as_deref().map(|path| BootFile::open("--initrd", path)).transpose()?;
     // Nested, a page that is mapped and not copied costs an exit through two hypervisors.
-    let map_kernel = !host_cpu::is_nested() && lease_outlasts(config.stop_timeout);
-    let mut image = BootImage::new(layout, kernel, initrd, cmdline, map_kernel)?;
+    let map = !host_cpu::is_nested() && lease_outlasts(config.stop_timeout);
+    let pages = Box::new(KernelPages { map });
+    let mut image = BootImage::new(layout, kernel, initrd, cmdline, pages)?;
     // A reset keeps it, unlike a restore.
     image.plan.structures.extend(generation_id.cloned());
     Ok(image)

@@ -1,6 +1,8 @@
 //! The interrupt controllers and the timer inside KVM as a value: read at power-on and written back at a reset. When a saved machine is
 //! restored they are written after the local APICs: a pin that was pending is delivered at once. The local APICs
 //! belong to the vCPUs (`vcpu::state`).
+//!
+//! A capability: the builder reads them, and gives the machine a function that writes them back.
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pit_state2,

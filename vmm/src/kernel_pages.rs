@@ -1,5 +1,8 @@
 //! Pages of the kernel's file as guest memory: mapped privately where that is safe, so that starting costs neither the time
-//! nor the memory of a copy. [`crate::boot_image`] decides when; this module knows how.
+//! nor the memory of a copy.
+//!
+//! A capability: without it the kernel is copied. It hooks in as the [`FilePages`] of a boot image, and gives the kernel's file up,
+//! which SIGIO asks for, as a [`Task`] of the machine's standstill.
 //!
 //! A private mapping shows what others write into the file, except in pages that the guest has written. A file that is cut
 //! off takes its pages away from all mappings, written ones included, and using them is then an error (mmap(2)). A compiler
@@ -29,7 +32,34 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, mmap};
 use vm_memory::{Bytes, GuestMemoryBackend};
 
 use crate::GuestMemory;
+use crate::boot_image::{BootImage, FilePages};
+use crate::error::Error;
 use crate::memory::{self, NO_CORE_DUMP, host_address, into_io};
+
+/// Maps the kernel's pages or, without `map`, prepares for a copy.
+pub(crate) struct KernelPages {
+    pub map: bool,
+}
+
+impl FilePages for KernelPages {
+    fn lease(&self, file: &File) -> bool {
+        self.map && lease(file)
+    }
+
+    fn place(
+        &self,
+        memory: &GuestMemory,
+        file: &File,
+        range: &FileRange,
+        leased: bool,
+    ) -> io::Result<u64> {
+        if leased {
+            return map(memory, file, range);
+        }
+        prefer_huge(memory, range);
+        Ok(0)
+    }
+}
 
 /// Takes a read lease on `file`, or finds that seals make one unnecessary. SIGIO has to be blocked.
 #[expect(unsafe_code, reason = "fcntl has no safe wrapper for leases")]
@@ -92,7 +122,7 @@ pub(crate) fn copy(memory: &GuestMemory, range: &FileRange) -> io::Result<()> {
 
 /// Asks for transparent huge pages where `range` will be copied to: most of a copy's time is page faults. A host without
 /// them refuses, which is harmless.
-pub(crate) fn prefer_huge(memory: &GuestMemory, range: &FileRange) {
+fn prefer_huge(memory: &GuestMemory, range: &FileRange) {
     memory::advise(memory, range.address, whole_pages(memory, range), Advice::LinuxHugepage);
 }
 
@@ -107,5 +137,21 @@ fn whole_pages(memory: &GuestMemory, range: &FileRange) -> u64 {
         length & !(PAGE_SIZE - 1)
     } else {
         0
+    }
+}
+
+impl BootImage {
+    /// Gives the guest copies of the kernel's pages and lets writers of the kernel's file go on. SIGIO asks for this. Neither
+    /// the guest nor a device uses `memory` meanwhile.
+    ///
+    /// # Errors
+    /// The host has no memory left, or the file was cut off before the copy was made; the guest has lost memory.
+    pub(crate) fn give_up_kernel_file(&self, memory: &GuestMemory) -> Result<(), Error> {
+        for range in &self.plan.kernel {
+            copy(memory, range)
+                .map_err(Error::host("copy the kernel's pages, whose file is being changed"))?;
+        }
+        release(&self.kernel.file);
+        Ok(())
     }
 }

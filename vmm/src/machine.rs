@@ -10,10 +10,14 @@
 
 mod end;
 mod halt_report;
+mod kernel_file;
 mod panic;
+mod reset;
 pub(crate) mod save_task;
 mod standstill;
 
+use std::any::Any;
+use std::collections::VecDeque;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -37,7 +41,6 @@ use crate::boot_image::BootImage;
 use crate::config::DiskConfig;
 use crate::error::Error;
 use crate::events::{EventSender, VmEvent};
-use crate::irq_chips::IrqChips;
 use crate::vcpu::VcpuThread;
 
 /// Whether the machine runs, and if not, why: the `status` in QMP's `query-status`.
@@ -130,8 +133,8 @@ pub(crate) struct Hardware {
     pub buses: [Arc<Bus>; 2],
     pub memory: GuestMemory,
     pub vm: Arc<VmFd>,
-    /// The state of the interrupt controllers and the timer at power-on.
-    pub irq_chips: IrqChips,
+    /// Puts the interrupt controllers and the timer back to their state at power-on.
+    pub reset_irq_chips: ResetIrqChips,
     /// What a reset boots. `None`: the files of a restored machine are gone.
     pub boot_image: Option<BootImage>,
     /// Replaces pages of files that are guest memory, beside the kernel's, by copies.
@@ -140,6 +143,7 @@ pub(crate) struct Hardware {
     pub power_button: Arc<dyn InterruptLine>,
 }
 
+pub(crate) type ResetIrqChips = Box<dyn Fn(&VmFd) -> Result<(), Error>>;
 pub(crate) type UnmapFiles = Box<dyn FnOnce(&GuestMemory) -> Result<(), Error>>;
 
 /// What is to be done once the machine stands still.
@@ -153,21 +157,46 @@ struct Standstill {
     began: Instant,
     /// Stay stopped, in this state.
     stop: Option<RunState>,
-    reset: bool,
-    release_kernel_file: bool,
-    look_for_halt: bool,
-    task: Option<Box<dyn Task>>,
-    /// The reset has begun: this answers when the devices' threads are done with it.
-    resetting: Option<Answer>,
+    /// What is to be done meanwhile, in this order.
+    tasks: VecDeque<Box<dyn Task>>,
+    /// The tasks that are over.
+    done: Vec<Box<dyn Task>>,
 }
 
-/// What a capability does while the machine stands still, such as a save. It comes first of all that is to be done then.
-pub(crate) trait Task {
+/// What a capability does while the machine stands still, such as a save or a reset.
+pub(crate) trait Task: Any {
     /// Called once everything stands still, and after every event from then on. Returns whether the task is over.
-    fn advance(&mut self, machine: &mut Machine) -> bool;
+    ///
+    /// # Errors
+    /// The machine cannot go on.
+    fn advance(&mut self, machine: &mut Machine) -> Result<bool, Error>;
+
+    /// Called when all tasks are over, just before the machine goes on.
+    ///
+    /// # Errors
+    /// The machine cannot go on.
+    fn finish(&mut self, _machine: &mut Machine) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Whether the machine may do without this task when something else is more urgent.
+    fn is_cancelable(&self) -> bool {
+        false
+    }
+
+    /// Whether it has begun to change what another task would find.
+    fn is_irrevocable(&self) -> bool {
+        false
+    }
 
     /// The machine goes on or ends without the task, which does not block.
-    fn cancel(&mut self, machine: &mut Machine, error: Error);
+    fn cancel(&mut self, _machine: &mut Machine, _error: Error) {}
+
+    /// The machine did not stand still in time, as `error` says. Returns the error that it ends with, if it cannot go on.
+    fn give_up(&mut self, machine: &mut Machine, error: Error) -> Option<Error> {
+        self.cancel(machine, error);
+        None
+    }
 }
 
 /// How far a disk is at the end of the machine.

@@ -1,5 +1,7 @@
-//! The signals that ask minivmm for something, as a file descriptor of the main loop. They are blocked in every thread, and
-//! `sources` acts on them.
+//! The signals that ask minivmm for something, as a file descriptor of the main loop. They are blocked in every thread.
+//!
+//! A capability: a guest that ends itself needs none of them. `cli` blocks them first of all, and the builder adds the descriptor to
+//! the main loop as a [`Source`].
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -8,12 +10,14 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use vmm_sys_util::signal::{block_signal, create_sigset};
 
 use crate::error::Error;
+use crate::machine::{Machine, Outcome};
+use crate::sources::{Poller, Source};
 
 /// SIGTERM and SIGINT end the VM cleanly; SIGHUP (the terminal went away) and SIGQUIT do, too.
 const ENDING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 
 /// The kernel breaks the lease on the kernel's file: another process wants to write it, and the guest may be using its pages.
-pub(crate) const KERNEL_FILE_WANTED: libc::c_int = libc::SIGIO;
+const KERNEL_FILE_WANTED: libc::c_int = libc::SIGIO;
 
 /// These signals, blocked in this thread and every thread made after, readable here instead. A signal handler could
 /// interrupt the main loop anywhere; a descriptor lets it act on a signal between two events.
@@ -77,5 +81,19 @@ pub(crate) fn is_ignored(signal: libc::c_int) -> bool {
 impl AsRawFd for Signals {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
+    }
+}
+
+impl Source for Signals {
+    fn watch(&mut self, poller: &mut Poller<'_, '_>) -> event_manager::Result<()> {
+        poller.add(self.as_raw_fd(), 0)
+    }
+
+    fn process(&mut self, _: u8, _: &mut Poller<'_, '_>, machine: &mut Machine) {
+        match self.read() {
+            Some(KERNEL_FILE_WANTED) => machine.release_kernel_file(),
+            Some(signal) => machine.end(Ok(Outcome::Signal(signal))),
+            None => {}
+        }
     }
 }

@@ -7,8 +7,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use event_manager::{EventOps, EventSet, Events};
 
 use crate::events::EventReceiver;
-use crate::machine::{Machine, MachineEvent, Outcome};
-use crate::signals::{KERNEL_FILE_WANTED, Signals};
+use crate::machine::{Machine, MachineEvent};
 
 /// A row of the main loop's table: descriptors, and what to do when one of them is ready. A source never blocks: while
 /// it is busy no other source is served, and even a second SIGTERM would have to wait.
@@ -90,20 +89,6 @@ impl<'a, 'b> Poller<'a, 'b> {
 
     fn events(&self, fd: RawFd, number: u8, set: EventSet) -> Events {
         Events::with_data_raw(fd, self.row << 8 | u32::from(number), set)
-    }
-}
-
-impl Source for Signals {
-    fn watch(&mut self, poller: &mut Poller<'_, '_>) -> event_manager::Result<()> {
-        poller.add(self.as_raw_fd(), 0)
-    }
-
-    fn process(&mut self, _: u8, _: &mut Poller<'_, '_>, machine: &mut Machine) {
-        match self.read() {
-            Some(KERNEL_FILE_WANTED) => machine.release_kernel_file(),
-            Some(signal) => machine.end(Ok(Outcome::Signal(signal))),
-            None => {}
-        }
     }
 }
 

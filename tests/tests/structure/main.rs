@@ -20,6 +20,15 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("character devices", &["vmm/src/chardev.rs"]),
     ("chapters", &["devices/src/chapters.rs", "vmm/src/chapters.rs"]),
     ("console arguments", &["cli/src/arguments/consoles.rs"]),
+    (
+        "console input",
+        &[
+            "vmm/src/console/ends.rs",
+            "vmm/src/console/escape.rs",
+            "vmm/src/console/input.rs",
+            "vmm/src/console/serial_console.rs",
+        ],
+    ),
     ("consoles beside stdio", &["vmm/src/console/backends.rs", "vmm/src/console/ports.rs"]),
     ("save: file and memory", &["vmm/src/snapshot/core_file.rs", "vmm/src/snapshot/pages.rs"]),
     ("save: memory held still", &["vmm/src/snapshot/held_memory.rs"]),
@@ -54,6 +63,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("huge pages", &["vmm/src/hugepages.rs"]),
     ("io_uring", &["devices/src/disk/engine/uring.rs"]),
     ("image locks", &["devices/src/disk/image_file.rs", "devices/src/disk/lock.rs"]),
+    ("kernel pages", &["vmm/src/kernel_pages.rs", "vmm/src/machine/kernel_file.rs"]),
     ("layers over disks", &["devices/src/disk/layer.rs"]),
     ("log of writes", &["devices/src/disk/log_writes", "vmm/src/write_logs.rs"]),
     ("MPTable", &["arch/src/tables/mptable.rs"]),
@@ -86,6 +96,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
         ],
     ),
     ("replay", &["cli/src/replay"]),
+    ("reset", &["vmm/src/irq_chips.rs", "vmm/src/machine/reset.rs", "vmm/src/memory/clear.rs"]),
     ("ranges of raw images", &["devices/src/disk/raw/ranges.rs"]),
     ("required calls", &["cli/src/required_calls.rs"]),
     ("sandbox", &["vmm/src/sandbox"]),
@@ -95,6 +106,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
         &["devices/src/block/request/identity.rs", "devices/src/block/request/segments.rs"],
     ),
     ("service manager", &["cli/src/service.rs"]),
+    ("signals", &["vmm/src/signals.rs"]),
     (
         "state",
         &[

@@ -6,6 +6,7 @@ use arch::machine_layout::MachineSpec;
 use vm_memory::{Bytes, GuestMemoryBackend};
 
 use super::*;
+use crate::kernel_pages::{self, KernelPages};
 use crate::memory;
 
 const MIB: u64 = 1 << 20;
@@ -46,6 +47,10 @@ struct Rig {
     image: BootImage,
 }
 
+fn pages() -> Box<dyn FilePages> {
+    Box::new(KernelPages { map: true })
+}
+
 fn rig(kernel: &Path, initrd: Option<&Path>) -> Rig {
     // What asks for the lease: no main loop reads it here.
     #[expect(unsafe_code, reason = "signal has no safe wrapper")]
@@ -58,7 +63,7 @@ fn rig(kernel: &Path, initrd: Option<&Path>) -> Rig {
     let layout = MachineLayout::new(spec);
     let kernel = BootFile::open("--kernel", kernel).unwrap();
     let initrd = initrd.map(|path| BootFile::open("--initrd", path).unwrap());
-    let image = BootImage::new(&layout, kernel, initrd, "quiet", true).unwrap();
+    let image = BootImage::new(&layout, kernel, initrd, "quiet", pages()).unwrap();
     Rig { memory: memory::allocate(&layout).unwrap(), image }
 }
 
@@ -254,7 +259,7 @@ fn a_kernel_that_cannot_be_read_says_why() {
     let spec =
         MachineSpec { memory: 32 * MIB, cpus: 1, serial: [true, false], acpi: true, disks: 0 };
     let layout = MachineLayout::new(spec);
-    let error = BootImage::new(&layout, kernel, None, "", true).err().unwrap();
+    let error = BootImage::new(&layout, kernel, None, "", pages()).err().unwrap();
     assert_eq!(
         crate::error::WithCauses(&error).to_string(),
         "--kernel /proc/self/mem: cannot read the kernel: Input/output error (os error 5)"

@@ -1,5 +1,7 @@
 //! Moves the console's input from the host to the UART, as a source of the main loop.
 //!
+//! A capability, with `input`, `escape` and `ends`: the guest prints without it. `ports` adds it to the main loop's sources.
+//!
 //! The UART's receive FIFO holds 64 bytes. While it is full the host is polled for nothing but the end of the input, and the
 //! UART writes to an eventfd when the guest has made room. The states of polling:
 //!

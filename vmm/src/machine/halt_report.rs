@@ -1,19 +1,22 @@
 //! Looks, at a standstill, whether no vCPU can ever run again by itself, and says so once until a reset. `halt_watch` asks for it
 //! when no vCPU has used its CPU for a while.
 
-use super::Machine;
+use super::{Machine, Task};
+use crate::error::Error;
 use crate::vcpu::Vcpu;
+
+struct HaltReport;
 
 impl Machine {
     /// Warns if no vCPU can ever run again by itself. Once, until a reset.
     pub(crate) fn look_for_halt(&mut self) {
         if !self.halt_reported && self.standstill.is_none() && self.end.is_none() {
-            self.stand_still(|standstill| standstill.look_for_halt = true);
+            self.stand_still(|standstill| standstill.tasks.push_front(Box::new(HaltReport)));
         }
     }
 
     /// Everything stands still.
-    pub(super) fn report_halt(&mut self) {
+    fn report_halt(&mut self) {
         let vcpus = &self.hardware.vcpus;
         self.halt_reported =
             vcpus.iter().all(|vcpu| vcpu.with_paused(Vcpu::is_halted_for_good).unwrap_or(false));
@@ -23,5 +26,12 @@ impl Machine {
                  or reset it (`minivmm ctl SOCKET reset`)"
             );
         }
+    }
+}
+
+impl Task for HaltReport {
+    fn advance(&mut self, machine: &mut Machine) -> Result<bool, Error> {
+        machine.report_halt();
+        Ok(true)
     }
 }

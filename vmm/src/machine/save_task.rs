@@ -13,7 +13,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::kvm_clock_data;
 
-use super::{Machine, MachineEvent, RunState, Task};
+use super::{Machine, MachineEvent, RunState, Standstill, Task};
 use crate::background::Answer;
 use crate::error::Error;
 
@@ -45,25 +45,18 @@ impl Machine {
         cancel: Arc<AtomicBool>,
         goes_on: bool,
     ) -> Result<u64, Error> {
-        let busy = self.standstill.as_ref().is_some_and(|standstill| standstill.task.is_some());
+        // A reset that has begun leaves nothing to save.
+        let is_busy = |standstill: &Standstill| {
+            standstill.tasks.iter().any(|task| task.is_cancelable() || task.is_irrevocable())
+        };
+        let busy = self.standstill.as_ref().is_some_and(is_busy);
         if busy || self.end.is_some() {
             return Err(Error::Stopping);
         }
         let (job, before) = (self.next_job(), self.state);
         let task = SaveTask { job, begin: Some(begin), cancel, work: None, before, goes_on };
-        self.stand_still(|standstill| standstill.task = Some(Box::new(task)));
+        self.stand_still(|standstill| standstill.tasks.push_front(Box::new(task)));
         Ok(job)
-    }
-
-    /// Ends a save that is under way, or has not begun. A background save, too: it reads pages of files, which may be changed
-    /// once the machine has given up its lease.
-    pub(crate) fn cancel_task(&mut self, error: Error) {
-        if let Some(cancel) = self.background_save.take() {
-            cancel.store(true, Ordering::Relaxed);
-        }
-        if let Some(mut task) = self.standstill.as_mut().and_then(|still| still.task.take()) {
-            task.cancel(self, error);
-        }
     }
 
     /// The guest's clock now, with the wall clock's time in nanoseconds as `realtime`: KVM has that only on some hosts.
@@ -85,7 +78,7 @@ impl Machine {
 }
 
 impl Task for SaveTask {
-    fn advance(&mut self, machine: &mut Machine) -> bool {
+    fn advance(&mut self, machine: &mut Machine) -> Result<bool, Error> {
         // An event that waits may end the machine, and would be missing in what is saved.
         if let Some(begin) = self.begin.take_if(|_| !machine.wake_main_loop.is_awake()) {
             self.before = machine.state;
@@ -96,19 +89,23 @@ impl Task for SaveTask {
             machine.state = RunState::FinishMigrate;
             self.work = Some(machine.background.run(work));
         }
-        let Some(result) = self.work.as_ref().and_then(Answer::poll) else { return false };
-        self.finish(machine, result);
+        let Some(result) = self.work.as_ref().and_then(Answer::poll) else { return Ok(false) };
+        self.end(machine, result);
+        Ok(true)
+    }
+
+    fn is_cancelable(&self) -> bool {
         true
     }
 
     fn cancel(&mut self, machine: &mut Machine, error: Error) {
         self.cancel.store(true, Ordering::Relaxed);
-        self.finish(machine, Err(error));
+        self.end(machine, Err(error));
     }
 }
 
 impl SaveTask {
-    fn finish(&mut self, machine: &mut Machine, result: Result<(), Error>) {
+    fn end(&mut self, machine: &mut Machine, result: Result<(), Error>) {
         if machine.state == RunState::FinishMigrate {
             let stays = result.is_ok() && !self.goes_on;
             machine.state = if stays { RunState::PostMigrate } else { self.before };
