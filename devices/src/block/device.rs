@@ -75,7 +75,8 @@ impl BlockDevice {
         let types = request_types(&options, &*disk);
         let limiter = Arc::clone(&throttle) as Arc<dyn Limiter>;
         let geometry = geometry::rule(options.geometry, &*disk);
-        let shared = Shared::new(options, disk, events, count, limiter, types, geometry)?;
+        let sizes = options.check(&disk.limits())?;
+        let shared = Shared::new(options, &sizes, disk, events, count, limiter, types, geometry);
         let workers: Result<Arc<[_]>, _> = (0..count)
             .map(|number| {
                 // As `place` deals them out.

@@ -29,6 +29,7 @@ mod geometry;
 mod histogram;
 mod in_flight;
 mod operator;
+mod option_checks;
 mod options;
 mod queue;
 mod request;

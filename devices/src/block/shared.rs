@@ -10,7 +10,7 @@ use std::time::Instant;
 use super::admission::Limiter;
 use super::config_space::{ConfigSpace, GeometryRule};
 use super::events::{BlockEvent, ErrorAction, EventLimit, EventSink};
-use super::options::{BlockError, BlockOptions};
+use super::options::{BlockOptions, BlockSizes};
 use super::request::{Refusal, RequestLimits, RequestTypes};
 use super::stats::{Counters, IoStatus, Kind};
 use crate::disk::{Disk, DiskError};
@@ -51,19 +51,20 @@ struct LogLimits {
 }
 
 impl Shared {
-    /// Checks the options and lays out the device for `workers` threads.
+    /// Lays out the device for `workers` threads.
+    #[expect(clippy::too_many_arguments, reason = "all that a disk's threads share")]
     pub(super) fn new(
         options: BlockOptions,
+        sizes: &BlockSizes,
         disk: Arc<dyn Disk>,
         events: EventSink,
         workers: usize,
         limiter: Arc<dyn Limiter>,
         request_types: Vec<Box<dyn RequestTypes>>,
         geometry: GeometryRule,
-    ) -> Result<Arc<Self>, BlockError> {
-        let sizes = options.check(&disk.limits())?;
-        Ok(Arc::new(Self {
-            config_space: ConfigSpace::new(&options, &sizes, &*disk, geometry, &request_types),
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            config_space: ConfigSpace::new(&options, sizes, &*disk, geometry, &request_types),
             writeback: AtomicBool::new(options.write_cache),
             io_status: AtomicU8::new(IoStatus::Ok as u8),
             write_threshold: AtomicU64::new(NO_THRESHOLD),
@@ -75,7 +76,7 @@ impl Shared {
             counters: (0..workers).map(|_| Arc::default()).collect(),
             limits: LogLimits::default(),
             error_events: EventLimit::default(),
-        }))
+        })
     }
 
     /// How many requests of `positions` queues can be in flight.

@@ -1,8 +1,8 @@
-//! The file or block device behind an image: how it is opened, what it prefers, and what flushes it.
+//! The file or block device behind an image: how it is opened, and what flushes it.
 //!
 //! Every format keeps its data in a [`HostFile`]. Opening one creates nothing, changes nothing and waits for nothing. The
-//! file's limits come from statx(2) and statvfs(3); those of a block device are in `block_device`. Reads and writes are not here:
-//! the formats and engines make them with `file`.
+//! file's limits are in `image_file`, those of a block device in `block_device`. Reads and writes are not here: the formats and
+//! engines make them with `file`.
 
 use std::fs::File;
 use std::io;
@@ -15,7 +15,7 @@ use rustix::io::Errno;
 
 use super::error::is_refusal;
 use super::observer::{Change, ObservedBy};
-use super::{Limits, OpenOptions, OpenReason, SECTOR};
+use super::{OpenOptions, OpenReason};
 
 /// What direct I/O requires of a transfer, in bytes; both are powers of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,26 +143,6 @@ impl HostFile {
         error
     }
 
-    /// The sizes that a disk should announce whose bytes are the file's. `discard`: the guest's discards reach the file.
-    pub(super) fn limits(&self, discard: bool) -> Limits {
-        let unit = rustix::fs::fstatvfs(&self.file).map_or(4096, |status| status.f_frsize);
-        let unit = match unit.clamp(SECTOR, 4096) as u32 {
-            unit if unit.is_power_of_two() => unit,
-            _ => SECTOR as u32,
-        };
-        // Direct I/O below its unit is read-modify-write: 512 bytes work, but the guest had better align.
-        let physical_block_size = self.unit().max(unit);
-        Limits {
-            logical_block_size: SECTOR as u32,
-            physical_block_size,
-            alignment_offset: 0,
-            min_io_size: physical_block_size,
-            opt_io_size: 0,
-            discard_granularity: if discard { unit } else { 0 },
-            secure_erase: false,
-        }
-    }
-
     /// Whether the file is in memory (tmpfs or ramfs, linux/magic.h), so that no call on it waits for a device.
     pub(super) fn in_memory(&self) -> bool {
         const TMPFS_MAGIC: i64 = 0x0102_1994;
@@ -215,18 +195,4 @@ fn file_kind(mode: u32) -> Result<FileKind, OpenReason> {
         FileType::CharacterDevice => Err(OpenReason::NotADisk("character device")),
         _ => Err(OpenReason::NotADisk("special file")),
     }
-}
-
-/// Refuses an image without a whole sector, and warns about one whose last sector is incomplete.
-pub(super) fn check_length(path: &Path, length: u64) -> Result<(), OpenReason> {
-    let (sectors, rest) = (length / SECTOR, length % SECTOR);
-    if sectors == 0 {
-        return Err(OpenReason::TooSmall(length));
-    }
-    if rest != 0 {
-        tracing::warn!(
-            "disk image {path:?}: {length} bytes are no whole number of 512-byte sectors; the guest sees {sectors} sectors and not the last {rest} bytes"
-        );
-    }
-    Ok(())
 }

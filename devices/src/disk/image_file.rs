@@ -1,7 +1,7 @@
 //! Opens the file of an image as `--disk` says: locked, so that no other QEMU or minivmm writes it meanwhile, and with what direct
-//! I/O on it requires.
+//! I/O on it requires. And what the file prefers, by statvfs(3).
 //!
-//! A capability: a [`HostFile`] is used without knowing either. `open` and the formats open their files here.
+//! A capability: a [`HostFile`] is used without knowing any of this. `open` and the formats open their files here.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use super::host_file::{FileKind, HostFile};
 use super::lock::{self, LockError};
-use super::{OpenOptions, OpenReason, direct};
+use super::{Limits, OpenOptions, OpenReason, SECTOR, direct};
 
 /// Opens `path` with the cache mode and locking of `options`.
 pub(super) fn open(
@@ -57,4 +57,40 @@ fn lock(path: &Path, file: &File, kind: FileKind, writable: bool) -> Result<File
     }
     exclude(&description)?;
     Ok(description.into())
+}
+
+/// Refuses an image without a whole sector, and warns about one whose last sector is incomplete.
+pub(super) fn check_length(path: &Path, length: u64) -> Result<(), OpenReason> {
+    let (sectors, rest) = (length / SECTOR, length % SECTOR);
+    if sectors == 0 {
+        return Err(OpenReason::TooSmall(length));
+    }
+    if rest != 0 {
+        tracing::warn!(
+            "disk image {path:?}: {length} bytes are no whole number of 512-byte sectors; the guest sees {sectors} sectors and not the last {rest} bytes"
+        );
+    }
+    Ok(())
+}
+
+impl HostFile {
+    /// The sizes that a disk should announce whose bytes are the file's. `discard`: the guest's discards reach the file.
+    pub(super) fn limits(&self, discard: bool) -> Limits {
+        let unit = rustix::fs::fstatvfs(&self.file).map_or(4096, |status| status.f_frsize);
+        let unit = match unit.clamp(SECTOR, 4096) as u32 {
+            unit if unit.is_power_of_two() => unit,
+            _ => SECTOR as u32,
+        };
+        // Direct I/O below its unit is read-modify-write: 512 bytes work, but the guest had better align.
+        let physical_block_size = self.unit().max(unit);
+        Limits {
+            logical_block_size: SECTOR as u32,
+            physical_block_size,
+            alignment_offset: 0,
+            min_io_size: physical_block_size,
+            opt_io_size: 0,
+            discard_granularity: if discard { unit } else { 0 },
+            secure_erase: false,
+        }
+    }
 }

@@ -199,21 +199,4 @@ impl IoBuffers {
             })
             .take_while(|(_, _, length)| *length > 0)
     }
-
-    /// Whether nothing but zeroes is left. If the guest writes meanwhile, either value may count.
-    pub(super) fn is_zero(&self) -> bool {
-        const ZEROES: [u8; 4096] = [0; 4096];
-        let mut copy = [0; ZEROES.len()];
-        self.rest().iter().all(|iovec| {
-            (0..iovec.iov_len).step_by(copy.len()).all(|at| {
-                let copy = &mut copy[..(iovec.iov_len - at).min(ZEROES.len())];
-                // SAFETY: the source lies inside the iovec, which is valid for reads by the invariant.
-                unsafe {
-                    let guest = iovec.iov_base.cast::<u8>().add(at);
-                    ptr::copy_nonoverlapping(guest, copy.as_mut_ptr(), copy.len());
-                }
-                *copy == ZEROES[..copy.len()]
-            })
-        })
-    }
 }

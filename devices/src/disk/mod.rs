@@ -22,6 +22,7 @@ use crate::spawn::{self, Spawn};
 
 mod block_device;
 mod bounce;
+mod detect_zeroes;
 mod direct;
 mod engine;
 mod error;

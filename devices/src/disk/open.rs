@@ -9,7 +9,7 @@ use super::bounce::Bounce;
 use super::direct::Direct;
 use super::engine::ring::MakeRing;
 use super::engine::{QueueEngine, threads, uring};
-use super::host_file::{FileKind, HostFile, check_length};
+use super::host_file::{FileKind, HostFile};
 use super::job::Job;
 use super::opened::{Backend, OpenedDisk};
 use super::qcow2::Qcow2Image;
@@ -18,7 +18,8 @@ use super::raw::{DirectIo, RawImage};
 use super::scsi::is_scsi_disk;
 use super::{
     Aio, Corruption, DetectZeroes, DiscardMode, Disk, DiskError, Engine, EngineSetup, Format,
-    Lifetime, Limits, OpenError, OpenOptions, OpenReason, block_device, image_file, other_formats,
+    Lifetime, Limits, OpenError, OpenOptions, OpenReason, block_device, detect_zeroes, image_file,
+    other_formats,
 };
 
 /// Opens an image as a disk.
@@ -40,7 +41,8 @@ pub fn open(options: &OpenOptions) -> Result<Arc<dyn Disk>, OpenError> {
     };
     let ring =
         options.aio == Aio::IoUring && matches!(backend, Backend::Raw(..)) && uring::available();
-    Ok(Arc::new(OpenedDisk::new(backend, options, ring.then_some(uring::make as MakeRing))))
+    let disk = OpenedDisk::new(backend, options, ring.then_some(uring::make as MakeRing));
+    Ok(detect_zeroes::over(Arc::new(disk), options.detect_zeroes))
 }
 
 fn open_raw(options: &OpenOptions) -> Result<Backend, OpenReason> {
@@ -49,7 +51,7 @@ fn open_raw(options: &OpenOptions) -> Result<Backend, OpenReason> {
         return Err(OpenReason::NotScsi);
     }
     let (length, unit) = (file.length()?, file.unit());
-    check_length(&options.path, length)?;
+    image_file::check_length(&options.path, length)?;
     if options.format.is_none() {
         other_formats::refuse(&file)?;
     }

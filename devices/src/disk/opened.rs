@@ -17,7 +17,7 @@ use super::job::Job;
 use super::qcow2::Qcow2Image;
 use super::raw::RawImage;
 use super::raw::blocking::Blocking;
-use super::{DetectZeroes, DiskError, GuestRange, OpenOptions, Operation};
+use super::{DiskError, GuestRange, OpenOptions, Operation};
 use crate::GuestMemory;
 use crate::log_limit::LogLimit;
 
@@ -31,7 +31,6 @@ pub(super) enum Backend {
 pub(super) struct OpenedDisk {
     pub(super) backend: Backend,
     pub(super) read_only: bool,
-    pub(super) detect_zeroes: DetectZeroes,
     pub(super) ignore_flush: bool,
     /// The guest may send SCSI commands to the image's device (`scsi=on`).
     pub(super) scsi: bool,
@@ -52,7 +51,6 @@ impl OpenedDisk {
         Self {
             backend,
             read_only: options.read_only,
-            detect_zeroes: options.detect_zeroes,
             ignore_flush: options.cache.ignores_flush() || options.snapshot,
             scsi: options.scsi,
             make_ring,

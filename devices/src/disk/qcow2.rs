@@ -42,7 +42,7 @@ use self::metadata::Metadata;
 pub(super) use self::ordered::without;
 use self::ordered::{Order, OrderedStorage};
 use super::bounce::Bounce;
-use super::host_file::check_length;
+use super::image_file::check_length;
 use super::job::Job;
 use super::{
     Corruption, DiscardMode, DiskError, Limits, OpenError, OpenOptions, Operation, SECTOR,

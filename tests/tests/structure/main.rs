@@ -40,6 +40,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("control (QMP)", &["vmm/src/control"]),
     ("ctl", &["cli/src/ctl"]),
     ("debug exit", &["devices/src/legacy/debug_exit.rs"]),
+    ("detected zeroes", &["devices/src/disk/detect_zeroes.rs"]),
     ("direct I/O", &["devices/src/disk/bounce.rs", "devices/src/disk/direct.rs"]),
     ("directory disks", &["cli/src/directory_disk.rs"]),
     (
@@ -67,6 +68,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("layers over disks", &["devices/src/disk/layer.rs"]),
     ("log of writes", &["devices/src/disk/log_writes", "vmm/src/write_logs.rs"]),
     ("MPTable", &["arch/src/tables/mptable.rs"]),
+    ("option checks", &["devices/src/block/option_checks.rs"]),
     ("other formats", &["devices/src/disk/other_formats.rs"]),
     (
         "operator's view of a disk",

@@ -60,11 +60,19 @@ impl Rig {
         let (sink, events) = recorder();
         let throttle = Arc::new(Throttle::new(options.throttling, Instant::now()));
         let commands = request_types(&options, &*disk);
+        let sizes = options.check(&disk.limits).unwrap();
         let limiter = Arc::clone(&throttle);
         let geometry = crate::block::geometry::rule(None, &*disk);
-        let shared =
-            Shared::new(options, Arc::clone(&disk) as _, sink, 1, limiter, commands, geometry)
-                .unwrap();
+        let shared = Shared::new(
+            options,
+            &sizes,
+            Arc::clone(&disk) as _,
+            sink,
+            1,
+            limiter,
+            commands,
+            geometry,
+        );
         let features = shared.config_space.features & accepted;
         let driver = Driver::with_memory(queues, ring_size, memory);
         let worker = Some(start(&shared, &driver, features, queues));

@@ -24,8 +24,8 @@ use super::job::Job;
 use super::opened::OpenedDisk;
 use super::raw::Medium;
 use super::{
-    Completion, DetectZeroes, DeviceCommand, DiskError, Engine, EngineSetup, GuestRange,
-    MIN_THREADS, Operation, SECTOR, Transfer,
+    Completion, DeviceCommand, DiskError, Engine, EngineSetup, GuestRange, MIN_THREADS, Operation,
+    SECTOR, Transfer,
 };
 use crate::GuestMemory;
 
@@ -161,14 +161,6 @@ impl QueueEngine {
             if unsafe { job.buffers.resolve(&self.memory, ranges) }? != length {
                 return Err(DiskError::Host(libc::EINVAL));
             }
-        }
-        let detect_zeroes = self.disk.detect_zeroes;
-        if let Operation::Write { durable } = operation
-            && detect_zeroes != DetectZeroes::Off
-            && job.buffers.is_zero()
-        {
-            let unmap = detect_zeroes == DetectZeroes::Unmap;
-            job.operation = Operation::WriteZeroes { unmap, durable };
         }
         if let Operation::Write { durable } | Operation::WriteZeroes { durable, .. } =
             &mut job.operation

@@ -1,0 +1,72 @@
+//! `detect-zeroes=`: a write of nothing but zeroes becomes a write-zeroes operation, which moves no data.
+//!
+//! A capability: a layer over a disk, which `open` adds where the option asks for it.
+
+use std::io;
+use std::sync::Arc;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::layer::{EngineLayer, Layer, LayeredDisk};
+use super::{Completion, DetectZeroes, Disk, Engine, GuestRange, Operation, Transfer};
+use crate::GuestMemory;
+
+/// The layer; `unmap`: the blocks of zeroes are deallocated.
+#[derive(Clone)]
+struct ZeroDetection {
+    unmap: bool,
+}
+
+/// What the layer is for one worker.
+struct EngineZeroDetection {
+    unmap: bool,
+    memory: GuestMemory,
+}
+
+/// `disk`, with writes of zeroes detected as `mode` says.
+pub(super) fn over(disk: Arc<dyn Disk>, mode: DetectZeroes) -> Arc<dyn Disk> {
+    match mode {
+        DetectZeroes::Off => disk,
+        mode => {
+            let layer = ZeroDetection { unmap: mode == DetectZeroes::Unmap };
+            Arc::new(LayeredDisk { disk, layer })
+        }
+    }
+}
+
+impl Layer for ZeroDetection {
+    type Engine = EngineZeroDetection;
+
+    fn engine(&self, _: &dyn Engine, memory: GuestMemory, _: u32) -> io::Result<Self::Engine> {
+        Ok(EngineZeroDetection { unmap: self.unmap, memory })
+    }
+}
+
+impl EngineLayer for EngineZeroDetection {
+    fn submit(&mut self, engine: &mut dyn Engine, transfer: Transfer<'_>) {
+        let operation = match transfer.operation {
+            Operation::Write { durable } if is_zero(&self.memory, transfer.ranges) => {
+                Operation::WriteZeroes { unmap: self.unmap, durable }
+            }
+            other => other,
+        };
+        let ranges = if operation == transfer.operation { transfer.ranges } else { &[] };
+        engine.submit(Transfer { operation, ranges, ..transfer });
+    }
+
+    fn complete(&mut self, _: &mut Vec<Completion>, _: usize) {}
+}
+
+/// Whether there is nothing but zeroes in `ranges`. If the guest writes meanwhile, either value may count.
+fn is_zero(memory: &GuestMemory, ranges: &[GuestRange]) -> bool {
+    const ZEROES: [u8; 4096] = [0; 4096];
+    let mut copy = [0; ZEROES.len()];
+    ranges.iter().all(|range| {
+        (0..range.length).step_by(copy.len()).all(|at| {
+            let copy = &mut copy[..((range.length - at) as usize).min(ZEROES.len())];
+            let address = GuestAddress(range.address.0 + u64::from(at));
+            // Memory that is not there is for the engine to refuse.
+            memory.read_slice(copy, address).is_ok() && *copy == ZEROES[..copy.len()]
+        })
+    })
+}
