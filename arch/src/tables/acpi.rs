@@ -7,8 +7,7 @@
 //! ```
 
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
-    ResourceTemplate, Scope,
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -39,11 +38,7 @@ const ALIGNMENT: usize = 16;
 const VGA_NOT_PRESENT: u16 = 1 << 2;
 const CMOS_RTC_NOT_PRESENT: u16 = 1 << 5;
 
-/// Notification value: the first event that is the device's own (ACPI 6.5 §5.6.6). A power button was pressed; a generation ID
-/// has changed.
-const DEVICE_EVENT: u8 = 0x80;
-
-/// The tables for the machine of `layout`, the RSDP first. `add_last` adds what comes after the other devices.
+/// The tables for the machine of `layout`, the RSDP first. `add_last` adds the devices that come after the disks.
 pub(super) fn tables(layout: &MachineLayout, add_last: fn(&mut dyn AmlSink)) -> Structure {
     let mut area = Area { bytes: vec![0; Rsdp::len()] };
     let dsdt = area.push(&dsdt(layout, add_last));
@@ -122,8 +117,6 @@ fn dsdt(layout: &MachineLayout, add_last: fn(&mut dyn AmlSink)) -> Sdt {
         uart(&mut devices, index, port, gsi);
     }
     (0..).zip(&layout.disks).for_each(|(index, disk)| virtio_mmio(&mut devices, index, disk));
-    pvpanic(&mut devices);
-    power_button(&mut devices);
     add_last(&mut devices);
     let mut aml = Scope::raw("\\_SB_".into(), devices);
     // The sleep type of "soft off"; the reserved elements are for the registers that reduced hardware lacks (§7.4.2).
@@ -136,7 +129,7 @@ fn dsdt(layout: &MachineLayout, add_last: fn(&mut dyn AmlSink)) -> Sdt {
 }
 
 /// Edge-triggered, active high: how every interrupt of this machine arrives.
-fn edge(gsi: u32, shared: bool) -> Interrupt {
+pub(super) fn edge(gsi: u32, shared: bool) -> Interrupt {
     Interrupt::new(true, true, false, shared, gsi)
 }
 
@@ -151,15 +144,6 @@ pub(super) fn device(
     let (hid, uid) = (Name::new("_HID".into(), hid), Name::new("_UID".into(), &uid));
     let objects = [&[&hid as &dyn Aml, &uid], objects].concat();
     Device::new(name.into(), objects).to_aml_bytes(sink);
-}
-
-/// A Generic Event Device (ACPI 6.5 §5.6.9): its interrupt runs `_EVT`, which notifies the driver of the device `target`.
-pub(super) fn event_device(sink: &mut dyn AmlSink, name: &str, uid: u32, gsi: u32, target: &str) {
-    let (interrupt, target) = (edge(gsi, false), Path::new(target));
-    let resources = ResourceTemplate::new(vec![&interrupt]);
-    let notify = Notify::new(&target, &DEVICE_EVENT);
-    let event = Method::new("_EVT".into(), 1, true, vec![&notify]);
-    device(sink, name, &"ACPI0013", uid, &[&Name::new("_CRS".into(), &resources), &event]);
 }
 
 /// A processor, found by the `_UID` that its MADT entry has (ACPI 6.5 §8.4).
@@ -186,31 +170,16 @@ fn virtio_mmio(sink: &mut dyn AmlSink, index: u32, disk: &MmioDevice) {
     device(sink, &format!("VR{index:02X}"), &"LNRO0005", index, &[&coherent, &crs]);
 }
 
-/// The panic port, as QEMU announces its own (docs/specs/pvpanic).
-fn pvpanic(sink: &mut dyn AmlSink) {
-    let port = IO::new(layout::PVPANIC, layout::PVPANIC, 1, 1);
-    let resources = ResourceTemplate::new(vec![&port]);
-    // Present, enabled, shown, functioning.
-    let status = Name::new("_STA".into(), &0xfu8);
-    device(sink, "PEVT", &"QEMU0001", 0, &[&Name::new("_CRS".into(), &resources), &status]);
-}
-
-/// The power button, and the event device that reports it.
-fn power_button(sink: &mut dyn AmlSink) {
-    device(sink, "PWRB", &EISAName::new("PNP0C0C"), 0, &[]);
-    event_device(sink, "GED_", 0, layout::POWER_BUTTON_GSI, "PWRB");
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::generation_id::vgen;
+    use super::super::add_last;
     use super::super::mptable::checksum;
     use super::*;
     use crate::machine_layout::MachineSpec;
 
     fn written(cpus: u32, serial: bool, disks: usize) -> Vec<u8> {
         let spec = MachineSpec { memory: 1 << 30, cpus, serial: [serial; 2], acpi: true, disks };
-        let tables = tables(&MachineLayout::new(spec), vgen);
+        let tables = tables(&MachineLayout::new(spec), add_last);
         assert!(tables.bytes.len() <= layout::ACPI_TABLES_SIZE);
         tables.bytes
     }

@@ -7,7 +7,8 @@
 use acpi_tables::AmlSink;
 use acpi_tables::aml::{self, Name, Package};
 
-use super::acpi::{device, event_device};
+use super::acpi::device;
+use super::events::event_device;
 use crate::layout;
 
 /// What drivers look for. Linux's vmgenid compares it in upper case.

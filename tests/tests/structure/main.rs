@@ -51,6 +51,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
             "vmm/src/disk_faults.rs",
         ],
     ),
+    ("event devices", &["arch/src/tables/events.rs"]),
     ("exec", &["vmm/src/exec"]),
     ("explain", &["vmm/src/explain", "devices/src/virtio/spec/names.rs"]),
     ("gdb", &["vmm/src/gdb"]),
