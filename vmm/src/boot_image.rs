@@ -19,7 +19,6 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use arch::boot::{self, Entry, FileRange, Kernel, Plan, ReadAt};
-use arch::layout;
 use arch::machine_layout::MachineLayout;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -215,24 +214,6 @@ impl BootImage {
     /// A file was changed in place.
     pub(crate) fn check_unchanged(&self) -> Result<(), Error> {
         self.initrd.iter().chain([&self.kernel]).try_for_each(BootFile::check_unchanged)
-    }
-}
-
-/// How far a guest that resets the machine, or can run no further, had come with a restart of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Restart {
-    NotBegun,
-    Reboot,
-    AfterPanic,
-}
-
-/// Reads the warm-reset flag, which Linux writes just before it resets the machine by any method: `arch::cmdline` explains its
-/// values. A guest that is not Linux leaves it alone.
-pub(crate) fn restart(memory: &GuestMemory) -> Restart {
-    match memory.read_obj(layout::WARM_RESET_FLAG) {
-        Ok(layout::WARM_RESET_MAGIC) => Restart::AfterPanic,
-        Ok(layout::WARM_RESET_UNTOUCHED) | Err(_) => Restart::NotBegun,
-        Ok(_) => Restart::Reboot,
     }
 }
 

@@ -3,15 +3,18 @@
 //! A capability: it adds methods to the machine. `Machine::vm_event` hands over each outcome that an event of a vCPU has.
 //! `--dump-on-panic` (`snapshot::panic_dump`) sets [`Machine::hold_panic`], and ends the machine when the dump is over.
 
+use arch::layout;
+use vm_memory::Bytes;
+
 use super::{Machine, MachineEvent, Outcome};
-use crate::boot_image::{self, Restart};
+use crate::GuestMemory;
 use crate::error::Error;
 
 impl Machine {
     /// What a reset or a triple fault means, which is `unexpected` if the guest's kernel had not begun to restart. Linux triple faults
     /// on purpose for `reboot=t`.
     pub(super) fn restarted(&self, unexpected: Outcome) -> Outcome {
-        match boot_image::restart(&self.hardware.memory) {
+        match restart(&self.hardware.memory) {
             Restart::AfterPanic => Outcome::Panicked("it reset itself after a kernel panic"),
             Restart::NotBegun => unexpected,
             Restart::Reboot => Outcome::Reset,
@@ -40,6 +43,44 @@ impl Machine {
                  initrd that loads them",
                 names.join(", ")
             );
+        }
+    }
+}
+
+/// How far a guest that resets the machine, or can run no further, had come with a restart of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Restart {
+    NotBegun,
+    Reboot,
+    AfterPanic,
+}
+
+/// Reads the warm-reset flag, which Linux writes just before it resets the machine by any method: `arch::cmdline` explains its
+/// values. A guest that is not Linux leaves it alone.
+fn restart(memory: &GuestMemory) -> Restart {
+    match memory.read_obj(layout::WARM_RESET_FLAG) {
+        Ok(layout::WARM_RESET_MAGIC) => Restart::AfterPanic,
+        Ok(layout::WARM_RESET_UNTOUCHED) | Err(_) => Restart::NotBegun,
+        Ok(_) => Restart::Reboot,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::*;
+
+    #[test]
+    fn the_warm_reset_flag_tells_a_panic_from_a_restart() {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
+        for (flag, expected) in [
+            (layout::WARM_RESET_UNTOUCHED, Restart::NotBegun),
+            (0, Restart::Reboot),
+            (0x1234, Restart::AfterPanic),
+        ] {
+            memory.write_obj(flag, layout::WARM_RESET_FLAG).unwrap();
+            assert_eq!(restart(&memory), expected);
         }
     }
 }

@@ -1,9 +1,14 @@
 //! Whether a vCPU can ever run again by itself. The machine asks on behalf of `halt_watch`, during a standstill: KVM
 //! makes a request for the state of a vCPU wait while that vCPU is in KVM_RUN.
 
+use std::mem::MaybeUninit;
+use std::os::unix::thread::JoinHandleExt;
+use std::time::Duration;
+
 use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED};
 
 use super::setup::Vcpu;
+use super::thread::VcpuThread;
 use crate::error::Error;
 
 /// RFLAGS.IF: interrupts are enabled (SDM 1, 3.4.3.3).
@@ -23,5 +28,21 @@ impl Vcpu {
             KVM_MP_STATE_HALTED => registers.rflags & RFLAGS_IF == 0,
             _ => false,
         })
+    }
+}
+
+impl VcpuThread {
+    /// How long the thread has used a CPU, in the guest and outside. `None` if the host does not say.
+    #[expect(unsafe_code, reason = "the clock of a thread has no safe wrapper")]
+    pub(crate) fn cpu_time(&self) -> Option<Duration> {
+        let (mut clock, mut time) = (0, MaybeUninit::<libc::timespec>::zeroed());
+        // SAFETY: the thread has not been joined, so its pthread_t is valid; both calls get valid pointers, and all-zero bytes
+        // are a valid timespec.
+        let time = unsafe {
+            let got = libc::pthread_getcpuclockid(self.thread.as_pthread_t(), &raw mut clock) == 0
+                && libc::clock_gettime(clock, time.as_mut_ptr()) == 0;
+            got.then(|| time.assume_init())
+        }?;
+        Some(Duration::new(time.tv_sec.try_into().ok()?, time.tv_nsec.try_into().ok()?))
     }
 }

@@ -14,14 +14,12 @@
 
 use std::cell::Cell;
 use std::io;
-use std::mem::MaybeUninit;
 use std::os::unix::thread::JoinHandleExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use devices::spawn::Spawn;
 use kvm_bindings::kvm_run;
@@ -64,7 +62,7 @@ pub(crate) struct VcpuThread {
     index: u32,
     id: i32,
     exits: Arc<Exits>,
-    thread: JoinHandle<()>,
+    pub(super) thread: JoinHandle<()>,
     shared: Arc<Shared>,
     /// Stays outside the guest when the machine goes on.
     pub(crate) held: bool,
@@ -96,20 +94,6 @@ impl VcpuThread {
     /// The host's number for the thread, as in `/proc/PID/task`.
     pub(crate) fn id(&self) -> i32 {
         self.id
-    }
-
-    /// How long the thread has used a CPU, in the guest and outside. `None` if the host does not say.
-    #[expect(unsafe_code, reason = "the clock of a thread has no safe wrapper")]
-    pub(crate) fn cpu_time(&self) -> Option<Duration> {
-        let (mut clock, mut time) = (0, MaybeUninit::<libc::timespec>::zeroed());
-        // SAFETY: the thread has not been joined, so its pthread_t is valid; both calls get valid pointers, and all-zero bytes
-        // are a valid timespec.
-        let time = unsafe {
-            let got = libc::pthread_getcpuclockid(self.thread.as_pthread_t(), &raw mut clock) == 0
-                && libc::clock_gettime(clock, time.as_mut_ptr()) == 0;
-            got.then(|| time.assume_init())
-        }?;
-        Some(Duration::new(time.tv_sec.try_into().ok()?, time.tv_nsec.try_into().ok()?))
     }
 
     pub(crate) fn exits(&self) -> &Exits {

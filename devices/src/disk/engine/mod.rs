@@ -1,9 +1,9 @@
 //! The engine of one queue worker: it sends each transfer the cheapest way that serves it.
 //!
 //! A transfer is checked, its guest ranges become host addresses, and [`route`] decides who moves the data: the worker
-//! itself (`inline`), the kernel (`ring`), or a thread that may wait (`pool`). The last two are plugged in. A transfer that comes back short continues
-//! from where it stopped, on the route that suits the rest. Errors that belong to a route and not to the file (a full ring,
-//! a seccomp filter) send the transfer to the pool, whose system call then gives the file's own answer.
+//! itself (`inline`), the kernel (`ring`), or a thread that may wait (`pool`). The last two are plugged in. A transfer that comes
+//! back short continues from where it stopped, on the route that suits the rest. Errors that belong to a route and not to the
+//! file (a full ring, a seccomp filter) send the transfer to the pool, whose system call then gives the file's own answer.
 
 #![expect(
     unsafe_code,
