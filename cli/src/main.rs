@@ -111,6 +111,7 @@ fn run(config: &mut VmConfig, incoming: Option<IncomingOption>) -> Result<Outcom
                 Awaited::Incoming(incoming) => Some(*incoming),
                 Awaited::Quit => return Ok(Outcome::ControlQuit),
                 Awaited::Signal(signal) => return Ok(Outcome::Signal(signal)),
+                Awaited::Timeout => return Ok(Outcome::Timeout),
             }
         }
     };

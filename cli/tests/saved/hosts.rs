@@ -59,6 +59,35 @@ fn paths_in_a_file_are_opened_only_if_the_user_says_so() {
     assert_complete(directory.path());
 }
 
+/// Before there is a machine, too.
+#[test]
+fn a_silent_client_keeps_no_other_from_naming_the_file() {
+    let Some(directory) = saved_machine() else { return };
+    let defer = ["--incoming", "defer", "--qmp", "unix:qmp", "--disk", "disk.img"];
+    let session = Session::start(minivmm(defer).current_dir(directory.path()));
+    let path = directory.path().join("qmp");
+    let mut silent: Vec<Qmp> = (0..20).map(|_| Qmp::greeted(&path)).collect();
+    let mut first = Qmp::connect(&path);
+    let mut second = Qmp::connect(&path);
+    assert_eq!(first.query("query-status")["status"], "inmigrate");
+    let uri = format!("file:{}", directory.path().join("saved").display());
+    second.execute("migrate-incoming", json!({ "uri": uri })).unwrap();
+    // The machine has all clients, of which the silent ones have to say what they can do.
+    assert_ne!(first.query("query-status")["status"], "inmigrate");
+    silent.pop().unwrap().execute("qmp_capabilities", json!({})).unwrap();
+    session.wait(BOUND).must_be(SUCCESS);
+    assert_complete(directory.path());
+}
+
+#[test]
+fn the_time_limit_covers_the_wait_for_the_file() {
+    let directory = tempdir().unwrap();
+    let mut command = minivmm(["--incoming", "defer", "--qmp", "unix:qmp", "--timeout", "50ms"]);
+    let ended = Session::start(command.current_dir(directory.path())).wait(BOUND);
+    let ended = ended.must_be(124);
+    assert!(ended.errors.contains("--timeout: the time is up"), "{ended}");
+}
+
 /// There is a thread for each queue, but for no more than the host has processors.
 #[test]
 fn the_host_may_have_fewer_processors() {

@@ -1,20 +1,23 @@
 //! `--incoming defer`: the control socket before there is a machine. A client names the file by `migrate-incoming`, and stays
 //! connected while the machine is built from it.
 //!
-//! `cli` calls [`wait`]. One client at a time is served here; others wait in the socket's backlog for the machine.
+//! `cli` calls [`wait`]. All clients are served, as those of a machine are, so that a silent one keeps no other from naming the file.
 
 use std::io;
+use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Value, json};
 
 use super::client::{Client, Gone};
 use super::commands;
 use super::migration;
 use super::protocol::{Failure, Request};
-use super::server::ControlServer;
+use super::server::{CLIENTS_MAX, ControlServer};
 use crate::chardev;
 use crate::config::VmConfig;
 use crate::error::Error;
@@ -30,6 +33,19 @@ pub enum Awaited {
     Quit,
     /// This signal came.
     Signal(i32),
+    /// The time of `--timeout` is over.
+    Timeout,
+}
+
+/// A client that cannot be accepted stays in the backlog, and would keep the loop awake.
+const ACCEPT_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Who has something to be read, or may be written to.
+struct Ready {
+    signal: bool,
+    listener: bool,
+    /// Indices of clients, in order.
+    clients: Vec<usize>,
 }
 
 enum Step {
@@ -49,32 +65,43 @@ pub fn wait(
 ) -> Result<Awaited, Error> {
     let path = config.qmp.clone().unwrap_or_default();
     let mut server = listen(&path, config)?;
-    let mut client = None;
+    let mut clients: Vec<Client> = Vec::new();
+    let deadline = config.timeout.and_then(|limit| Instant::now().checked_add(limit));
     loop {
-        let ready = wait_for(signals, &server, client.as_ref());
-        match ready.map_err(Error::host("wait for a control client"))? {
-            [true, ..] => {
-                if let Some(signal) = signals.read() {
-                    return Ok(Awaited::Signal(signal));
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
+            return Ok(Awaited::Timeout);
+        }
+        let ready = wait_for(signals, &server, &clients, left);
+        let ready = ready.map_err(Error::host("wait for a control client"))?;
+        if ready.signal
+            && let Some(signal) = signals.read()
+        {
+            return Ok(Awaited::Signal(signal));
+        }
+        // From the last one: a client that leaves moves those behind it.
+        for index in ready.clients.into_iter().rev() {
+            match serve(&mut clients[index], &mut server, config, options) {
+                Ok(Step::End(Awaited::Incoming(mut incoming))) => {
+                    server.adopt(mem::take(&mut clients));
+                    server.migration().set_config(SavedConfig::of(config));
+                    incoming.control = Some(server);
+                    // The machine has what is left of the time.
+                    config.timeout = left.or(config.timeout);
+                    return Ok(Awaited::Incoming(incoming));
                 }
+                Ok(Step::End(awaited)) => return Ok(awaited),
+                Ok(Step::Continue) if !clients[index].is_done() => {}
+                _ => drop(clients.remove(index)),
             }
-            [_, true, _] => client = server.accept_first(),
-            [.., true] => {
-                let served =
-                    client.as_mut().map(|client| serve(client, &mut server, config, options));
-                match served {
-                    Some(Ok(Step::End(Awaited::Incoming(mut incoming)))) => {
-                        server.adopt(client.take());
-                        server.migration().set_config(SavedConfig::of(config));
-                        incoming.control = Some(server);
-                        return Ok(Awaited::Incoming(incoming));
-                    }
-                    Some(Ok(Step::End(awaited))) => return Ok(awaited),
-                    Some(Ok(Step::Continue)) if !client.as_ref().is_some_and(Client::is_done) => {}
-                    _ => client = None,
-                }
+        }
+        if ready.listener {
+            match server.accept_first() {
+                Some(client) => clients.push(client),
+                None => thread::sleep(ACCEPT_INTERVAL),
             }
-            _ => {}
+            let first = clients.len().saturating_sub(CLIENTS_MAX);
+            clients.drain(..first);
         }
     }
 }
@@ -89,32 +116,41 @@ pub(crate) fn listen(path: &Path, config: &VmConfig) -> Result<ControlServer, Er
     })
 }
 
-/// Whether a signal came, a client is there to accept, and the client sent or reads something.
+/// Waits until one of them is ready, and for no longer than `left`.
 fn wait_for(
     signals: &Signals,
     server: &ControlServer,
-    client: Option<&Client>,
-) -> io::Result<[bool; 3]> {
+    clients: &[Client],
+    left: Option<Duration>,
+) -> io::Result<Ready> {
     #[expect(unsafe_code, reason = "the owners have no safe borrow of their descriptors")]
     // SAFETY: each descriptor's owner outlives the call that uses it.
     let borrow = |fd: RawFd| unsafe { BorrowedFd::borrow_raw(fd) };
-    let (signals, listener) = (borrow(signals.as_raw_fd()), borrow(server.listener_fd()));
-    let mut wanted = PollFlags::empty();
-    wanted.set(PollFlags::IN, client.is_some_and(Client::wants_input));
-    wanted.set(PollFlags::OUT, client.is_some_and(Client::wants_output));
-    let accept = if client.is_none() { PollFlags::IN } else { PollFlags::empty() };
-    let peer = client.map_or(listener, |client| borrow(client.as_raw_fd()));
-    let mut fds = [
-        PollFd::new(&signals, PollFlags::IN),
-        PollFd::new(&listener, accept),
-        PollFd::new(&peer, wanted),
+    let polled = |fd, wanted| PollFd::from_borrowed_fd(borrow(fd), wanted);
+    let mut fds = vec![
+        polled(signals.as_raw_fd(), PollFlags::IN),
+        polled(server.listener_fd(), PollFlags::IN),
     ];
-    match poll(&mut fds, None) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+    fds.extend(clients.iter().map(|client| {
+        let mut wanted = PollFlags::empty();
+        wanted.set(PollFlags::IN, client.wants_input());
+        wanted.set(PollFlags::OUT, client.wants_output());
+        polled(client.as_raw_fd(), wanted)
+    }));
+    let left = left.and_then(|left| Timespec::try_from(left).ok());
+    match poll(&mut fds, left.as_ref()) {
+        Ok(_) => {}
+        // What the descriptors say is not set then.
+        Err(rustix::io::Errno::INTR) => fds.iter_mut().for_each(PollFd::clear_revents),
         Err(error) => return Err(error.into()),
     }
-    let [signal, listener, peer] = fds.map(|fd| !fd.revents().is_empty());
-    Ok([signal, listener && client.is_none(), peer && client.is_some()])
+    let ready = |fd: &PollFd<'_>| !fd.revents().is_empty();
+    let ready_clients = fds[2..].iter().enumerate().filter(|(_, fd)| ready(fd));
+    Ok(Ready {
+        signal: ready(&fds[0]),
+        listener: ready(&fds[1]),
+        clients: ready_clients.map(|(index, _)| index).collect(),
+    })
 }
 
 fn serve(

@@ -21,7 +21,7 @@ use crate::snapshot::Background;
 use crate::sources::{Poller, Source};
 
 /// Connections at a time. One more takes the place of the client that has been silent longest.
-const CLIENTS_MAX: usize = 16;
+pub(super) const CLIENTS_MAX: usize = 16;
 
 // Numbers in the main loop. Those of the clients are their places.
 const LISTENER: u8 = u8::MAX;
@@ -58,9 +58,9 @@ impl ControlServer {
         self.listener.accept().map(Client::new)
     }
 
-    /// Serves a client that is connected already.
-    pub(super) fn adopt(&mut self, client: Option<Client>) {
-        self.clients[0] = client;
+    /// Serves clients that are connected already.
+    pub(super) fn adopt(&mut self, clients: Vec<Client>) {
+        self.clients.iter_mut().zip(clients).for_each(|(place, client)| *place = Some(client));
     }
 
     pub(super) fn listener_fd(&self) -> RawFd {
