@@ -95,7 +95,7 @@ sanitize: test-tools ## the unit tests under AddressSanitizer and ThreadSanitize
 
 # What tests judge the results by. The lab's packages first: apt removes a qemu-utils that is newer than they are.
 test-tools:
-	@bash -c '. resources/packages.sh && $(if $(LAB),need kmod qemu-system-x86 &&) need btrfs-progs crun e2fsprogs gdb golang-github-containers-common qemu-utils sqlite3 strace xfsprogs'
+	@bash -c '. resources/packages.sh && $(if $(LAB),need kmod qemu-system-x86 &&) need btrfs-progs crun e2fsprogs gdb golang-github-containers-common nbd-client nbdkit qemu-utils sqlite3 strace xfsprogs'
 
 # $(call executable,NAME,CARGO'S OPTIONS): the test program NAME, as cargo names it after building
 executable = $$($(CARGO) test --workspace $(2) --no-run --message-format=json 2>/dev/null | sed -n 's|.*"executable":"\([^"]*/$(1)-[^"]*\)".*|\1|p')

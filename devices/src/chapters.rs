@@ -6,5 +6,8 @@ pub mod cut_the_power {}
 #[doc = include_str!("../docs/follow-one-write.md")]
 pub mod follow_one_write {}
 
+#[doc = include_str!("../docs/network-storage.md")]
+pub mod disks_on_network_storage {}
+
 #[doc = include_str!("../docs/virtio-blk.md")]
 pub mod virtio_blk_by_clause {}

@@ -18,6 +18,7 @@ const DOCUMENTS: &[&str] = &[
     "devices/docs/cut-the-power.md",
     "devices/docs/disk-engines.md",
     "devices/docs/follow-one-write.md",
+    "devices/docs/network-storage.md",
     "devices/docs/speed.md",
     "devices/docs/virtio-blk.md",
     "vmm/docs/a-kernel-boots.md",
