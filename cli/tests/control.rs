@@ -302,6 +302,13 @@ fn errors_have_qemus_classes() {
         assert_eq!(class, "GenericError", "{arguments}");
         assert!(description.contains(says), "{arguments}: {description}");
     }
+    for (command, arguments) in [
+        ("eject", json!({"device": "root", "force": true})),
+        ("blockdev-change-medium", json!({"id": "root", "filename": "other.img"})),
+    ] {
+        let removable = ("GenericError".to_owned(), "Device 'root' is not removable".to_owned());
+        assert_eq!(fails(command, arguments), removable);
+    }
     // Both names of the disk do, as either argument or both, and so does what `query-block` calls its device.
     for mut arguments in [
         json!({"device": "root"}),

@@ -88,6 +88,8 @@ const COMMANDS: &[CommandRow] = &[
     query!("x-query-metrics", &[], "HumanReadableText", |machine, _| metrics::query(machine)),
     command("block_resize", disks::RESIZE, "", disks::resize),
     command("block_set_io_throttle", disks::THROTTLE, "", disks::throttle),
+    command("eject", disks::EJECT, "", disks::change_medium),
+    command("blockdev-change-medium", disks::CHANGE_MEDIUM, "", disks::change_medium),
     command("block-set-write-threshold", disks::WRITE_THRESHOLD, "", disks::set_write_threshold),
     command("block-latency-histogram-set", disks::HISTOGRAM, "", disks::set_histogram),
     command("x-minivmm-fault-add", faults::ADD, "FaultId", faults::add),

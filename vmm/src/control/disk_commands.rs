@@ -30,6 +30,19 @@ pub(super) const WRITE_THRESHOLD: &[Argument] = &[
     required("node-name", ArgumentKind::Text),
     required("write-threshold", ArgumentKind::Integer),
 ];
+pub(super) const EJECT: &[Argument] = &[
+    optional("device", ArgumentKind::Text),
+    optional("id", ArgumentKind::Text),
+    optional("force", ArgumentKind::Boolean),
+];
+pub(super) const CHANGE_MEDIUM: &[Argument] = &[
+    optional("device", ArgumentKind::Text),
+    optional("id", ArgumentKind::Text),
+    required("filename", ArgumentKind::Text),
+    optional("format", ArgumentKind::Text),
+    optional("force", ArgumentKind::Boolean),
+    optional("read-only-mode", ArgumentKind::Text),
+];
 pub(super) const THROTTLE: &[Argument] = &[
     optional("device", ArgumentKind::Text),
     optional("id", ArgumentKind::Text),
@@ -91,17 +104,34 @@ pub(super) fn set_write_threshold(
     Ok(Answer::empty())
 }
 
-/// `block_set_io_throttle`: replaces all limits; those that are not named are lifted.
-pub(super) fn throttle(
+/// `eject` and `blockdev-change-medium`: as in QEMU, a virtio disk has no medium that could be taken out.
+pub(super) fn change_medium(
     machine: &mut Machine,
     arguments: &Arguments<'_>,
 ) -> Result<Answer, Failure> {
+    let id = &device_or_id(machine, arguments)?.config.id;
+    Err(Failure::generic(format!("Device '{id}' is not removable")))
+}
+
+/// The disk that exactly one of `device` and `id` names.
+fn device_or_id<'a>(
+    machine: &'a Machine,
+    arguments: &Arguments<'_>,
+) -> Result<&'a MachineDisk, Failure> {
     let ((Some(name), None) | (None, Some(name))) =
         (arguments.text("device"), arguments.text("id"))
     else {
         return Err(Failure::generic("Need exactly one of 'device' and 'id'"));
     };
-    let disk = find(machine, name)?;
+    find(machine, name)
+}
+
+/// `block_set_io_throttle`: replaces all limits; those that are not named are lifted.
+pub(super) fn throttle(
+    machine: &mut Machine,
+    arguments: &Arguments<'_>,
+) -> Result<Answer, Failure> {
+    let disk = device_or_id(machine, arguments)?;
     if arguments.text("group").is_some_and(|group| group != disk.config.id) {
         return Err(Failure::generic(
             "Parameter 'group' must be the disk's own name: disks do not share their limits",
