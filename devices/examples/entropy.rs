@@ -125,11 +125,11 @@ impl VirtioDevice for Entropy {
         Ok(())
     }
 
-    fn stop(&mut self) -> Drain {
-        self.stop_queue(0)
+    fn reset(&mut self) -> Drain {
+        self.reset_queue(0)
     }
 
-    fn stop_queue(&mut self, _index: u16) -> Drain {
+    fn reset_queue(&mut self, _index: u16) -> Drain {
         let Some(server) = self.server.take() else { return Drain::new(0) };
         server.stopping.store(true, Ordering::Release);
         let _ = server.kick.write(1);
@@ -145,7 +145,7 @@ impl VirtioDevice for Entropy {
 
 impl Drop for Entropy {
     fn drop(&mut self) {
-        self.stop();
+        self.reset();
     }
 }
 

@@ -107,7 +107,7 @@ pub(crate) fn follow() -> Vec<String> {
     let mut sector = [0; 512];
     image.as_file().read_exact_at(&mut sector, 3 * 512).unwrap();
     seen.push(format!("file:   bytes 1536..2048 are all 7: {}", sector == [7; 512]));
-    device.stop();
+    device.reset();
     seen
 }
 

@@ -14,7 +14,8 @@ use crate::virtio::drain::Drain;
 
 /// A device that answers reads and writes inside its address range.
 ///
-/// All calls come from whichever vCPU thread the guest chose, one at a time, and return without waiting for the host.
+/// Reads and writes come from whichever vCPU thread the guest chose, a reset of the machine from another thread; one at a time. All
+/// return without waiting for the host.
 /// `offset` is in bytes from the start of the range. The access lies inside the range and is 1 to 8 bytes wide, but a guest
 /// may use any width and alignment anywhere.
 pub trait BusDevice: Send {

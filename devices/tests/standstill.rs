@@ -95,7 +95,7 @@ fn a_tebibyte_of_reads_holds_up_neither_pause_nor_reset() {
 
         let (mut device, _image) = device_under_load(aio);
         let begin = Instant::now();
-        assert!(device.stop().wait(BOUND), "{aio}: a reset waits for all requests");
+        assert!(device.reset().wait(BOUND), "{aio}: a reset waits for all requests");
         println!("{aio}: reset after {:?}", begin.elapsed());
     }
 }

@@ -72,7 +72,7 @@ pub(crate) fn serial(
 }
 
 /// Puts a disk behind its virtio-mmio window, with the `line` of that window. From here on a queue notification wakes the queue's
-/// worker and a completion interrupts the guest, both inside the kernel: no vCPU returns to us for either. Nor does it to
+/// worker without a vCPU that returns to us, and the worker interrupts the guest by one ioctl, which takes no vCPU out of it either. Nor does it to
 /// acknowledge an interrupt, unless `trap_registers`.
 ///
 /// # Errors

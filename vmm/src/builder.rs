@@ -86,7 +86,7 @@ pub fn build(
     let memory =
         if config.hugepages { hugepages::allocate(&layout)? } else { memory::allocate(&layout)? };
 
-    // 3. KVM: a VM with memory slots. Its interrupt controllers come after the disks' slots (`create_irq_chips`).
+    // 3. KVM: a VM with memory slots. Its interrupt controllers come after the disks' ioeventfds (`create_irq_chips`).
     let kvm_fd = kvm::open()?;
     check_cpus(&kvm_fd, config.cpus)?;
     let vm = Arc::new(kvm::create_vm(&kvm_fd)?);

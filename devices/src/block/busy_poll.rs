@@ -89,6 +89,7 @@ impl BusyPolling {
 
     /// Work came at `now`, whether the worker was polling or had to be woken.
     pub(super) fn work(&mut self, now: Instant) {
+        waypoint!();
         let gap = now.saturating_duration_since(self.idle_since);
         if gap > self.longest() {
             self.soon = 0;

@@ -178,7 +178,7 @@ impl VirtioDevice for BlockDevice {
         queues.into_iter().try_for_each(|queue| self.start_queue(queue))
     }
 
-    fn stop(&mut self) -> Drain {
+    fn reset(&mut self) -> Drain {
         let drain = drain(&self.workers, |thread, drain, ops| thread.reset(drain, ops));
         *lock(&self.running) = None;
         // The next driver finds the cache as configured, not as the last one left it.
@@ -195,7 +195,7 @@ impl VirtioDevice for BlockDevice {
         positions.collect()
     }
 
-    fn stop_queue(&mut self, index: u16) -> Drain {
+    fn reset_queue(&mut self, index: u16) -> Drain {
         let (worker, position) = place(&self.workers, index);
         let remove = move |thread: &mut Loop, drain, ops: &mut EventOps<'_>| {
             thread.remove_queue(position, drain, ops);
@@ -216,7 +216,7 @@ impl VirtioDevice for BlockDevice {
 
 impl Drop for BlockDevice {
     fn drop(&mut self) {
-        if self.stop().wait(DROP_TIMEOUT) {
+        if self.reset().wait(DROP_TIMEOUT) {
             self.workers.iter().for_each(WorkerThread::join);
         } else {
             // They keep guest memory mapped, and end with the process.
@@ -253,11 +253,12 @@ impl BlockHandle {
     }
 
     /// The VM pauses: the workers take no more work. The drain is done when nothing of the disk is with the host any more, and
-    /// from then on the disk's threads leave guest memory alone until `resume`, also after a reset or a restore. A host that
-    /// does not answer delays that without bound. `resume` does the drain, too.
+    /// from then on the disk's threads leave guest memory alone until `resume`, but for the answers to large requests that a reset
+    /// meanwhile cuts short. A host that does not answer delays the drain without bound. `resume` ends it: it then counts as done,
+    /// whatever is with the host.
     ///
-    /// This is no method of [`VirtioDevice`]: the transport that owns the device is locked while a vCPU waits for a worker, and
-    /// the main thread must not wait for that.
+    /// This is no method of [`VirtioDevice`]: a vCPU holds the lock of the transport that owns the device while it starts or configures
+    /// the disk, and the main thread must not wait for that.
     pub fn pause(&self) -> Drain {
         let drain = Drain::new(self.workers.len());
         for worker in &*self.workers {

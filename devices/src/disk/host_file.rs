@@ -101,6 +101,7 @@ impl HostFile {
         change: impl FnOnce() -> Change,
         make: impl FnOnce() -> io::Result<R>,
     ) -> io::Result<R> {
+        waypoint!();
         let name = self.begin(change);
         let result = make();
         self.end(name, result.is_ok());

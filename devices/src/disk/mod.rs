@@ -240,8 +240,8 @@ impl EngineSetup {
     }
 }
 
-/// Most threads of a disk's engines that wait for the host, but for [`MIN_THREADS`] of each: enough to keep a fast device busy
-/// without io_uring.
+/// How many threads a disk has that wait for the host: its workers' engines share them out, but none gets fewer than [`MIN_THREADS`].
+/// Enough to keep a fast device busy without io_uring.
 pub(crate) const MAX_THREADS: usize = 16;
 /// An engine has so many even if the disk has many: its worker may be the only one that is busy. And it has no more if an
 /// io_uring or the worker itself does nearly everything.

@@ -62,6 +62,7 @@ impl OpenedDisk {
 
     /// The raw image, whose file engines may use without `execute`.
     pub(super) fn raw(&self) -> Option<&RawImage> {
+        waypoint!();
         match &self.backend {
             Backend::Raw(image, _) => Some(image),
             _ => None,

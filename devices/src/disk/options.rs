@@ -145,10 +145,10 @@ impl CacheMode {
 option_words! {
     /// What waits for the host's disk while the queue's worker goes on.
     Aio {
-        /// The kernel, through an io_uring for each queue; threads where the host does not allow io_uring.
+        /// The kernel, through an io_uring for each worker; threads where the host does not allow io_uring.
         #[default]
         IoUring = "io_uring",
-        /// Up to 16 threads for each queue. Slower, but a hung transfer shows as a thread.
+        /// Up to 16 threads, shared out to the disk's workers, at least 4 to each. Slower, but a hung transfer shows as a thread.
         Threads = "threads",
     }
 }

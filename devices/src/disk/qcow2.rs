@@ -208,7 +208,7 @@ impl Qcow2Image {
     }
 
     /// Hands imago's tables to the storage, and has it write them in order. The caller is alone in changing the mapping.
-    /// Returns whether everything is durable then.
+    /// Returns what [`Order::publish`] does.
     fn publish(&self, top: &Layer) -> io::Result<bool> {
         top.flush()?;
         self.storage.order().map_or(Ok(false), Order::publish)

@@ -85,6 +85,7 @@ impl RawImage {
 
     /// One system call that writes the start of `job`. Returns how many bytes it wrote.
     pub(super) fn write_some(&self, job: &Job, flags: i32) -> io::Result<u64> {
+        waypoint!();
         let change = || job.written(flags & libc::RWF_DSYNC != 0);
         self.file.observe(change, || job.buffers.write_to(&self.file, job.offset, flags))
     }

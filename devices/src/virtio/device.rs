@@ -23,17 +23,17 @@ pub struct Activation {
 ///
 /// The transport owns the registers, feature negotiation and the status state machine, and calls from one thread at a time.
 /// It promises that
-/// - the last [`Drain`] is done before it calls `start`, `start_queue` or `stop_queue`,
+/// - the last [`Drain`] is done before it calls `start`, `start_queue` or `reset_queue`,
 /// - `start` gets only features that the device offered,
 /// - `start_queue` names only a queue that the device does not have,
 /// - rings lie inside guest memory when handed over. The driver may still write anything to them at any time.
 ///
-/// The device promises that none of its threads touches guest memory for what was stopped once the drain is done, and that no
+/// The device promises that none of its threads touches guest memory for what was reset once the drain is done, and that no
 /// call waits for the host's disk.
 ///
 /// This trait has no pause: the machine's main thread pauses a device, and it must not wait for the transport's lock, which a
 /// vCPU holds while the device starts. So a device with threads of its own has a handle beside it, as a disk has its
-/// [`BlockHandle`](crate::block::BlockHandle): `pause` returns a [`Drain`], as `stop` does, and `resume` goes on.
+/// [`BlockHandle`](crate::block::BlockHandle): `pause` returns a [`Drain`], as `reset` does, and `resume` goes on.
 pub trait VirtioDevice: Send {
     /// The device ID (virtio 1.2 §5).
     fn device_id(&self) -> u32;
@@ -68,11 +68,11 @@ pub trait VirtioDevice: Send {
     /// Begins a device reset or removal: the device takes no new requests, and the drain is done when the host has answered
     /// those in flight. Called at every reset, also when not started: then only what the driver wrote to the configuration
     /// space is forgotten.
-    fn stop(&mut self) -> Drain;
+    fn reset(&mut self) -> Drain;
 
-    /// Begins a RING_RESET (virtio 1.2 §2.6.1): as `stop`, for one queue while the others go on. If it is not active, the drain
+    /// Begins a RING_RESET (virtio 1.2 §2.6.1): as `reset`, for one queue while the others go on. If it is not active, the drain
     /// is done at once.
-    fn stop_queue(&mut self, index: u16) -> Drain;
+    fn reset_queue(&mut self, index: u16) -> Drain;
 
     /// Enables one queue after a ring reset, while started.
     ///

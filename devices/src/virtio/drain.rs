@@ -1,12 +1,12 @@
-//! A stop under way: what [`VirtioDevice::stop`](super::device::VirtioDevice::stop) returns at once, so that no thread
-//! that must answer (a vCPU, the main loop) waits for the host's disk.
+//! A reset or a pause under way: what [`VirtioDevice::reset`](super::device::VirtioDevice::reset) returns at once, so that no
+//! thread that must answer (a vCPU, the main loop) waits for the host's disk.
 //!
-//! A device stops in one or more *parties*, for a disk its worker threads. Each party takes no new work, waits for what
+//! A device drains in one or more *parties*, for a disk its worker threads. Each party takes no new work, waits for what
 //! the host already has, hands its queues back by [`Drain::finish`], and does not touch guest memory from then on. The
-//! drain is done when the last party has finished. It never fails, but it may last as long as the host keeps a request,
-//! so each waiter has a deadline.
+//! drain is done when the last party has finished. It never fails, but it may last as long as the host keeps a request. So
+//! the main loop and `machine-job` wait with a deadline, and a vCPU until it is kicked.
 //!
-//! The transport waits in one of three ways: [`Drain::wait`] with a timeout, [`Drain::on_done`] for a thread that waits
+//! Who started it waits in one of three ways: [`Drain::wait`] with a timeout, [`Drain::on_done`] for a thread that waits
 //! on a condition of its own as well (a vCPU that can be kicked), or by asking [`Drain::is_done`] now and then.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -15,7 +15,7 @@ use std::time::Duration;
 use super::active_queue::ActiveQueue;
 use crate::lock;
 
-/// A stop under way. Clones refer to the same stop.
+/// A reset or a pause under way. Clones refer to the same one.
 #[derive(Clone)]
 pub struct Drain(Arc<Shared>);
 
@@ -39,7 +39,7 @@ impl Drain {
         Self(Arc::new(Shared { state: Mutex::new(state), done: Condvar::new() }))
     }
 
-    /// One party has stopped, and hands these queues back.
+    /// One party has nothing to do any more, and hands these queues back.
     pub fn finish(&self, queues: impl IntoIterator<Item = ActiveQueue>) {
         let mut state = lock(&self.0.state);
         state.queues.extend(queues);
@@ -52,7 +52,7 @@ impl Drain {
         }
     }
 
-    /// Whether no thread of the device touches guest memory any more, for what was stopped.
+    /// Whether no thread of the device touches guest memory any more, for what is drained.
     pub fn is_done(&self) -> bool {
         lock(&self.0.state).pending == 0
     }

@@ -43,19 +43,19 @@ use crate::log_limit::LogLimit;
 /// | from | event | to |
 /// |---|---|---|
 /// | `Idle` | DRIVER_OK, and the device starts | `Started` |
-/// | `Started` | QueueReset=1 or QueueReady=0 of an enabled queue | `StoppingQueue` |
-/// | `StoppingQueue` | the drain is done | `Started` |
-/// | any | Status=0, or a reset of the machine | `Stopping` |
-/// | `Stopping` | the drain is done: registers as at power-on | `Idle` |
+/// | `Started` | QueueReset=1 or QueueReady=0 of an enabled queue | `ResettingQueue` |
+/// | `ResettingQueue` | the drain is done | `Started` |
+/// | any | Status=0, or a reset of the machine | `Resetting` |
+/// | `Resetting` | the drain is done: registers as at power-on | `Idle` |
 ///
-/// While a drain lasts the driver can acknowledge, notify and reset; other writes are ignored. Its vCPU waits for the drain
-/// outside of the bus (see `BusDevice::draining`): Linux's driver takes memory back right after the write, without a look
+/// While a drain lasts the driver can acknowledge, notify and reset, and while only a queue drains it can write the configuration
+/// space; other writes are ignored. The vCPU that wrote waits for the drain outside of the bus (see `BusDevice::draining`): Linux's driver takes memory back right after the write, without a look
 /// at the register.
 enum Activity {
     Idle,
     Started,
-    StoppingQueue(u16, Drain),
-    Stopping(Drain),
+    ResettingQueue(u16, Drain),
+    Resetting(Drain),
 }
 
 /// One device behind its page of registers.
@@ -150,7 +150,7 @@ impl MmioTransport {
         let (index, page) = (self.registers.selected_index(), self.page());
         let queue = index.map(|index| self.registers.queue(index));
         let ready = queue.is_some_and(|queue| queue.phase == QueuePhase::Enabled);
-        let resets = matches!(self.activity, Activity::StoppingQueue(stopping, _) if Some(stopping) == index);
+        let resets = matches!(self.activity, Activity::ResettingQueue(stopping, _) if Some(stopping) == index);
         let features = half(self.offered, self.registers.device_features_sel);
         page.store(Register::DeviceFeatures, features);
         page.store(Register::QueueNumMax, queue.map_or(0, |queue| queue.max_size().into()));
@@ -161,7 +161,7 @@ impl MmioTransport {
     }
 
     fn write_register(&mut self, register: Register, value: u32) {
-        let drains = matches!(self.activity, Activity::StoppingQueue(..) | Activity::Stopping(_));
+        let drains = matches!(self.activity, Activity::ResettingQueue(..) | Activity::Resetting(_));
         match register {
             Register::QueueNotify => self.notify(value),
             Register::InterruptAck => self.interrupt.acknowledge(value),
@@ -295,8 +295,8 @@ impl MmioTransport {
     /// Begins a device reset: Status reads as before until the drain is done, and no thread of the device touches guest memory
     /// from then on. A reset that has begun already is not begun a second time.
     fn begin_reset(&mut self) {
-        if !matches!(self.activity, Activity::Stopping(_)) {
-            self.activity = Activity::Stopping(self.device.stop());
+        if !matches!(self.activity, Activity::Resetting(_)) {
+            self.activity = Activity::Resetting(self.device.reset());
         }
     }
 
@@ -304,13 +304,13 @@ impl MmioTransport {
     fn catch_up(&mut self) {
         self.interrupt.collect_acknowledgements();
         match &self.activity {
-            Activity::Stopping(drain) if drain.is_done() => {
+            Activity::Resetting(drain) if drain.is_done() => {
                 // Everything as at power-on, but for the configuration's generation.
                 self.registers.reset();
                 self.activity = Activity::Idle;
                 self.interrupt.reset();
             }
-            Activity::StoppingQueue(index, drain) if drain.is_done() => {
+            Activity::ResettingQueue(index, drain) if drain.is_done() => {
                 // Without RING_RESET it cannot come back until the device is reset.
                 let again = self.registers.accepted & F_RING_RESET != 0;
                 self.registers.queues[usize::from(*index)].phase =
@@ -323,7 +323,7 @@ impl MmioTransport {
     }
 
     fn has_started(&self) -> bool {
-        matches!(self.activity, Activity::Started | Activity::StoppingQueue(..))
+        matches!(self.activity, Activity::Started | Activity::ResettingQueue(..))
     }
 
     fn configure_queue(&mut self, register: Register, value: u32) {
@@ -378,7 +378,7 @@ impl MmioTransport {
             return;
         }
         if self.has_started() {
-            self.activity = Activity::StoppingQueue(index, self.device.stop_queue(index));
+            self.activity = Activity::ResettingQueue(index, self.device.reset_queue(index));
             self.catch_up();
         } else {
             self.registers.queues[usize::from(index)].phase = QueuePhase::Disabled;
@@ -409,7 +409,7 @@ impl BusDevice for MmioTransport {
     fn write(&mut self, offset: u64, data: &[u8]) {
         self.catch_up();
         match (offset.checked_sub(CONFIG_OFFSET), Register::decode(offset), data.try_into()) {
-            (Some(_), ..) if matches!(self.activity, Activity::Stopping(_)) => {
+            (Some(_), ..) if matches!(self.activity, Activity::Resetting(_)) => {
                 self.complain("the driver did not wait for a reset")
             }
             (Some(offset), ..) => self.device.write_config(offset, data, self.registers.features()),
@@ -428,7 +428,7 @@ impl BusDevice for MmioTransport {
     fn draining(&mut self) -> Option<Drain> {
         self.catch_up();
         match &self.activity {
-            Activity::StoppingQueue(_, drain) | Activity::Stopping(drain) => Some(drain.clone()),
+            Activity::ResettingQueue(_, drain) | Activity::Resetting(drain) => Some(drain.clone()),
             Activity::Idle | Activity::Started => None,
         }
     }

@@ -1,7 +1,7 @@
 //! Control of a running machine over a Unix socket, in QEMU's Machine Protocol (QMP). The chapter is `vmm/docs/control.md`.
 //!
 //! This folder is a capability: the builder plugs [`ControlServer`] into the main loop as one of its sources, and nothing else
-//! imports it. It alone knows JSON. Bytes become JSON objects in [`framing`] and [`json`], requests in [`protocol`], and
+//! imports it. Beside the notes of saved machines, it alone knows JSON. Bytes become JSON objects in [`framing`] and [`json`], requests in [`protocol`], and
 //! commands in [`commands`] (about disks: [`disk_commands`] and [`fault_commands`], traces: [`trace_commands`]), whose arguments [`arguments`] checks. [`client`] is one connection,
 //! [`server`] all of them. [`migration`] saves the machine, and [`deferred`] waits for one to restore. [`event_messages`] makes
 //! messages of the machine's events, [`event_limit`] holds back what a guest could flood clients with, and [`schema`] describes

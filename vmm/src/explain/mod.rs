@@ -3,7 +3,8 @@
 //! A capability. `cli` calls [`explain`] instead of running the machine. [`explain`] builds it, as a run would, and then reads everything
 //! from what was built: registers from KVM, the content of memory from the placement plan, features and configuration
 //! spaces from the disks' registers (as a driver reads them), threads and descriptors from /proc/self, system calls from the
-//! lists that the filters are made of. So the text cannot differ from what would run.
+//! lists that the filters are made of. So the text cannot differ from what would run, but for the threads `save` (with `--qmp`) and `trace`
+//! (with `--trace`), which only a run has.
 //!
 //! What a run would leave behind is left out: no socket is bound, and no file of a console or a dump is created or emptied. Images are
 //! opened and locked, because whether they can be is part of the answer.

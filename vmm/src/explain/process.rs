@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::rows::item;
 
 /// What a thread is for, by the beginning of its name. The longest that fits counts; the first is the main thread's.
-const PURPOSES: [(&str, &str); 8] = [
+const PURPOSES: [(&str, &str); 9] = [
     ("minivmm", "main: signals, timers, control clients, console input"),
     ("vcpu-", "vcpu: runs the guest"),
     ("console", "console: writes the guest's output"),
@@ -16,6 +16,7 @@ const PURPOSES: [(&str, &str); 8] = [
     ("disk-io-", "disk-io: waits for the host's disk"),
     ("disk-", "disk: serves queues of a disk"),
     ("machine-job", "disk-io: resets devices, writes saved machines"),
+    ("save", "save: starts the process of a background save"),
     ("registers", "registers: maps the disks' registers, and ends"),
 ];
 

@@ -4,7 +4,7 @@
 //!
 //! - privileges: it gets none by execve(2), and has no capability (`privileges`); with `--user` it is that user's;
 //! - paths: Landlock lets it open, create and look into nothing, and connect to nothing. All that the machine uses is open by
-//!   then. One thing is left: removing files where the machine's own sockets are;
+//!   then. Two things are left: removing files where the machine's own sockets are, and files in `--save-directory`;
 //! - system calls: a seccomp filter for each kind of thread (`filters`). A call that is not on its list ends the VM (`violation`);
 //! - being looked into by other processes of the same user: the process is not dumpable.
 //!

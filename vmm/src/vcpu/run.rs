@@ -42,7 +42,7 @@ impl Vcpu {
         if !std::mem::replace(&mut self.has_run, true) && self.index == 0 {
             tracing::info!(target: "boot", "first KVM_RUN");
         }
-        // Set before the kick: a kick that came before this thread could be interrupted is seen here.
+        // `leave` is set before the kick: one that came before this thread could be interrupted is seen here.
         if leave.load(Ordering::Acquire) {
             self.fd.set_kvm_immediate_exit(1);
         }

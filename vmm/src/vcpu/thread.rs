@@ -52,7 +52,7 @@ enum Order {
 struct Shared {
     state: Mutex<(ThreadState, Order)>,
     ordered: Condvar,
-    /// The order is not `Run`: what the vCPU's loop looks at after a kick.
+    /// Whether the order is another one than `Run`. The vCPU's loop looks at it, without the lock, before KVM_RUN and after a kick.
     leave: AtomicBool,
 }
 

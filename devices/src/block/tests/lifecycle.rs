@@ -116,7 +116,7 @@ fn stop_waits_for_a_disk_that_takes_its_time() {
     let read = machine.driver.send_read(0, 6, 512);
     machine.driver.kick(0);
     machine.disk.wait_held(1);
-    let drain = machine.device.stop();
+    let drain = machine.device.reset();
     // The worker answers a question after it has heard of the stop.
     machine.handle.queues();
     assert!(!drain.is_done(), "stopped with a request in flight");
@@ -134,7 +134,7 @@ fn a_queue_starts_without_a_wait_for_a_thread_that_the_host_keeps() {
     let last = std::thread::available_parallelism().unwrap().get() as u16;
     let mut machine = Machine::new(last + 1);
     machine.start();
-    assert_eq!(machine.stop_queue(last).len(), 1);
+    assert_eq!(machine.reset_queue(last).len(), 1);
     machine.driver.reset_ring(last.into());
     let (begun, begins) = mpsc::channel();
     let (answer, answers) = mpsc::channel();
@@ -201,10 +201,10 @@ fn one_ring_resets_while_the_other_works() {
     let read = machine.driver.send_read(0, 2, 512);
     machine.driver.kick(0);
     machine.disk.wait_held(1);
-    let queue = machine.stop_queue(0).remove(0);
+    let queue = machine.reset_queue(0).remove(0);
     assert_eq!((queue.index, machine.driver.used(0)), (0, vec![(read.head, 513)]));
     machine.disk.finish_at_once();
-    assert!(machine.stop_queue(0).is_empty());
+    assert!(machine.reset_queue(0).is_empty());
     machine.assert_serves(1);
     // The ring that is off hears nothing.
     machine.driver.send_read(0, 2, 512);
@@ -247,8 +247,8 @@ fn queues_that_were_never_offered_are_refused() {
     let mut beyond = machine.driver.active(0);
     beyond.index = 7;
     assert!(machine.device.start_queue(beyond).is_err());
-    assert!(machine.stop_queue(7).is_empty());
-    assert!(machine.stop_queue(0).is_empty());
+    assert!(machine.reset_queue(7).is_empty());
+    assert!(machine.reset_queue(0).is_empty());
     assert_eq!(machine.events.lock().unwrap()[..], []);
 }
 

@@ -69,7 +69,7 @@ impl Machine {
 
     /// Stops the device, while everything finishes that the disk has.
     pub(super) fn stop(&mut self) -> Vec<ActiveQueue> {
-        drained(&self.device.stop(), &self.disk)
+        drained(&self.device.reset(), &self.disk)
     }
 
     /// As in a restored machine: a new device, paused, goes on where this one, which stands still, was.
@@ -87,8 +87,8 @@ impl Machine {
         assert!(snapshots.into_iter().all(|snapshot| self.handle.restore_queue(snapshot)));
     }
 
-    pub(super) fn stop_queue(&mut self, index: u16) -> Vec<ActiveQueue> {
-        drained(&self.device.stop_queue(index), &self.disk)
+    pub(super) fn reset_queue(&mut self, index: u16) -> Vec<ActiveQueue> {
+        drained(&self.device.reset_queue(index), &self.disk)
     }
 
     /// A driver's reset: the device stops, the rings start over.

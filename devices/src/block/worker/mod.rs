@@ -11,8 +11,8 @@
 //!
 //! Each verb calls down and gets a value back; the modules below decide and count, and only the worker (this file and
 //! `verbs`) acts. A worker exists from the driver's DRIVER_OK to its reset and belongs to one thread, `worker_thread`, which
-//! calls it for each kick, completion and command. The worker knows nothing of threads and never waits, but for a bounded time
-//! while it busy-polls.
+//! calls it for each kick, completion and command. The worker knows nothing of threads, and waits for nothing but, for a bounded time, while it
+//! busy-polls, and for the host where the engine does a transfer on the calling thread.
 //!
 //! | state | takes chains | submits pieces | leads to |
 //! | --- | --- | --- | --- |

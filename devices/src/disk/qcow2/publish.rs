@@ -23,7 +23,8 @@ struct Plan {
 
 impl Order {
     /// Writes what is held to the file, in order. imago's caches must have been flushed, and nothing may be allocated
-    /// meanwhile. Returns whether all of it, and all data written before, is durable already.
+    /// meanwhile. Returns whether all data written before, and all that refers to it, is
+    /// durable already. Counts that went down need not be: they are at worst too high, and a cluster leaks.
     ///
     /// # Errors
     /// What was not written stays held, so a later call may succeed.

@@ -94,7 +94,7 @@ impl MmioTransport {
         let (started, positions) = match self.activity {
             Activity::Idle => (false, Vec::new()),
             Activity::Started => (true, self.device.ring_positions()),
-            Activity::StoppingQueue(..) | Activity::Stopping(_) => return None,
+            Activity::ResettingQueue(..) | Activity::Resetting(_) => return None,
         };
         let mut config = vec![0; CONFIG_SIZE];
         self.device.read_config(0, &mut config, self.registers.features());
@@ -109,7 +109,7 @@ impl MmioTransport {
     }
 
     /// Puts a saved state into this new transport. If the device was started, it starts again where it was, looks at each
-    /// ring once without a notification, and interrupts once.
+    /// ring once without a notification, and interrupts once, when it goes on.
     ///
     /// # Errors
     /// When the state does not fit the device. The transport is then of no use.

@@ -2,8 +2,8 @@
 //!
 //! A device that serves a queue holds a [`SplitQueue`]. It takes [`DescriptorChain`] tokens from the available ring,
 //! has [`SplitQueue::walk`] turn each chain into lists of guest ranges ([`ChainBuffers`]), and in the end completes or
-//! abandons each token. [`SplitQueue::publish`] shows the driver the completed chains and asks the `coalesce` module
-//! whether that is worth an interrupt.
+//! abandons each token. [`SplitQueue::publish`] shows the driver the completed chains, and notes whether the driver
+//! wants an interrupt for them. When to send that one is the device's decision, by `coalesce`.
 //!
 //! The invariant: each chain that was taken is completed or abandoned exactly once. The token enforces it, since
 //! dropping one panics in a debug build and is logged in a release build. Everything in the rings is the driver's to

@@ -133,7 +133,7 @@ impl VirtioDevice for Recorder {
         self.record(Call::RestoreConfig(config[0]));
     }
 
-    fn stop(&mut self) -> Drain {
+    fn reset(&mut self) -> Drain {
         if let Some((_, interrupt)) = self.activation.take() {
             self.record(Call::Stop);
             // The last requests are answered while stopping.
@@ -143,7 +143,7 @@ impl VirtioDevice for Recorder {
         self.shared.drain()
     }
 
-    fn stop_queue(&mut self, index: u16) -> Drain {
+    fn reset_queue(&mut self, index: u16) -> Drain {
         assert!(self.activation.is_some(), "not started");
         self.record(Call::StopQueue(index));
         self.shared.active.lock().unwrap().retain(|queue| queue.index != index);
