@@ -158,7 +158,7 @@ struct Save {
     error: Option<String>,
     /// How long the guest stood still, in milliseconds, once it has gone on.
     downtime: Option<u64>,
-    /// Of a background save: answers when the file is whole.
+    /// Of a background save, even after it was canceled: its thread may still have a file to remove.
     rest: Option<Rest>,
 }
 
@@ -342,7 +342,8 @@ impl Migration {
                 }
             }
         }
-        if let Some(save) = self.save.as_mut().filter(|save| save.downtime.is_some())
+        if let Some(save) =
+            self.save.as_mut().filter(|save| save.milliseconds == 0 && save.downtime.is_some())
             && let Some(result) = save.rest.as_ref().and_then(Rest::poll)
         {
             self.finish(&result);
@@ -351,8 +352,7 @@ impl Migration {
 
     fn finish(&mut self, result: &Result<(), Error>) {
         let Some(save) = &mut self.save else { return };
-        save.rest = None;
-        save.milliseconds = save.began.elapsed().as_millis() as u64;
+        save.milliseconds = (save.began.elapsed().as_millis() as u64).max(1);
         save.error = result.as_ref().err().map(|error| WithCauses(error).to_string());
         // Not if the machine has canceled it, because it ends or panics.
         let cancelled = save.status == CANCELLING;
