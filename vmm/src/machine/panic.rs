@@ -1,6 +1,6 @@
 //! A guest that panics: what the user is told, and a panic that is held for a dump.
 //!
-//! A capability: it adds methods to the machine. `Machine::vm_event` hands over each outcome that an event of a vCPU has.
+//! `Machine::vm_event` hands over each outcome that an event of a vCPU has.
 //! `--dump-on-panic` (`snapshot::panic_dump`) sets [`Machine::hold_panic`], and ends the machine when the dump is over.
 
 use arch::layout;

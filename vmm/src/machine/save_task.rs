@@ -9,7 +9,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::kvm_clock_data;
 
@@ -57,13 +56,6 @@ impl Machine {
         let task = SaveTask { job, begin: Some(begin), cancel, work: None, before, goes_on };
         self.stand_still(|standstill| standstill.tasks.push_front(Box::new(task)));
         Ok(job)
-    }
-
-    /// The guest's clock now, with the wall clock's time in nanoseconds as `realtime`: KVM has that only on some hosts.
-    pub(super) fn read_clock(&self) -> Option<kvm_clock_data> {
-        let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let realtime = wall.as_nanos() as u64;
-        self.hardware.vm.get_clock().ok().map(|clock| kvm_clock_data { realtime, ..clock })
     }
 
     /// The state and clock from which the machine goes on.
