@@ -160,6 +160,10 @@ async def main(path):
         with open(f"{path}.given", "rb") as given:
             assert given.read(4) == b"\x7fELF"
 
+        # A disk has no medium that could be taken out.
+        await fails("GenericError", "eject", device="vda")
+        await fails("GenericError", "blockdev-change-medium", device="vda", filename="other.img")
+
         await execute("system_powerdown")
         await event("POWERDOWN")
         await client.disconnect()

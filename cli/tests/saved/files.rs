@@ -130,3 +130,33 @@ fn each_restored_machine_has_a_generation_id_of_its_own() {
         session.wait(BOUND).must_be(0);
     }
 }
+
+/// A mistyped path costs no image: neither one that the user named, nor one that an image names, nor a file that is only written.
+#[test]
+fn a_save_replaces_no_file_that_the_machine_uses() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    for arguments in [&["base", "2M"][..], &["-b", "base", "-F", "qcow2", "overlay"]] {
+        let mut command = Command::new("qemu-img");
+        command.args(["create", "-q", "-f", "qcow2"]).args(arguments).current_dir(&directory);
+        assert!(command.status().unwrap().success(), "{command:?}");
+    }
+    let mut command = small_guest(directory.path(), Program::Spin);
+    command.args(["--qmp", "unix:qmp", "--save-directory", ".", "--console", "file:console"]);
+    let session =
+        Session::start(command.args(["--disk", "overlay,format=qcow2,backing=on,log-writes=log"]));
+    let mut qmp = Qmp::connect(&directory.path().join("qmp"));
+    for name in ["base", "overlay", "log", "console", "guest.elf"] {
+        let before = fs::read(directory.path().join(name)).unwrap();
+        let uri = format!("file:{}", directory.path().join(name).display());
+        let error = qmp.execute("migrate", json!({ "uri": uri })).unwrap_err();
+        assert!(error.1.contains("the machine uses it"), "{name}: {error:?}");
+        let refused = ctl(directory.path(), &["save", name]).wait(BOUND);
+        assert!(refused.must_be(1).errors.contains("it exists and is no saved machine"), "{name}");
+        assert!(fs::read(directory.path().join(name)).unwrap() == before, "{name} was changed");
+    }
+    session.signal(Signal::TERM);
+    session.wait(BOUND).must_be(0);
+}

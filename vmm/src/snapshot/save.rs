@@ -13,6 +13,7 @@
 
 use std::fs::{self, File, Metadata};
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -80,18 +81,41 @@ fn save_error(path: &Path, source: io::Error) -> Error {
     Error::Save(SnapshotError::Target { path: path.to_owned(), source }.into())
 }
 
-/// Refuses a target that is no plain file, or one of the machine's.
-fn check_target(machine: &Machine, config: &SavedConfig, target: &Metadata) -> io::Result<()> {
+/// Refuses a target that is no plain file, or one of the machine's: one that it would read at a reset, or that this process has open,
+/// such as a backing file. `given`: the target's own descriptor.
+fn check_target(
+    machine: &Machine,
+    config: &SavedConfig,
+    target: &Metadata,
+    given: Option<RawFd>,
+) -> io::Result<()> {
     if !target.is_file() {
         return Err(io::Error::other("it is not a regular file"));
     }
     let disks = machine.hardware.disks.iter().map(|disk| &disk.config.image.path);
     let same = |other: Metadata| (other.dev(), other.ino()) == (target.dev(), target.ino());
     let files = disks.chain([&config.kernel]).chain(&config.initrd);
-    if files.filter_map(|file| fs::metadata(file).ok()).any(same) {
+    let open = open_files(given).any(|file| file == (target.dev(), target.ino()));
+    if open || files.filter_map(|file| fs::metadata(file).ok()).any(same) {
         return Err(io::Error::other("the machine uses it; give another path"));
     }
     Ok(())
+}
+
+/// The device and inode of each file that this process has open, but for that of descriptor `except`. A confined process cannot look
+/// into /proc, so the numbers are tried in turn: the kernel gives out the lowest first, and gaps stay small.
+#[expect(unsafe_code, reason = "descriptors are looked at by their numbers")]
+fn open_files(except: Option<RawFd>) -> impl Iterator<Item = (u64, u64)> {
+    const LARGEST_GAP: usize = 1024;
+    let mut gap = 0;
+    let status = move |fd: RawFd| {
+        // SAFETY: borrowed for this call, which only asks what the descriptor is, and fails for one that is not open.
+        let status = rustix::fs::fstat(unsafe { BorrowedFd::borrow_raw(fd) }).ok();
+        gap = if status.is_some() { 0 } else { gap + 1 };
+        (gap <= LARGEST_GAP).then_some((fd, status))
+    };
+    let open = (0..RawFd::MAX).map_while(status).filter(move |(fd, _)| Some(*fd) != except);
+    open.filter_map(|(_, status)| status).map(|status| (status.st_dev, status.st_ino))
 }
 
 /// At the standstill, on the main thread: everything that is small.
@@ -207,14 +231,16 @@ impl Target {
         match destination {
             Destination::Path(path) => {
                 let check = || match fs::metadata(&path) {
-                    Ok(present) => check_target(machine, config, &present),
+                    Ok(present) => check_target(machine, config, &present, None),
                     Err(_) => Ok(()),
                 };
                 let new = check().and_then(|()| NewFile::create(&path));
                 new.map(Self::New).map_err(|error| save_error(&path, error))
             }
             Destination::Given(name, file) => {
-                let check = file.metadata().and_then(|file| check_target(machine, config, &file));
+                let fd = Some(file.as_raw_fd());
+                let check =
+                    file.metadata().and_then(|file| check_target(machine, config, &file, fd));
                 check.map_err(|error| save_error(&name, error))?;
                 Ok(Self::Given(name, file))
             }
