@@ -15,6 +15,8 @@ pub const BASE: u64 = layout::HIGH_MEMORY.0;
 
 /// The exit status by which a program says that all went well; others are steps named in `guest.s`.
 pub const SUCCESS: i32 = 42;
+/// Exit status of [`Program::Nested`] on a processor without SVM.
+pub const NO_SVM: i32 = 43;
 
 /// Names the programs, and puts a table of their entry points (32 bits each) in front of them.
 macro_rules! programs {
@@ -93,6 +95,8 @@ programs! {
     RebootBios = "reboot_bios",
     /// Halts for good.
     Halt = "halt",
+    /// Runs a guest of its own, which is [`Program::Echo`]. Without SVM it ends with [`NO_SVM`].
+    Nested = "nested",
     /// Writes [`SUCCESS`] to the debug-exit port, and waits if that has no effect.
     Exit = "exit",
     /// Runs for ever.

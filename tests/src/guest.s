@@ -8,6 +8,7 @@
 .set GUEST_BASE, 0x100000               # where the image is loaded
 .set STACK_TOP, 0x90000                 # conventional memory above the command line, below the EBDA
 .set SUCCESS, 42                        # exit status; what fails has its own number below
+.set NO_SVM, 43                         # exit status: the processor has no SVM
 .set COM1_LSR, COM1 + 5                 # line status: bit 0 data ready, bit 5 transmitter empty
 
 # address(label): where a label of this image is when the guest runs
@@ -128,6 +129,52 @@ echo:
     je guest_exit
     call put_char
     jmp echo
+
+guest_nested:                           # enters a guest of its own by VMRUN (APM 2 15.5); it has the same memory, and no exit is wanted
+    .set VMCB, 0x200000                 # pages of RAM, which are zero
+    .set HOST_SAVE, VMCB + 0x1000
+    .set PAGE_DIRECTORY, VMCB + 0x2000  # of the first 4 MiB: KVM wants paging, which SVM does not
+    movl $0x80000001, %eax
+    cpuid
+    testl $4, %ecx
+    jnz 0f
+    exit NO_SVM
+0:  movl $0xc0000080, %ecx              # EFER
+    rdmsr
+    orl $0x1000, %eax                   # SVME
+    wrmsr
+    movl %eax, VMCB + 0x4d0
+    movl $0xc0010117, %ecx              # VM_HSAVE_PA
+    movl $HOST_SAVE, %eax
+    xorl %edx, %edx
+    wrmsr
+    movl $0x83, PAGE_DIRECTORY          # one large page at 0, writable
+    movl %cr4, %eax
+    orl $0x10, %eax                     # PSE
+    movl %eax, %cr4
+    movl $PAGE_DIRECTORY, %eax
+    movl %eax, %cr3
+    movl %cr0, %eax
+    orl $0x80000000, %eax               # PG
+    movl %eax, %cr0
+    movl $1, VMCB + 0x10                # the intercept of VMRUN, which must be set
+    movl $1, VMCB + 0x58                # the address space's number, which must not be 0
+    .irp segment, 0x400, 0x420, 0x430   # ES, SS, DS: flat, 32 bits, writable
+    movl $0x0c930010, VMCB + \segment
+    movl $-1, VMCB + \segment + 4
+    .endr
+    movl $0x0c9b0008, VMCB + 0x410      # CS: the same, for code
+    movl $-1, VMCB + 0x414
+    movl $0x11, VMCB + 0x558            # CR0: protected mode, no paging
+    movl $0xffff0ff0, VMCB + 0x568      # DR6 and DR7 as at power-on
+    movl $0x400, VMCB + 0x560
+    movl $2, VMCB + 0x570               # RFLAGS: no interrupts
+    load_address %eax, guest_echo
+    movl %eax, VMCB + 0x578             # RIP
+    movl $VMCB, %eax
+    clgi
+    vmrun
+    exit 1
 
 guest_early_echo:                       # a line that may come before anything reads it, then a word to the monitor, then echo
     movl $STACK_TOP, %esp

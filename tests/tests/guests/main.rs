@@ -15,6 +15,7 @@ mod formats;
 mod gdb;
 mod lab;
 mod many_disks;
+mod nested;
 mod network_storage;
 mod powercut;
 mod powercut_sound;

@@ -6,8 +6,8 @@
 //! written does, and each order has its reason in [`VcpuState::write`].
 
 use kvm_bindings::{
-    Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_STATE_NESTED_FORMAT_SVM, KVM_STATE_NESTED_GIF_SET, Msrs, kvm_debugregs, kvm_lapic_state,
+    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{KvmNestedStateBuffer, VcpuFd};
 use serde::{Deserialize, Serialize};
@@ -80,11 +80,17 @@ impl VcpuState {
         let failed = || Error::kvm("write a vCPU's state");
         // Reading it makes KVM act on a pending INIT or SIPI, which would otherwise take effect afterwards.
         fd.get_mp_state().map_err(failed())?;
-        // Leave nested guest mode first: the registers below are L1's.
-        if let Some(state) = &self.nested {
-            fd.set_nested_state(state).map_err(failed())?;
-        }
+        // A guest of the guest is left before the registers are written, which are the guest's own then, and entered after them: KVM
+        // refuses what EFER does not allow.
+        let (idle, busy) = match &self.nested {
+            Some(state) if is_idle(state) => (Some(state), None),
+            busy => (None, busy.as_ref()),
+        };
+        let set_nested =
+            |state: &KvmNestedStateBuffer| fd.set_nested_state(state).map_err(failed());
+        idle.map_or(Ok(()), |state| set_nested(state))?;
         fd.set_sregs(&self.sregs).map_err(failed())?;
+        busy.map_or(Ok(()), |state| set_nested(state))?;
         fd.set_regs(&self.regs).map_err(failed())?;
         // SAFETY: a vCPU has more state than fits `kvm_xsave` only once its process has asked for dynamic features
         // (`arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM)`), which this one never does.
@@ -110,6 +116,12 @@ impl VcpuState {
         };
         write_msrs(fd, &self.msrs.iter().filter(is_new).copied().collect::<Vec<_>>())
     }
+}
+
+/// Whether the vCPU is not in its guest's guest, nor about to enter or leave it: with SVM that is when GIF is set (APM 2 15.17).
+fn is_idle(state: &KvmNestedStateBuffer) -> bool {
+    let has_svm = u32::from(state.format) == KVM_STATE_NESTED_FORMAT_SVM;
+    u32::from(state.flags) == if has_svm { KVM_STATE_NESTED_GIF_SET } else { 0 }
 }
 
 /// Writes `entries` in this order.
