@@ -3,6 +3,9 @@
 #[doc = include_str!("../docs/cut-the-power.md")]
 pub mod cut_the_power {}
 
+#[doc = include_str!("../docs/follow-one-reset.md")]
+pub mod follow_one_reset {}
+
 #[doc = include_str!("../docs/follow-one-write.md")]
 pub mod follow_one_write {}
 
@@ -11,3 +14,6 @@ pub mod disks_on_network_storage {}
 
 #[doc = include_str!("../docs/virtio-blk.md")]
 pub mod virtio_blk_by_clause {}
+
+#[doc = include_str!("../docs/virtio-in-one-page.md")]
+pub mod virtio_in_one_page {}

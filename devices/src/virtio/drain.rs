@@ -1,5 +1,6 @@
 //! A reset or a pause under way: what [`VirtioDevice::reset`](super::device::VirtioDevice::reset) returns at once, so that no
 //! thread that must answer (a vCPU, the main loop) waits for the host's disk.
+//! `devices/docs/follow-one-reset.md` walks through a reset.
 //!
 //! A device drains in one or more *parties*, for a disk its worker threads. Each party takes no new work, waits for what
 //! the host already has, hands its queues back by [`Drain::finish`], and does not touch guest memory from then on. The
