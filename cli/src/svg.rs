@@ -1,8 +1,8 @@
-//! Pictures in SVG, as `minivmm trace-view` and `--explain=svg` draw them. Lengths are in pixels.
+//! Pictures in SVG, for `minivmm trace-view --svg`, `--explain=svg` and `minivmm powercut --picture`. Lengths are in pixels.
 
 use std::fmt::Write;
 
-/// A picture that is being drawn. What it is given as text may have any characters.
+/// A picture that is being drawn. Texts may have any characters: they are escaped.
 pub(crate) struct Svg(String);
 
 impl Svg {
@@ -14,7 +14,7 @@ impl Svg {
         ))
     }
 
-    /// A box: its left upper corner, its size, its color, and what a reader's pointer is told.
+    /// A box: its left upper corner, its size, its color, and the text that a viewer shows at the pointer.
     pub(crate) fn rect(
         &mut self,
         (x, y): (f64, f64),

@@ -71,9 +71,9 @@ pub(crate) fn serial(
     Ok((serial, input_drained))
 }
 
-/// Puts a disk behind its virtio-mmio window, with the `line` of that window. From here on a queue notification wakes the queue's
-/// worker without a vCPU that returns to us, and the worker interrupts the guest by one ioctl, which takes no vCPU out of it either. Nor does it to
-/// acknowledge an interrupt, unless `trap_registers`.
+/// Puts a disk behind its virtio-mmio window, with the `line` of that window. From here on, KVM turns a queue notification
+/// into a write to the eventfd of the queue's worker, and KVM_RUN does not return for it. Unless `trap_registers`, the same holds for the
+/// acknowledgement of an interrupt. The worker interrupts the guest by ioctls of its own.
 ///
 /// # Errors
 /// When the host or KVM refuses a resource.

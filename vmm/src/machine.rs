@@ -3,10 +3,11 @@
 //! The main loop's thread owns it. `builder` makes it paused, sources of the main loop (signals, the console, the control
 //! socket) call its methods, and it tells them what happened by [`MachineEvent`]s. It knows neither JSON nor sockets.
 //!
-//! Nothing here waits for a vCPU or for the host's disk. Whatever needs the machine to stand still (a stop, a reset, a writer
-//! of the kernel's file, the end) joins the one [`Standstill`] under way, and [`Machine::advance`], called after every event,
-//! carries out what was asked for once every vCPU has left the guest and every disk has nothing with the host. At the deadline
-//! (`--stop-timeout`) a standstill is given up: the machine goes on, or ends without what hangs.
+//! Nothing here waits for a vCPU or for the host's disk. Whatever needs the machine to stand still (a stop, a reset, a save, another
+//! program that writes the kernel's file) joins the one [`Standstill`] under way. [`Machine::advance`], called after every event, carries
+//! it out once every vCPU has left the guest and no disk has a request with the host. At the deadline (`--stop-timeout`) a standstill is
+//! given up: the machine goes on, or ends if a task says so (`kernel_file`). The end of the machine (`end`) cancels a standstill, and has a
+//! deadline of its own, at which it goes on without the disks that hang.
 
 mod end;
 mod halt_report;
@@ -46,7 +47,7 @@ use crate::vcpu::VcpuThread;
 /// Whether the machine runs, and if not, why: the `status` in QMP's `query-status`.
 ///
 /// `Prelaunch` follows building, and the reset of a machine that was stopped. `Paused` follows a client's `stop`, `Debug` a
-/// debugger's, and `IoError` a disk's error policy. `FinishMigrate` is during a save, and `PostMigrate` follows it. `Shutdown` is never
+/// debugger's, and `IoError` a disk's error policy. In `FinishMigrate` a save is under way, and `PostMigrate` follows it. `Shutdown` is never
 /// stored: [`Machine::state`] computes it while the end is under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum RunState {
@@ -148,9 +149,9 @@ pub(crate) type UnmapFiles = Box<dyn FnOnce(&GuestMemory) -> Result<(), Error>>;
 
 /// What is to be done once the machine stands still.
 ///
-/// At most one exists. A request that comes meanwhile joins it by setting its own field, and gets the same job number,
-/// so that a client's `stop` during a reset is answered when both are done. `began` belongs to the first request:
-/// joining does not move the deadline.
+/// At most one exists. A request that comes meanwhile joins it: a stop sets `stop`, all others add a task. It gets the same job number,
+/// so that a client's `stop` during a reset is answered when both are done; only a save has a number of its own. `began` belongs to the
+/// first request: joining does not move the deadline.
 struct Standstill {
     /// For the `Done` event.
     job: u64,

@@ -1,8 +1,9 @@
 //! The files that a run writes: opened while the machine is built, and changed only when nothing can refuse the run any more.
 //!
 //! A capability. The builder makes [`OutputFiles`] and hands it to what opens an output file: consoles, `--trace` and
-//! `--dump-on-panic`. Its last step is [`OutputFiles::begin`]. If the values are dropped before, a file that was there has what
-//! it had, and one that was not there is removed again. The logs of writes ([`WriteLogs`]) begin with the others.
+//! `--dump-on-panic`. Its last step is [`OutputFiles::begin`]. If the value is dropped before, a file that
+//! existed keeps its content, and one that was created is removed. The logs of writes ([`WriteLogs`]) are emptied or created by
+//! `begin`, too.
 
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;

@@ -3,11 +3,11 @@
 //! A request's time with the engine is what a replay can measure, too: from `virtio_blk_submit` to the last `virtio_blk_rw_complete`,
 //! since a large request has one for each piece. If the trace has no `virtio_blk_submit`, the time counts from the request's first event.
 //!
-//! How many requests were under way when one began is what `--no-stall` goes by. It is what the trace says about which requests
-//! wait for others: a guest that reads, waits and reads again never has two in flight, however fast the disk is.
+//! With `--no-stall`, a request begins when no more requests are in flight than when it was recorded. The trace says no more about
+//! which requests wait for others: a guest that reads, waits and reads again never has two in flight, however fast the disk is.
 //!
-//! The file may say anything. Requests and those under way are bounded, an end before its beginning is no latency, and the caller compares
-//! offsets with the disk.
+//! The file is not trusted. The number of requests, and of those in flight at once, is bounded. A request that ends before it begins has no
+//! latency. The caller compares offsets with the disk.
 
 use std::collections::BTreeMap;
 use std::io::BufRead;
@@ -19,7 +19,7 @@ use serde_json::Value;
 use super::error::ReplayError;
 use crate::trace_view::lines;
 
-/// More requests of a trace are left out: these take some 250 MiB.
+/// Requests beyond this number are left out. So many take some 250 MiB.
 pub(super) const REQUESTS_MAX: usize = 1 << 22;
 /// Requests that are under way at once. Those whose end the trace lacks would make the list grow.
 pub(super) const IN_FLIGHT_MAX: usize = 1024;

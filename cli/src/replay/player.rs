@@ -1,9 +1,9 @@
 //! Submits the requests of a load to a disk's engine, one for one, and measures how long each takes.
 //!
 //! One thread submits and reaps, as a disk's worker does. Nothing is merged: a request is one transfer, or several if it is larger than
-//! [`PIECE`], one after the other. In a loop, the thread submits all requests that may begin, commits them, reaps what is finished, and
-//! waits if nothing is: until the next request may begin or the engine's eventfd is written to. An engine that executes a transfer
-//! within `submit` is reaped after each one, so that no latency includes the next request's execution.
+//! [`PIECE`], one after the other. In a loop, the thread submits all requests that may begin, commits them, and reaps what is
+//! finished. If nothing is finished, it waits until the next request may begin or the engine's eventfd is written to. An engine that
+//! executes a transfer within `submit` is reaped after each one, so that no latency includes the next request's execution.
 
 use std::io;
 use std::os::fd::BorrowedFd;

@@ -1,7 +1,7 @@
-//! What an operator asks of a disk and sets while it runs: its accounts, latencies, limits and write threshold.
+//! What an operator reads of a disk and sets while it runs: statistics, latency histograms, throttling limits and the write threshold.
 //!
-//! A capability: requests are served without it. It hooks in as methods of [`BlockHandle`], which QMP and the metrics page call; they
-//! read what the workers count, and change what these look at for each request.
+//! A capability: requests are served without it. It hooks in as methods of [`BlockHandle`], which QMP and the metrics page call. They
+//! add up what the workers count, and change values that the workers read at each request.
 
 use std::any::Any;
 use std::sync::atomic::Ordering;
@@ -28,7 +28,7 @@ pub struct KindStats {
     pub errors: u64,
     /// Requests that were refused before they reached the host.
     pub invalid: u64,
-    /// From the ring to the answer, added up over `operations` and `errors`.
+    /// From when the worker takes a request until it completes it: the sum over `operations` and `errors`.
     pub time: Duration,
 }
 
@@ -82,7 +82,7 @@ impl BlockHandle {
         self.throttle.options()
     }
 
-    /// Other limits from now on, also for the requests that wait for the present ones.
+    /// Sets other limits, also for the requests that the present ones delay.
     ///
     /// # Errors
     /// What does not go together; nothing has changed then.

@@ -1,7 +1,7 @@
 //! Direct I/O (`cache=none`, `cache=directsync`): what the file requires of transfers, and which writes have to wait for each other.
 //!
-//! A capability: buffered images do without it. It hooks in as a [`DirectIo`], which `open` plugs into a raw image; the threads
-//! that wait for the host make what the file does not take as it is through a [`Bounce`] buffer.
+//! A capability: buffered images do without it. It hooks in as a [`DirectIo`], which `open` plugs into a raw image. Transfers that do not
+//! meet the requirements go to the threads that wait for the host, which use a [`Bounce`] buffer.
 
 use std::fs::File;
 use std::io;

@@ -1,7 +1,7 @@
-//! Opens the file of an image as `--disk` says: locked, so that no other QEMU or minivmm writes it meanwhile, and with what direct
-//! I/O on it requires. And what the file prefers, by statvfs(3).
+//! Opens the file of an image as `--disk` says: locks it, so that no other QEMU or minivmm writes it meanwhile, and finds out what direct
+//! I/O on it requires. Also derives the sizes that the disk announces from those of the file system (statvfs(3)).
 //!
-//! A capability: a [`HostFile`] is used without knowing any of this. `open` and the formats open their files here.
+//! A capability: code that uses a [`HostFile`] knows none of this. `open` and the formats open their files here.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;

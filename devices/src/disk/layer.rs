@@ -1,7 +1,7 @@
 //! A disk around another one, whose engines see each transfer before the engines inside and each completion after them.
 //!
-//! A capability. `log_writes` and `injected_faults` say what is special of them by a [`Layer`] and its [`EngineLayer`]s; here is
-//! what they have in common: everything else goes to the disk inside.
+//! A capability. `log_writes` and `injected_faults` each implement a [`Layer`] and its [`EngineLayer`]. What they have in common is here:
+//! all other calls go to the disk inside.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -13,9 +13,9 @@ use super::{
 };
 use crate::GuestMemory;
 
-/// What a layer is for a whole disk.
+/// The part of a layer that all workers of a disk share.
 pub(super) trait Layer: Send + Sync + 'static {
-    /// What it is for one worker.
+    /// Its part for one worker.
     type Engine: EngineLayer + 'static;
 
     /// Makes what belongs to `engine`, which has `depth` transfers in flight at most.

@@ -1,8 +1,8 @@
 //! A raw image: a host file or block device whose bytes are the disk's.
 //!
-//! For what needs no waiting thread the engine goes to the file itself (see the engine's `route`); it asks here where the data is
-//! ([`Medium`]). All the rest is `blocking`, which the pool's threads call, with what direct I/O requires ([`DirectIo`]): `open`
-//! plugs both in.
+//! The engine asks here where a transfer's data is ([`Medium`]), and its `route` decides by that who serves it. Transfers that need no
+//! waiting thread are made by the engine itself, with the file. All others are made by the pool's threads, which call `blocking`.
+//! `open` plugs in `blocking`, and what direct I/O requires ([`DirectIo`]).
 
 use std::io;
 use std::sync::Arc;
@@ -28,8 +28,8 @@ pub(super) enum Medium {
     Translated,
 }
 
-/// What direct I/O requires of transfers. The file takes whole units: of a write that covers some in part, the rest is read and
-/// written back, and two of these to one unit would undo each other.
+/// What direct I/O requires of transfers. The file takes whole units only. For a write that covers a unit in part, the unit is read,
+/// modified and written back. Two such writes to one unit at once would undo each other, so they exclude each other.
 pub(super) trait DirectIo: Send + Sync {
     /// Whether the file takes `job`, a read or write, as it is.
     fn takes(&self, job: &Job) -> bool;

@@ -2,7 +2,7 @@
 //! deadline.
 //!
 //! [`Machine::end`] stops the vCPUs and pauses the disks. From then on [`Machine::advance`] takes each disk from
-//! draining to flushing when that disk is ready, so that one that hangs does not keep another's data from the medium.
+//! draining to flushing when that disk is ready, so that the data of the others reaches the medium if one disk hangs.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,5 +1,5 @@
-//! Looks, at a standstill, whether no vCPU can ever run again by itself, and says so once until a reset. `halt_watch` asks for it
-//! when no vCPU has used its CPU for a while.
+//! Warns that the guest has halted for good: at a standstill it checks whether any vCPU can still run by itself. The warning comes once
+//! until a reset. `halt_watch` asks for the check when no vCPU has used its CPU for a while.
 
 use super::{Machine, Task};
 use crate::error::Error;

@@ -1,4 +1,5 @@
-//! Gives up the kernel's file, whose pages are the guest's, to a process that wants to write it: see [`crate::kernel_pages`].
+//! Gives up files whose pages are guest memory, the kernel's and a saved machine's, to a process that wants to write one: see
+//! [`crate::kernel_pages`].
 //!
 //! A capability: `signals` asks for it when SIGIO comes. It hooks in as a [`Task`] of the machine's standstill.
 
@@ -27,8 +28,8 @@ impl Task for ReleaseKernelFile {
         machine.copy_files().map(|()| true)
     }
 
-    /// The kernel takes the lease away soon, and the guest's pages with it. What is written to them now is lost, and so is the
-    /// guest.
+    /// The host's kernel takes the lease away soon, and the writer may then cut off the file with the guest's pages. So they are copied
+    /// now. What a vCPU or a disk writes to them during the copy is lost, so the machine cannot go on.
     fn give_up(&mut self, machine: &mut Machine, error: Error) -> Option<Error> {
         Some(machine.copy_files().err().unwrap_or(error))
     }

@@ -21,7 +21,8 @@ impl Machine {
         }
     }
 
-    /// Ends the machine, unless it is held because its guest has panicked. What the guest does afterwards is of no interest.
+    /// Ends the machine. If a dump is to be written first ([`Machine::hold_panic`]), a panic is only reported, and what the guest does
+    /// afterwards is ignored; an error of the host still ends the machine.
     pub(super) fn end_unless_held(&mut self, outcome: Result<Outcome, Error>) {
         match outcome {
             Ok(_) if self.panicked => {}

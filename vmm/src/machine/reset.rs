@@ -1,7 +1,7 @@
 //! A reset: the guest starts over, with all that it can see as at power-on.
 //!
 //! A capability: QMP's `system_reset` asks for it. It hooks in as a [`Task`] of the machine's standstill: devices are reset first, which
-//! may have to wait for the host's disk, and memory, interrupt controllers and vCPUs follow when every other task is over.
+//! may have to wait for the host's disk. Interrupt controllers, memory and vCPUs follow when every other task is over.
 
 use std::any::Any;
 use std::time::Instant;
@@ -31,7 +31,7 @@ impl Machine {
         }
         self.hardware.boot_image.as_ref().ok_or(Error::NoBootImage)?.check_unchanged()?;
         Ok(self.stand_still(|standstill| {
-            // One that is asked for again meanwhile is the same.
+            // A second reset that is asked for meanwhile is the same one.
             if !standstill.tasks.iter().any(|task| (&**task as &dyn Any).is::<Reset>()) {
                 standstill.tasks.push_back(Box::new(Reset::default()));
             }

@@ -1,11 +1,12 @@
-//! The task of a save: it stops the guest, begins to save once everything stands still, and leaves the machine in the state
-//! `postmigrate`, or as it was before if the save fails. A dump leaves it as it was before in any case.
+//! The task of a save: it begins to save once everything stands still, and leaves the machine in the state `postmigrate`. A save that
+//! fails, a background save and `dump-guest-memory` leave it in the state from before, and a guest that ran goes on.
 //!
 //! | state of the machine | event | next state |
 //! |---|---|---|
 //! | any but `Shutdown` | everything stands still, and no event of a vCPU waits | `FinishMigrate` |
 //! | `FinishMigrate` | the save is done | `PostMigrate` |
-//! | `FinishMigrate` | the save failed, or was canceled | the one before; a guest that ran goes on |
+//! | `FinishMigrate` | `dump-guest-memory` is done, or the child of a background save has the memory | the one before |
+//! | `FinishMigrate` | the save failed, or was canceled | the one before |
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

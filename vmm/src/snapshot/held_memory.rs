@@ -1,16 +1,15 @@
 //! A background save: the guest goes on while its memory, as it was at the standstill, is written.
 //!
-//! What holds the memory still is a child process. From fork(2) on it has all of this process's memory as it is then: the host's kernel
-//! copies a page when the guest, a disk's thread or io_uring changes it in this process. Guest memory is private, so that this
-//! holds for all of it.
+//! A child process keeps the memory as it was at fork(2): all guest memory is mapped privately, so the host's kernel copies a page before
+//! the guest, a disk's thread or io_uring changes it in this process.
 //!
-//! The child closes every descriptor but the file and a pipe, writes RAM to its places in the file, tells the pipe of each block, and
-//! ends. It allocates nothing and takes no lock: other threads may have held one at the fork. It has the filter of the thread that made
-//! it (`sandbox::Kind::Save`), which opens nothing. It does not outlive this process: the kernel kills it, and without a
-//! reader it ends at the next block. So the pipe is also how a save is canceled. Headers and notes are written, and the file gets its name,
-//! on this side.
+//! The child closes every descriptor but the file and a pipe (close_range(2), Linux 5.9), writes RAM to its place in the file, reports
+//! each block through the pipe, and ends. It allocates nothing and takes no lock: another thread may have held one at the fork. It has
+//! the filter of the thread that made it (`sandbox::Kind::Save`), which opens nothing. It does not outlive this process: the kernel kills it
+//! then. If the pipe has no reader, the child ends after the present block, which is also how a save is canceled. This process writes
+//! headers and notes, and names the file.
 //!
-//! The guest's disks are not held still. See [`check`].
+//! The guest's disks go on. [`check`] refuses a machine that would write to them.
 
 #![expect(unsafe_code, reason = "fork, and what the child does without the standard library")]
 

@@ -1,4 +1,4 @@
-//! What a disk says of itself by requests: its serial number, and how worn its medium is (virtio 1.2 §5.2.6).
+//! Requests for what the disk is: its serial number (GET_ID), and how worn its medium is (GET_LIFETIME; virtio 1.2 §5.2.6).
 //!
 //! A capability: `device` plugs [`Identity`] in as [`RequestTypes`].
 

@@ -1,11 +1,12 @@
-//! Threads that wait for the host: everything with `aio=threads` or qcow2 that has to wait, and whatever io_uring does not do,
-//! such as discards and device commands.
+//! Threads that wait for the host. With `aio=threads` or qcow2 they serve every transfer that may have to wait. Beside io_uring they
+//! serve what it does not, such as discards and device commands.
 //!
-//! A capability: what the worker makes at once comes by none of this. It hooks in as a [`Pool`], which `open` gives to each engine.
+//! A capability: transfers that the worker makes itself (`inline`) do not come here. It hooks in as a [`Pool`], which `open` gives to each
+//! engine.
 //!
-//! Each engine has a pool of its own. All its threads are started with it, because a confined process cannot start any later,
-//! and end when the pool is dropped, after the work. If the host cannot start a thread (RLIMIT_NPROC, a pids cgroup), the
-//! threads there are do the work, or else the worker itself.
+//! Each engine has a pool of its own. All its threads are started with the pool, because a confined process cannot start any later. When
+//! the pool is dropped, they finish the queued jobs and end. If the host refuses a thread (RLIMIT_NPROC, a pids cgroup), those that were
+//! started do the work. If there is none, the worker does it.
 
 use std::any::Any;
 use std::collections::VecDeque;

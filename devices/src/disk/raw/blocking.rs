@@ -1,8 +1,8 @@
-//! The whole of what a raw image does, on a thread that may wait for the host: what direct I/O does not take as it is, what the
-//! page cache has to wait for, and operations that move no data.
+//! Every operation on a raw image, on a thread that may wait for the host. The engine sends here transfers that are not aligned for direct
+//! I/O, buffered ones that may have to wait for the device, and operations that move no data.
 //!
-//! A capability: a disk's engine makes what needs no waiting itself, with the image's file. The threads of its pool call
-//! [`Blocking::execute`] for the rest, by way of `opened`.
+//! A capability: the engine makes transfers that need no waiting thread itself, with the image's file. For all others the threads of its
+//! pool call [`Blocking::execute`], through `opened`.
 
 use std::io;
 use std::sync::Arc;
