@@ -2,7 +2,7 @@
 //! nor the memory of a copy.
 //!
 //! A capability: without it the kernel is copied. It hooks in as the [`FilePages`] of a boot image, and gives the kernel's file up,
-//! which SIGIO asks for, as a [`Task`] of the machine's standstill.
+//! which SIGIO asks for, as a [`Task`](crate::machine::Task) of the machine's standstill.
 //!
 //! A private mapping shows what others write into the file, except in pages that the guest has written. A file that is cut
 //! off takes its pages away from all mappings, written ones included, and using them is then an error (mmap(2)). A compiler

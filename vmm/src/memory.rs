@@ -1,7 +1,7 @@
 //! Guest RAM: anonymous private memory of the host, whose pages the host supplies when the guest first touches them; or huge
 //! pages ([`crate::hugepages`]).
 //!
-//! The builder calls [`allocate`] and a reset calls [`clear`]. After either all of RAM reads as zero, which is what
+//! The builder calls [`allocate`] and a reset calls [`clear()`]. After either all of RAM reads as zero, which is what
 //! [`crate::boot_image`] relies on: it writes no zeroes, and so the pages of a kernel's `.bss` cost nothing.
 
 mod clear;

@@ -3,7 +3,7 @@
 //! A [`Disk`] is the opened image, shared by all queues; only its size changes. Each queue worker asks it for an [`Engine`] of
 //! its own. An engine that finishes a transfer at once and one that finishes it later look the same to the worker: `submit`
 //! many transfers, `commit` once for each batch, `reap` what is finished. `block/` calls these two traits, its tests
-//! implement them, and [`open`] makes the real ones. Nothing here knows virtio.
+//! implement them, and [`open()`] makes the real ones. Nothing here knows virtio.
 //!
 //! Inside: `open.rs` puts a disk together from a host file, a format and an engine. `opened.rs` names the formats, `raw.rs`
 //! and `qcow2.rs` are formats, `host_file.rs` is the file below each of them, and `engine/` moves the data. A cached write passes no

@@ -1,6 +1,6 @@
 //! Lets something else see each change of an image's file, with the moments at which it begins and ends.
 //!
-//! The core calls an [`Observer`] and knows none. Its user is the power-cut rig ([`powercut`](super::powercut)), which works
+//! The core calls an [`Observer`] and knows none. Its user is the power-cut rig (`powercut`), which works
 //! out what a medium may hold after a power cut. [`HostFile`](super::host_file::HostFile) reports what it does itself; the raw
 //! image, the ring for what it does, and the storage below imago report their writes through it. A write is seen as a whole,
 //! also where the host makes it in parts, and as its data is when it begins: the guest must not change that meanwhile.

@@ -1,8 +1,8 @@
 //! The one standstill of the machine: how it begins, what is done when everything stands still, and what happens at its deadline.
 //!
-//! A stop begins a standstill or joins the one under way. So does each [`Task`], which is what a capability does meanwhile: a reset, a
-//! save, giving up the kernel's file, the check for a halted guest. Nothing here waits: the main loop calls [`Machine::advance`] after
-//! every event.
+//! A stop begins a standstill or joins the one under way. So does each [`Task`](super::Task), which is what a capability does meanwhile:
+//! a reset, a save, giving up the kernel's file, the check for a halted guest. Nothing here waits: the main loop calls
+//! [`Machine::advance`] after every event.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

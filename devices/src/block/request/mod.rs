@@ -1,11 +1,11 @@
 //! What a descriptor chain asks the disk to do, as one value.
 //!
-//! [`parse`] turns the buffers of a chain into a [`Request`], or into the [`Refusal`] that answers it. A request has passed
+//! [`parse()`] turns the buffers of a chain into a [`Request`], or into the [`Refusal`] that answers it. A request has passed
 //! every check and holds all that serving it needs: what to do, where its data is, and where its status byte goes. The
 //! worker reads no header itself.
 //!
 //! Requests that are no read, write or flush (`segments`, `identity`, SCSI commands) come from [`RequestTypes`], which the device
-//! plugs in: [`parse`] and the worker know only the trait.
+//! plugs in: [`parse()`] and the worker know only the trait.
 
 pub(super) mod identity;
 mod parse;

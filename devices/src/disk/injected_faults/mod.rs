@@ -1,6 +1,6 @@
 //! `fault=`: a disk that fails when its user says so.
 //!
-//! A capability. It hooks in as a [`Disk`] around the one that [`open`](super::open) made: [`over`] is called by the builder, and
+//! A capability. It hooks in as a [`Disk`] around the one that [`open`](super::open()) made: [`over`] is called by the builder, and
 //! its engine decides about each [`Transfer`](super::Transfer) before the engine inside sees it. It goes around a log of writes
 //! ([`log_writes`](super::log_writes)), so that the log has what reached the disk, and not what the guest was told.
 //!

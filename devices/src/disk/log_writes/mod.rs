@@ -1,6 +1,6 @@
 //! `log-writes=`: a log of what the guest writes to a disk, in the format of Linux's dm-log-writes.
 //!
-//! A capability. It hooks in as a [`Disk`] around the one that [`open`](super::open) made: [`over`] is called by the builder,
+//! A capability. It hooks in as a [`Disk`] around the one that [`open`](super::open()) made: [`over`] is called by the builder,
 //! and its engine sees each [`Transfer`](super::Transfer) that a worker submits and each [`Completion`](super::Completion) that it
 //! reaps. So the log has the guest's sectors and not those of the image, for every format and engine, and the core does not know of it.
 //!

@@ -15,7 +15,7 @@ use crate::virtio::registers::CONFIG_SIZE;
 use crate::virtio::spec::STATUS_DEVICE_NEEDS_RESET;
 use crate::virtio::spec::mmio::Register;
 
-/// Everything that a driver can see of a device behind [`MmioTransport`](super::MmioTransport), but for guest memory.
+/// Everything that a driver can see of a device behind [`MmioTransport`], but for guest memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TransportState {
