@@ -6,7 +6,7 @@
 //!
 //! In the background (`minivmm &`, `timeout 1m minivmm`, `bg`) the terminal and its settings are the shell's: minivmm leaves them
 //! alone. The kernel would stop a process that touches them (SIGTTOU) or reads (SIGTTIN), and stop it anew each time that it is
-//! continued, so that SIGTERM would never end the VM. With these signals ignored a read fails, which is the end of the input.
+//! continued, so that SIGTERM would never end the VM. With these signals ignored a read fails, until the terminal is minivmm's (`fg`).
 
 use std::sync::OnceLock;
 

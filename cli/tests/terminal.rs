@@ -185,6 +185,33 @@ fn in_its_background_a_vm_runs_and_can_be_ended() {
     session.wait(BOUND).must_be(0);
 }
 
+/// What was typed meanwhile is the shell's, and is not the end of the VM's input.
+#[test]
+fn from_the_background_a_vm_comes_back() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let vm = small_guest(directory.path(), Program::Echo);
+    let shell = "set -m; \"$@\" & read line; fg %1; echo \"status $?\"";
+    let mut command = Command::new("setsid");
+    command.args(["--ctty", "--wait", "sh", "-c", shell, "sh"]).arg(vm.get_program());
+    command.args(vm.get_args()).arg("--debug-exit").current_dir(directory.path());
+    let (mut session, terminal, before) = Session::start_on_terminal(&mut command);
+    session.expect("ready", BOUND);
+    session.send("a line\n");
+    let deadline = Instant::now() + BOUND;
+    while terminal.settings() == before {
+        assert!(Instant::now() < deadline, "it never becomes raw");
+        thread::sleep(Duration::from_millis(5));
+    }
+    session.send("the guest's");
+    session.expect("the guest's", BOUND);
+    session.send([4]);
+    session.expect(&format!("status {}", guest::SUCCESS), BOUND);
+    session.wait(BOUND).must_be(0);
+}
+
 /// A terminal whose other side is alive and reads nothing, such as that of a connection whose network is dead, has room for a part
 /// of a message: the main thread once waited there for the rest, and no signal ended the VM.
 #[test]

@@ -12,6 +12,17 @@ use crate::signals::is_ignored;
 /// Bytes that are read ahead from a terminal.
 const READ_AHEAD: usize = 4096;
 
+/// What came of a [`Input::read`].
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum ReadEnd {
+    /// There may be more, now or later.
+    Open,
+    /// The source has ended.
+    Ended,
+    /// What is typed is another process's: we are in the background of the terminal.
+    NotOurs,
+}
+
 #[derive(Debug)]
 pub(crate) struct Input {
     /// `None` before a client comes, and when the input has ended. What was read ahead is kept.
@@ -50,9 +61,9 @@ impl Input {
     }
 
     /// Reads at most `count` bytes, for `take`, and gives the escape key's commands to `command`. To be called when the source
-    /// is readable. Returns false when the source has ended.
-    pub(super) fn read(&mut self, count: usize, mut command: impl FnMut(Typed)) -> bool {
-        let Some(source) = &mut self.source else { return false };
+    /// is readable.
+    pub(super) fn read(&mut self, count: usize, mut command: impl FnMut(Typed)) -> ReadEnd {
+        let Some(source) = &mut self.source else { return ReadEnd::Ended };
         let mut buffer = [0; 64];
         let count = count.min(buffer.len());
         let count = match source.read(&mut buffer[..count]) {
@@ -61,7 +72,7 @@ impl Input {
                 if self.ends_by_hang_up {
                     command(Typed::HungUp);
                 }
-                return false;
+                return ReadEnd::Ended;
             }
             Ok(count) => count,
             Err(error)
@@ -70,9 +81,13 @@ impl Input {
                     io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
                 ) =>
             {
-                return true;
+                return ReadEnd::Open;
             }
-            Err(_) => return false,
+            // The kernel answers so where SIGTTIN is ignored.
+            Err(error) if self.escape.is_some() && error.raw_os_error() == Some(libc::EIO) => {
+                return ReadEnd::NotOurs;
+            }
+            Err(_) => return ReadEnd::Ended,
         };
         for &byte in &buffer[..count] {
             let typed = match &mut self.escape {
@@ -85,6 +100,6 @@ impl Input {
                 None => {}
             }
         }
-        true
+        ReadEnd::Open
     }
 }

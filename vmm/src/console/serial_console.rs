@@ -11,6 +11,8 @@
 //! | `Polled` | the FIFO is full | `Full` |
 //! | `Full` | the guest makes room | `Polled` |
 //! | `Polled`, `AlwaysReady` | the input ends | `Absent`, and the next client may connect |
+//! | `Polled` | a terminal's keys are another process's | `InBackground` |
+//! | `InBackground` | a key can be read | `Polled` |
 //! | `Full` | the client hangs up | `Full`: its input is kept, and the next client may connect |
 //!
 //! A terminal that hangs up ends the VM as SIGHUP does.
@@ -26,6 +28,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::ends::ConsoleEnds;
 use super::escape::{HELP, Typed};
+use super::input::ReadEnd;
 use crate::lock;
 use crate::machine::{Machine, Outcome};
 use crate::sources::{Poller, Source};
@@ -43,6 +46,8 @@ enum Polling {
     Absent,
     Polled,
     Full,
+    /// A terminal in whose background we are.
+    InBackground,
     /// A regular file: epoll refuses it (EPERM), and it is always readable.
     AlwaysReady,
 }
@@ -76,7 +81,7 @@ impl SerialConsole {
                 return self.poll_for_end_only(poller);
             }
             let mut help = false;
-            let is_open = self.ends.input.read(wanted, |typed| match typed {
+            let read = self.ends.input.read(wanted, |typed| match typed {
                 Typed::Byte(_) => {}
                 Typed::Help => help = true,
                 Typed::Quit => self.outcomes.push(Outcome::Quit),
@@ -86,12 +91,16 @@ impl SerialConsole {
             if help {
                 let _ = self.ends.output.writer().write_all(HELP.as_bytes());
             }
-            if !is_open {
-                self.close_input(poller);
-                self.listen(poller);
+            match read {
+                ReadEnd::Ended => {
+                    self.close_input(poller);
+                    self.listen(poller);
+                }
+                ReadEnd::NotOurs => self.poll_for_edges(poller),
+                ReadEnd::Open => self.poll_again(poller),
             }
             // A polled source becomes ready again when there is more.
-            if !self.outcomes.is_empty() || !is_open || self.polling == Polling::Polled {
+            if !self.outcomes.is_empty() || self.polling != Polling::AlwaysReady {
                 return;
             }
         }
@@ -112,6 +121,25 @@ impl SerialConsole {
         {
             let _ = poller.modify(fd, INPUT, EventSet::empty());
             self.polling = Polling::Full;
+        }
+    }
+
+    /// What another process has yet to read must not keep the loop awake: it is told of each key once.
+    fn poll_for_edges(&mut self, poller: &mut Poller<'_, '_>) {
+        if self.polling == Polling::Polled
+            && let Some(fd) = self.ends.input.fd()
+        {
+            let _ = poller.modify(fd, INPUT, EventSet::IN | EventSet::EDGE_TRIGGERED);
+            self.polling = Polling::InBackground;
+        }
+    }
+
+    fn poll_again(&mut self, poller: &mut Poller<'_, '_>) {
+        if self.polling == Polling::InBackground
+            && let Some(fd) = self.ends.input.fd()
+        {
+            let _ = poller.modify(fd, INPUT, EventSet::IN);
+            self.polling = Polling::Polled;
         }
     }
 
@@ -183,7 +211,7 @@ impl Source for SerialConsole {
                 match polling {
                     Polling::Full => self.open_input(poller),
                     Polling::AlwaysReady => self.move_input(poller),
-                    Polling::Absent | Polling::Polled => {}
+                    Polling::Absent | Polling::Polled | Polling::InBackground => {}
                 }
             }
             _ => self.accept(poller),
