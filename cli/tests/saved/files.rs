@@ -160,3 +160,28 @@ fn a_save_replaces_no_file_that_the_machine_uses() {
     session.signal(Signal::TERM);
     session.wait(BOUND).must_be(0);
 }
+
+/// The file that the machine came from may be replaced by its next save, mapped or not.
+#[test]
+fn a_save_may_replace_the_file_that_its_machine_came_from() {
+    let Some(directory) = saved_machine() else { return };
+    for map in ["on", "off", "on"] {
+        let mut command = restore(directory.path(), &format!(",map={map}"));
+        command.args(["--paused", "--qmp", "unix:qmp", "--save-directory", "."]);
+        let session = Session::start(&mut command);
+        let mut qmp = Qmp::connect(&directory.path().join("qmp"));
+        let uri = format!("file:{}", directory.path().join("saved").display());
+        qmp.execute(
+            "migrate-set-capabilities",
+            json!({
+                "capabilities": [{ "capability": "events", "state": true }]
+            }),
+        )
+        .unwrap();
+        qmp.execute("migrate", json!({ "uri": uri })).unwrap();
+        assert_eq!(statuses(&mut qmp).last().unwrap(), "completed");
+        qmp.query("quit");
+        session.wait(BOUND).must_be(0);
+    }
+    Session::start(&mut restore(directory.path(), "")).wait(BOUND).must_be(SUCCESS);
+}

@@ -10,7 +10,7 @@
 //! huge pages, RAM is *copied*, and compared with its checksums.
 
 use std::fs::File;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -21,6 +21,7 @@ use kvm_ioctls::Kvm;
 
 use super::SnapshotError;
 use super::core_file::CoreFile;
+use super::save::RESTORED_FROM;
 use super::saved::{MAJOR, SavedDisk, SavedMachine, Versioned};
 use super::{fit, generation_id, pages};
 use crate::GuestMemory;
@@ -108,6 +109,8 @@ impl Incoming {
         }
         let failed = |error: SnapshotError| Error::incoming(error).of_file(&options.path);
         let (core, saved) = Self::read(&options.path).map_err(failed)?;
+        let file = core.file.metadata().map_err(|error| failed(error.into()))?;
+        let _ = RESTORED_FROM.set((file.dev(), file.ino()));
         saved.disks.iter().try_for_each(SavedDisk::check_kept).map_err(failed)?;
         if saved.config.nested && !config.nested {
             return Err(failed(SnapshotError::Nested));

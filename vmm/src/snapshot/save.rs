@@ -16,8 +16,8 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use devices::disk::Disk;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -81,6 +81,10 @@ fn save_error(path: &Path, source: io::Error) -> Error {
     Error::Save(SnapshotError::Target { path: path.to_owned(), source }.into())
 }
 
+/// Device and inode of the file that this process's machine came from. A new file may take its name: what the machine has mapped is
+/// the old one.
+pub(super) static RESTORED_FROM: OnceLock<(u64, u64)> = OnceLock::new();
+
 /// Refuses a target that is no plain file, or one of the machine's: one that it would read at a reset, or that this process has open,
 /// such as a backing file. `given`: the target's own descriptor.
 fn check_target(
@@ -95,7 +99,9 @@ fn check_target(
     let disks = machine.hardware.disks.iter().map(|disk| &disk.config.image.path);
     let same = |other: Metadata| (other.dev(), other.ino()) == (target.dev(), target.ino());
     let files = disks.chain([&config.kernel]).chain(&config.initrd);
-    let open = open_files(given).any(|file| file == (target.dev(), target.ino()));
+    let id = (target.dev(), target.ino());
+    let is_replaced = given.is_none() && RESTORED_FROM.get() == Some(&id);
+    let open = !is_replaced && open_files(given).any(|file| file == id);
     if open || files.filter_map(|file| fs::metadata(file).ok()).any(same) {
         return Err(io::Error::other("the machine uses it; give another path"));
     }
