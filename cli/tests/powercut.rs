@@ -257,6 +257,24 @@ fn a_command_that_takes_too_long_is_killed_and_has_failed() {
     }
 }
 
+#[test]
+fn a_command_that_a_state_is_handed_to_has_its_time_limit_too() {
+    let directory = commit(CacheMode::Writeback, true);
+    let arguments =
+        ["--command-timeout", "1s", "--state", "0:none", "--", "sh", "-c", "exec sleep 1000 # {}"];
+    let output = powercut(directory.path(), &arguments);
+    assert_eq!(output.status.code(), Some(124), "{output:?}");
+}
+
+#[test]
+fn a_report_that_cannot_be_printed_is_no_success() {
+    let directory = commit(CacheMode::Writeback, true);
+    let words = ["powercut", "log", "--base", "base", "--states", "3", "--", "true", "{}"];
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let status = minivmm(words).current_dir(directory.path()).stdout(full).status().unwrap();
+    assert_eq!(status.code(), Some(1));
+}
+
 /// Nor does a state fail whose command was killed for that.
 #[test]
 fn a_signal_ends_a_command_that_hangs() {

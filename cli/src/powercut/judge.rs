@@ -31,6 +31,8 @@ const OUTPUT_MAX: u64 = 4 << 10;
 const TRIALS_MAX: usize = 400;
 /// How often the main thread looks for signals, and others whether it has seen one.
 const LOOK: Duration = Duration::from_millis(100);
+/// What a command has from SIGTERM to SIGKILL: time for a VM to flush its disks.
+const GRACE: Duration = Duration::from_secs(10);
 /// The status of a command that took too long, as of timeout(1).
 const TIMED_OUT: i32 = 124;
 
@@ -72,7 +74,7 @@ struct Bench<'a> {
 }
 
 impl Judge<'_> {
-    fn failed(&self, source: io::Error) -> PowercutError {
+    pub(super) fn failed(&self, source: io::Error) -> PowercutError {
         PowercutError::Space { directory: self.directory.to_owned(), source }
     }
 
@@ -140,32 +142,34 @@ impl Judge<'_> {
     }
 
     /// Runs the command on the state in `file` as a user's shell would: with this program's terminal, in its process group. When
-    /// `is_stopped` returns true, the command is sent SIGTERM. Returns its exit status; `None`: a signal killed it, or the time was up.
+    /// its time is up, or `is_stopped` returns true, the command gets SIGTERM, and SIGKILL after [`GRACE`]. Returns its exit status, or
+    /// [`TIMED_OUT`]; `None`: a signal killed it.
     pub(super) fn hand_over(
         &self,
         file: &Path,
         mut is_stopped: impl FnMut() -> bool,
     ) -> Result<Option<u8>, PowercutError> {
         let words: Vec<_> = self.command.iter().map(|word| fill(word, file)).collect();
-        let mut run = || {
+        let mut run = || -> io::Result<Option<i32>> {
             let mut child = Command::new(&words[0]).args(&words[1..]).spawn()?;
             let deadline = self.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-            match wait(&mut child, deadline, &mut is_stopped) {
-                Ok(Ended::Exited(status)) => return Ok(Some(status)),
-                Ok(Ended::Stopped | Ended::TimedOut) => {
-                    kill_process(Pid::from_child(&child), Signal::TERM)?;
-                }
-                Err(error) => {
-                    child.kill()?;
-                    child.wait()?;
-                    return Err(error);
-                }
+            let ended = wait(&mut child, deadline, &mut is_stopped);
+            let code = match &ended {
+                Ok(Ended::Exited(status)) => return Ok(status.code()),
+                Ok(Ended::TimedOut) => Some(TIMED_OUT),
+                Ok(Ended::Stopped) | Err(_) => None,
+            };
+            kill_process(Pid::from_child(&child), Signal::TERM)?;
+            let deadline = Instant::now() + GRACE;
+            if !matches!(wait(&mut child, Some(deadline), &mut || false), Ok(Ended::Exited(_))) {
+                child.kill()?;
             }
-            child.wait().map(|_| None)
+            child.wait()?;
+            ended.map(|_| code)
         };
         let name = || words[0].display().to_string();
         let ended = run().map_err(|source| PowercutError::Command { command: name(), source })?;
-        Ok(ended.and_then(|status| status.code()).and_then(|code| u8::try_from(code).ok()))
+        Ok(ended.and_then(|code| u8::try_from(code).ok()))
     }
 
     /// The failing state with the fewest changes dropped that is found from `failure`, whose changes it has and more.

@@ -162,7 +162,8 @@ fn run(arguments: &Arguments) -> Result<u8, PowercutError> {
         ));
     }
     if let (Some(name), Some(output)) = (&arguments.state, &arguments.output) {
-        return make_state(&history, &image, name, output).map(|()| EXIT_CLEAN);
+        let failed = |source| PowercutError::file("--output", output, source);
+        return make_state(&history, &image, name, output, failed).map(|()| EXIT_CLEAN);
     }
     let place = Workplace::new(std::env::var_os("TMPDIR"))?;
     let (timeout, directory) = (arguments.command_timeout, place.path());
@@ -170,7 +171,7 @@ fn run(arguments: &Arguments) -> Result<u8, PowercutError> {
     if let Some(name) = &arguments.state {
         let signals = Signals::block().ok();
         let file = directory.join("state");
-        make_state(&history, &image, name, &file)?;
+        make_state(&history, &image, name, &file, |source| judge.failed(source))?;
         let is_stopped = || signals.as_ref().is_some_and(|signals| signals.read().is_some());
         return Ok(judge.hand_over(&file, is_stopped)?.unwrap_or(EXIT_HOST));
     }
@@ -181,12 +182,13 @@ fn run(arguments: &Arguments) -> Result<u8, PowercutError> {
     look(arguments, &judge, Some((path, file))).inspect_err(|_| drop(std::fs::remove_file(path)))
 }
 
-/// `--state NAME --output FILE`.
+/// `--state NAME`: makes the file `output`. `failed` makes an error of one of the host's.
 fn make_state(
     history: &History,
     base: &File,
     name: &str,
     output: &PathBuf,
+    failed: impl Fn(io::Error) -> PowercutError + Copy,
 ) -> Result<(), PowercutError> {
     let wrong = |reason: String| PowercutError::State { name: name.to_owned(), reason };
     let state: StateName =
@@ -194,7 +196,6 @@ fn make_state(
     if state.epoch() >= history.epochs() {
         return Err(wrong(format!("the last epoch of the log is {}", history.epochs() - 1)));
     }
-    let failed = |source| PowercutError::file("--output", output, source);
     let mut medium = Medium::new(history, base, output.clone()).map_err(failed)?;
     let mut make = || {
         let open = medium.open_at(state.epoch()).map_err(failed)?;
@@ -254,13 +255,13 @@ fn look(
         is_stopped,
     };
     let text = if arguments.json { format!("{:#}\n", report.json()) } else { report.text() };
-    print_text(&text);
+    let was_printed = print_text(&text);
     if let Some((path, mut file)) = picture {
         let svg = picture::draw(&report.summary(), judge.history, &report.failures);
         file.write_all(svg.as_bytes())
             .map_err(|source| PowercutError::file("--picture", path, source))?;
     }
-    Ok(if report.failed == 0 && !is_stopped { EXIT_CLEAN } else { EXIT_HOST })
+    Ok(if report.failed == 0 && !is_stopped && was_printed { EXIT_CLEAN } else { EXIT_HOST })
 }
 
 /// A line on the terminal that is written over.

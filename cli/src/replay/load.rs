@@ -166,7 +166,11 @@ impl Reader<'_> {
     fn begin(&mut self, number: u64, time: Duration, event: &Value) {
         let kind = event["kind"].as_str().and_then(Kind::of);
         let bytes = |field: &str| event[field].as_u64().unwrap_or(0).saturating_mul(SECTOR);
-        let (offset, length) = (bytes("sector"), bytes("nsectors"));
+        let (offset, mut length) = (bytes("sector"), bytes("nsectors"));
+        // A flush covers the disk, whatever the file says.
+        if kind == Some(Kind::Flush) {
+            length = 0;
+        }
         // The device answers a request of no length without the engine.
         let kind = kind.filter(|kind| *kind == Kind::Flush || length > 0);
         let index = match kind {

@@ -167,7 +167,12 @@ fn follow(ram: &RamSave<'_>, blocks: &[Block], reader: &mut File) -> io::Result<
         })?;
         let [bytes, checksum] = message.map(u64::from_ne_bytes);
         if bytes == FAILED {
-            return Err(io::Error::from_raw_os_error(checksum as i32));
+            return Err(match checksum as i32 {
+                libc::ENOSYS => io::Error::other(
+                    "the host's kernel has no close_range(2), as Linux 5.9 has; save without background-snapshot",
+                ),
+                code => io::Error::from_raw_os_error(code),
+            });
         }
         ram.count(block, &Written { bytes, checksum })?;
         checksums.push(checksum);
