@@ -153,7 +153,7 @@ fn xfs_btrfs_and_sqlite_pass() {
     let directory = tempfile::tempdir().unwrap();
     let at = directory.path();
     take_logs(at);
-    let states = runs(12, 10_000);
+    let states = runs(5, 10_000);
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap());
     // Where they are no part of the kernel, and a mount does not load them.
     let modules = ["-aq", "loop", "xfs", "btrfs"];
