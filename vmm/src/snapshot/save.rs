@@ -97,9 +97,9 @@ fn check_target(
         return Err(io::Error::other("it is not a regular file"));
     }
     let disks = machine.hardware.disks.iter().map(|disk| &disk.config.image.path);
-    let same = |other: Metadata| (other.dev(), other.ino()) == (target.dev(), target.ino());
-    let files = disks.chain([&config.kernel]).chain(&config.initrd);
     let id = (target.dev(), target.ino());
+    let same = |other: Metadata| (other.dev(), other.ino()) == id;
+    let files = disks.chain([&config.kernel]).chain(&config.initrd);
     let is_replaced = given.is_none() && RESTORED_FROM.get() == Some(&id);
     let open = !is_replaced && open_files(given).any(|file| file == id);
     if open || files.filter_map(|file| fs::metadata(file).ok()).any(same) {
