@@ -1,4 +1,4 @@
-//! A queue on its way between transport and device, and the ring position that a save of the machine needs of it.
+//! A queue as the transport hands it to a device and gets it back, and the position in its rings, which a save needs.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
-/// A queue that the driver has enabled. The device has it until it is stopped.
+/// A queue that the driver has enabled. The device has it until the queue or the device is reset.
 pub struct ActiveQueue {
     /// The queue's index in the device.
     pub index: u16,
@@ -14,7 +14,7 @@ pub struct ActiveQueue {
     pub queue: Queue,
     /// Becomes readable when the driver notifies this queue.
     pub kick: Arc<EventFd>,
-    /// The queue was in use before, so the driver may not have been interrupted for its last completions: the device
+    /// The queue comes from a snapshot. Whether the driver was interrupted for its last completions is not known, so the device
     /// interrupts once in any case.
     pub restored: bool,
 }

@@ -1,4 +1,4 @@
-//! The contract between the transport and a device.
+//! The trait between the transport and a device, with the duties of both sides.
 
 use std::io;
 
@@ -9,9 +9,9 @@ use crate::GuestMemory;
 
 /// Everything that a device needs between DRIVER_OK and reset.
 pub struct Activation {
-    /// Guest RAM; lives as long as any clone of it.
+    /// Guest RAM. It stays mapped as long as any clone of this value exists.
     pub memory: GuestMemory,
-    /// The feature bits that driver and device agreed on.
+    /// The negotiated feature bits.
     pub features: u64,
     /// The enabled queues, in index order.
     pub queues: Vec<ActiveQueue>,
@@ -19,21 +19,22 @@ pub struct Activation {
     pub interrupt: Interrupt,
 }
 
-/// A virtio device behind some transport.
+/// A virtio device, as a transport calls it.
 ///
-/// The transport owns the registers, feature negotiation and the status state machine, and calls from one thread at a time.
-/// It promises that
+/// The transport owns the registers, feature negotiation and the status state machine. It promises that
+/// - it calls the device from one thread at a time,
 /// - the last [`Drain`] is done before it calls `start`, `start_queue` or `reset_queue`,
 /// - `start` gets only features that the device offered,
-/// - `start_queue` names only a queue that the device does not have,
-/// - rings lie inside guest memory when handed over. The driver may still write anything to them at any time.
+/// - `start_queue` gets only a queue that the device does not have,
+/// - rings lie inside guest memory when they are handed over. The driver may still write anything to them at any time.
 ///
-/// The device promises that none of its threads touches guest memory for what was reset once the drain is done, and that no
-/// call waits for the host's disk.
+/// The device promises that
+/// - when a drain is done, none of its threads touches the guest memory of what was reset,
+/// - no call waits for the host's disk.
 ///
-/// This trait has no pause: the machine's main thread pauses a device, and it must not wait for the transport's lock, which a
-/// vCPU holds while the device starts. So a device with threads of its own has a handle beside it, as a disk has its
-/// [`BlockHandle`](crate::block::BlockHandle): `pause` returns a [`Drain`], as `reset` does, and `resume` goes on.
+/// This trait has no pause. The machine's main thread pauses a device, and it must not wait for the transport's lock, which a
+/// vCPU holds while the device starts. So a device with threads of its own has a handle beside it, for a disk its
+/// [`BlockHandle`](crate::block::BlockHandle). Its `pause` returns a [`Drain`], as `reset` does, and its `resume` ends the pause.
 pub trait VirtioDevice: Send {
     /// The device ID (virtio 1.2 §5).
     fn device_id(&self) -> u32;
@@ -65,13 +66,12 @@ pub trait VirtioDevice: Send {
     /// When the device cannot start; the transport then sets DEVICE_NEEDS_RESET.
     fn start(&mut self, activation: Activation) -> io::Result<()>;
 
-    /// Begins a device reset or removal: the device takes no new requests, and the drain is done when the host has answered
-    /// those in flight. Called at every reset, also when not started: then only what the driver wrote to the configuration
-    /// space is forgotten.
+    /// Begins a device reset: the device takes no new requests, and the drain is done when the host has answered those in flight.
+    /// Called at every reset, also before `start`. Then the device only forgets what the driver wrote to the configuration space.
     fn reset(&mut self) -> Drain;
 
-    /// Begins a RING_RESET (virtio 1.2 §2.6.1): as `reset`, for one queue while the others go on. If it is not active, the drain
-    /// is done at once.
+    /// Begins the reset of one queue (virtio 1.2 §2.6.1), while the others go on. If the queue is not active, the drain is done at
+    /// once.
     fn reset_queue(&mut self, index: u16) -> Drain;
 
     /// Enables one queue after a ring reset, while started.
@@ -80,7 +80,7 @@ pub trait VirtioDevice: Send {
     /// As `start`.
     fn start_queue(&mut self, queue: ActiveQueue) -> io::Result<()>;
 
-    /// The position in each active queue, in index order, of a device that is paused. It starts again from there when
-    /// `start` gets queues with these positions.
+    /// The position in each active queue, in index order. Called while the device is paused. A device whose `start` gets queues
+    /// with these positions goes on from there.
     fn ring_positions(&self) -> Vec<RingPosition>;
 }

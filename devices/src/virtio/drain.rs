@@ -2,13 +2,13 @@
 //! thread that must answer (a vCPU, the main loop) waits for the host's disk.
 //! `devices/docs/follow-one-reset.md` walks through a reset.
 //!
-//! A device drains in one or more *parties*, for a disk its worker threads. Each party takes no new work, waits for what
-//! the host already has, hands its queues back by [`Drain::finish`], and does not touch guest memory from then on. The
-//! drain is done when the last party has finished. It never fails, but it may last as long as the host keeps a request. So
-//! the main loop and `machine-job` wait with a deadline, and a vCPU until it is kicked.
+//! A drain has one or more *parties*: threads of the device, for a disk its worker threads. Each party takes no new requests,
+//! waits for what the host already has, and hands its queues back by [`Drain::finish`]. From then on it does not touch guest
+//! memory. The drain is done when the last party has finished. It never fails, but it may last as long as the host keeps a
+//! request. So the main loop and `machine-job` wait with a deadline, and a vCPU waits until it is kicked.
 //!
-//! Who started it waits in one of three ways: [`Drain::wait`] with a timeout, [`Drain::on_done`] for a thread that waits
-//! on a condition of its own as well (a vCPU that can be kicked), or by asking [`Drain::is_done`] now and then.
+//! A thread waits for a drain in one of three ways: by [`Drain::wait`] with a timeout; by [`Drain::on_done`], if it waits for
+//! something else as well (a vCPU also waits for a kick); or by calling [`Drain::is_done`] now and then.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -40,7 +40,7 @@ impl Drain {
         Self(Arc::new(Shared { state: Mutex::new(state), done: Condvar::new() }))
     }
 
-    /// One party has nothing to do any more, and hands these queues back.
+    /// Called by a party when it has finished, with the queues that it hands back.
     pub fn finish(&self, queues: impl IntoIterator<Item = ActiveQueue>) {
         let mut state = lock(&self.0.state);
         state.queues.extend(queues);
@@ -53,7 +53,7 @@ impl Drain {
         }
     }
 
-    /// Whether no thread of the device touches guest memory any more, for what is drained.
+    /// Whether all parties have finished, so that no thread of the device touches the guest memory of what is drained.
     pub fn is_done(&self) -> bool {
         lock(&self.0.state).pending == 0
     }
@@ -65,8 +65,8 @@ impl Drain {
         waited.unwrap_or_else(PoisonError::into_inner).0.pending == 0
     }
 
-    /// Calls `callback` once the drain is done: now if it is, else on the thread of the party that finishes last. The
-    /// callback must not block; it wakes a waiting thread.
+    /// Calls `callback` when the drain is done: at once if it is done already, else on the thread of the party that finishes
+    /// last. The callback must not block. It is meant to wake a thread.
     pub fn on_done(&self, callback: impl FnOnce() + Send + 'static) {
         let mut state = lock(&self.0.state);
         if state.pending > 0 {
@@ -85,8 +85,8 @@ impl Drain {
     }
 }
 
-/// The part in a drain of a party that has no queues to hand back. It finishes when this is dropped: also if its thread ends
-/// before it gets to it, since that touches nothing from then on.
+/// A party that has no queues to hand back. It finishes when this value is dropped, also if its thread ends by a panic: a thread
+/// that has ended touches no guest memory.
 pub struct Party(pub Drain);
 
 impl Drop for Party {

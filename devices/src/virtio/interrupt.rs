@@ -1,8 +1,8 @@
-//! What a virtio-mmio device reports beside its used rings: the interrupt status, DEVICE_NEEDS_RESET, the configuration space,
-//! and the interrupt line.
+//! The interrupt of a virtio-mmio device: InterruptStatus, DEVICE_NEEDS_RESET, changes of the configuration space, and the
+//! interrupt line.
 //!
-//! The registers lie in the [`RegisterPage`], where the driver reads them without an exit. Device threads raise; the
-//! transport acknowledges and resets.
+//! The registers lie in the [`RegisterPage`], where the driver reads them without an exit. Threads of the device set bits and
+//! pulse the line. The transport clears bits, when the driver acknowledges or resets.
 
 use std::sync::{Arc, Mutex};
 
@@ -17,12 +17,13 @@ use crate::log_limit::LogLimit;
 
 /// The device's side of the virtio-mmio interrupt. Clones share the same registers.
 ///
-/// Drivers acknowledge used buffers after nearly every interrupt, so that an exit for each would cost more than the
-/// interrupt. The machine therefore turns the write of `INTERRUPT_USED_BUFFER` alone into an increment of an eventfd
-/// (`with_acknowledgements`), and bit 0 of InterruptStatus is cleared when a thread of ours next runs: before it raises the
-/// bit again, when a queue's worker wakes up, and at each access that reaches the transport. A driver that polls
-/// InterruptStatus of an idle device may thus read the bit after its acknowledgement (virtio 1.2 §4.2.2.1 clears it at
-/// once). A driver that waits for interrupts cannot tell: it reads the register only when interrupted.
+/// Drivers acknowledge used buffers after nearly every interrupt. An exit for each acknowledgement would cost more than the
+/// interrupt. So KVM turns a write of `INTERRUPT_USED_BUFFER` to InterruptACK into an increment of an eventfd
+/// (`with_acknowledgements`). Bit 0 of InterruptStatus is cleared later, when minivmm next reads that eventfd: before it sets the
+/// bit again, when a queue's worker wakes up, and at each access that reaches the transport.
+///
+/// So a driver that polls InterruptStatus of an idle device may still read the bit after its acknowledgement, where virtio 1.2
+/// §4.2.2.1 clears it at once. A driver that waits for interrupts sees no difference: it reads the register only when interrupted.
 #[derive(Clone)]
 pub struct Interrupt {
     shared: Arc<Shared>,
@@ -32,23 +33,23 @@ pub struct Interrupt {
 #[derive(Default)]
 struct Shared {
     page: Arc<RegisterPage>,
-    /// Counts the acknowledgements of used buffers that did not come to the transport.
+    /// Counts the acknowledgements of used buffers that KVM turned into increments.
     acknowledged: Option<EventFd>,
-    /// Held while bit 0 changes by us. Between a read of `acknowledged` and the clearing of the bit no other thread may set it:
-    /// the driver has not seen that event when it acknowledged.
+    /// Held while minivmm changes bit 0. Between a read of `acknowledged` and the clearing of the bit no other thread may set the
+    /// bit: the driver's acknowledgement is older than that event.
     used_buffer: Mutex<()>,
-    /// Held while the page's configuration space is replaced.
+    /// Held while the configuration space in the page is replaced.
     config_writer: Mutex<()>,
     log_limit: LogLimit,
 }
 
 impl Interrupt {
-    /// An idle interrupt that pulses `line`; each acknowledgement comes to the transport.
+    /// An interrupt that pulses `line`. All acknowledgements reach the transport.
     pub fn new(line: Arc<dyn InterruptLine>) -> Self {
         Self { shared: Arc::default(), line }
     }
 
-    /// As `new`, but acknowledgements of used buffers may come as increments of the non-blocking `acknowledged` instead.
+    /// As `new`, but acknowledgements of used buffers may also arrive as increments of the non-blocking eventfd `acknowledged`.
     pub fn with_acknowledgements(line: Arc<dyn InterruptLine>, acknowledged: EventFd) -> Self {
         let shared = Shared { acknowledged: Some(acknowledged), ..Shared::default() };
         Self { shared: Arc::new(shared), line }
@@ -59,8 +60,8 @@ impl Interrupt {
         &self.shared.page
     }
 
-    /// Puts the configuration space that `fill` makes where the driver reads it. `fill` gets zeroes, and is called by one
-    /// thread at a time, so that the last one to look is the last one to write.
+    /// Replaces the configuration space that the driver reads by what `fill` makes of a buffer of zeroes. One thread at a time
+    /// calls `fill`, so the values that were read last are the ones that stay.
     pub fn show_config(&self, fill: impl FnOnce(&mut [u8])) {
         let _writer = lock(&self.shared.config_writer);
         let mut config = [0; CONFIG_SIZE];
@@ -73,20 +74,20 @@ impl Interrupt {
         waypoint!();
         {
             let _changing = lock(&self.shared.used_buffer);
-            // Older than this event: they must not clear its bit later.
+            // These acknowledgements are older than this event, so they must not clear its bit later.
             self.take_acknowledgements();
             self.page().set(Register::InterruptStatus, INTERRUPT_USED_BUFFER);
         }
         self.pulse();
     }
 
-    /// The configuration space changed. `show_config` came first.
+    /// Interrupts the driver because the configuration space has changed. The caller has called `show_config` before.
     pub fn config_changed(&self) {
         self.page().set(Register::InterruptStatus, INTERRUPT_CONFIG_CHANGE);
         self.pulse();
     }
 
-    /// The device gives up on its rings until the driver resets it (virtio 1.2 §2.1.2).
+    /// Sets DEVICE_NEEDS_RESET and interrupts the driver: a queue is unusable until a reset (virtio 1.2 §2.1.2).
     pub fn device_needs_reset(&self) {
         self.page().set(Register::Status, STATUS_DEVICE_NEEDS_RESET);
         self.config_changed();

@@ -1,10 +1,10 @@
-//! The registers as the driver reads them: one page of memory that the device keeps current.
+//! The registers that the driver reads: one page of memory that the device keeps current.
 //!
-//! Reads of virtio-mmio registers have no side effects, so the page can lie behind a read-only memory slot of KVM
-//! (`Documentation/virt/kvm/api.rst`, KVM_MEM_READONLY): the guest's reads then cost no exit at all, and only its writes
-//! reach the transport. Where the page is not mapped, the transport answers the guest's reads from it.
+//! Reads of virtio-mmio registers have no side effects. So KVM can map the page into the guest as read-only memory
+//! (KVM_MEM_READONLY in `Documentation/virt/kvm/api.rst`). Then the guest's reads cost no exit, and only its writes
+//! reach the transport. If the page is not mapped, the transport answers the guest's reads from it.
 //!
-//! `InterruptStatus` and `Status` have no copy elsewhere: queue workers set bits in them while the driver looks.
+//! `InterruptStatus` and `Status` have no copy elsewhere: worker threads set bits in them while the driver may read them.
 
 use super::spec::mmio::{CONFIG_OFFSET, Register};
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
@@ -58,9 +58,9 @@ impl RegisterPage {
 
     /// Replaces the configuration space; called by one thread at a time.
     ///
-    /// ConfigGeneration moves before and after, and a field changes whole, so that a driver that reads a field in two
-    /// halves around the change finds out (§2.5.1). Without a trap nothing can hold up a driver whose whole attempt falls
-    /// between the last two stores: it is the configuration interrupt that makes it read again.
+    /// ConfigGeneration changes before and after, and each field changes at once. So a driver that has read one half of a field
+    /// before the change and one after it finds another generation, and reads again (§2.5.1). The driver may also read everything
+    /// between the last two stores, and see no change of the generation. Then the configuration interrupt makes it read again.
     pub(crate) fn set_config(&self, config: &[u8; CONFIG_SIZE]) {
         let (fields, _) = config.as_chunks::<8>();
         let fields = || {

@@ -1,10 +1,10 @@
 //! Walks a descriptor chain (virtio 1.2 §2.7.5) into two lists of guest ranges: what the device reads, and what it
 //! writes.
 //!
-//! The driver may split a request over descriptors wherever it likes (§2.7.4.1), so nothing outside this file knows where
-//! a descriptor ended: a device takes its header from the front of the readable bytes and its status from the end of the
-//! writable ones. Each descriptor is read once, each range is checked against guest memory once, and a chain has at most
-//! [`CHAIN_MAX`] descriptors, so a hostile chain costs bounded time. Zero-length buffers are ignored.
+//! The driver may split a request over descriptors wherever it likes (§2.7.4.1). So the lists do not say where a descriptor
+//! ended: a device takes its header from the front of the readable bytes and its status from the end of the writable ones.
+//! Each descriptor is read once, and each range is checked against guest memory once. A chain has at most [`CHAIN_MAX`]
+//! descriptors, so a hostile chain costs bounded time. Zero-length buffers are ignored.
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
@@ -14,7 +14,7 @@ use super::memory;
 use crate::virtio::spec::ring;
 use crate::{GuestMemory, GuestRange};
 
-/// Most descriptors in a chain, indirect ones included: what one vectored system call takes (IOV_MAX).
+/// Most descriptors in a chain, indirect ones included: as many buffers as one vectored system call takes (IOV_MAX).
 pub(crate) const CHAIN_MAX: u32 = 1024;
 const DESCRIPTOR_SIZE: u32 = ring::DESCRIPTOR_SIZE as u32;
 
@@ -60,7 +60,7 @@ impl<'m> Table<'m> {
         Self { address, entries, slice }
     }
 
-    /// Reads a descriptor once: what the driver does to it afterwards does not matter.
+    /// Copies a descriptor. The copy is checked and used, so it does not matter if the driver changes the descriptor later.
     fn read(&self, memory: &GuestMemory, index: u32) -> Result<Descriptor, ChainError> {
         let offset = u64::from(index) * u64::from(DESCRIPTOR_SIZE);
         if let Some(slice) = &self.slice {
@@ -72,7 +72,8 @@ impl<'m> Table<'m> {
 }
 
 impl ChainBuffers {
-    /// Walks the chain that starts at descriptor `head`, which is below the queue's size. `indirect`: negotiated.
+    /// Walks the chain that starts at descriptor `head`, which is below the queue's size. `indirect`: INDIRECT_DESC was
+    /// negotiated.
     pub(super) fn walk(
         &mut self,
         memory: &GuestMemory,
@@ -93,7 +94,7 @@ impl ChainBuffers {
             left = left.checked_sub(1).ok_or(ChainError::Endless)?;
             let descriptor = table.read(memory, index)?;
             if descriptor.refers_to_indirect_table() {
-                // §2.7.5.3.1: one level, not followed by another descriptor. The table replaces the rest of the walk.
+                // §2.7.5.3.1: an indirect table contains no other one, and ends the chain. The walk continues inside.
                 let entries = descriptor.len() / DESCRIPTOR_SIZE;
                 let whole = descriptor.len().is_multiple_of(DESCRIPTOR_SIZE)
                     && (1..=CHAIN_MAX).contains(&entries);
@@ -132,7 +133,7 @@ impl ChainBuffers {
         if let Some(range) = self.readable.get_mut(self.consumed)
             && range.length >= size
         {
-            // Nearly always: the driver did not split it.
+            // The usual case: the driver did not split the value.
             let value = memory::load(memory, range.address)?;
             range.address = GuestAddress(range.address.0 + u64::from(size));
             range.length -= size;
@@ -161,7 +162,7 @@ impl ChainBuffers {
         Some(())
     }
 
-    /// Cuts the last device-writable byte off and returns where it is. `None`: nothing is writable.
+    /// Removes the last device-writable byte and returns its address. `None`: nothing is writable.
     pub(crate) fn take_last_writable(&mut self) -> Option<GuestAddress> {
         let last = self.writable.last_mut()?;
         last.length -= 1;
@@ -172,7 +173,7 @@ impl ChainBuffers {
         Some(address)
     }
 
-    /// Cuts the last `length` device-writable bytes off and returns where they are. `None`: there are fewer.
+    /// Removes the last `length` device-writable bytes and returns their ranges. `None`: there are fewer.
     pub(crate) fn take_tail(&mut self, length: u64) -> Option<Vec<GuestRange>> {
         let mut left = total(&self.writable).checked_sub(length)?;
         let mut tail = Vec::new();
@@ -210,7 +211,7 @@ impl ChainBuffers {
     }
 }
 
-/// Writes `bytes` into `ranges` from byte `skip` on, as far as they go, and returns how many were written.
+/// Writes `bytes` into `ranges`, starting `skip` bytes into them, as far as the ranges go. Returns how many were written.
 pub(crate) fn write_at(
     memory: &GuestMemory,
     ranges: &[GuestRange],

@@ -1,15 +1,18 @@
 //! Interrupt coalescing: how many completions one interrupt announces.
 //!
-//! An interrupt costs a guest several exits. A driver that keeps more requests in flight than the disk can serve in that
-//! time goes on submitting while it has not heard of the last completions, so one interrupt for many completions saves
-//! most of the cost and delays nothing. A driver that waits for its only request must be interrupted at once.
+//! An interrupt costs a guest several exits. A driver with many requests in flight goes on submitting before it has seen the
+//! last completions. For that driver one interrupt for many completions saves most of the cost and delays nothing. A driver
+//! that waits for its only request must be interrupted at once.
 //!
-//! The driver's own behavior tells the two apart. Each submission that arrives while `limit` completions are still
-//! unseen is evidence that the interrupt could have come later: after `EVIDENCE_TO_DOUBLE` of these the limit doubles, up
-//! to `MAX_COMPLETIONS`. When the driver submits nothing although completions are held back, the driver was waiting for
-//! them: that takes `LATE_INTERRUPT_COST` off the evidence, and halves the limit when too little evidence is left. The
-//! same happens when an interrupt is held for the longest permitted delay, so a driver that submits slowly, at its own
-//! pace, is not held up either.
+//! The driver's own behavior tells the two apart. `limit` is the number of completions that one interrupt announces.
+//! A completion is *unseen* until the driver has looked at its entry in the used ring.
+//!
+//! - A submission that arrives while at least `limit` completions are unseen is evidence that the interrupt could have come
+//!   later. After `EVIDENCE_TO_DOUBLE` of these the limit doubles, up to `MAX_COMPLETIONS`.
+//! - If the driver submits nothing while an interrupt is held back, it was waiting for that interrupt. This takes
+//!   `LATE_INTERRUPT_COST` off the evidence, and halves the limit when too little evidence is left.
+//! - The same happens when an interrupt has been held back for the longest permitted delay, so a driver that submits slowly
+//!   is not delayed for long either.
 //!
 //! [`SplitQueue`](super::SplitQueue) calls `on_submit` and `on_complete`; the device asks `should_interrupt` while it
 //! busy-polls, and calls `take` before it raises the line. The device owns the clock and the line.
@@ -18,7 +21,7 @@ use std::time::Duration;
 
 use crate::clock::Instant;
 
-/// Most completions that one interrupt announces: half of what drivers that go for throughput keep in flight.
+/// Most completions that one interrupt announces: half of 32, a usual depth of drivers that want throughput.
 const MAX_COMPLETIONS: u16 = 16;
 /// Submissions past the limit after which the limit doubles.
 const EVIDENCE_TO_DOUBLE: u8 = 8;
@@ -32,9 +35,9 @@ pub(crate) struct Coalescer {
     limit: u16,
     /// Completions that the driver has not looked at.
     unseen: u16,
-    /// Since when the driver has been owed an interrupt.
+    /// When the driver first wanted the interrupt that is held back. `None`: no interrupt is due.
     wanted: Option<Instant>,
-    /// For a higher limit, 0 to `EVIDENCE_TO_DOUBLE`.
+    /// Submissions that arrived past the limit, less the costs of late interrupts: 0 to `EVIDENCE_TO_DOUBLE`.
     evidence: u8,
 }
 
@@ -43,7 +46,7 @@ impl Coalescer {
         Self { limit: 1, unseen: 0, wanted: None, evidence: 0 }
     }
 
-    /// The driver submitted requests while `unseen` completions were there that it had not looked at.
+    /// The driver submitted requests before it had looked at the last `unseen` completions.
     pub(crate) fn on_submit(&mut self, unseen: u16) {
         if unseen < self.limit {
             return;
@@ -54,8 +57,8 @@ impl Coalescer {
         }
     }
 
-    /// More completions were published at `now`, so that `unseen` are there altogether. `wanted`: the driver asked for
-    /// an interrupt at one of them.
+    /// More completions were published at `now`. The driver has not looked at the last `unseen` of all completions. `wanted`:
+    /// it has asked for an interrupt at one of them.
     pub(crate) fn on_complete(&mut self, unseen: u16, wanted: bool, now: Instant) {
         waypoint!();
         self.unseen = unseen;
@@ -64,8 +67,8 @@ impl Coalescer {
         }
     }
 
-    /// Whether to interrupt at `now`. A driver that has more requests would have submitted one by `expected`. No interrupt is
-    /// held back longer than `max_delay`.
+    /// Whether to interrupt at `now`. `expected`: by then, a driver that has more requests would have submitted one. No
+    /// interrupt is held back longer than `max_delay`.
     pub(crate) fn should_interrupt(
         &mut self,
         now: Instant,
@@ -86,7 +89,7 @@ impl Coalescer {
         true
     }
 
-    /// The device is about to interrupt. Returns whether an interrupt is owed at all.
+    /// The device is about to interrupt. Returns whether the driver wants that; from now on no interrupt is due.
     pub(crate) fn take(&mut self) -> bool {
         self.wanted.take().is_some()
     }

@@ -1,8 +1,8 @@
 //! Small accesses to guest memory: one look-up of the region and one volatile access.
 //!
-//! The general functions of `vm_memory` handle ranges over several regions, which costs several times as much. They
-//! serve here where a value straddles two regions. Every access is bounds-checked by the region; `None` means that the
-//! address is not guest memory, which is the driver's fault and never a panic.
+//! The general functions of `vm_memory` handle ranges over several regions, which costs several times as much. This file
+//! uses them only for a value that straddles two regions. The region checks the bounds of every access. `None` means that
+//! the address is not guest memory: the driver's fault, and never a panic.
 
 use std::sync::atomic::Ordering;
 
@@ -13,7 +13,7 @@ use vm_memory::{
 
 use crate::GuestMemory;
 
-/// Reads a value once. `None`: it is not all in guest memory.
+/// Reads a value once. `None`: part of it is outside guest memory.
 pub(crate) fn load<T: ByteValued>(memory: &GuestMemory, address: GuestAddress) -> Option<T> {
     waypoint!();
     match slice(memory, address, size_of::<T>()) {
@@ -22,7 +22,7 @@ pub(crate) fn load<T: ByteValued>(memory: &GuestMemory, address: GuestAddress) -
     }
 }
 
-/// Writes a value. `None`: it is not all in guest memory, and nothing is written of it outside.
+/// Writes a value. `None`: part of it is outside guest memory; the rest may have been written.
 pub(crate) fn store<T: ByteValued>(
     memory: &GuestMemory,
     address: GuestAddress,
@@ -34,7 +34,7 @@ pub(crate) fn store<T: ByteValued>(
     }
 }
 
-/// Reads an aligned value that the driver writes meanwhile.
+/// Reads an aligned value that the driver may write at the same time.
 pub(crate) fn load_atomic<T: AtomicAccess>(
     memory: &GuestMemory,
     address: GuestAddress,
@@ -44,7 +44,7 @@ pub(crate) fn load_atomic<T: AtomicAccess>(
     region.load(offset, order).ok()
 }
 
-/// Writes an aligned value that the driver reads meanwhile.
+/// Writes an aligned value that the driver may read at the same time.
 pub(crate) fn store_atomic<T: AtomicAccess>(
     memory: &GuestMemory,
     address: GuestAddress,
@@ -61,7 +61,7 @@ pub(super) fn contains(memory: &GuestMemory, address: GuestAddress, length: u32)
     u64::from(length) <= region.len() - offset.0 || contains_parts(memory, address, length)
 }
 
-/// The `length` bytes from `address` on, unless they lie in several regions.
+/// The `length` bytes from `address` on. `None`: they are not all in one region.
 pub(super) fn slice(
     memory: &GuestMemory,
     address: GuestAddress,
@@ -76,7 +76,7 @@ pub(super) fn load_from<T: ByteValued>(slice: &VolatileSlice<'_>, offset: usize)
     Some(slice.get_ref::<T>(offset).ok()?.load())
 }
 
-// Values that are in no region or in several: apart, so that the usual way is short.
+// For a value that is in no region or in several. Kept out of line, so that the code for the usual case stays short.
 
 #[cold]
 fn load_parts<T: ByteValued>(memory: &GuestMemory, address: GuestAddress) -> Option<T> {
@@ -93,8 +93,8 @@ fn contains_parts(memory: &GuestMemory, address: GuestAddress, length: u32) -> b
     GuestMemoryBackend::check_range(memory, address, length as usize)
 }
 
-/// The region of `address`, and the offset in it. RAM has one region, or two around the device memory below 4 GiB: trying
-/// them in turn takes a third of the instructions of the binary search in `to_region_addr`.
+/// The region of `address`, and the offset in it. RAM has one region, or two around the device memory below 4 GiB. A linear
+/// search through them takes a third of the instructions of the binary search in `to_region_addr`.
 #[inline]
 fn find(
     memory: &GuestMemory,

@@ -1,13 +1,14 @@
 //! One split virtqueue (virtio 1.2 §2.7): chains come out of the available ring, completions go into the used ring.
 //!
 //! `virtio_queue::Queue` holds the addresses, the size and the two indices. The rings themselves are read and written
-//! here, because the crate's iterators accept heads beyond the queue, do not tell the end of a chain from a broken one,
-//! ignore NO_INTERRUPT, and publish each completion on its own where a batch can share one store and one barrier.
+//! here. The crate's own iterators accept heads beyond the queue, do not tell the end of a chain from a broken one, and
+//! ignore NO_INTERRUPT. They also publish each completion on its own, where a batch can share one store and one barrier.
 //!
 //! The device calls [`SplitQueue::available`] and [`SplitQueue::pop`] to take chains, [`SplitQueue::complete`] or
-//! [`SplitQueue::abandon`] for each of them, and [`SplitQueue::publish`] once a batch. Two places need a full barrier,
-//! because device and driver each store one word and then load the other's: between publishing the used index and
-//! reading the driver's wish for an interrupt, and between asking for notifications and reading the available index.
+//! [`SplitQueue::abandon`] for each of them, and [`SplitQueue::publish`] once a batch. Device and driver each store one word
+//! and then load one that the other side stores. So two places need a full barrier: `publish`, between the store of the used
+//! index and the load of the driver's request for an interrupt, and `enable_notifications`, between the store that asks for a
+//! kick and the load of the available index.
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
@@ -23,7 +24,7 @@ use crate::sync::atomic::{Ordering, fence};
 use crate::virtio::model as memory;
 use crate::virtio::spec::ring;
 
-/// The driver broke the rules of the ring, so that nothing on it can be trusted until it is reset.
+/// The driver broke the rules of the ring. Nothing in the queue can be trusted until it is reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[expect(missing_docs, reason = "each message says what the field and the variant are")]
 pub enum QueueError {
@@ -39,10 +40,10 @@ pub enum QueueError {
     Chain(#[from] ChainError),
 }
 
-/// Stands for one chain between the available and the used ring. It must be given back to the queue that it came from,
-/// by [`SplitQueue::complete`] or, when the driver expects no completion any more, by [`SplitQueue::abandon`]. A
-/// request that is never completed hangs a process in the guest for good, so dropping the token is treated as a bug: it
-/// panics in a debug build and logs an error in a release build.
+/// A token for one chain that was taken from the available ring and is not in the used ring yet. It must go back to its
+/// queue: by [`SplitQueue::complete`] or, when the driver expects no completion any more, by [`SplitQueue::abandon`]. A
+/// request that is never completed hangs a process in the guest for good. So dropping the token is a bug, which panics in a
+/// debug build and logs an error in a release build.
 #[derive(Debug)]
 #[must_use = "a chain taken from the queue must be completed or abandoned"]
 pub struct DescriptorChain {
@@ -78,11 +79,12 @@ pub struct SplitQueue {
     outstanding: u16,
     /// EVENT_IDX was negotiated.
     event_index: bool,
-    /// The used index that the driver has been shown, and that of the last `publish`.
+    /// The used index in guest memory.
     shown: u16,
+    /// The used index at the last `publish`: the coalescer knows of the completions up to it.
     published: u16,
-    /// The next `publish` interrupts in any case: the queue was restored from a snapshot, and whether the driver was
-    /// interrupted for the last completions before is not part of the queue's state.
+    /// The next `publish` asks for an interrupt in any case. Set for a queue that was restored from a snapshot, which does
+    /// not say whether the driver was interrupted for the last completions.
     owes_interrupt: bool,
     pub(crate) coalescer: Coalescer,
 }
@@ -107,7 +109,7 @@ impl SplitQueue {
         self.queue
     }
 
-    /// The indices `next_avail` and `next_used`, from which another device can go on.
+    /// The indices `next_avail` and `next_used`, from which the device of a restored machine goes on.
     pub fn position(&self) -> (u16, u16) {
         (self.queue.next_avail(), self.queue.next_used())
     }
@@ -156,8 +158,8 @@ impl SplitQueue {
         self.outstanding
     }
 
-    /// Takes over a chain that was outstanding when the snapshot was made from which this queue was restored. `None`:
-    /// the queue cannot have had that chain.
+    /// Makes the token of a chain that was outstanding in the snapshot from which this queue was restored. `None`: the queue
+    /// cannot have had that chain.
     pub(crate) fn restore_chain(&mut self, head: u16) -> Option<DescriptorChain> {
         let size = self.queue.size();
         (head < size && self.outstanding < size).then(|| {
@@ -201,8 +203,8 @@ impl SplitQueue {
         chain.into_head();
     }
 
-    /// Asks the driver not to notify while the device takes chains anyway. A hint, and with EVENT_IDX the state after
-    /// each notification (virtio 1.2 §2.7.10).
+    /// Asks the driver not to notify while the device takes chains anyway. This is a hint. With EVENT_IDX there is nothing to
+    /// do: a driver that has notified once does not notify again until the device asks for it (virtio 1.2 §2.7.10).
     pub fn disable_notifications(&self, memory: &GuestMemory) -> Result<(), QueueError> {
         if self.event_index { Ok(()) } else { self.set_used_flags(memory, ring::USED_F_NO_NOTIFY) }
     }
@@ -218,7 +220,8 @@ impl SplitQueue {
         } else {
             self.set_used_flags(memory, 0)?;
         }
-        // The driver must see the request before the index is read, or both sides could miss each other.
+        // The driver must see the request before the index is read. Otherwise the driver could add a chain without a kick
+        // after the device has looked.
         fence(Ordering::SeqCst);
         self.available(memory).map(|waiting| waiting > 0)
     }
@@ -229,8 +232,8 @@ impl SplitQueue {
             .ok_or(QueueError::Memory)
     }
 
-    /// What the driver says about interrupts: `used_event`, which follows the available ring's entries, or without
-    /// EVENT_IDX the available ring's flags, which come first (§2.7.6).
+    /// The word by which the driver asks for interrupts: `used_event`, behind the available ring's entries, or without
+    /// EVENT_IDX the flags, at the start of the available ring (§2.7.6).
     fn interrupt_request(&self, memory: &GuestMemory) -> Option<u16> {
         let offset = if self.event_index { ring::used_event(self.queue.size()) } else { 0 };
         let request = GuestAddress(self.queue.avail_ring() + offset);
@@ -239,7 +242,8 @@ impl SplitQueue {
 
     /// The driver submitted chains: tells the coalescer how many completions the driver had not looked at by then.
     pub(crate) fn note_submission(&mut self, memory: &GuestMemory) {
-        // `used_event` is where a driver that wants to hear of the next completion has got to.
+        // A driver that wants an interrupt for its next completion sets `used_event` to the number of completions that it
+        // has processed.
         if self.event_index
             && let Some(seen) = self.interrupt_request(memory)
         {
@@ -247,12 +251,13 @@ impl SplitQueue {
         }
     }
 
-    /// Whether the driver is owed an interrupt for what was published. The caller raises it.
+    /// Whether an interrupt is due for what was published. The caller must then raise it: the next call returns false.
     pub fn take_interrupt(&mut self) -> bool {
         self.coalescer.take()
     }
 
-    /// Shows the driver the completions so far. Whether it is interrupted for them is for the next `publish` to decide.
+    /// Stores the used index, so that a driver that polls sees the completions so far. The next `publish` decides whether to
+    /// interrupt for them.
     pub fn show(&mut self, memory: &GuestMemory) -> Option<()> {
         let new = self.queue.next_used();
         if self.shown != new {
@@ -263,7 +268,8 @@ impl SplitQueue {
         Some(())
     }
 
-    /// Shows the driver the completions since the last call, and tells the coalescer of them.
+    /// Stores the used index, reads whether the driver wants an interrupt for the completions since the last call, and tells
+    /// the coalescer.
     pub fn publish(&mut self, memory: &GuestMemory, now: Instant) {
         let (old, new) = (self.published, self.queue.next_used());
         let owes_interrupt = std::mem::take(&mut self.owes_interrupt);
@@ -272,7 +278,8 @@ impl SplitQueue {
         }
         self.published = new;
         let stored = self.show(memory);
-        // The index must be visible before the driver's request is read, or both sides could miss each other.
+        // The index must be visible before the driver's request is read. Otherwise the driver could ask for an interrupt
+        // and look at the old index after the device has read the request: then no interrupt would come.
         fence(Ordering::SeqCst);
         let completions = new.wrapping_sub(old);
         let (unseen, wanted) = match (stored, self.interrupt_request(memory)) {
