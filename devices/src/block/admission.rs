@@ -1,8 +1,8 @@
-//! When a request may start: the place where a limit on the disk's rate (throttling) hooks in.
+//! When a request may start. A limit on the disk's rate (throttling) hooks in here, as a [`Limiter`].
 //!
-//! The worker asks a [`Limiter`] for each read, write and write-zeroes. A request that has to wait stays with its queue, in
-//! the order of arrival for each direction, and the worker's thread sets a timer for the first of them. Discards and flushes
-//! are never limited, as in QEMU. The worker knows only the trait; the device plugs a limiter in.
+//! The worker asks the limiter about each read, write and write-zeroes. A request that has to wait stays in its queue's list
+//! for its [`Direction`], in the order of arrival, and the worker's thread sets a timer for the first of them. Discards and
+//! flushes are never limited, as in QEMU. The worker knows only the trait; the device plugs a limiter in.
 
 use std::time::Duration;
 
@@ -30,27 +30,27 @@ impl Direction {
 
 /// A limit on the disk's rate, shared by its workers.
 pub(super) trait Limiter: Send + Sync {
-    /// Nothing is limited now. Asked for each request, so it has to be cheap.
+    /// Whether nothing is limited now. Called for each request, so it has to be cheap.
     fn is_off(&self) -> bool;
 
-    /// Reads and writes count for the same limit, so that neither may overtake the other.
+    /// Whether reads and writes count for the same limit. Then neither may overtake the other.
     fn couples_directions(&self) -> bool;
 
-    /// How long a request has to wait at `now` before it may start; zero when it may.
+    /// How long a request has to wait from `now` on before it may start. Zero: it may start.
     fn wait(&self, direction: Direction, now: Instant) -> Duration;
 
-    /// A request of so many bytes starts.
+    /// Counts a request of so many bytes, which starts now.
     fn charge(&self, direction: Direction, bytes: u64);
 }
 
 #[derive(Debug)]
 pub(super) struct WaitingRequest {
     pub(super) chain: DescriptorChain,
-    /// When it was taken from the queue: the wait is part of its time.
+    /// When it was taken from the ring. Its latency in the statistics begins there, and so includes the wait.
     pub(super) started: Instant,
 }
 
-/// What of a request a limiter counts. `None`: it is not limited.
+/// What a limiter counts of a request: its direction and its bytes. `None`: requests of this kind are not limited.
 pub(super) fn measure(request: &Request<'_>) -> Option<(Direction, u64)> {
     let direction = match request.kind {
         Kind::Read => Direction::Read,

@@ -1,17 +1,18 @@
-//! Whether a worker busy-polls for more work. Sleeping and being woken costs a worker several times what a request does, and
-//! the driver's kick costs the guest an exit; but a worker that polls takes a CPU from others.
+//! Decides whether a worker busy-polls for more work. To sleep and be woken costs a worker several times as much as a request,
+//! and the driver's kick costs the guest an exit. But a worker that polls takes a CPU from others.
 //!
-//! So a worker polls only where that paid lately: after `CONFIDENCE` times in a row that work came within the longest
-//! polling window. The window is twice the longest gap that was seen of late, at least `SHORTEST` and at most
-//! [`BusyPolling::longest`]. Each window without work takes `IN_VAIN` off the confidence, so a few of them turn polling off,
-//! and an idle disk never turns it on.
+//! So a worker polls only if that would have paid lately. A *gap* is the time from when the worker went idle until work came.
+//! Each gap that is no longer than the longest polling window adds 1 to the `confidence`, and a longer one sets it to 0. From
+//! `CONFIDENCE_TO_POLL` on the worker polls. A window without work takes `IDLE_WINDOW_COST` off, so a few of these turn
+//! polling off. An idle disk never turns it on. The window is twice the longest recent gap, at least `SHORTEST` and at most
+//! [`BusyPolling::longest`].
 //!
-//! How long a driver takes for its next request, and what a kick and a wake-up would cost, depends on the machine: where the
-//! host is a guest itself, both are a hundred times what they are on bare metal. So the longest window is a multiple of
-//! what the worker's own interrupts cost, which it measures at each of them.
+//! How long a driver takes for its next request, and what a kick and a wake-up cost, depends on the machine. If the host is a
+//! guest itself, each is a hundred times what it is on bare metal. So the longest window is a multiple of what the worker's own
+//! interrupts cost. The worker measures each of them.
 //!
-//! The worker calls `idle` when it has nothing to do, `work` when chains came, `in_vain` when a window passed without, and
-//! `interrupted` after it has raised the line. This file decides and counts; the loop that polls is the worker's.
+//! The worker calls `idle` when it has nothing to do, `work` when chains came, `in_vain` when a window passed without work,
+//! and `interrupted` after it has raised the line. The loop that polls is in the worker (`poll_for_more`).
 
 use std::time::Duration;
 
@@ -22,28 +23,30 @@ const SHORTEST: Duration = Duration::from_micros(50);
 /// The longest window where interrupts cost next to nothing: as long as KVM by default polls for a vCPU's interrupt
 /// (`halt_poll_ns`).
 const LONGEST: Duration = Duration::from_micros(200);
-/// How many interrupts' time the longest window may take. On bare metal an interrupt costs 1 to 2 us, and this comes to
-/// `LONGEST`.
+/// The longest window takes as long as this many interrupts. On bare metal an interrupt costs 1 to 2 us, so 100 of them take
+/// no longer than `LONGEST`.
 const LONGEST_IN_INTERRUPTS: u32 = 100;
-/// An interrupt is delayed by at most this part of the longest window.
+/// An interrupt is delayed by at most the longest window divided by this.
 const MAX_DELAY_DIVISOR: u32 = 4;
-/// How often in a row work must have come within the longest window before polling pays, how many of those count, and what
-/// a window without work takes off: the guest's timer makes a busy driver late now and then.
-const CONFIDENCE: u8 = 4;
-const MOST_CONFIDENCE: u8 = 8;
-const IN_VAIN: u8 = 2;
+/// The confidence from which on the worker polls.
+const CONFIDENCE_TO_POLL: u8 = 4;
+const MAX_CONFIDENCE: u8 = 8;
+/// What a window without work takes off the confidence. Polling survives one of them: the guest's timer makes a busy driver
+/// late now and then.
+const IDLE_WINDOW_COST: u8 = 2;
 
 #[derive(Debug)]
 pub(super) struct BusyPolling {
     /// The longest window that the operator permits.
     permitted: Duration,
-    /// What an interrupt costs the worker, measured. The least of late: what took longer was probably preempted.
+    /// What an interrupt costs the worker: the least of recent measurements, since the thread was probably preempted during a
+    /// longer one.
     interrupt_cost: Duration,
-    /// Work that came soon, in a row, up to `MOST_CONFIDENCE`.
-    soon: u8,
-    /// The longest gap of late, in nanoseconds. A driver that hears of many completions at once submits many requests in a
-    /// row, and is silent in between: an average of its gaps would not cover that.
-    gap: u64,
+    /// 0 to `MAX_CONFIDENCE`.
+    confidence: u8,
+    /// The longest recent gap, in nanoseconds. A driver that learns of many completions at once submits many requests in a
+    /// row, and then none for a while. An average would be shorter than that while.
+    longest_gap: u64,
     /// The usual gap, in nanoseconds: a moving average.
     usual_gap: u64,
     idle_since: Instant,
@@ -54,10 +57,11 @@ impl BusyPolling {
     pub(super) fn new(permitted: Duration) -> Self {
         let gap = permitted.min(LONGEST).as_nanos() as u64;
         let (interrupt_cost, idle_since) = (Duration::ZERO, Instant::now());
-        Self { permitted, interrupt_cost, soon: 0, gap, usual_gap: gap, idle_since }
+        let (longest_gap, usual_gap) = (gap, gap);
+        Self { permitted, interrupt_cost, confidence: 0, longest_gap, usual_gap, idle_since }
     }
 
-    /// The longest window. It has to cover what a driver does between a completion and its next request.
+    /// The longest window. It has to be longer than what a driver does between a completion and its next request.
     fn longest(&self) -> Duration {
         (self.interrupt_cost * LONGEST_IN_INTERRUPTS).max(LONGEST).min(self.permitted)
     }
@@ -69,7 +73,7 @@ impl BusyPolling {
 
     /// Raising the line took `cost`.
     pub(super) fn interrupted(&mut self, cost: Duration) {
-        // A host that became slower is noticed over a few dozen interrupts.
+        // If interrupts have become slower, the estimate follows over a few dozen of them.
         let grown = self.interrupt_cost + self.interrupt_cost / 32;
         let is_first = self.interrupt_cost.is_zero();
         self.interrupt_cost = if is_first { cost } else { cost.min(grown) };
@@ -78,11 +82,11 @@ impl BusyPolling {
     /// There is nothing to do at `now`. Returns the end of the polling window, when polling pays.
     pub(super) fn idle(&mut self, now: Instant) -> Option<Instant> {
         self.idle_since = now;
-        (self.soon >= CONFIDENCE)
-            .then(|| now + Duration::from_nanos(self.gap * 2).max(SHORTEST).min(self.longest()))
+        let window = Duration::from_nanos(self.longest_gap * 2).max(SHORTEST).min(self.longest());
+        (self.confidence >= CONFIDENCE_TO_POLL).then(|| now + window)
     }
 
-    /// When a driver that has more requests would have submitted one.
+    /// The time by which a driver that has more requests would have submitted one.
     pub(super) fn expected(&self) -> Instant {
         self.idle_since + Duration::from_nanos(self.usual_gap * 4).min(self.longest())
     }
@@ -92,18 +96,19 @@ impl BusyPolling {
         waypoint!();
         let gap = now.saturating_duration_since(self.idle_since);
         if gap > self.longest() {
-            self.soon = 0;
+            self.confidence = 0;
         } else {
-            self.soon = MOST_CONFIDENCE.min(self.soon + 1);
+            self.confidence = MAX_CONFIDENCE.min(self.confidence + 1);
             let gap = gap.as_nanos() as u64;
-            // A long gap is forgotten over a few dozen others.
-            self.gap = gap.max(self.gap - self.gap / 32);
+            // A long gap loses its effect over a few dozen shorter ones.
+            self.longest_gap = gap.max(self.longest_gap - self.longest_gap / 32);
             self.usual_gap = (self.usual_gap * 3 + gap) / 4;
         }
     }
 
+    /// A window has passed without work.
     pub(super) fn in_vain(&mut self) {
-        self.soon = self.soon.saturating_sub(IN_VAIN);
+        self.confidence = self.confidence.saturating_sub(IDLE_WINDOW_COST);
     }
 }
 
@@ -180,7 +185,7 @@ mod tests {
     #[test]
     fn waits_in_vain_do_not_go_on() {
         let mut polling = new();
-        for _ in 0..CONFIDENCE {
+        for _ in 0..CONFIDENCE_TO_POLL {
             round(&mut polling, SHORTEST);
         }
         assert!(polling.idle(Instant::now()).is_some());

@@ -1,8 +1,8 @@
-//! The transport's view of the disk ([`BlockDevice`]), and the VM's ([`BlockHandle`]).
+//! What the transport calls ([`BlockDevice`]), and what the VM calls ([`BlockHandle`]).
 //!
-//! Both only send commands to the worker threads and read what is shared with them. Nothing here waits for the host's disk:
-//! stopping and pausing return a [`Drain`], and a question to a worker has a time limit. This is also where the device is
-//! put together: the limiter, the SCSI commands and the geometry are plugged in here.
+//! Both only send commands to the worker threads, and read what they share with them. Nothing here waits for the host's disk:
+//! a reset and a pause return a [`Drain`], and a question to a worker has a time limit. This file also puts the device
+//! together: it plugs in the limiter, the SCSI commands and the geometry.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -34,13 +34,14 @@ use crate::virtio::drain::{Drain, Party};
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::spec::{self, blk, names};
 
-/// The longest that dropping a device waits for the host. The machine stops its devices before, with a deadline of its own.
+/// The longest that dropping a device waits for the host. Before that, the machine has stopped its devices with a deadline of
+/// its own.
 const DROP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A virtio-blk device: a [`VirtioDevice`] over a [`Disk`], with its own worker threads.
 ///
-/// The threads live as long as the device, so that they exist before the process confines itself. Dropping the device
-/// stops it (draining what is in flight) and joins them.
+/// The threads live as long as the device: a confined process could not start any later. Dropping the device resets it,
+/// waits for what is in flight, and joins the threads.
 pub struct BlockDevice {
     shared: Arc<Shared>,
     throttle: Arc<Throttle>,
@@ -49,15 +50,15 @@ pub struct BlockDevice {
     running: Arc<Mutex<Option<Running>>>,
 }
 
-/// Raises configuration change interrupts, from DRIVER_OK to the reset.
+/// What is needed to send a configuration change interrupt. It exists from DRIVER_OK to the reset.
 struct Running {
     interrupt: Interrupt,
     features: u64,
 }
 
 impl BlockDevice {
-    /// Makes the device, its engines and its threads, named `disk-NAME-0` and so on: one a queue, at most one a host CPU. None
-    /// are made later, whatever the guest does.
+    /// Makes the device, its engines and its threads, named `disk-NAME-0` and so on: one for each queue, at most one for each
+    /// host CPU. No thread and no engine is made later, whatever the guest does.
     ///
     /// # Errors
     /// When an option does not work on this disk, or the host gives no thread or no engine.
@@ -79,7 +80,7 @@ impl BlockDevice {
         let shared = Shared::new(options, &sizes, disk, events, count, limiter, types, geometry);
         let workers: Result<Arc<[_]>, _> = (0..count)
             .map(|number| {
-                // As `place` deals them out.
+                // The number of queues that `place` gives to this thread.
                 let positions = (usize::from(shared.options.num_queues) - number).div_ceil(count);
                 WorkerThread::spawn(&shared, number, positions, memory.clone(), threads)
             })
@@ -99,7 +100,7 @@ impl BlockDevice {
     }
 }
 
-/// What a disk serves beside reads, writes and flushes.
+/// The request types that a disk serves beside reads, writes and flushes.
 pub(super) fn request_types(options: &BlockOptions, disk: &dyn Disk) -> Vec<Box<dyn RequestTypes>> {
     let identity = Identity::new(options.serial.as_deref(), disk.lifetime());
     let scsi = ScsiCommands { enabled: disk.scsi() };
@@ -112,7 +113,7 @@ pub(super) fn place(workers: &[WorkerThread], index: u16) -> (&WorkerThread, usi
     (&workers[index % count], index / count)
 }
 
-/// Has each of `workers` carry out a command that takes as long as the host takes, and finishes the drain then.
+/// Sends `command` to each of `workers`, and returns the drain that they finish. A command may take as long as the host does.
 fn drain(
     workers: &[WorkerThread],
     command: impl Fn(&mut Loop, Drain, &mut EventOps<'_>) + Copy + Send + 'static,
@@ -146,7 +147,7 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8], features: u64) {
-        // `writeback` is the one field that the driver may write, once it agreed to.
+        // `writeback` is the only field that the driver may write, if CONFIG_WCE was negotiated.
         if offset == blk::Config::WRITEBACK_OFFSET
             && features & blk::F_CONFIG_WCE != 0
             && let [value] = data
@@ -173,7 +174,7 @@ impl VirtioDevice for BlockDevice {
         for worker in &*self.workers {
             let negotiated =
                 Negotiated { memory: memory.clone(), features, interrupt: interrupt.clone() };
-            sent(worker.send(|thread, _| thread.start(negotiated)))?;
+            check_sent(worker.send(|thread, _| thread.start(negotiated)))?;
         }
         queues.into_iter().try_for_each(|queue| self.start_queue(queue))
     }
@@ -181,7 +182,7 @@ impl VirtioDevice for BlockDevice {
     fn reset(&mut self) -> Drain {
         let drain = drain(&self.workers, |thread, drain, ops| thread.reset(drain, ops));
         *lock(&self.running) = None;
-        // The next driver finds the cache as configured, not as the last one left it.
+        // For the next driver the cache is as configured, whatever this driver has set.
         self.shared.set_writeback(None);
         drain
     }
@@ -204,13 +205,13 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn start_queue(&mut self, queue: ActiveQueue) -> io::Result<()> {
-        // The worker, which may be with the host, is not asked.
+        // Checked here, because the worker may be waiting for the host and could not answer.
         let max = self.queue_sizes.get(usize::from(queue.index));
         if max.is_none_or(|max| queue.queue.size() > *max) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let (worker, position) = place(&self.workers, queue.index);
-        sent(worker.send(move |thread, ops| thread.add_queue(position, queue, ops)))
+        check_sent(worker.send(move |thread, ops| thread.add_queue(position, queue, ops)))
     }
 }
 
@@ -219,15 +220,15 @@ impl Drop for BlockDevice {
         if self.reset().wait(DROP_TIMEOUT) {
             self.workers.iter().for_each(WorkerThread::join);
         } else {
-            // They keep guest memory mapped, and end with the process.
+            // The threads still keep guest memory mapped. They end with the process.
             let disk = &self.shared.options.name;
             tracing::error!(disk, "the host does not answer; the disk's threads are left behind");
         }
     }
 }
 
-/// The VM's way to a disk while the transport owns the device. `operator` adds queries and limits, and `worker::state` the queues
-/// as values.
+/// What the VM calls while the transport owns the device. `operator` adds queries and limits, and `worker::state` adds methods
+/// that save and restore the queues.
 #[derive(Clone)]
 pub struct BlockHandle {
     pub(super) shared: Arc<Shared>,
@@ -252,13 +253,14 @@ impl BlockHandle {
         self.shared.io_status()
     }
 
-    /// The VM pauses: the workers take no more work. The drain is done when nothing of the disk is with the host any more, and
-    /// from then on the disk's threads leave guest memory alone until `resume`, but for the answers to large requests that a reset
-    /// meanwhile cuts short. A host that does not answer delays the drain without bound. `resume` ends it: it then counts as done,
-    /// whatever is with the host.
+    /// Pauses the disk: the workers take no more requests. The drain is done when nothing of the disk is with the host any more.
+    /// From then on the disk's threads do not touch guest memory until `resume`, with one exception: if a reset comes during the
+    /// pause, it answers large requests whose next piece has not been submitted.
     ///
-    /// This is no method of [`VirtioDevice`]: a vCPU holds the lock of the transport that owns the device while it starts or configures
-    /// the disk, and the main thread must not wait for that.
+    /// If the host does not answer, the drain is never done. `resume` finishes it in any case, whatever is with the host.
+    ///
+    /// This is no method of [`VirtioDevice`], because the caller would need the transport's lock. A vCPU holds that lock while it
+    /// starts or configures the disk, and the main thread must not wait for the vCPU.
     pub fn pause(&self) -> Drain {
         let drain = Drain::new(self.workers.len());
         for worker in &*self.workers {
@@ -268,7 +270,8 @@ impl BlockHandle {
         drain
     }
 
-    /// The VM goes on: clears the I/O status. Each worker begins its stopped requests again, in order, and then serves its rings.
+    /// Ends a pause, and clears the I/O status. Each worker begins its stopped requests again, in order, and then serves its
+    /// queues.
     pub fn resume(&self) {
         self.shared.set_io_status(IoStatus::Ok);
         for worker in &*self.workers {
@@ -276,7 +279,7 @@ impl BlockHandle {
         }
     }
 
-    /// The disk's size changed: tells the driver (virtio 1.2 §5.2.6.2).
+    /// Tells the driver that the disk's size has changed (virtio 1.2 §5.2.6.2).
     pub fn capacity_changed(&self) {
         if let Some(Running { interrupt, features }) = &*lock(&self.running) {
             interrupt.show_config(|data| self.shared.read_config(0, data, *features));
@@ -285,6 +288,7 @@ impl BlockHandle {
     }
 }
 
-fn sent(sent: bool) -> io::Result<()> {
+/// The result of a command to a worker thread as an error, if it could not be sent.
+fn check_sent(sent: bool) -> io::Result<()> {
     sent.then_some(()).ok_or_else(|| io::Error::other("the disk's worker thread is gone"))
 }

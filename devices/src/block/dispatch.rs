@@ -1,12 +1,14 @@
 //! Hands requests to the engine: merged with their neighbors, or piece by piece.
 //!
-//! The worker submits a request here once, and gets it back by [`Dispatcher::take_back`] when the engine is done with it. A
-//! read or write of at most [`PIECE`] bytes goes into the batch and travels whole. Larger ones, discards and zeroes, and
-//! whatever comes while [`BYTES_WITH_ENGINE`] are under way, wait in `ready` for their next piece; `pump` submits pieces in
-//! turn while there is room. So what is with the engine is bounded, whatever the guest asked for, and a pause or a reset
-//! waits for no more than that.
+//! The worker submits a request here once, and gets it back by [`Dispatcher::take_back`] when the engine is done with it.
 //!
-//! This file decides nothing about requests: when to submit pieces, and what a failure means, is the worker's business.
+//! - A read or write of at most [`PIECE`] bytes goes into the batch, and is one transfer or a part of a merged one.
+//! - Larger ones, discards and zeroes, and all that come while [`BYTES_WITH_ENGINE`] are with the engine, are executed in
+//!   pieces. Their tags wait in `ready`. [`Dispatcher::submit_pieces`] submits one piece of each in turn while there is room.
+//!
+//! So what the engine has is bounded, whatever the guest asked for, and a pause or a reset waits for no more than that.
+//!
+//! The worker decides when to submit pieces, and what a failure means.
 
 use std::collections::VecDeque;
 
@@ -17,20 +19,20 @@ use crate::GuestRange;
 use crate::disk::{Completion, Engine, Operation, Transfer};
 use crate::virtio::spec::blk;
 
-/// Most bytes of reads, writes and zeroes that are with the engine at a time: 32 MiB keep a device of 10 GB/s busy for
-/// 3 ms, and are done within a second by one that writes 32 MB/s.
+/// Most bytes of reads, writes and zeroes that are with the engine at a time. 32 MiB keep a device of 10 GB/s busy for
+/// 3 ms, and a device that writes 32 MB/s is done with them within a second.
 pub(super) const BYTES_WITH_ENGINE: u64 = 32 << 20;
 
-/// Bytes that are submitted before the control commands get their turn: an engine may execute a transfer within `submit`,
-/// and 128 MiB are copied in about 50 ms.
+/// Most bytes that are submitted in one turn, before the thread looks at its commands. An engine may execute a transfer
+/// within `submit`, and 128 MiB are copied in about 50 ms.
 pub(super) const BYTES_PER_TURN: u64 = 128 << 20;
 
-/// Bytes of transfers that the engine finishes at once, before their requests are completed and the driver sees that. The
-/// driver then works on its next requests while the rest of the batch is executed. 16 KiB are copied in 4 us; steps
+/// If the engine executes transfers within `submit`, the worker completes their requests after each step of this many bytes.
+/// So the driver can work on its next requests while the rest of the batch is executed. 16 KiB are copied in 4 us. Steps
 /// half and twice as large were as fast.
 const STEP_BYTES: u64 = 16 << 10;
 
-/// Stands for the flush that ends a worker, when the table is empty.
+/// The tag of the last flush, which ends a worker. No request is in flight then, so none has this tag.
 const LAST_FLUSH: u32 = 0;
 
 pub(super) struct Dispatcher {
@@ -39,12 +41,14 @@ pub(super) struct Dispatcher {
     merges: bool,
     batch: Batch,
     in_flight: InFlight,
-    /// Tags of requests that are not with the engine, in turn: they have a piece to submit, or are done.
+    /// Tags of requests in pieces that have no piece with the engine: each has a next piece to submit, or is done. The first
+    /// is served next.
     ready: VecDeque<u32>,
-    /// Cost of what is with the engine.
+    /// The [`cost`] of what is with the engine, in bytes.
     with_engine: u64,
-    /// Cost of what may still be submitted in this turn.
-    turn: u64,
+    /// How much may still be submitted in this turn, in bytes of [`cost`].
+    left_in_turn: u64,
+    /// The last flush is with the engine.
     flushing: bool,
 }
 
@@ -58,7 +62,7 @@ impl Dispatcher {
             in_flight: InFlight::new(depth),
             ready: VecDeque::with_capacity(depth as usize),
             with_engine: 0,
-            turn: BYTES_PER_TURN,
+            left_in_turn: BYTES_PER_TURN,
             flushing: false,
         }
     }
@@ -68,40 +72,41 @@ impl Dispatcher {
         self.engine
     }
 
-    /// The thread has looked at its commands.
+    /// Begins a turn: the thread has looked at its commands, so the worker may submit [`BYTES_PER_TURN`] again.
     pub(super) fn begin_turn(&mut self) {
-        self.turn = BYTES_PER_TURN;
+        self.left_in_turn = BYTES_PER_TURN;
     }
 
     pub(super) fn turn_is_over(&self) -> bool {
-        self.turn == 0
+        self.left_in_turn == 0
     }
 
-    /// Nothing is in flight, not even waiting for its next piece.
+    /// Whether no request is in flight: none with the engine, and none that waits for its next piece.
     pub(super) fn is_empty(&self) -> bool {
         self.in_flight.len() == 0 && !self.flushing
     }
 
+    /// Whether nothing is with the engine. Requests may wait for their next piece.
     pub(super) fn stands_still(&self) -> bool {
         self.in_flight.len() == self.ready.len() && !self.flushing
     }
 
-    /// Whether pieces wait that there is room for.
+    /// Whether pieces wait and the engine has room for one.
     pub(super) fn has_pieces_to_submit(&self) -> bool {
         !self.ready.is_empty() && self.with_engine < BYTES_WITH_ENGINE
     }
 
-    /// Whether requests are not with the engine.
+    /// Whether requests in pieces wait for their next piece, or to be answered.
     pub(super) fn has_ready(&self) -> bool {
         !self.ready.is_empty()
     }
 
-    /// The requests that wait for their next piece.
+    /// The requests in pieces that have no piece with the engine.
     pub(super) fn ready(&self) -> impl Iterator<Item = &InFlightRequest> {
         self.ready.iter().filter_map(|tag| self.in_flight.find(*tag))
     }
 
-    /// A read or write. `alone`: it must not be merged.
+    /// Submits a read or write. `alone`: it must not be merged.
     #[inline]
     pub(super) fn submit_transfer(
         &mut self,
@@ -112,7 +117,7 @@ impl Dispatcher {
     ) {
         waypoint!();
         let DiskRange { operation, offset, length } = range;
-        let room = self.with_engine + length <= BYTES_WITH_ENGINE && self.turn > 0;
+        let room = self.with_engine + length <= BYTES_WITH_ENGINE && self.left_in_turn > 0;
         if length > PIECE || !room || !self.ready.is_empty() {
             return self.submit_ranges(request, &[range], data);
         }
@@ -129,7 +134,7 @@ impl Dispatcher {
         self.batch.push(&transfer);
     }
 
-    /// A request of several ranges, or a large one. `pump` submits its pieces.
+    /// Puts a request of several ranges, or a large one, into `ready`. `submit_pieces` submits its pieces.
     pub(super) fn submit_ranges(
         &mut self,
         mut request: InFlightRequest,
@@ -142,14 +147,14 @@ impl Dispatcher {
         self.ready.push_back(tag);
     }
 
-    /// A flush, behind everything that was gathered before it.
+    /// Submits a flush, after all transfers of the batch.
     pub(super) fn submit_flush(&mut self, request: InFlightRequest) {
         self.submit_batch();
         let tag = self.in_flight.insert(request);
         self.engine.submit(flush(tag));
     }
 
-    /// A flush of no request. `take_back` never sees it; `take_last_flush` does.
+    /// Submits a flush that belongs to no request. Its completion goes to `take_last_flush`, not to `take_back`.
     pub(super) fn submit_last_flush(&mut self) {
         debug_assert!(self.is_empty(), "the last flush overtakes requests");
         self.flushing = true;
@@ -157,12 +162,12 @@ impl Dispatcher {
         self.engine.commit();
     }
 
-    /// Whether `completion` is that of the last flush, which is over then.
+    /// Whether `completion` is that of the last flush. If it is, the last flush is no longer under way.
     pub(super) fn take_last_flush(&mut self, completion: &Completion) -> bool {
         completion.tag == LAST_FLUSH && std::mem::take(&mut self.flushing)
     }
 
-    /// A command, whose step knows how to submit itself.
+    /// Submits a command: the request's step is [`Step::Command`], which calls the engine itself.
     pub(super) fn submit_command(&mut self, request: InFlightRequest, data: &[GuestRange]) {
         let tag = self.in_flight.insert(request);
         if let Step::Command(command) = &self.in_flight.get(tag).step {
@@ -190,8 +195,8 @@ impl Dispatcher {
         Some(length)
     }
 
-    /// Hands everything to the host that was submitted. Of a batch that the engine executes at once, only the next step: the
-    /// worker completes that, and comes back for the rest.
+    /// Submits the batch, and has the engine hand everything to the host. If the engine executes transfers within `submit`,
+    /// this stops after [`STEP_BYTES`]: the worker completes these and calls again for the rest.
     pub(super) fn commit(&mut self) {
         let mut step = 0;
         while let Some(length) = self.submit_group() {
@@ -207,8 +212,8 @@ impl Dispatcher {
         self.engine.reap(done);
     }
 
-    /// The transfer with this tag came back. Returns the request, unless a piece of it succeeded, and the tag of the next
-    /// request in the same merged transfer.
+    /// Takes a request back whose transfer is finished. Returns the request, and the tag of the next request in the same merged
+    /// transfer. If the transfer was a piece that succeeded, the request stays in flight, and there is none to return.
     #[inline]
     pub(super) fn take_back(
         &mut self,
@@ -226,13 +231,13 @@ impl Dispatcher {
         (Some(self.in_flight.remove(tag)), next)
     }
 
-    /// Goes on with the requests that are not with the engine, in turn: puts those that are done, or that a reset gave up,
-    /// into `over` with their status, and with `submit` submits pieces as far as there is room.
-    pub(super) fn pump(
+    /// Goes once through the `ready` requests. A request that is done, or whose queue `is_leaving`, goes into `ended` with its
+    /// status. For the others, if `submit` is true, it submits the next piece as far as there is room.
+    pub(super) fn submit_pieces(
         &mut self,
         submit: bool,
         is_leaving: impl Fn(usize) -> bool,
-        over: &mut Vec<(InFlightRequest, u8)>,
+        ended: &mut Vec<(InFlightRequest, u8)>,
     ) {
         for _ in 0..self.ready.len() {
             let Some(tag) = self.ready.pop_front() else { return };
@@ -240,8 +245,8 @@ impl Dispatcher {
             let remaining = self.in_flight.has_remaining(tag);
             if !remaining || is_leaving(position) {
                 let code = if remaining { blk::S_IOERR } else { blk::S_OK };
-                over.push((self.in_flight.remove(tag), code));
-            } else if submit && self.turn > 0 && self.with_engine < BYTES_WITH_ENGINE {
+                ended.push((self.in_flight.remove(tag), code));
+            } else if submit && self.left_in_turn > 0 && self.with_engine < BYTES_WITH_ENGINE {
                 let Some(transfer) = self.in_flight.next_piece(tag) else { continue };
                 let cost = cost(transfer.operation, transfer.length);
                 self.engine.submit(transfer);
@@ -255,7 +260,7 @@ impl Dispatcher {
 
     fn count(&mut self, cost: u64) {
         self.with_engine += cost;
-        self.turn = self.turn.saturating_sub(cost);
+        self.left_in_turn = self.left_in_turn.saturating_sub(cost);
     }
 }
 

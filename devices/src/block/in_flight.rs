@@ -1,12 +1,11 @@
-//! The requests that a worker has taken and not answered, each with its step: a fixed table whose index is the tag that an
-//! engine hands back.
+//! The table of requests in flight. The index of an entry is the request's *tag*, which the engine gives back with the
+//! completion.
 //!
 //! Large requests are executed in *pieces*. A piece is at most [`PIECE`] bytes of a read, write or write-zeroes, or
-//! [`DISCARD_PIECE`] bytes of a discard or secure erase, and one request has one piece with the engine at a time. So a
-//! pause or a reset waits for a piece and not for a request, whatever the guest posts, and what has not begun stays here:
-//! the entry knows the ranges that remain.
+//! [`DISCARD_PIECE`] bytes of a discard or secure erase. A request has at most one piece with the engine at a time. So a
+//! pause or a reset waits for one piece of a request and not for all of it. The table entry keeps the ranges that remain.
 //!
-//! The table's size bounds the requests in flight, and nothing in it is allocated anew for a request.
+//! The table has a fixed size, which bounds the requests in flight. No memory is allocated for a request.
 
 use vm_memory::GuestAddress;
 
@@ -18,19 +17,20 @@ use crate::disk::{Operation, Transfer};
 use crate::virtio::queue::DescriptorChain;
 
 /// Most bytes of a read, write or write-zeroes that the engine gets at once: 4 MiB, the largest request that Linux makes
-/// by default, so that a usual request travels whole.
+/// by default, so that a usual request is one transfer.
 pub(super) const PIECE: u64 = 4 << 20;
 /// Most bytes of a discard or secure erase that the engine gets at once: 2 GiB, the largest segment that the driver may
 /// send, since the host moves no data for it.
 const DISCARD_PIECE: u64 = 2 << 30;
 
-/// A request in flight: taken from its queue, and not yet answered. It owns the chain's token, so that exactly one of
-/// completing, stopping and abandoning the chain can happen.
+/// A request in flight: admitted, and not yet answered. It owns the chain's token, so the chain can be completed, stopped or
+/// abandoned only once.
 pub(super) struct InFlightRequest {
     pub(super) chain: DescriptorChain,
     /// Position of its queue among the worker's queues.
     pub(super) queue: usize,
     pub(super) kind: Kind,
+    /// Where its status byte goes.
     pub(super) status: GuestAddress,
     /// Bytes of disk that the request covers.
     pub(super) length: u64,
@@ -41,15 +41,16 @@ pub(super) struct InFlightRequest {
     /// When it was taken from the queue.
     pub(super) started: Instant,
     pub(super) step: Step,
-    /// What it counts for among the bytes that are with the engine.
+    /// The [`cost`] of the transfer that the engine has for it.
     pub(super) cost: u64,
-    /// The next request in the same merged transfer.
+    /// The tag of the next request in the same merged transfer.
     pub(super) next: Option<u32>,
+    /// It was merged into the transfer of another request.
     pub(super) merged: bool,
 }
 
 impl InFlightRequest {
-    /// A request that covers nothing of the disk.
+    /// A request that covers no bytes of the disk. The caller sets the other fields.
     #[inline]
     pub(super) fn new(
         chain: DescriptorChain,
@@ -74,28 +75,29 @@ impl InFlightRequest {
         }
     }
 
-    /// What trace events call it: queue and descriptor, which are its own until it is answered.
+    /// The request's ID in trace events: its queue and its head, which no other request has until this one is answered.
     pub(super) fn id(&self) -> u64 {
         (self.queue as u64) << 16 | u64::from(self.chain.head())
     }
 }
 
-/// What a completion means for the request.
+/// What the request is executed as, and so what a completion of the engine means for it.
 pub(super) enum Step {
-    /// The transfer or flush was all of it.
+    /// One transfer or flush: the request is done.
     Whole,
-    /// A piece was done; `Remaining` has the rest.
+    /// One piece after the other: this piece is done, and [`Remaining`] has the rest.
     Pieces,
+    /// A command, whose reply is still to be written.
     Command(Box<dyn CommandRequest>),
 }
 
-/// What an executed-in-pieces request has yet to hand to the engine.
+/// The part of a request in pieces that the engine has not got yet.
 #[derive(Default)]
 struct Remaining {
-    /// From `next` on; that one shrinks as its pieces are taken.
+    /// Those before index `next` have been submitted. `ranges[next]` shrinks by each piece.
     ranges: Vec<DiskRange>,
     next: usize,
-    /// Guest ranges of a read or write, from `next_data` on.
+    /// The guest ranges of a read or write. Those before index `next_data` have been submitted.
     data: Vec<GuestRange>,
     next_data: usize,
 }
@@ -103,7 +105,7 @@ struct Remaining {
 #[derive(Default)]
 struct Entry {
     request: Option<InFlightRequest>,
-    /// Beside the request, so that its allocations stay.
+    /// Not inside of the request, so that the next request of this entry can use the lists again.
     remaining: Remaining,
 }
 
@@ -128,7 +130,7 @@ impl InFlight {
         self.entries.len() - self.free.len()
     }
 
-    /// Files a request and returns its tag. The queues together never have more outstanding than there are entries.
+    /// Adds a request and returns its tag. The queues together never have more chains outstanding than there are entries.
     #[inline]
     pub(super) fn insert(&mut self, request: InFlightRequest) -> u32 {
         waypoint!();
@@ -138,12 +140,12 @@ impl InFlight {
         };
         let place = &mut self.entries[tag as usize].request;
         debug_assert!(place.is_none(), "a free tag has no request");
-        // What was there is nothing, and need not be dropped.
+        // The old value is `None`: forgetting it leaves out the code that would drop a request.
         std::mem::forget(place.replace(request));
         tag
     }
 
-    /// The request with this tag. A tag that the engine made up is a bug of ours.
+    /// The request with this tag. A tag without a request is a bug of the engine.
     pub(super) fn get(&mut self, tag: u32) -> &mut InFlightRequest {
         match self.entries.get_mut(tag as usize).and_then(|entry| entry.request.as_mut()) {
             Some(request) => request,
@@ -164,7 +166,7 @@ impl InFlight {
         request
     }
 
-    /// The request with this tag is executed in pieces of these ranges, with this data.
+    /// Sets what is to be executed in pieces: the ranges of the disk, and for a read or write the guest ranges of its data.
     pub(super) fn set_remaining(&mut self, tag: u32, ranges: &[DiskRange], data: &[GuestRange]) {
         let remaining = &mut self.entries[tag as usize].remaining;
         remaining.ranges.clear();
@@ -179,7 +181,7 @@ impl InFlight {
         remaining.next < remaining.ranges.len()
     }
 
-    /// Cuts the next piece off what remains. `None`: nothing remains.
+    /// Takes the next piece from what remains, as a transfer. `None`: nothing remains.
     pub(super) fn next_piece(&mut self, tag: u32) -> Option<Transfer<'_>> {
         self.piece_data.clear();
         let DiskRange { operation, offset, length } =
@@ -189,6 +191,7 @@ impl InFlight {
 }
 
 impl Remaining {
+    /// Takes the next piece: returns its range of the disk, and appends the guest ranges of its data to `data`.
     fn take_piece(&mut self, data: &mut Vec<GuestRange>) -> Option<DiskRange> {
         let range = self.ranges.get_mut(self.next)?;
         let limit = piece_limit(range.operation);
@@ -222,7 +225,8 @@ fn piece_limit(operation: Operation) -> u64 {
     }
 }
 
-/// What a piece counts for among the bytes with the engine: a full piece of any operation counts the same.
+/// What a transfer counts for in the limits of bytes: its length, but a discard or secure erase counts for less, so that a
+/// full piece of any operation counts the same.
 pub(super) fn cost(operation: Operation, length: u64) -> u64 {
     length / (piece_limit(operation) / PIECE)
 }

@@ -10,12 +10,16 @@
 //! 5. `dispatch` hands it to the disk's [engine](crate::disk::Engine): `batch` merges neighbors, and `in_flight` holds what
 //!    the engine has.
 //!
-//! `worker` is the only module that acts on requests; the others decide, count or hold, and only its thread calls it.
-//! Beside the path: `device` is the transport's view and the VM's, `shared` what all threads of a disk see,
-//! `config_space` what the driver reads before the first request, `busy_poll` and
-//! `error_policy` two decisions. `throttle`, `scsi`, `geometry`, and the requests that are no read, write or flush are capabilities:
-//! `device` plugs them in, and the path knows them by the traits in `admission` and `request`, and a function type in
-//! `config_space`.
+//! Only `worker` acts on requests: the other modules decide, count or hold. Each worker is called by one thread only. Beside
+//! the path:
+//!
+//! - `device` is what the transport and the VM call;
+//! - `shared` is what all threads of a disk share;
+//! - `config_space` is what the driver reads before its first request;
+//! - `busy_poll` decides whether a worker polls, and `error_policy` what becomes of a request that the host failed.
+//!
+//! `throttle`, `scsi`, `geometry`, and the requests that are no read, write or flush are capabilities. `device` plugs them
+//! in. The path knows them only as the traits in `admission` and `request`, and as a function type in `config_space`.
 
 mod admission;
 mod batch;

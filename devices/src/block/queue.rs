@@ -6,8 +6,8 @@
 //! | `Broken` | no; what the engine has is still answered | `Leaving` |
 //! | `Leaving` | no; what has not begun is given up | the queue is handed back when nothing of it is in flight |
 //!
-//! Stopped and waiting requests have been taken from the ring and are not with the engine. They hold their tokens, and
-//! nothing else that their chains would not say again.
+//! Stopped and waiting requests have been taken from the ring and are not with the engine. The queue keeps only their
+//! tokens (and for waiting ones, when they were taken): when the request begins, its chain is walked and parsed again.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -54,7 +54,7 @@ impl WorkerQueue {
         &mut self.waiting[direction as usize]
     }
 
-    /// A request of this queue waits for `resume`, or is given up if the queue is leaving. Returns whether it waits.
+    /// Makes a request wait for `resume`. If the queue is leaving, the request is abandoned instead. Returns whether it waits.
     pub(super) fn stop_request(&mut self, chain: DescriptorChain) -> bool {
         let waits = self.state != QueueState::Leaving;
         if waits {
@@ -65,7 +65,7 @@ impl WorkerQueue {
         waits
     }
 
-    /// The driver takes the queue back: nothing more is taken, and what waits is given up.
+    /// The driver resets the queue: takes no more chains, and abandons the stopped and waiting requests.
     pub(super) fn leave(&mut self) {
         self.state = QueueState::Leaving;
         let waiting = self.waiting.iter_mut().flat_map(|queue| queue.drain(..));
@@ -74,7 +74,7 @@ impl WorkerQueue {
         }
     }
 
-    /// Whether there is something to take, or the ring has to be looked at to find out why it cannot be read.
+    /// Whether chains are available. Also true if the available index is invalid: `fetch` then finds and reports that.
     pub(super) fn has_work(&self, memory: &GuestMemory) -> bool {
         self.state == QueueState::Running && self.split.available(memory) != Ok(0)
     }
@@ -92,8 +92,8 @@ impl Queues {
         0..self.0.len()
     }
 
-    /// Where the queue at `position` goes. `None`: there is no such position.
-    pub(super) fn place(&mut self, position: usize) -> Option<&mut Option<WorkerQueue>> {
+    /// The entry for `position`, to put a queue there. `None`: the worker has no such position.
+    pub(super) fn entry(&mut self, position: usize) -> Option<&mut Option<WorkerQueue>> {
         self.0.get_mut(position)
     }
 
@@ -105,7 +105,7 @@ impl Queues {
         self.0.get_mut(position)?.as_mut()
     }
 
-    /// A queue that has chains outstanding, and so cannot be gone.
+    /// The queue at `position`, of which the caller has a chain: a queue stays until none of its chains is outstanding.
     pub(super) fn get(&mut self, position: usize) -> &mut WorkerQueue {
         waypoint!();
         match &mut self.0[position] {
@@ -135,7 +135,7 @@ impl Queues {
         self.0.into_iter().flatten().map(WorkerQueue::into_active)
     }
 
-    /// Of the queues with requests that wait in this direction, the position of the one whose first came first.
+    /// The position of the queue that has the oldest waiting request in this direction. `None`: none waits.
     pub(super) fn oldest_waiting(&self, direction: Direction) -> Option<usize> {
         let first = |(at, queue): (usize, &WorkerQueue)| {
             Some((queue.waiting[direction as usize].front()?.started, at))

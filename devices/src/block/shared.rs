@@ -1,7 +1,8 @@
-//! What all threads of a disk share: the workers, the transport's view and the VM's handle.
+//! The state that all threads of a disk share: its workers, the vCPU that accesses its registers, and the VM's
+//! [`BlockHandle`](super::BlockHandle).
 //!
-//! Everything here is constant, atomic or behind a lock of its own; no lock is held while another is taken. `device` makes
-//! the one value of a disk, and plugs the capabilities in (a limiter, a set of further commands).
+//! Each field is constant, atomic or behind a lock of its own. No lock is held while another is taken, or during a transfer.
+//! `device` makes one value for each disk, and puts the capabilities into it: the limiter, and further request types.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -20,9 +21,7 @@ use crate::virtio::spec::blk;
 
 pub(super) const NO_THRESHOLD: u64 = u64::MAX;
 
-/// What all of a disk's threads share: its workers, the vCPU that accesses its registers, and the VM's
-/// [`BlockHandle`](super::BlockHandle). Fields that change are atomics or have a lock of their own, which is never held
-/// during a transfer.
+/// See the module.
 pub(super) struct Shared {
     pub(super) options: BlockOptions,
     pub(super) config_space: ConfigSpace,
@@ -31,7 +30,7 @@ pub(super) struct Shared {
     /// The `writeback` field: what the driver chose, or the initial value.
     pub(super) writeback: AtomicBool,
     io_status: AtomicU8,
-    /// The operator wants to hear of a change past this offset, in bytes. Nothing ever reaches past `NO_THRESHOLD`.
+    /// QMP's write threshold, a byte offset: the first change past it is reported. `NO_THRESHOLD`: none is set.
     pub(super) write_threshold: AtomicU64,
     pub(super) counters: Vec<Arc<Counters>>,
     pub(super) limiter: Arc<dyn Limiter>,
@@ -51,7 +50,7 @@ struct LogLimits {
 }
 
 impl Shared {
-    /// Lays out the device for `workers` threads.
+    /// The state of a disk with `workers` threads.
     #[expect(clippy::too_many_arguments, reason = "all that a disk's threads share")]
     pub(super) fn new(
         options: BlockOptions,
@@ -90,13 +89,13 @@ impl Shared {
         features & blk::F_FLUSH != 0 && self.writeback.load(Ordering::Acquire)
     }
 
-    /// The driver sets the write cache; `None`: as configured.
+    /// Sets the `writeback` field, as the driver wrote it. `None`: to the configured value.
     pub(super) fn set_writeback(&self, writeback: Option<bool>) {
         let value = writeback.unwrap_or(self.options.write_cache);
         self.writeback.store(value, Ordering::Release);
     }
 
-    /// What requests are checked against as of now.
+    /// What requests are checked against now. The driver and a resize may change that later.
     pub(super) fn request_limits(&self, features: u64) -> RequestLimits {
         waypoint!();
         RequestLimits {
@@ -131,7 +130,7 @@ impl Shared {
         self.io_status.store(status as u8, Ordering::Relaxed);
     }
 
-    /// Tells the VM and the log of a host error.
+    /// Reports a host error to the VM and to the log.
     pub(super) fn report_error(&self, operation: Kind, error: DiskError, action: ErrorAction) {
         let nospace = error == DiskError::NoSpace;
         if action == ErrorAction::Stop {
@@ -192,14 +191,15 @@ impl Shared {
         }
     }
 
-    /// A request changes the disk up to `end`. Tells the operator if that is what they wait for, once.
+    /// A request is about to change the disk up to byte `end`. If that is past the write threshold, sends the event and
+    /// removes the threshold.
     pub(super) fn changes_up_to(&self, end: u64) {
         let threshold = self.write_threshold.load(Ordering::Relaxed);
         if end <= threshold {
             return;
         }
         let relaxed = Ordering::Relaxed;
-        // Of several workers one is the first.
+        // If several workers get here at once, one of them sends the event.
         if self.write_threshold.compare_exchange(threshold, NO_THRESHOLD, relaxed, relaxed).is_ok()
         {
             let (device, exceeded) = (self.options.name.clone(), end - threshold);

@@ -1,6 +1,6 @@
-//! The accounts of a disk: what was asked of it and how it went, per kind of request.
+//! The statistics of a disk: how many requests of each kind there were, and how they ended.
 //!
-//! Each worker counts for itself, without contention; a query (`operator`) adds the workers up.
+//! Each worker has its own counters, so workers do not contend for them. A query (`operator`) adds them up.
 
 use std::any::Any;
 use std::sync::Mutex;
@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::counter::Counter;
 use crate::lock;
 
-/// The kinds of request that are told apart.
+/// The kinds of request that the statistics distinguish.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Reads.
@@ -25,13 +25,13 @@ pub enum Kind {
     WriteZeroes,
     /// Secure erasures.
     SecureErase,
-    /// GET_ID, SCSI commands, and whatever the device does not know.
+    /// GET_ID, SCSI commands, and requests of unknown types.
     Other,
 }
 
 pub(super) const KINDS: usize = Kind::Other as usize + 1;
 
-/// Whether the disk is in trouble, until the VM is resumed.
+/// Whether a host error has stopped the VM, until it is resumed (QMP's `io-status`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum IoStatus {
     /// No error that stopped the VM.
@@ -39,11 +39,11 @@ pub enum IoStatus {
     Ok,
     /// A host I/O error stopped the VM.
     Failed,
-    /// A full host stopped the VM.
+    /// The VM stopped because the host is out of disk space.
     NoSpace,
 }
 
-/// Hears how long each request took, as long as `Counters::counts_latencies` is set.
+/// Gets the latency of each request, while `Counters::counts_latencies` is set.
 pub(super) trait Latencies: Any + Send {
     fn count(&mut self, kind: Kind, time: Duration);
 }
@@ -57,7 +57,7 @@ pub(super) struct Counters {
     pub(super) interrupts: Counter,
     pub(super) highest_write: Counter,
     pub(super) counts_latencies: AtomicBool,
-    /// The worker's alone but for a query now and then.
+    /// The worker locks it for each request, and only a query contends for it.
     pub(super) latencies: Mutex<Option<Box<dyn Latencies>>>,
 }
 
@@ -72,7 +72,7 @@ pub(super) struct KindCounters {
 }
 
 impl Counters {
-    /// A request that succeeded: it covered `bytes` of disk up to `end`, and took `time`.
+    /// Counts a request that succeeded: it covered `bytes` of disk up to byte `end`, and took `time`.
     pub(super) fn done(&self, kind: Kind, bytes: u64, end: u64, merged: bool, time: Duration) {
         waypoint!();
         if kind == Kind::Write {

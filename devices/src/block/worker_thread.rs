@@ -1,10 +1,12 @@
 //! A worker's thread: an event loop over commands, the kicks of its queues, the engine's completions, and a timer.
 //!
-//! The thread and its engine are made with the device, so that they exist before the process confines itself, and sleep. `start`
-//! makes a [`Worker`] with that engine, `reset` ends the worker and keeps the engine for the next. After each event the loop
-//! looks whether a reset or a pause has what it waits for, and finishes its drain: the device never waits for this thread
-//! while the thread waits for the host.
-//! What goes wrong on the thread is decided here, in one place: the VM gets an event, and stops.
+//! The thread and its engine are made with the device, because a confined process could not make them later. The thread then
+//! sleeps. `start` makes a [`Worker`] with the engine; a reset ends the worker and keeps the engine for the next one.
+//!
+//! The device sends commands and waits for none of them, since the thread may be waiting for the host. A reset or a pause comes
+//! with a drain instead: after each event the thread checks whether it is complete, and then finishes the drain.
+//!
+//! If the event loop fails or the worker panics, [`run`] sends an event to the VM, which stops.
 
 use std::any::Any;
 use std::io;
@@ -36,11 +38,11 @@ use crate::spawn::DiskThreads;
 use crate::virtio::device::ActiveQueue;
 use crate::virtio::drain::{Drain, Party};
 
-/// What the device asks of a worker thread: a call of one of the methods of [`Loop`] that the device may call.
+/// A command of the device, carried out on the worker thread: it calls a method of [`Loop`].
 type Command = Box<dyn FnOnce(&mut Loop, &mut EventOps<'_>) + Send>;
 
-/// The device's end of a worker thread: a channel of commands, and the eventfd that wakes the thread for them. The
-/// thread lives as long as the device; it has a worker only between DRIVER_OK and a reset.
+/// A handle to a worker thread, for the device: a channel of commands, and the eventfd that wakes the thread for them. The
+/// thread lives as long as the device. It has a [`Worker`] only between DRIVER_OK and a reset.
 pub(super) struct WorkerThread {
     commands: Mutex<Sender<Command>>,
     control: Arc<EventFd>,
@@ -48,7 +50,7 @@ pub(super) struct WorkerThread {
 }
 
 impl WorkerThread {
-    /// Starts thread `number` of the disk with its engine; it will serve up to `positions` queues.
+    /// Starts thread `number` of the disk, with its engine. The thread will serve up to `positions` queues.
     pub(super) fn spawn(
         shared: &Arc<Shared>,
         number: usize,
@@ -64,7 +66,7 @@ impl WorkerThread {
             TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK,
         );
         let timer = timer.map_err(|error| failed(error.into()))?;
-        // One event each for control, completions, the timer and kicks is all that can be ready at a time.
+        // At most these can be ready at once: control, completions, the timer, and one kick for each queue.
         let manager =
             EventManager::new_with_capacity(positions + 3).map_err(|error| match error {
                 event_manager::Error::Epoll(error) => failed(error.into()),
@@ -94,7 +96,7 @@ impl WorkerThread {
                     paused: false,
                     pausing: None,
                     exit: false,
-                    unwatched: None,
+                    watch_error: None,
                 };
                 run(state, manager)
             }
@@ -103,7 +105,7 @@ impl WorkerThread {
         Ok(Self { commands: Mutex::new(sender), control, join: Mutex::new(Some(join)) })
     }
 
-    /// Has the thread carry out a command, without waiting. `false`: the thread is gone, and has told the VM.
+    /// Sends a command, and does not wait for it. `false`: the thread is gone, and has reported that to the VM.
     pub(super) fn send(
         &self,
         command: impl FnOnce(&mut Loop, &mut EventOps<'_>) + Send + 'static,
@@ -117,8 +119,8 @@ impl WorkerThread {
         sent.is_ok()
     }
 
-    /// Has the thread answer a question, and waits for that. `None`: the thread is gone, or the host keeps it. What may take
-    /// as long as the host takes is no question: it has a drain.
+    /// Sends a question, and waits for the answer, at most [`REPLY_TIMEOUT`]. `None`: the thread is gone, or is waiting for the
+    /// host. A question must need no host I/O. A command that does gets a drain instead.
     pub(super) fn request<T: Send + 'static>(
         &self,
         question: impl FnOnce(&mut Loop, &mut EventOps<'_>) -> T + Send + 'static,
@@ -134,13 +136,13 @@ impl WorkerThread {
         self.send(|thread, _| thread.exit = true);
         let join = lock(&self.join).take();
         if let Some(join) = join {
-            // The body catches panics, so that there is nothing to learn from the result.
+            // The thread has caught and reported panics itself.
             let _ = join.join();
         }
     }
 }
 
-/// The thread's body. Whatever ends it but `WorkerThread::join` is reported to the VM.
+/// The thread's body. If it ends for another reason than `WorkerThread::join`, the VM gets an event.
 fn run(state: Loop, manager: EventManager<Loop>) {
     let shared = Arc::clone(&state.shared);
     let result = catch_unwind(AssertUnwindSafe(|| state.run(manager)));
@@ -157,18 +159,18 @@ fn panic_message(panic: &(dyn Any + Send)) -> &str {
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("(no message)")
 }
 
-/// The longest that a question to the thread waits. Answers need no host I/O, but the thread may be inside of some.
+/// The longest that a question waits for its answer: the thread may be waiting for host I/O that it has begun before.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What a descriptor in the event loop stands for.
+/// The numbers by which the event loop tells its descriptors apart.
 const CONTROL: u32 = 0;
 const COMPLETION: u32 = 1;
-/// The disk's limits let something start.
+/// The timer of requests that wait for the limiter.
 const TIMER: u32 = 2;
-/// And from here on: the kick of the queue at the position that follows.
+/// The kick of the queue at position `n` is `KICK + n`.
 const KICK: u32 = 3;
 
-/// What the thread has. Its methods are the commands of the device, and what the event loop calls.
+/// The state of a worker thread. Its methods are called by commands of the device, and by the event loop.
 pub(super) struct Loop {
     shared: Arc<Shared>,
     counters: Arc<Counters>,
@@ -181,11 +183,11 @@ pub(super) struct Loop {
     engine: Option<Box<dyn Engine>>,
     pub(super) worker: Option<Worker>,
     paused: bool,
-    /// A pause that waits for what is with the host.
+    /// This thread's part in the drain of a pause that is not complete. Dropping it finishes the part.
     pausing: Option<Party>,
     exit: bool,
-    /// Why no event would come.
-    unwatched: Option<event_manager::Error>,
+    /// Why `init` could not watch the descriptors. `run` returns it.
+    watch_error: Option<event_manager::Error>,
 }
 
 impl Loop {
@@ -194,11 +196,11 @@ impl Loop {
         while !manager.subscriber_mut(id)?.exit {
             manager.run()?;
         }
-        manager.subscriber_mut(id)?.unwatched.take().map_or(Ok(()), Err)
+        manager.subscriber_mut(id)?.watch_error.take().map_or(Ok(()), Err)
     }
 
-    /// DRIVER_OK: begins to serve; the queues come after, one by one. The transport starts a device only after its last stop is
-    /// over, so that the engine is here.
+    /// DRIVER_OK: makes the worker. Its queues follow one by one, by `add_queue`. The transport starts a device only when the
+    /// last reset is done, so the engine is here and not with an earlier worker.
     pub(super) fn start(&mut self, negotiated: Negotiated) {
         let (shared, counters) = (Arc::clone(&self.shared), Arc::clone(&self.counters));
         let (positions, paused) = (self.positions, self.paused);
@@ -206,7 +208,7 @@ impl Loop {
         self.worker = self.engine.take().map(with).or(self.worker.take());
     }
 
-    /// Takes over the queue at this position. The driver learns of a failure by DEVICE_NEEDS_RESET.
+    /// Adds the queue at this position, and serves it. If that fails, the driver gets DEVICE_NEEDS_RESET.
     pub(super) fn add_queue(
         &mut self,
         position: usize,
@@ -219,13 +221,13 @@ impl Loop {
         match added
             .and_then(|()| ops.add(edges(kick, KICK + position as u32)).map_err(io::Error::other))
         {
-            // The driver need not kick for what it made available before.
+            // No kick comes for chains that the driver made available before.
             Ok(()) => worker.serve(position),
             Err(error) => worker.cannot_start_queue(&error),
         }
     }
 
-    /// Hands one queue back when nothing of it is with the host.
+    /// Begins the reset of one queue. `drain` is finished when the queue has been handed back.
     pub(super) fn remove_queue(&mut self, position: usize, drain: Drain, ops: &mut EventOps<'_>) {
         self.unwatch(position, ops);
         match &mut self.worker {
@@ -242,9 +244,9 @@ impl Loop {
         }
     }
 
-    /// The driver resets the device: ends the worker, and hands all queues back, when nothing is with the host.
+    /// Begins the reset of the device. `drain` is finished when the worker has ended and all its queues are handed back.
     pub(super) fn reset(&mut self, drain: Drain, ops: &mut EventOps<'_>) {
-        // Descriptors leave the loop before they are closed: a reused number would be refused.
+        // Before the eventfds are closed: the loop would refuse a new descriptor with the number of one that it still has.
         (0..self.positions).for_each(|position| self.unwatch(position, ops));
         match &mut self.worker {
             Some(worker) => worker.reset(drain),
@@ -252,19 +254,19 @@ impl Loop {
         }
     }
 
-    /// Takes no more work until `resume`, and drops `party` when nothing is with the host.
+    /// Begins a pause: takes no more requests until `resume`, and drops `party` when nothing is with the host.
     pub(super) fn pause(&mut self, party: Party) {
         (self.paused, self.pausing) = (true, Some(party));
         self.with_worker(Worker::pause);
     }
 
-    /// Starts the stopped requests over, and serves the queues again.
+    /// Ends a pause: begins the stopped requests again, and serves the queues.
     pub(super) fn resume(&mut self) {
         (self.paused, self.pausing) = (false, None);
         self.with_worker(Worker::resume);
     }
 
-    /// Starts what may start by now: the limits changed, or the time has come.
+    /// Begins the waiting requests that may start now: the limits changed, or the timer expired.
     pub(super) fn release(&mut self) {
         self.with_worker(|worker| worker.release(Instant::now()));
     }
@@ -275,7 +277,7 @@ impl Loop {
         }
     }
 
-    /// What a reset or a pause waits for may have come, and a turn may have been cut short.
+    /// Called after each event: finishes resets and pauses that have become complete, and continues a turn that was cut short.
     fn after_event(&mut self) {
         if let Some(worker) = self.worker.take_if(|worker| worker.advance_resets()) {
             self.engine = Some(worker.finish());
@@ -290,7 +292,7 @@ impl Loop {
         }
     }
 
-    /// Sets the timer for what waits for the disk's limits. Each expiry is an edge, and the timer is never read.
+    /// Sets the timer for the requests that wait for the limiter. It is watched edge-triggered, so it is never read.
     fn schedule(&self) {
         let Some(wait) =
             self.worker.as_ref().and_then(|worker| worker.next_release(Instant::now()))
@@ -316,13 +318,13 @@ impl MutEventSubscriber for Loop {
         let mut others = fds.into_iter().filter_map(|(fd, data)| Some(edges(fd?, data)));
         let control = Events::with_data(&*self.control, CONTROL, EventSet::IN);
         let watched = ops.add(control).and_then(|()| others.try_for_each(|fd| ops.add(fd)));
-        (self.exit, self.unwatched) = (watched.is_err(), watched.err());
+        (self.exit, self.watch_error) = (watched.is_err(), watched.err());
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         match events.data() {
             CONTROL => {
-                // Clears the count.
+                // Clears the eventfd.
                 let _ = self.control.read();
                 while let Ok(command) = self.commands.try_recv() {
                     command(self, ops);
@@ -342,7 +344,7 @@ impl MutEventSubscriber for Loop {
     }
 }
 
-/// An eventfd is watched edge-triggered: each write to it is an edge, so that it need never be read.
+/// Watches a descriptor edge-triggered. Each write to an eventfd is an edge, so it need not be read.
 fn edges(fd: RawFd, data: u32) -> Events {
     Events::with_data_raw(fd, data, EventSet::IN | EventSet::EDGE_TRIGGERED)
 }

@@ -1,11 +1,10 @@
 //! What a descriptor chain asks the disk to do, as one value.
 //!
 //! [`parse()`] turns the buffers of a chain into a [`Request`], or into the [`Refusal`] that answers it. A request has passed
-//! every check and holds all that serving it needs: what to do, where its data is, and where its status byte goes. The
-//! worker reads no header itself.
+//! every check. It holds all that the worker needs to serve it: what to do, where its data is, and where its status byte goes.
 //!
-//! Requests that are no read, write or flush (`segments`, `identity`, SCSI commands) come from [`RequestTypes`], which the device
-//! plugs in: [`parse()`] and the worker know only the trait.
+//! [`RequestTypes`] makes the requests that are no read, write or flush (`segments`, `identity`, SCSI commands). The device
+//! plugs its implementations in: [`parse()`] and the worker know only the trait.
 
 pub(super) mod identity;
 mod parse;
@@ -42,10 +41,11 @@ pub(super) struct Request<'a> {
     pub(super) kind: Kind,
     pub(super) status: GuestAddress,
     pub(super) action: Action,
-    /// Where a write comes from, or where a read or an answer goes.
+    /// The guest memory that a write comes from, or that a read or an answer goes to.
     pub(super) data: &'a [GuestRange],
 }
 
+/// What the worker has to do for a request.
 pub(super) enum Action {
     /// Move this range between the disk and the request's data.
     Transfer(DiskRange),
@@ -60,7 +60,7 @@ pub(super) enum Action {
 }
 
 impl Action {
-    /// The ranges of the disk that it is about.
+    /// The ranges of the disk that the action reads or changes.
     pub(super) fn ranges(&self) -> &[DiskRange] {
         match self {
             Self::Transfer(range) => slice::from_ref(range),
@@ -90,7 +90,7 @@ pub(super) enum Refusal {
 
 /// Request types beyond reads, writes and flushes, which `device` plugs in.
 pub(super) trait RequestTypes: Send + Sync {
-    /// Makes a request of the buffers behind the header. `None`: it is of no type that this knows.
+    /// Makes a request from the buffers behind the header. `None`: it does not know this request type.
     ///
     /// # Errors
     /// The request is not suitable.
@@ -102,17 +102,18 @@ pub(super) trait RequestTypes: Send + Sync {
         limits: &RequestLimits,
     ) -> Option<(Kind, Result<Action, UnsuitableRequest>)>;
 
-    /// Adds its feature bits to `features`, and its fields to the configuration space of `disk`.
+    /// Adds the feature bits of its request types to `features`, and their fields to the configuration space of `disk`.
     fn offer(&self, _disk: &dyn Disk, _features: &mut u64, _config: &mut blk::Config) {}
 }
 
-/// The status that refuses a request, and the bytes of data written before it.
+/// The status that refuses a request, and how many bytes of data were written before the status byte.
 pub(super) struct UnsuitableRequest {
     pub(super) code: u8,
     pub(super) written: u32,
 }
 
-/// Byte offset of `sector`, when it and the `length` bytes from there are whole logical blocks of the disk.
+/// The byte offset of `sector`. `None`: the `length` bytes from there are not whole logical blocks, or reach past the disk's
+/// end.
 pub(super) fn byte_offset(sector: u64, length: u64, limits: &RequestLimits) -> Option<u64> {
     let offset = sector.checked_mul(blk::SECTOR_SIZE)?;
     let end = offset.checked_add(length)?;
@@ -121,12 +122,12 @@ pub(super) fn byte_offset(sector: u64, length: u64, limits: &RequestLimits) -> O
     (aligned && end <= limits.capacity).then_some(offset)
 }
 
-/// A command on its way: neither a transfer nor a flush.
+/// A request that the engine carries out neither as a transfer nor as a flush, such as a SCSI command.
 pub(super) trait CommandRequest: Send {
-    /// Hands the command to the engine, whose completion has this tag.
+    /// Hands the command to the engine. The completion will have this tag.
     fn submit(&self, tag: u32, data: &[GuestRange], engine: &mut dyn Engine);
 
-    /// The command came back: writes its reply, and returns the status and the bytes written before it. Failures are the
-    /// driver's to judge, so the error policy does not see them.
+    /// The command is finished: writes its reply to guest memory. Returns the status, and how many bytes were written before
+    /// the status byte. The driver gets every failure: the error policy does not apply.
     fn reply(&self, memory: &GuestMemory, result: Result<(), DiskError>) -> (u8, u32);
 }

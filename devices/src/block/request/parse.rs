@@ -1,7 +1,7 @@
 //! From the buffers of a chain to a checked request (virtio 1.2 §5.2.6), or to the status that refuses it.
 //!
-//! Header and status are found by byte position, never by descriptor (§2.7.4.1). Each field is read once, into
-//! a local value, and checked there, because the driver may change its memory at any time.
+//! Header and status are found by byte position, never by descriptor (§2.7.4.1). Each field is copied once and the copy is
+//! checked, because the driver may change its memory at any time.
 
 use super::{
     Action, DiskRange, Refusal, Request, RequestLimits, RequestTypes, UnsuitableRequest,
@@ -13,8 +13,8 @@ use crate::virtio::queue::ChainBuffers;
 use crate::virtio::spec::blk;
 use crate::{GuestMemory, GuestRange};
 
-/// Checks the chain in `buffers` and makes a request of it, whose data stays there. `request_types` know what is no read,
-/// write or flush.
+/// Checks the chain in `buffers` and makes a request from it, which borrows its data ranges from `buffers`. `request_types`
+/// make the requests that are no read, write or flush.
 pub(in crate::block) fn parse<'a>(
     buffers: &'a mut ChainBuffers,
     memory: &GuestMemory,
@@ -24,7 +24,7 @@ pub(in crate::block) fn parse<'a>(
     waypoint!();
     let status = buffers.take_last_writable().ok_or(Refusal::Unanswerable)?;
     let refused = |kind, code, written| Refusal::Status { kind, address: status, code, written };
-    // Two words: the type with a reserved field, and the sector.
+    // Type and a reserved field (32 bits each), then the sector (64 bits).
     let header = buffers.read::<[u64; 2]>(memory);
     let header = header.ok_or_else(|| refused(Kind::Other, blk::S_IOERR, 0))?;
     let [request_type, sector] = header.map(u64::from_le);
@@ -42,7 +42,7 @@ pub(in crate::block) fn parse<'a>(
         other => {
             let parsed =
                 request_types.iter().find_map(|types| types.parse(other, buffers, memory, limits));
-            // Zone management ends here, too (§5.2.6.2): its feature is never offered.
+            // Unknown types, and zone management (§5.2.6.2), whose feature is never offered.
             let unknown = (Kind::Other, Err(UnsuitableRequest { code: blk::S_UNSUPP, written: 0 }));
             let (kind, action) = parsed.unwrap_or(unknown);
             let refused = |bad: UnsuitableRequest| refused(kind, bad.code, bad.written);
@@ -56,7 +56,7 @@ pub(in crate::block) fn parse<'a>(
     Ok(Request { kind, status, action, data })
 }
 
-/// A read or a write. Without data it succeeds when its sector exists, as in QEMU.
+/// A read or a write. Without data it succeeds if its sector exists, as in QEMU.
 fn transfer(
     data: &[GuestRange],
     operation: Operation,
@@ -69,7 +69,7 @@ fn transfer(
         oversized |= range.length > limits.size_max;
     }
     let read_only = operation != Operation::Read && limits.read_only;
-    // The used length has 32 bits and counts the status too.
+    // The used length has 32 bits and includes the status byte.
     if read_only || oversized || length >= u64::from(u32::MAX) {
         return Err(blk::S_IOERR);
     }

@@ -1,18 +1,18 @@
-//! Serves queues: the one place where something happens to a request, in six verbs.
+//! Serves queues. Everything that happens to a request happens here, in six verbs:
 //!
 //! ```text
-//! fetch      a chain from the available ring                        virtio::queue::split
-//! parse      the chain into a Request, or a refusal                 request
-//! admit      now, or later: the limiter decides                     admission
-//! submit     to the engine, merged with its neighbors, in pieces    dispatch, disk
-//! complete   status byte and used ring, or what the error policy decides
-//! notify     one interrupt for all that was completed               virtio::interrupt
+//! fetch      take chains from the available ring                        virtio::queue::split
+//! parse      make a Request of a chain, or refuse it                    request
+//! admit      start the request now, or let it wait for the limiter      admission
+//! submit     hand it to the engine, merged or in pieces                 dispatch, disk
+//! complete   write status byte and used ring, or do as the error policy decides
+//! notify     send one interrupt for all that was completed              virtio::interrupt
 //! ```
 //!
-//! Each verb calls down and gets a value back; the modules below decide and count, and only the worker (this file and
-//! `verbs`) acts. A worker exists from the driver's DRIVER_OK to its reset and belongs to one thread, `worker_thread`, which
-//! calls it for each kick, completion and command. The worker knows nothing of threads, and waits for nothing but, for a bounded time, while it
-//! busy-polls, and for the host where the engine does a transfer on the calling thread.
+//! Each verb calls a module below and gets a value back. These modules decide and count, and only the worker (this file and
+//! `verbs`) acts. A worker exists from the driver's DRIVER_OK to its reset. It belongs to one thread, `worker_thread`, which
+//! calls it for each kick, completion and command. The worker knows nothing of threads. It waits in two places only: while it
+//! busy-polls, for a bounded time, and while the engine makes a transfer on the calling thread.
 //!
 //! | state | takes chains | submits pieces | leads to |
 //! | --- | --- | --- | --- |
@@ -49,12 +49,12 @@ use crate::virtio::interrupt::Interrupt;
 use crate::virtio::queue::ChainBuffers;
 use crate::virtio::spec;
 
-/// Passes over one queue before the other queues and the control commands get their turn: a driver that never stops adding
-/// chains must not keep the worker from them.
+/// Most passes over one queue in a row. Then the other queues and the commands get their turn, even if the driver never stops
+/// adding chains to this one.
 const PASSES_PER_TURN: u32 = 16;
 
-/// What driver and transport have negotiated. Every worker gets a copy at DRIVER_OK; a driver can change none of it
-/// without a reset, which ends the workers.
+/// What the transport hands over at DRIVER_OK, to each worker. None of it changes before the next reset, which ends the
+/// workers.
 #[derive(Clone)]
 pub(super) struct Negotiated {
     pub(super) memory: GuestMemory,
@@ -75,23 +75,24 @@ enum Ending {
     No,
     /// Waits for what is with the engine.
     Draining(Drain),
-    /// Waits for the flush after it: the driver is gone, and nothing else makes durable what it wrote.
+    /// Waits for the last flush: no driver is left that would make the written data durable.
     Flushing(Drain),
     Ended(Drain),
 }
 
-/// Where a request comes from.
+/// Why a request begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Origin {
+    /// Its chain was just taken from the ring.
     Queue,
-    /// The limiter made it wait.
+    /// The limiter made it wait before, and lets it start now.
     Waited,
-    /// It was started before: it travels alone, and the limiter has counted it.
+    /// It has failed or was stopped before. It is not merged, and the limiter has counted it.
     Retry,
 }
 
-/// One thread's share of a running device: its queues, its engine, and the requests between them. It has no lock,
-/// because only its thread uses it; what other threads may see of it is in [`Shared`] and in the [`Counters`].
+/// One thread's share of a running device: its queues, its engine, and the requests between them. It has no lock, because
+/// only its thread uses it. What other threads read is in [`Shared`] and in the [`Counters`].
 pub(super) struct Worker {
     shared: Arc<Shared>,
     counters: Arc<Counters>,
@@ -102,21 +103,22 @@ pub(super) struct Worker {
     /// Queue resets under way, by position.
     leaving: Vec<(usize, Drain)>,
     dispatcher: Dispatcher,
-    /// The buffers of the chain at hand.
+    /// The buffers of the chain that is being parsed.
     buffers: ChainBuffers,
-    /// The direction whose turn it is when the limiter lets both go.
-    turn: Direction,
-    /// Scratch: what the engine has just given back, and what ended without it.
+    /// The direction that `release` tries first. The two directions alternate.
+    next_direction: Direction,
+    /// Scratch: completions that the engine has just given back.
     done: Vec<Completion>,
-    over: Vec<(InFlightRequest, u8)>,
-    /// When the pass over a queue, or the round of completions, began: one look at the clock serves a batch.
+    /// Scratch: requests in pieces that have ended, with their status.
+    ended: Vec<(InFlightRequest, u8)>,
+    /// When the current pass over a queue, or the current round of completions, began. The clock is read once for a batch.
     now: Instant,
     busy_polling: BusyPolling,
 }
 
-/// What the thread asks for.
+/// What the worker thread calls.
 impl Worker {
-    /// A worker that has `engine` until it ends. `positions`: how many queues it may get.
+    /// A worker that owns `engine` until it ends. `positions`: how many queues it may get.
     pub(super) fn new(
         shared: Arc<Shared>,
         counters: Arc<Counters>,
@@ -137,26 +139,26 @@ impl Worker {
             leaving: Vec::new(),
             dispatcher: Dispatcher::new(engine, depth),
             buffers: ChainBuffers::default(),
-            turn: Direction::Read,
+            next_direction: Direction::Read,
             done: Vec::with_capacity(depth as usize),
-            over: Vec::new(),
+            ended: Vec::new(),
             now: Instant::now(),
         }
     }
 
-    /// The queue at `position`, when the driver has it enabled.
+    /// The queue at `position`. `None`: the driver has not enabled it.
     pub(super) fn queue(&self, position: usize) -> Option<&WorkerQueue> {
         self.queues.find(position)
     }
 
-    /// Takes a queue over. The caller serves it once without a kick.
+    /// Adds a queue. The caller then serves it once without a kick, for chains that the driver added before.
     ///
     /// # Errors
     /// When the device never offered a queue at this position.
     pub(super) fn add_queue(&mut self, position: usize, active: ActiveQueue) -> io::Result<()> {
-        let place = self.queues.place(position);
+        let entry = self.queues.entry(position).ok_or(io::ErrorKind::InvalidInput)?;
         let event_index = self.negotiated.features & spec::F_EVENT_IDX != 0;
-        *place.ok_or(io::ErrorKind::InvalidInput)? = Some(WorkerQueue::new(active, event_index));
+        *entry = Some(WorkerQueue::new(active, event_index));
         Ok(())
     }
 
@@ -165,7 +167,7 @@ impl Worker {
         self.negotiated.interrupt.device_needs_reset();
     }
 
-    /// The driver kicked the queue at `position`: serves it until it is empty or has had its share.
+    /// The driver kicked the queue at `position`: serves the queue until it is empty or its turn is over.
     pub(super) fn serve(&mut self, position: usize) {
         waypoint!();
         self.dispatcher.begin_turn();
@@ -178,7 +180,7 @@ impl Worker {
         self.notify();
         match more {
             Err(error) => self.break_queue(position, error),
-            // The event loop comes back here after the turn of everything else.
+            // More is to do. This kick makes the event loop call again, after all other events.
             Ok(true) => {
                 if let Some(Err(error)) = self.queue(position).map(|queue| queue.kick.write(1)) {
                     self.shared.report_own_error("kick a queue again", &error);
@@ -191,27 +193,27 @@ impl Worker {
     /// The engine finished something, or an earlier turn was cut short: completes requests and submits further pieces.
     pub(super) fn reap(&mut self) {
         self.dispatcher.begin_turn();
-        self.hand_over();
+        self.submit_and_complete();
         self.notify();
     }
 
-    /// Whether a turn ended although more could be submitted: the thread is to call `reap` soon.
+    /// Whether a turn ended although more pieces could be submitted: the thread must then call `reap` again.
     pub(super) fn wants_turn(&self) -> bool {
         let pieces = self.state != State::Paused && self.dispatcher.has_pieces_to_submit();
         self.dispatcher.turn_is_over() && pieces
     }
 
-    /// Takes no chains and submits no pieces until `resume`. What the limiter makes wait, waits on.
+    /// Takes no chains, submits no pieces and starts no waiting requests until `resume`.
     pub(super) fn pause(&mut self) {
         self.state = State::Paused;
     }
 
-    /// Nothing is with the engine: as long as the worker is paused, nothing touches guest memory or the disk.
+    /// Whether nothing is with the engine. Then a paused worker touches neither guest memory nor the disk.
     pub(super) fn stands_still(&self) -> bool {
         self.dispatcher.stands_still()
     }
 
-    /// Starts the stopped requests over, queue by queue in the order in which they stopped, and serves what has come since.
+    /// Begins the stopped requests again, queue by queue and in the order in which they stopped. Then serves all queues.
     pub(super) fn resume(&mut self) {
         self.state = State::Serving;
         self.dispatcher.begin_turn();
@@ -227,13 +229,13 @@ impl Worker {
         self.queues.positions().for_each(|position| self.serve(position));
     }
 
-    /// The driver resets the queue at `position`. `advance_resets` hands it back when nothing of it is with the engine.
+    /// The driver resets the queue at `position`. `advance_resets` hands the queue back when none of its chains is outstanding.
     pub(super) fn remove_queue(&mut self, position: usize, drain: Drain) {
         match self.queues.find_mut(position) {
             Some(queue) if queue.state != QueueState::Leaving => {
                 queue.leave();
                 self.leaving.push((position, drain));
-                self.pump();
+                self.submit_pieces();
                 if self.state == State::Stopped
                     && self.queues.iter().all(|(_, queue)| queue.stopped.is_empty())
                 {
@@ -247,12 +249,12 @@ impl Worker {
     /// The driver resets the device. `advance_resets` ends the worker when nothing is with the engine.
     pub(super) fn reset(&mut self, drain: Drain) {
         self.queues.iter_mut().for_each(WorkerQueue::leave);
-        self.pump();
+        self.submit_pieces();
         self.ending = Ending::Draining(drain);
     }
 
-    /// What a reset waited for may have come: hands back queues that nothing is in flight of, and takes the next step of the
-    /// worker's end. The thread calls this after everything else. Returns whether the worker has ended.
+    /// Takes the next step of each reset under way: hands back queues whose chains are all settled, and takes the worker from
+    /// `Draining` to `Flushing` and `Ended`. The thread calls this after each event. Returns whether the worker has ended.
     pub(super) fn advance_resets(&mut self) -> bool {
         if self.leaving.is_empty() && matches!(self.ending, Ending::No) {
             return false;
@@ -280,8 +282,7 @@ impl Worker {
         matches!(self.ending, Ending::Ended(_))
     }
 
-    /// Hands all queues of a worker that has ended to the drain that waits for them, and gives back its engine, which has nothing
-    /// in flight.
+    /// The worker has ended: hands its queues to the drain, and returns its engine, which has nothing in flight.
     pub(super) fn finish(self) -> Box<dyn Engine> {
         let Self { ending, queues, dispatcher, .. } = self;
         if let Ending::Ended(drain) = ending {
@@ -290,7 +291,7 @@ impl Worker {
         dispatcher.into_engine()
     }
 
-    /// Starts the requests that the limiter lets go at `now`, the two directions in turn.
+    /// Begins the waiting requests that the limiter lets start at `now`, reads and writes alternately.
     pub(super) fn release(&mut self, now: Instant) {
         if self.state != State::Serving {
             return;
@@ -300,11 +301,11 @@ impl Worker {
         while let Some((position, WaitingRequest { chain, started })) = self.next_admitted(now) {
             self.begin(position, chain, started, Origin::Waited);
         }
-        self.hand_over();
+        self.submit_and_complete();
         self.notify();
     }
 
-    /// How long from `now` until `release` has something to do. `None`: nothing waits, or not for the clock.
+    /// How long from `now` until `release` has something to do. `None`: nothing waits, or the worker takes no requests now.
     pub(super) fn next_release(&self, now: Instant) -> Option<Duration> {
         if self.state != State::Serving {
             return None;

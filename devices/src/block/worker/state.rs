@@ -1,7 +1,8 @@
-//! The queues of a disk as values, to be saved while the machine stands still and put back into a new one.
+//! The state of a disk's queues as values. A save reads them while the machine stands still, and a restore puts them into a new
+//! machine.
 //!
-//! A capability: the worker does without it. It hooks in as a child of the worker's module, whose fields it reads and writes, and adds
-//! [`BlockHandle::queues`] and [`BlockHandle::restore_queue`]. The transport saves addresses, sizes and indices.
+//! A capability: the worker does without it. It is a child of the worker's module, so that it can read and write the worker's
+//! fields. It adds [`BlockHandle::queues`] and [`BlockHandle::restore_queue`]. The transport saves addresses, sizes and indices.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,8 +12,8 @@ use crate::block::queue::{QueueState, WorkerQueue};
 use crate::block::worker_thread::WorkerThread;
 use crate::virtio::queue::DescriptorChain;
 
-/// A queue of a disk that stands still, as a value: with the ring's addresses and size, which the transport has, it is all
-/// there is to save and to restore.
+/// The state of a queue while the disk stands still. Together with the addresses and the size, which the transport saves, this
+/// is all that a restore needs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct QueueSnapshot {
@@ -24,7 +25,7 @@ pub struct QueueSnapshot {
     pub next_used: u16,
     /// The driver broke the ring: nothing is taken from it until a reset.
     pub broken: bool,
-    /// Heads of the chains that were taken and not completed. `resume` starts them over.
+    /// Heads of the chains that were taken and not completed. `resume` begins them again.
     pub stopped: Vec<u16>,
 }
 
@@ -43,7 +44,7 @@ impl WorkerQueue {
         }
     }
 
-    /// Takes over what a snapshot says beside the indices, which came with the queue.
+    /// Restores the state and the stopped chains. The indices have come with the queue. `false`: a chain is impossible.
     fn restore(&mut self, snapshot: &QueueSnapshot) -> bool {
         if snapshot.broken {
             self.state = QueueState::Broken;
@@ -65,7 +66,7 @@ impl Worker {
         self.queues.iter().map(of_queue).collect()
     }
 
-    /// Takes over what the snapshot says of the queue at `position`. `false`: it has no such queue or descriptor.
+    /// Restores the queue at `position`. `false`: the worker does not have that queue, or a chain is impossible.
     pub(in crate::block) fn restore(&mut self, position: usize, snapshot: &QueueSnapshot) -> bool {
         self.queues.find_mut(position).is_some_and(|queue| queue.restore(snapshot))
     }
@@ -82,8 +83,8 @@ impl BlockHandle {
         queues
     }
 
-    /// Takes over what a snapshot says of a queue beside its indices: after the transport started the restored device,
-    /// before `resume`. `false` when that device has no such queue or descriptor.
+    /// Restores a queue, except for its indices. Called after the transport has started the restored device, and before `resume`.
+    /// `false`: the device does not have that queue, or a chain is impossible.
     pub fn restore_queue(&self, snapshot: QueueSnapshot) -> bool {
         let (worker, position) = place(&self.workers, snapshot.queue);
         let restored = worker.request(move |thread, _| {

@@ -1,7 +1,7 @@
-//! The six verbs that a request passes, and what they need.
+//! The six verbs that a request passes, and their helpers.
 //!
-//! See the parent module for their order, and for the states. Every verb is called by the one before it or by a command of
-//! the thread; each calls down once and acts on the value that comes back.
+//! See the parent module for their order, and for the states. A verb is called by the one before it, or by a method that the
+//! thread calls. Each calls a module below once, and acts on the value that it gets back.
 
 use std::time::Duration;
 
@@ -24,7 +24,8 @@ use crate::virtio::spec::{self, blk};
 
 /// The verbs.
 impl Worker {
-    /// One batch: fetches all chains that wait, submits them, completes what is finished. `true`: look again.
+    /// One pass over a queue: fetches a batch of chains, submits their requests, and completes what is finished. `true`: there
+    /// may be more to fetch.
     pub(super) fn pass(&mut self, position: usize) -> Result<bool, QueueError> {
         if self.state != State::Serving
             || self.queue(position).is_none_or(|queue| queue.state != QueueState::Running)
@@ -32,8 +33,8 @@ impl Worker {
             return Ok(false);
         }
         let fetched = self.fetch(position);
-        // Whatever became of the rest, the chains fetched so far go on.
-        self.hand_over();
+        // Even if the ring is broken: the chains that were fetched before are still served.
+        self.submit_and_complete();
         if fetched? || self.poll_for_more(position) {
             return Ok(true);
         }
@@ -44,7 +45,7 @@ impl Worker {
         }
     }
 
-    /// Takes the chains that wait in the queue, a batch at most, and begins each. `true`: more wait.
+    /// Takes up to [`BATCH_MAX`] chains from the queue, and begins each. `true`: more wait.
     fn fetch(&mut self, position: usize) -> Result<bool, QueueError> {
         waypoint!();
         let memory = &self.negotiated.memory;
@@ -57,9 +58,9 @@ impl Worker {
         queue.split.note_submission(memory);
         self.now = Instant::now();
         self.busy_polling.work(self.now);
-        // Read after the available index: a change that the driver made before it added these chains counts for them.
+        // Read after the available index, so that a change that the driver made before it added these chains applies to them.
         let limits = self.shared.request_limits(self.negotiated.features);
-        // Out of `self`, so that requests can borrow from it while the worker acts.
+        // Moved out of `self`, because a request borrows from the buffers while methods of the worker are called.
         let mut buffers = std::mem::take(&mut self.buffers);
         let count = available.min(BATCH_MAX as u16);
         let fetched = (0..count).try_for_each(|_| {
@@ -70,24 +71,24 @@ impl Worker {
         fetched.map(|()| available > count)
     }
 
-    /// Begins a chain that was taken before.
+    /// Begins a chain that was taken from the ring before.
     pub(super) fn begin(
         &mut self,
         position: usize,
         chain: DescriptorChain,
         started: Instant,
-        from: Origin,
+        origin: Origin,
     ) {
         let limits = self.shared.request_limits(self.negotiated.features);
         let mut buffers = std::mem::take(&mut self.buffers);
-        let begun = self.try_begin(position, chain, &limits, &mut buffers, started, from);
+        let begun = self.try_begin(position, chain, &limits, &mut buffers, started, origin);
         self.buffers = buffers;
         if let Err(error) = begun {
             self.break_queue(position, error);
         }
     }
 
-    /// Parses a chain, and submits its request, lets it wait, or answers it at once.
+    /// Walks and parses a chain. Then submits its request, lets it wait for the limiter, or refuses it.
     fn try_begin(
         &mut self,
         position: usize,
@@ -100,54 +101,53 @@ impl Worker {
         let memory = &self.negotiated.memory;
         let queue = self.queues.get(position);
         let indirect = limits.features & spec::F_INDIRECT_DESC != 0;
-        match queue.split.walk(memory, &chain, indirect, buffers) {
-            Err(error) => {
-                queue.split.abandon(chain);
-                Err(error.into())
-            }
-            Ok(()) => match parse(buffers, memory, limits, &self.shared.request_types) {
-                Err(refusal) => self.refuse(position, chain, &refusal),
-                Ok(request) => match self.must_wait(&request, started, origin) {
-                    Some(direction) => {
-                        let waiting = self.queues.get(position).waiting(direction);
-                        waiting.push_back(WaitingRequest { chain, started });
-                        Ok(())
-                    }
-                    None => {
-                        self.submit(position, chain, request, started, origin);
-                        Ok(())
-                    }
-                },
-            },
+        if let Err(error) = queue.split.walk(memory, &chain, indirect, buffers) {
+            queue.split.abandon(chain);
+            return Err(error.into());
         }
+        let request = match parse(buffers, memory, limits, &self.shared.request_types) {
+            Ok(request) => request,
+            Err(refusal) => return self.refuse(position, chain, &refusal),
+        };
+        match self.admit(&request, started, origin) {
+            Ok(()) => self.submit(position, chain, request, started, origin),
+            Err(direction) => {
+                let waiting = self.queues.get(position).waiting(direction);
+                waiting.push_back(WaitingRequest { chain, started });
+            }
+        }
+        Ok(())
     }
 
-    /// Admits a request, which the limiter has counted then, or says in which direction it has to wait.
-    fn must_wait(
+    /// Lets a request start, and has the limiter count it.
+    ///
+    /// # Errors
+    /// The request has to wait: the direction that it waits in.
+    fn admit(
         &self,
         request: &Request<'_>,
         started: Instant,
         origin: Origin,
-    ) -> Option<Direction> {
+    ) -> Result<(), Direction> {
         let limiter = &self.shared.limiter;
         if limiter.is_off() || origin == Origin::Retry {
-            return None;
+            return Ok(());
         }
-        let (direction, bytes) = measure(request)?;
+        let Some((direction, bytes)) = measure(request) else { return Ok(()) };
         // No request overtakes those that wait for the same limit.
-        let wait = || {
+        let must_wait = || {
             self.queues.oldest_waiting(direction).is_some()
                 || limiter.couples_directions() && self.queues.is_waiting()
                 || limiter.wait(direction, started) > Duration::ZERO
         };
-        if origin == Origin::Queue && wait() {
-            return Some(direction);
+        if origin == Origin::Queue && must_wait() {
+            return Err(direction);
         }
         limiter.charge(direction, bytes);
-        None
+        Ok(())
     }
 
-    /// Hands the request to the engine, or answers it without the disk.
+    /// Hands the request to the engine, or answers it if it needs no disk.
     fn submit(
         &mut self,
         queue: usize,
@@ -193,7 +193,7 @@ impl Worker {
         }
     }
 
-    /// Completes everything that the engine has finished, and shows the driver.
+    /// Completes everything that the engine has finished, and publishes the completions to the driver.
     pub(super) fn complete_finished(&mut self) {
         let mut done = std::mem::take(&mut self.done);
         let mut any = false;
@@ -207,25 +207,26 @@ impl Worker {
             for completion in done.drain(..) {
                 self.complete(completion);
             }
-            let memory = &self.negotiated.memory;
-            // An address that is no memory is found by `publish`, too.
-            let _ = self.queues.iter_mut().map(|queue| queue.split.show(memory)).last();
-            self.pump();
-            // The next step of the batch, and whatever the completions led to.
+            for queue in self.queues.iter_mut() {
+                // A used ring outside of guest memory is noticed by `publish`, too.
+                let _ = queue.split.show(&self.negotiated.memory);
+            }
+            self.submit_pieces();
+            // Submits the next step of the batch, and retries that `complete` has begun.
             self.dispatcher.commit();
         }
         self.done = done;
-        // A paused worker leaves guest memory alone, but for what it still completes.
+        // A paused worker does not touch guest memory, unless it has just completed something.
         if any || self.state != State::Paused {
             let (memory, now) = (&self.negotiated.memory, self.now);
             self.queues.iter_mut().for_each(|queue| queue.split.publish(memory, now));
         }
     }
 
-    /// One transfer came back, for one request or for several that were merged.
+    /// A transfer is finished: ends its request, or all requests that were merged into it.
     fn complete(&mut self, completion: Completion) {
         if self.dispatcher.take_last_flush(&completion) {
-            return self.end(completion.result);
+            return self.last_flush_done(completion.result);
         }
         let Completion { tag, result } = completion;
         let (mut tag, mut merged) = (Some(tag), false);
@@ -240,18 +241,21 @@ impl Worker {
                     self.answer(request, code);
                 }
                 (_, Ok(())) => self.answer(request, blk::S_OK),
-                // A failed group says nothing about its members: each is tried again, alone.
+                // A group failed, which does not say which of its requests did: each is tried again, alone.
                 (_, Err(_)) if merged => self.retry(request),
                 (_, Err(error)) => self.fail(request, error),
             }
         }
     }
 
-    /// Interrupts the driver, if it wants to hear of what was published. Nothing is held back outside of `serve`.
+    /// Interrupts the driver, if it wants an interrupt for what was published. Only `serve` delays this call.
     pub(super) fn notify(&mut self) {
-        // The queues share the line, and the driver looks at all of them. No short cut: each starts to count anew.
-        let owed = |owed, queue: &mut WorkerQueue| queue.split.coalescer.take() | owed;
-        if self.queues.iter_mut().fold(false, owed) {
+        // The queues share the line, and a driver that is interrupted looks at all of them. So every coalescer is reset.
+        let mut wanted = false;
+        for queue in self.queues.iter_mut() {
+            wanted |= queue.split.take_interrupt();
+        }
+        if wanted {
             self.counters.interrupts.add(1);
             tracing::trace!(target: "virtio_notify", disk = self.shared.options.name);
             let begin = Instant::now();
@@ -261,29 +265,31 @@ impl Worker {
     }
 }
 
-/// What the verbs need.
+/// Helpers of the verbs.
 impl Worker {
-    /// Goes on with the requests that are not with the engine, and answers those that are over.
-    pub(super) fn pump(&mut self) {
+    /// Submits the next pieces of requests in pieces, and answers those that have ended. A paused worker submits none.
+    pub(super) fn submit_pieces(&mut self) {
         if !self.dispatcher.has_ready() {
             return;
         }
         let (submit, queues) = (self.state != State::Paused, &self.queues);
-        self.dispatcher.pump(submit, |position| queues.is_leaving(position), &mut self.over);
-        let mut over = std::mem::take(&mut self.over);
-        for (request, code) in over.drain(..) {
+        let is_leaving = |position| queues.is_leaving(position);
+        self.dispatcher.submit_pieces(submit, is_leaving, &mut self.ended);
+        let mut ended = std::mem::take(&mut self.ended);
+        for (request, code) in ended.drain(..) {
             self.answer(request, code);
         }
-        self.over = over;
+        self.ended = ended;
     }
 
-    /// Hands everything to the host, and completes what is finished. The driver may have to wait for its interrupt.
-    pub(super) fn hand_over(&mut self) {
-        self.pump();
+    /// Submits all that was gathered, and completes what is finished. Sends no interrupt: the caller calls `notify`.
+    pub(super) fn submit_and_complete(&mut self) {
+        self.submit_pieces();
         self.dispatcher.commit();
         self.complete_finished();
     }
 
+    /// Answers a request with this status: counts it, and writes the status byte and the used ring.
     fn answer(&mut self, request: InFlightRequest, code: u8) {
         tracing::trace!(target: "virtio_blk_req_complete", req = request.id(), status = code);
         let InFlightRequest { chain, queue, kind, status, .. } = request;
@@ -327,6 +333,7 @@ impl Worker {
         }
     }
 
+    /// Begins a request again that was merged into a transfer that failed.
     fn retry(&mut self, InFlightRequest { queue, chain, started, .. }: InFlightRequest) {
         if self.state == State::Paused || self.queues.is_leaving(queue) {
             self.queues.get(queue).stop_request(chain);
@@ -335,7 +342,7 @@ impl Worker {
         }
     }
 
-    /// Answers a chain that is no request.
+    /// Answers a chain that did not become a request.
     fn refuse(
         &mut self,
         position: usize,
@@ -357,7 +364,7 @@ impl Worker {
         self.queues.get(position).split.complete(&self.negotiated.memory, chain, written)
     }
 
-    /// The driver broke this queue: no more of it until a reset. The other queues go on (virtio 1.2 §2.1.2).
+    /// The driver broke this queue: takes nothing more from it until a reset. The other queues go on (virtio 1.2 §2.1.2).
     pub(super) fn break_queue(&mut self, position: usize, error: QueueError) {
         let Some(queue) = self.queues.find_mut(position) else { return };
         if queue.state == QueueState::Running {
@@ -368,7 +375,7 @@ impl Worker {
         }
     }
 
-    fn end(&mut self, result: Result<(), DiskError>) {
+    fn last_flush_done(&mut self, result: Result<(), DiskError>) {
         if let Err(error) = result {
             self.shared.report_last_flush(error);
         }
@@ -378,8 +385,8 @@ impl Worker {
         };
     }
 
-    /// Busy-polls for chains or completions, if that is promising: the driver has been asked not to kick. `true` when the
-    /// queue at `position` has chains.
+    /// Busy-polls for chains and completions, if `busy_poll` says that this pays. The driver has been asked not to kick. Returns
+    /// `true` if the queue at `position` has chains.
     fn poll_for_more(&mut self, position: usize) -> bool {
         let mut now = Instant::now();
         let Some(end) = self.busy_polling.idle(now) else { return false };
@@ -408,13 +415,13 @@ impl Worker {
         }
     }
 
-    /// The next request that the limiter lets go at `now`, with the position of its queue.
+    /// Takes the next waiting request that the limiter lets start at `now`, with the position of its queue.
     pub(super) fn next_admitted(&mut self, now: Instant) -> Option<(usize, WaitingRequest)> {
-        for direction in [self.turn, self.turn.other()] {
+        for direction in [self.next_direction, self.next_direction.other()] {
             if let Some(position) = self.queues.oldest_waiting(direction)
                 && self.shared.limiter.wait(direction, now) == Duration::ZERO
             {
-                self.turn = direction.other();
+                self.next_direction = direction.other();
                 return Some((position, self.queues.get(position).waiting(direction).pop_front()?));
             }
         }
@@ -422,7 +429,7 @@ impl Worker {
     }
 }
 
-/// The status is one byte, in memory that was checked when the chain was walked.
+/// Writes the status byte. Its address was checked when the chain was walked.
 fn put_status(memory: &GuestMemory, address: GuestAddress, code: u8) {
     if memory::store(memory, address, code).is_none() {
         tracing::error!(address = address.0, "bug: a status byte outside guest memory");
