@@ -1,10 +1,11 @@
-//! Transfers through a buffer of our own, for data that direct I/O does not take where it is.
+//! Transfers through an aligned buffer, for data whose address, offset or length is not aligned for direct I/O.
 //!
-//! Direct I/O requires aligned addresses, offsets and lengths; the guest's sectors stay 512 bytes whatever the file
-//! requires. A [`Bounce`] buffer turns any transfer into whole units: for a write, the rest of the first and last unit is
-//! read, modified and written back. Two such writes to one unit would undo each other, so [`WriteRanges`] keeps them
-//! apart, across all queues of a disk. Also zeroes that no system call can make are written from here. Who bounces what is
-//! decided by the formats; each thread of an engine's pool has a buffer of its own.
+//! The guest's sectors stay 512 bytes, whatever the file requires. A [`Bounce`] buffer turns any transfer into whole units. For
+//! a write, the first and the last unit are read, modified and written back. Two of these writes to one unit at once would undo
+//! each other, so each locks its units in [`WriteRanges`], which all queues of a disk share.
+//!
+//! Zeroes that no system call can make are written from this buffer, too. The formats decide which transfers need the buffer.
+//! Each thread of an engine's pool has its own.
 
 #![expect(unsafe_code, reason = "system calls with raw pointers into the buffer")]
 
@@ -44,12 +45,12 @@ impl Bounce {
         &mut self.0[start..start + CAPACITY]
     }
 
-    /// Tries whether the file can be read in multiples of `unit`.
+    /// Tries to read `unit` bytes of the file, to find out whether direct I/O works with this unit.
     pub(super) fn probe(&mut self, file: impl AsFd, unit: u32) -> io::Result<()> {
         read_up_to(file, &mut self.buffer()[..unit as usize], 0).map(drop)
     }
 
-    /// Reads `length` bytes from `offset` in multiples of `unit`, and hands them to `sink` in order.
+    /// Reads `length` bytes from `offset` on in whole units, and passes them to `sink` in order.
     ///
     /// # Errors
     /// `UnexpectedEof` when the file ends before.
@@ -78,8 +79,8 @@ impl Bounce {
         Ok(())
     }
 
-    /// Writes `length` bytes at `offset` in multiples of `unit`; `source` fills the buffer's parts in order. Where a part does not start or end on a unit, the rest of that unit keeps its content:
-    /// the caller holds off other writes to it.
+    /// Writes `length` bytes at `offset` in whole units. `source` is called for each part of the data in order, and fills it. Bytes
+    /// of the first and last unit that are not part of the data keep their content: the caller has locked these units.
     pub(super) fn write(
         &mut self,
         file: impl AsFd,
@@ -96,7 +97,7 @@ impl Bounce {
             let next = stop.min(end);
             let buffer = &mut self.buffer()[..(stop - start) as usize];
             if at > start || next < stop {
-                // The ends keep what is not written.
+                // Reads what the first or last unit has beside the data.
                 if (read_up_to(&file, buffer, start)? as u64) < stop - start {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
@@ -141,41 +142,43 @@ fn write_all(file: impl AsFd, buffer: &[u8], offset: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// The byte ranges, in whole units, that writes under way touch. A second write waits or goes elsewhere until no range of
-/// its own is taken. One per image, shared by all its queues; only for files whose unit is larger than a sector.
+/// The byte ranges, in whole units, that writes in flight have locked. One value for each image whose unit is larger than a
+/// sector, shared by all its queues.
 #[derive(Default)]
 pub(super) struct WriteRanges {
-    taken: Mutex<Vec<Range<u64>>>,
-    released: Condvar,
+    locked: Mutex<Vec<Range<u64>>>,
+    unlocked: Condvar,
 }
 
 impl WriteRanges {
-    pub(super) fn try_take(&self, range: &Range<u64>) -> bool {
-        let mut taken = lock(&self.taken);
-        let free = !overlaps(&taken, range);
+    /// Locks `range`, unless a part of it is locked. Returns whether it did.
+    pub(super) fn try_lock(&self, range: &Range<u64>) -> bool {
+        let mut locked = lock(&self.locked);
+        let free = !overlaps(&locked, range);
         if free {
-            taken.push(range.clone());
+            locked.push(range.clone());
         }
         free
     }
 
-    pub(super) fn take(&self, range: &Range<u64>) {
-        self.released
-            .wait_while(lock(&self.taken), |taken| overlaps(taken, range))
+    /// Locks `range`, and waits for that as long as a part of it is locked.
+    pub(super) fn lock(&self, range: &Range<u64>) {
+        self.unlocked
+            .wait_while(lock(&self.locked), |locked| overlaps(locked, range))
             .unwrap_or_else(PoisonError::into_inner)
             .push(range.clone());
     }
 
-    pub(super) fn release(&self, range: &Range<u64>) {
-        let mut taken = lock(&self.taken);
-        if let Some(index) = taken.iter().position(|other| other == range) {
-            taken.swap_remove(index);
+    pub(super) fn unlock(&self, range: &Range<u64>) {
+        let mut locked = lock(&self.locked);
+        if let Some(index) = locked.iter().position(|other| other == range) {
+            locked.swap_remove(index);
         }
-        drop(taken);
-        self.released.notify_all();
+        drop(locked);
+        self.unlocked.notify_all();
     }
 }
 
-fn overlaps(taken: &[Range<u64>], range: &Range<u64>) -> bool {
-    taken.iter().any(|other| other.start < range.end && range.start < other.end)
+fn overlaps(locked: &[Range<u64>], range: &Range<u64>) -> bool {
+    locked.iter().any(|other| other.start < range.end && range.start < other.end)
 }

@@ -1,7 +1,7 @@
-//! Direct I/O (`cache=none`, `cache=directsync`): what the file requires of transfers, and which writes have to wait for each other.
+//! Direct I/O (`cache=none`, `cache=directsync`): the alignment that the file requires, and which writes exclude each other.
 //!
-//! A capability: buffered images do without it. It hooks in as a [`DirectIo`], which `open` plugs into a raw image. Transfers that do not
-//! meet the requirements go to the threads that wait for the host, which use a [`Bounce`] buffer.
+//! A capability: buffered images do without it. It hooks in as a [`DirectIo`], which `open` plugs into a raw image. Jobs that are not
+//! aligned go to the threads that wait for the host, which use a [`Bounce`] buffer.
 
 use std::fs::File;
 use std::io;
@@ -16,10 +16,10 @@ use super::job::Job;
 use super::raw::DirectIo;
 use super::{Operation, SECTOR};
 
-/// What direct I/O on one image requires, shared by its queues.
+/// The requirements of direct I/O on one image. Its queues share this value.
 pub(super) struct Direct {
     alignment: Alignment,
-    /// For units larger than a sector.
+    /// The locked units. `None` if a unit is a sector, which every write covers as a whole.
     ranges: Option<WriteRanges>,
 }
 
@@ -29,12 +29,12 @@ impl Direct {
         Self { alignment, ranges: is_coarse.then(WriteRanges::default) }
     }
 
-    /// Runs `act`, which modifies what `job` touches, while no other write touches the same units.
+    /// Runs `act`, which changes the units that `job` touches, while they are locked.
     pub(super) fn exclusively<R>(&self, job: &mut Job, act: impl FnOnce(&mut Job) -> R) -> R {
         let units = self.units(job);
-        self.ranges.iter().for_each(|ranges| ranges.take(&units));
+        self.ranges.iter().for_each(|ranges| ranges.lock(&units));
         let result = act(job);
-        self.ranges.iter().for_each(|ranges| ranges.release(&units));
+        self.ranges.iter().for_each(|ranges| ranges.unlock(&units));
         result
     }
 
@@ -50,9 +50,9 @@ impl Direct {
 }
 
 impl DirectIo for Direct {
-    fn takes(&self, job: &Job) -> bool {
+    fn is_aligned(&self, job: &Job) -> bool {
         let Alignment { memory, offset: unit } = self.alignment;
-        // Before Linux 6.18 each buffer's length has to be a multiple of the unit, not just their sum.
+        // Before Linux 6.18 the length of each buffer has to be a multiple of the unit, not only their sum.
         let fits = |buffer: &iovec| {
             buffer.iov_base.addr().is_multiple_of(memory as usize)
                 && buffer.iov_len.is_multiple_of(unit as usize)
@@ -60,13 +60,13 @@ impl DirectIo for Direct {
         (job.offset | job.length).is_multiple_of(unit.into()) && job.buffers.rest().iter().all(fits)
     }
 
-    fn try_take(&self, job: &Job) -> bool {
-        self.ranges(job).is_none_or(|ranges| ranges.try_take(&self.units(job)))
+    fn try_lock_units(&self, job: &Job) -> bool {
+        self.ranges(job).is_none_or(|ranges| ranges.try_lock(&self.units(job)))
     }
 
-    fn release(&self, job: &Job) {
+    fn unlock_units(&self, job: &Job) {
         if let Some(ranges) = self.ranges(job) {
-            ranges.release(&self.units(job));
+            ranges.unlock(&self.units(job));
         }
     }
 }
@@ -81,7 +81,8 @@ pub(super) fn alignment(file: &File, kind: FileKind) -> io::Result<Option<Alignm
             Alignment { memory: status.stx_dio_mem_align, offset: status.stx_dio_offset_align };
         return Ok((alignment.offset != 0 && bounce::supports(alignment)).then_some(alignment));
     }
-    // Linux before 6.1, a file system that does not tell, or a filter that refuses statx(2): a device's logical block, otherwise by trial.
+    // Linux is older than 6.1, the file system does not report it, or a filter refuses statx(2). Then the unit is a device's logical
+    // block, or the smallest with which a read of the file succeeds.
     let works = |unit: u32| Bounce::default().probe(file, unit).is_ok();
     let unit = match kind {
         FileKind::BlockDevice => Some(rustix::fs::ioctl_blksszget(file)?),

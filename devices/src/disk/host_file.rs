@@ -1,8 +1,8 @@
 //! The file or block device behind an image: how it is opened, and what flushes it.
 //!
-//! Every format keeps its data in a [`HostFile`]. Opening one creates nothing, changes nothing and waits for nothing. The
-//! file's limits are in `image_file`, those of a block device in `block_device`. Reads and writes are not here: the formats and
-//! engines make them with `file`.
+//! Every format keeps its data in a [`HostFile`]. Opening one creates nothing, changes nothing and waits for nothing.
+//! `image_file` reads the limits of a file, and `block_device` those of a block device. The formats and engines read and write
+//! with the field `file`.
 
 use std::fs::File;
 use std::io;
@@ -32,20 +32,20 @@ pub(super) enum FileKind {
     BlockDevice,
 }
 
-/// An open and, unless `locking=off`, locked file or block device. Raw images and every layer of a qcow2 chain are
-/// built on it. It knows what the host requires and offers, and nothing of formats.
+/// An open file or block device, which is locked unless `locking=off`. Raw images and every file of a qcow2 chain are built on
+/// it. It knows nothing of formats.
 #[derive(Debug)]
 pub(super) struct HostFile {
     pub(super) file: File,
     pub(super) kind: FileKind,
     /// What direct I/O requires of offsets and addresses, if the file was opened for it (O_DIRECT).
     pub(super) direct: Option<Alignment>,
-    /// A second open file description that holds the lock until it is closed. io_uring must not get it: files
-    /// registered there stay open for a moment after the process has ended, and a machine that is started again at once
-    /// would find its own disk locked. A writable block device is claimed by it (O_EXCL).
+    /// A second open file description, which holds the lock until it is closed. It also claims a writable block device (O_EXCL).
+    /// It must not be registered with an io_uring: a registered file stays open for a moment after the process has ended, and a
+    /// machine that is started again at once would find its own disk locked.
     pub(super) lock: Option<File>,
-    /// The errno of the first flush that failed while the page cache held written data, else 0. Linux drops what it could not
-    /// write, so the next fdatasync(2) would succeed without that data: every later flush fails with this errno.
+    /// The errno of the first failed flush of a file that goes through the page cache, else 0. Linux drops data that it could not
+    /// write, so the next fdatasync(2) would succeed without that data. Therefore every later flush fails with this errno.
     failed_flush: AtomicI32,
     pub(super) observer: Option<ObservedBy>,
 }
@@ -82,8 +82,8 @@ impl HostFile {
         self.direct.map_or(1, |alignment| alignment.offset)
     }
 
-    /// Makes completed writes durable. Once this has failed it fails for good, except with direct I/O: then the data is
-    /// still in the device's cache, and a later flush that succeeds covers it.
+    /// Makes completed writes durable. After one failure it always fails, except with direct I/O. There the data is still in the
+    /// device's cache, and a later flush that succeeds covers it.
     pub(super) fn flush(&self) -> io::Result<()> {
         self.check_flushed(Ok(()))?;
         let flush = || match rustix::fs::fdatasync(&self.file) {
@@ -95,32 +95,32 @@ impl HostFile {
         self.check_flushed(self.observe(|| Change::Sync, flush))
     }
 
-    /// Makes a change of the file, and shows it to the observer if there is one.
+    /// Calls `make`, which makes the change, and reports its begin and end to the observer if there is one.
     pub(super) fn observe<R>(
         &self,
         change: impl FnOnce() -> Change,
         make: impl FnOnce() -> io::Result<R>,
     ) -> io::Result<R> {
         waypoint!();
-        let name = self.begin(change);
+        let number = self.begin(change);
         let result = make();
-        self.end(name, result.is_ok());
+        self.end(number, result.is_ok());
         result
     }
 
-    /// Shows the observer a change that is about to be made. `end` wants the result, which is empty if there is no observer.
+    /// Reports to the observer that a change is about to be made. Returns the observer's number for the change, to be passed to
+    /// `end`. `None`: there is no observer.
     pub(super) fn begin(&self, change: impl FnOnce() -> Change) -> Option<usize> {
         self.observer.as_ref().map(|observed| observed.0.begin(change()))
     }
 
-    pub(super) fn end(&self, name: Option<usize>, succeeded: bool) {
-        self.observer
-            .as_ref()
-            .zip(name)
-            .inspect(|(observed, name)| observed.0.end(*name, succeeded));
+    pub(super) fn end(&self, number: Option<usize>, succeeded: bool) {
+        if let (Some(ObservedBy(observer)), Some(number)) = (&self.observer, number) {
+            observer.end(number, succeeded);
+        }
     }
 
-    /// What a flush has to answer that ended with `result`: it succeeds only if none has failed before.
+    /// Turns the `result` of a flush into what the caller gets: an error if this flush or an earlier one has failed.
     pub(super) fn check_flushed(&self, result: io::Result<()>) -> io::Result<()> {
         if let (Err(error), None) = (&result, self.direct)
             && !is_refusal(error)
@@ -136,7 +136,8 @@ impl HostFile {
         }
     }
 
-    /// The error of a write that had to be durable. An EIO may come from its flush and may then be about other data, too.
+    /// Called with the error of a durable write. An EIO may come from the flush that is part of the write, and may then concern
+    /// other data, too: it counts as a failed flush.
     pub(super) fn durable_write_failed(&self, error: io::Error) -> io::Error {
         if error.raw_os_error() == Some(libc::EIO) {
             let _ = self.check_flushed(Err(io::Error::from_raw_os_error(libc::EIO)));
@@ -161,12 +162,12 @@ impl AsFd for HostFile {
 }
 
 fn open(path: &Path, writable: bool, direct: bool) -> Result<(File, FileKind), OpenReason> {
-    // Look before opening: opening some devices (a watchdog, a tape) does something.
+    // The kind is checked before opening, because opening some devices (a watchdog, a tape) has effects.
     let kind = file_kind(rustix::fs::stat(path)?.st_mode)?;
     let mut flags = if writable { OFlags::RDWR } else { OFlags::RDONLY };
     flags |= OFlags::CLOEXEC | OFlags::NOCTTY;
     if kind == FileKind::Regular {
-        // If the path has become a fifo meanwhile, opening it must not wait for its other end.
+        // If the path has become a fifo meanwhile, open(2) must not wait for a process at its other end.
         flags |= OFlags::NONBLOCK;
     }
     if direct {
@@ -174,14 +175,14 @@ fn open(path: &Path, writable: bool, direct: bool) -> Result<(File, FileKind), O
     }
     let file = openat(CWD, path, flags, Mode::empty()).map_err(|error| match error {
         Errno::ACCESS | Errno::PERM => OpenReason::Permission { writable },
-        // The answer of a file system without O_DIRECT.
+        // The error of a file system that does not support O_DIRECT.
         Errno::INVAL if direct => OpenReason::NoDirect,
         error => error.into(),
     })?;
     if file_kind(rustix::fs::fstat(&file)?.st_mode)? != kind {
         return Err(OpenReason::Changed);
     }
-    // O_NONBLOCK was for open(2) only: io_uring would fail transfers rather than wait.
+    // O_NONBLOCK was for open(2) only. With it, io_uring would fail a transfer that has to wait.
     rustix::fs::fcntl_setfl(&file, rustix::fs::fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
     Ok((file.into(), kind))
 }

@@ -1,8 +1,8 @@
-//! One transfer under way: what is left to do, and where its data is in guest memory.
+//! A transfer while an engine executes it: what is left to do, and where its data is in guest memory.
 //!
-//! [`IoBuffers`] hold guest memory as iovecs, which is what system calls and io_uring take. They are raw pointers, and no
-//! Rust reference to guest memory is ever formed: the guest may write it at any moment. The copies in `take` and `fill` are
-//! memcpy(3) calls, so if the guest writes concurrently, the copy holds old or new bytes, and each byte is read once. The
+//! [`IoBuffers`] hold guest memory as iovecs, which is what system calls and io_uring take. They are raw pointers: no Rust
+//! reference to guest memory is ever formed, because the guest may write it at any moment. The copies in `take` and `fill` are
+//! memcpy(3) calls that read each byte once. If the guest writes at the same time, a copied byte is the old or the new one. The
 //! engine that made the iovecs keeps the memory mapped until the job is finished.
 
 #![expect(unsafe_code, reason = "iovecs are raw pointers into guest memory")]
@@ -20,30 +20,30 @@ use super::{Change, DeviceCommand, DiskError, GuestRange, Operation};
 use crate::GuestMemory;
 
 /// What is left of a [`Transfer`](super::Transfer), with host addresses instead of guest ranges. Engines use jobs again, so
-/// that their buffer lists keep their allocations. The default is a flush, to be overwritten.
+/// that their buffer lists keep their allocations.
 #[derive(Default)]
 pub(super) struct Job {
     pub(super) tag: u32,
     pub(super) operation: Operation,
     pub(super) offset: u64,
     pub(super) length: u64,
-    /// Where the rest is in guest memory, for reads and writes.
+    /// The guest memory of the rest, for reads and writes.
     pub(super) buffers: IoBuffers,
-    /// To be sent instead of the transfer, with its data in `buffers`.
+    /// A command that is executed instead of `operation`, with its data in `buffers`.
     pub(super) command: Option<Arc<dyn DeviceCommand>>,
-    /// The observer's name for what the ring does for this job.
+    /// The observer's number for the change that the ring makes for this job.
     pub(super) change: Option<usize>,
 }
 
 impl Job {
-    /// The first `count` bytes of a read or write are done.
+    /// Leaves out the first `count` bytes of a read or write, which are done.
     pub(super) fn advance(&mut self, count: u64) {
         self.buffers.advance(count as usize);
         self.offset += count;
         self.length -= count;
     }
 
-    /// Moves the next `data.len()` bytes out of guest memory.
+    /// Copies the next `data.len()` bytes from guest memory, and advances past them.
     pub(super) fn take(&mut self, data: &mut [u8]) {
         self.copy(data);
         self.advance(data.len() as u64);
@@ -56,14 +56,14 @@ impl Job {
         }
     }
 
-    /// The rest of a write, as an observer sees it.
-    pub(super) fn written(&self, durable: bool) -> Change {
+    /// The rest of a write, for an observer.
+    pub(super) fn to_change(&self, durable: bool) -> Change {
         let mut data = vec![0; self.length as usize];
         self.copy(&mut data);
         Change::Write { offset: self.offset, data, durable }
     }
 
-    /// Moves `data` into the next `data.len()` bytes of guest memory.
+    /// Copies `data` into the next `data.len()` bytes of guest memory, and advances past them.
     pub(super) fn fill(&mut self, data: &[u8]) {
         for (guest, at, length) in self.buffers.parts(data.len()) {
             // SAFETY: as in `take`, in the other direction.
@@ -77,7 +77,7 @@ impl Job {
     }
 }
 
-/// Where `range` is, if that is one piece of host memory, as nearly always.
+/// The host memory of `range`. `None`: it is not contiguous, which is rare.
 fn in_one_region<'m>(memory: &'m GuestMemory, range: &GuestRange) -> Option<VolatileSlice<'m>> {
     memory.iter().find_map(|region| {
         let start = region.to_region_addr(range.address)?;
@@ -87,8 +87,8 @@ fn in_one_region<'m>(memory: &'m GuestMemory, range: &GuestRange) -> Option<Vola
 
 /// Guest buffers in the order of the transfer's bytes.
 ///
-/// Invariant: every iovec is not empty, and lies inside guest memory that is mapped readable and writable for as long as the
-/// list is not empty.
+/// Invariant: no iovec is empty, and each lies inside guest memory, which stays mapped readable and writable as long as the list
+/// has an iovec.
 #[derive(Default)]
 pub(super) struct IoBuffers {
     iovecs: Vec<iovec>,
@@ -100,8 +100,8 @@ pub(super) struct IoBuffers {
 unsafe impl Send for IoBuffers {}
 
 impl IoBuffers {
-    /// Replaces the content by `ranges` and returns their length in bytes. Ranges that are neighbors in host memory become
-    /// one iovec.
+    /// Replaces the list by the host addresses of `ranges`, and returns their length in bytes. Ranges that are neighbors in host
+    /// memory become one iovec.
     ///
     /// # Errors
     /// `OutOfRange` when a range is not inside guest memory; the list is then empty.
@@ -153,13 +153,13 @@ impl IoBuffers {
         &self.iovecs[self.first..]
     }
 
-    /// As much of the rest as one system call takes.
+    /// The part of the rest that one system call can take.
     pub(super) fn pending(&self) -> &[iovec] {
         let rest = self.rest();
         &rest[..rest.len().min(IOV_MAX)]
     }
 
-    /// All of the rest, unless that takes more than one system call.
+    /// All of the rest. `None`: one system call cannot take it.
     pub(super) fn whole(&self) -> Option<&[iovec]> {
         Some(self.rest()).filter(|rest| rest.len() <= IOV_MAX)
     }
@@ -188,7 +188,7 @@ impl IoBuffers {
         unsafe { transfer(WRITE, file, self.pending(), offset, flags) }
     }
 
-    /// The next `count` bytes buffer by buffer: where each part is, how many bytes come before it, how long it is.
+    /// The next `count` bytes, buffer by buffer. Each item is a part's address, how many bytes come before it, and its length.
     fn parts(&self, count: usize) -> impl Iterator<Item = (*mut u8, usize, usize)> {
         self.rest()
             .iter()

@@ -1,14 +1,19 @@
 //! Disks: an opened image, and the engines that move data between it and guest memory.
 //!
-//! A [`Disk`] is the opened image, shared by all queues; only its size changes. Each queue worker asks it for an [`Engine`] of
-//! its own. An engine that finishes a transfer at once and one that finishes it later look the same to the worker: `submit`
-//! many transfers, `commit` once for each batch, `reap` what is finished. `block/` calls these two traits, its tests
+//! A [`Disk`] is the opened image. All workers share it, and only its size changes. Each worker asks it for an [`Engine`] of
+//! its own. The worker uses every engine in the same way, whether the engine finishes a transfer at once or later: it calls `submit`
+//! for each transfer, `commit` once for each batch, and `reap` for what is finished. `block/` calls these two traits, its tests
 //! implement them, and [`open()`] makes the real ones. Nothing here knows virtio.
 //!
-//! Inside: `open.rs` puts a disk together from a host file, a format and an engine. `opened.rs` names the formats, `raw.rs`
-//! and `qcow2.rs` are formats, `host_file.rs` is the file below each of them, and `engine/` moves the data. A cached write passes no
-//! more than these. `image_file.rs` locks a file, `direct.rs` knows direct I/O, `block_device.rs` what is special of a device, and
-//! `raw/blocking.rs` does, on the threads of `engine/threads.rs`, what has to wait for the host.
+//! A cached write to a raw image passes these files:
+//!
+//! - `open.rs` puts a disk together from a host file, a format and an engine;
+//! - `opened.rs` names the formats, and `raw.rs` and `qcow2.rs` are formats;
+//! - `host_file.rs` is the file below each of them;
+//! - `engine/` moves the data, with `job.rs` and `positioned_io.rs`.
+//!
+//! Beside that path: `image_file.rs` locks a file, `direct.rs` and `bounce.rs` are direct I/O, `block_device.rs` asks what only
+//! block devices know, and `raw/blocking.rs` executes what has to wait for the host, on the threads of `engine/threads.rs`.
 //!
 #![doc = include_str!("../../docs/disk-engines.md")]
 
@@ -60,30 +65,30 @@ pub const SECTOR: u64 = 512;
 /// What to do with a range of the disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Operation {
-    /// Disk to guest memory. What another transfer in flight writes meanwhile may be read, or not.
+    /// Disk to guest memory. If a write to the same sectors is in flight, the read may get the old or the new data.
     Read,
-    /// Guest memory to disk. A later transfer overwrites it only if it was submitted after this one completed.
+    /// Guest memory to disk. Of two writes in flight to the same sectors, either may be the last.
     Write {
         /// The data survives a power cut once the write is complete (write-through).
         durable: bool,
     },
-    /// Makes everything durable that completed before the flush was submitted. If it fails, that data may be lost.
+    /// Makes the data of all writes durable that completed before the flush was submitted. If it fails, that data may be lost.
     #[default]
     Flush,
-    /// The content is no longer needed. This is a hint: succeeding without doing anything is allowed.
+    /// Says that the content is no longer needed. This is a hint: an engine may do nothing and succeed.
     Discard,
-    /// The content becomes zeroes, without data that would have to be moved.
+    /// The content becomes zeroes. No data is moved from guest memory.
     WriteZeroes {
         /// The blocks may be deallocated. Otherwise they must stay allocated, so that later writes find space.
         unmap: bool,
         /// The zeroes survive a power cut once the operation is complete.
         durable: bool,
     },
-    /// The content is destroyed, and with it all copies that the device has made of it.
+    /// Destroys the content and all copies that the device has made of it.
     SecureErase,
 }
 
-/// One transfer for an engine. The ranges are borrowed for the call only: an engine copies what it needs of them.
+/// One transfer for an engine. The ranges are borrowed for the call of `submit` only, so an engine copies what it needs.
 #[derive(Clone, Copy, Debug)]
 pub struct Transfer<'a> {
     /// The caller's number for the transfer, which its [`Completion`] returns. It is less than the engine's depth, and no other
@@ -99,21 +104,21 @@ pub struct Transfer<'a> {
     pub ranges: &'a [GuestRange],
 }
 
-/// A finished transfer, whose tag and guest memory belong to the caller again.
+/// A finished transfer. The caller may use its tag and its guest memory again.
 #[derive(Debug)]
 pub struct Completion {
     /// The tag that the transfer was submitted with.
     pub tag: u32,
-    /// All of the transfer was done, or why not. After an error, any part of it may have been done.
+    /// `Ok`: all of the transfer was done. After an error, any part of it may have been done.
     pub result: Result<(), DiskError>,
 }
 
-/// Sizes that the disk wants the guest to respect, all in bytes. They come from statx(2) and the BLK* ioctls.
+/// Sizes that the disk announces to the guest, in bytes. They come from statx(2), statvfs(3) and the BLK* ioctls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// The smallest unit that the host can write without a read-modify-write by us: 512 for regular files.
+    /// The smallest unit that the host can write, so that minivmm need not read, modify and write back: 512 for regular files.
     pub logical_block_size: u32,
-    /// The unit that the medium writes at once. Smaller writes are correct, but slower.
+    /// The unit in which the medium writes. Smaller writes are correct, but slower.
     pub physical_block_size: u32,
     /// Where the first physical block starts, which is not at 0 for some partitions.
     pub alignment_offset: u32,
@@ -138,10 +143,10 @@ pub struct Lifetime {
     pub device_lifetime_est_typ_b: u16,
 }
 
-/// A command for the device behind a disk that is no transfer, such as a SCSI command. Engines only carry it: they do not
-/// know what it says, and its reply stays in the command, where the submitter looks for it.
+/// A command for the device behind a disk that is no transfer, such as a SCSI command. An engine executes it without knowing
+/// its content. The reply stays in the command, where the submitter finds it.
 pub trait DeviceCommand: Any + Send + Sync {
-    /// Sends the command to `device` and waits for the reply, which may be that it failed.
+    /// Sends the command to `device` and waits for the reply, which may say that the command failed.
     ///
     /// # Errors
     /// When the host refuses the command, so that there is no reply.
@@ -169,52 +174,51 @@ pub trait Disk: Any + Send + Sync {
         None
     }
 
-    /// The first 512 bytes, where a partition table may tell the geometry. Read on the calling thread. `None`: unreadable.
+    /// The first 512 bytes, where a partition table may state the geometry. Read on the calling thread. `None`: unreadable.
     fn first_sector(&self) -> Option<[u8; 512]> {
         None
     }
 
-    /// Whether engines take SCSI commands: the image is a SCSI disk of the host, and the user allows the guest to send them.
+    /// Whether engines take SCSI commands: the image is a SCSI disk of the host, and `scsi=on` allows the guest to send them.
     fn scsi(&self) -> bool {
         false
     }
 
-    /// Asks the host for the size of the file or device again, which another program may have changed, and returns the
-    /// capacity from now on.
+    /// Reads the size of the file or device again, which another program may have changed, and returns the new capacity.
     ///
     /// # Errors
-    /// When the host does not answer; the capacity stays.
+    /// What the host says. The capacity stays as it was.
     fn refresh_capacity(&self) -> std::io::Result<u64>;
 
-    /// Makes the disk `bytes` long (a multiple of 512). Transfers past a smaller end fail from now on. A block device
-    /// cannot be resized from here: `bytes` must then be what it already is, since its owner resized it.
+    /// Makes the disk `bytes` long (a multiple of 512). Transfers past a smaller end fail from now on. minivmm cannot resize a
+    /// block device: its owner resizes it first, and `bytes` must be its new size.
     ///
     /// # Errors
-    /// `Unsupported` when this kind of image cannot; otherwise what the host says. The capacity stays.
+    /// `Unsupported` if images of this kind cannot be resized. Otherwise what the host says. The capacity stays as it was.
     fn resize(&self, bytes: u64) -> std::io::Result<()>;
 
-    /// Bytes that the image occupies on the host: of a chain, its first file. 0 if the host does not say.
+    /// Bytes that the image occupies on the host. For a qcow2 chain, those of its first file. 0 if the host does not say.
     fn allocated(&self) -> u64 {
         0
     }
 
-    /// How many images of a chain are below this one. QEMU counts the base of `snapshot=on`, too.
+    /// How many backing files the image has, each below the other. As in QEMU, the image below `snapshot=on` counts, too.
     fn backing_files(&self) -> u32 {
         0
     }
 
-    /// The damage that a transfer has found in the image, once. Does not wait for the host.
+    /// Returns the damage that a transfer has found in the image, and then `None`. Does not wait for the host.
     fn take_corruption(&self) -> Option<Corruption> {
         None
     }
 
-    /// Makes everything durable that completed before, on the calling thread, which may have to wait for the host.
+    /// Executes an [`Operation::Flush`] on the calling thread, which may have to wait for the host.
     ///
     /// # Errors
-    /// As of [`Operation::Flush`].
+    /// As [`Operation::Flush`].
     fn flush(&self) -> Result<(), DiskError>;
 
-    /// A private engine for one worker. It makes all its threads and descriptors now, and none later.
+    /// Makes an engine for one worker, with all the threads and descriptors that it will ever need.
     ///
     /// # Errors
     /// When the host has no descriptors or memory for it.
@@ -227,47 +231,48 @@ pub struct EngineSetup {
     pub memory: GuestMemory,
     /// The most transfers in flight.
     pub depth: u32,
-    /// The most threads that wait for the host.
+    /// The most threads in the engine's pool, which wait for the host.
     pub threads: usize,
-    /// Starts those threads.
+    /// Starts these threads.
     pub spawn: Spawn,
 }
 
 impl EngineSetup {
-    /// For one worker that has the disk for itself, with threads that keep all rights.
+    /// For a worker that is the only one of its disk, with threads that are not confined.
     pub fn new(memory: GuestMemory, depth: u32) -> Self {
         Self { memory, depth, threads: MAX_THREADS, spawn: spawn::plain() }
     }
 }
 
-/// How many threads a disk has that wait for the host: its workers' engines share them out, but none gets fewer than [`MIN_THREADS`].
-/// Enough to keep a fast device busy without io_uring.
+/// The threads of a disk that wait for the host. The engines of its workers share them out, but none gets fewer than
+/// [`MIN_THREADS`]. 16 keep a fast device busy without io_uring.
 pub(crate) const MAX_THREADS: usize = 16;
-/// An engine has so many even if the disk has many: its worker may be the only one that is busy. And it has no more if an
-/// io_uring or the worker itself does nearly everything.
+/// The least threads of an engine, even if the disk has many engines: its worker may be the only busy one. Also the most, if an
+/// io_uring or the worker itself executes nearly everything.
 pub(crate) const MIN_THREADS: usize = 4;
 
-/// One worker's access to the disk. From the first `commit` on it belongs to one thread. Once it is drained it may be used
-/// again, for example after a reset of the device; dropping it waits for what is in flight.
+/// What executes the transfers of one worker. From the first `commit` on it belongs to one thread. When nothing is in flight, a
+/// new worker may use it, for example after a reset of the device. Dropping it waits for what is in flight.
 pub trait Engine: Send {
-    /// Accepts a transfer. It may already be finished on return (see `reap`), or not started before `commit`. The caller
-    /// keeps at most `depth` transfers in flight, and has checked each against `capacity`. If the image has shrunk since, the
-    /// completion is an error.
+    /// Accepts a transfer. When this returns, the transfer may already be finished (see `reap`), or it may not start before
+    /// `commit`. The caller keeps at most `depth` transfers in flight, and has checked each against `capacity`. If the image has
+    /// shrunk since, the completion is an error.
     fn submit(&mut self, transfer: Transfer<'_>);
 
-    /// Accepts a SCSI command, as `submit` does a transfer. It succeeds if there is a reply, even one that reports a failure.
-    /// `data`: the guest memory that its data comes from or goes to. Fails unless the disk's `scsi` is true.
+    /// Accepts a SCSI command, as `submit` does a transfer. `data`: the guest memory that its data comes from or goes to. The
+    /// command succeeds if there is a reply, even one that reports a failure. It fails unless the disk's `scsi` is true.
     fn submit_scsi(&mut self, tag: u32, command: Arc<dyn DeviceCommand>, data: &[GuestRange]);
 
     /// Hands everything submitted so far to the host. Called once for each batch, since it may cost a system call.
     fn commit(&mut self);
 
-    /// Whether requests for adjacent sectors may become one transfer. If not, each is one, or several if it is large.
+    /// Whether the caller may merge requests for adjacent sectors into one transfer. If not, each request is a transfer, or
+    /// several if it is large.
     fn merges(&self) -> bool {
         true
     }
 
-    /// How many transfers `reap` would return without asking the host: those that finished within `submit`.
+    /// How many finished transfers `reap` would return without asking the host: those that finished within `submit`.
     fn finished(&self) -> usize {
         0
     }
@@ -276,8 +281,8 @@ pub trait Engine: Send {
     fn reap(&mut self, done: &mut Vec<Completion>);
 
     /// An eventfd that is written to when a transfer finishes after the last `reap`. Poll it edge-triggered
-    /// (`EventSet::EDGE_TRIGGERED`): it is never read, which saves a system call each time. Transfers that
-    /// finish within `submit` or `commit` need not show here, so always `reap` after `commit` and before sleeping.
+    /// (`EventSet::EDGE_TRIGGERED`): then it need not be read, which saves a system call each time. It need not be written to for
+    /// transfers that finish within `submit` or `commit`, so always call `reap` after `commit` and before sleeping.
     /// `None`: everything finishes within `submit` or `commit`.
     fn completion_fd(&self) -> Option<RawFd>;
 

@@ -1,9 +1,9 @@
-//! Lets something else see each change of an image's file, with the moments at which it begins and ends.
+//! Reports each change of an image's file to an [`Observer`], when the change begins and when it ends.
 //!
-//! The core calls an [`Observer`] and knows none. Its user is the power-cut rig (`powercut`), which works
-//! out what a medium may hold after a power cut. [`HostFile`](super::host_file::HostFile) reports what it does itself; the raw
-//! image, the ring for what it does, and the storage below imago report their writes through it. A write is seen as a whole,
-//! also where the host makes it in parts, and as its data is when it begins: the guest must not change that meanwhile.
+//! Only tests register one: the power-cut rig (`powercut`) works out what a medium may hold after a power cut.
+//! [`HostFile`](super::host_file::HostFile) reports flushes and zeroed ranges. The raw image, the ring and the storage below imago
+//! report their writes. A write is reported as a whole, even if the host makes it in parts, with the data that guest memory has
+//! when the write begins. So under an observer the guest must not change that data meanwhile.
 
 use std::fmt;
 use std::sync::Arc;
@@ -27,17 +27,17 @@ pub enum Change {
         /// In bytes.
         length: u64,
     },
-    /// What had ended before this began is durable when this ends (fdatasync).
+    /// An fdatasync(2). When it has ended, each change that had ended before it began is durable.
     Sync,
 }
 
-/// Sees changes. Called by any thread, by several at once.
+/// Gets changes reported. Any thread calls it, and several at once.
 pub trait Observer: Send + Sync {
-    /// A change is about to be made. Returns a name for it.
+    /// A change is about to be made. Returns a number for it.
     fn begin(&self, change: Change) -> usize;
 
-    /// The change of that name was made, or failed.
-    fn end(&self, name: usize, succeeded: bool);
+    /// The change with that number was made, or failed.
+    fn end(&self, number: usize, succeeded: bool);
 }
 
 /// An observer, as an option of opening an image.

@@ -1,7 +1,7 @@
-//! What is behind a disk: an opened image of some format, and how its user wants it served.
+//! An opened image of any format, with the options that say how it is served.
 //!
-//! Formats are plugged in here and nowhere else: one variant of [`Backend`] each, with one method per question. Engines
-//! ask [`OpenedDisk`], and go past it only to a raw image's file, where no format has to translate anything.
+//! Each format is a variant of [`Backend`], and this is the only file that names them all. Engines call [`OpenedDisk`]. For a raw
+//! image they also use its file directly, since no format has to translate.
 
 #![expect(unsafe_code, reason = "device commands move data from and to guest memory")]
 
@@ -21,7 +21,7 @@ use super::{DiskError, GuestRange, OpenOptions, Operation};
 use crate::GuestMemory;
 use crate::log_limit::LogLimit;
 
-/// An opened image, by how its bytes become the disk's. Each blocking call may come from any thread.
+/// An opened image, by its format. Any thread may make the blocking calls.
 pub(super) enum Backend {
     Raw(RawImage, Blocking),
     Qcow2(Box<Qcow2Image>),
@@ -34,9 +34,9 @@ pub(super) struct OpenedDisk {
     pub(super) ignore_flush: bool,
     /// The guest may send SCSI commands to the image's device (`scsi=on`).
     pub(super) scsi: bool,
-    /// Makes the ring of an engine; `None` where threads do its share.
+    /// Makes the ring of an engine. `None`: engines have no ring, and use threads instead.
     pub(super) make_ring: Option<MakeRing>,
-    /// Limits the messages about what the host refuses to this disk's engines: one disk's do not suppress another's.
+    /// The rate limit of messages about what the host refuses to this disk's engines.
     pub(super) shortages: Arc<LogLimit>,
     /// The file that the user named, to ask for its size on the host.
     pub(super) file: Option<OwnedFd>,
@@ -60,7 +60,7 @@ impl OpenedDisk {
         }
     }
 
-    /// The raw image, whose file engines may use without `execute`.
+    /// The raw image, whose file engines may use directly. `None`: another format.
     pub(super) fn raw(&self) -> Option<&RawImage> {
         waypoint!();
         match &self.backend {
@@ -76,7 +76,7 @@ impl OpenedDisk {
         }
     }
 
-    /// Does what is left of `job` on the calling thread, which may have to wait. `bounce` is that thread's.
+    /// Executes what is left of `job` on the calling thread, which may have to wait. `bounce` belongs to that thread.
     pub(super) fn execute(&self, job: &mut Job, bounce: &mut Bounce) -> Result<(), DiskError> {
         match (&self.backend, job.command.take()) {
             (Backend::Raw(image, blocking), None) => blocking.execute(image, job, bounce),
@@ -90,7 +90,7 @@ impl OpenedDisk {
         }
     }
 
-    /// The first 512 bytes, through memory of its own.
+    /// The first 512 bytes, read into memory that is no guest's.
     pub(super) fn first_sector(&self) -> Option<[u8; 512]> {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 4096)]).ok()?;
         let mut job = Job { operation: Operation::Read, length: 512, ..Job::default() };

@@ -20,9 +20,9 @@ pub(super) type Direction = [c_long; 3];
 pub(super) const READ: Direction = [libc::SYS_pread64, libc::SYS_preadv, libc::SYS_preadv2];
 pub(super) const WRITE: Direction = [libc::SYS_pwrite64, libc::SYS_pwritev, libc::SYS_pwritev2];
 
-/// Moves bytes between `buffers` and `offset` of `file` with the cheapest system call that serves them, and returns how many.
-/// `flags` are those of preadv2(2). If a seccomp filter refuses the call for one buffer or for several, the other is tried;
-/// of several buffers it then moves the first one only.
+/// Moves bytes between `buffers` and `offset` of `file` with the cheapest system call that can do it, and returns how many.
+/// `flags` are those of preadv2(2). If a seccomp filter refuses the call for a single buffer, the call for several is tried, and
+/// the other way round. The call for a single buffer moves the first of several only.
 ///
 /// # Safety
 /// `buffers` are at most IOV_MAX, and valid for reads and, if the direction is `READ`, for writes.
@@ -50,7 +50,7 @@ pub(super) unsafe fn transfer(
     }
 }
 
-/// Makes a system call, or if a seccomp filter refuses it, the other.
+/// Makes the system call `call`, or `other` if a seccomp filter refuses it.
 fn either(call: impl Fn() -> c_long, other: impl Fn() -> c_long) -> io::Result<u64> {
     match uninterrupted(call) {
         Err(error) if is_refusal(&error) => uninterrupted(other),
@@ -58,7 +58,7 @@ fn either(call: impl Fn() -> c_long, other: impl Fn() -> c_long) -> io::Result<u
     }
 }
 
-/// Makes a system call, again if a signal interrupted it.
+/// Makes a system call, and repeats it while a signal interrupts it.
 fn uninterrupted(call: impl Fn() -> c_long) -> io::Result<u64> {
     loop {
         match u64::try_from(call()) {

@@ -1,8 +1,8 @@
 //! A raw image: a host file or block device whose bytes are the disk's.
 //!
-//! The engine asks here where a transfer's data is ([`Medium`]), and its `route` decides by that who serves it. Transfers that need no
-//! waiting thread are made by the engine itself, with the file. All others are made by the pool's threads, which call `blocking`.
-//! `open` plugs in `blocking`, and what direct I/O requires ([`DirectIo`]).
+//! The engine asks where the data of a job is ([`Medium`]), and its `route` decides by that who executes the job. If the job needs
+//! no waiting thread, the engine executes it with the file. For all others the pool's threads call `blocking`. `open` plugs in
+//! `blocking`, and the requirements of direct I/O ([`DirectIo`]).
 
 use std::io;
 use std::sync::Arc;
@@ -15,30 +15,31 @@ use super::{Lifetime, Limits, SECTOR};
 pub(super) mod blocking;
 mod ranges;
 
-/// Where a transfer finds its data. It decides what the transfer has to wait for.
+/// Where the data of a job is on the host: this decides what the job may have to wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Medium {
-    /// The file itself is in memory (tmpfs): no transfer waits for a device.
+    /// In memory, because the file is in memory (tmpfs): no job waits for a device.
     Memory,
-    /// Data goes through the page cache: writes are copies, reads may be.
+    /// In the page cache. A write is a copy. A read is one if the data is cached.
     PageCache,
-    /// Direct I/O: each transfer waits for the device, and goes through a bounce buffer unless it is aligned.
+    /// On the device, by direct I/O: each job waits for the device. If it is not `aligned`, it needs a bounce buffer.
     Direct { aligned: bool },
-    /// Not in a raw image: a format has to translate.
+    /// In an image of another format than raw, which has to translate.
     Translated,
 }
 
-/// What direct I/O requires of transfers. The file takes whole units only. For a write that covers a unit in part, the unit is read,
-/// modified and written back. Two such writes to one unit at once would undo each other, so they exclude each other.
+/// What direct I/O requires of jobs. The file can only be read and written in whole units. For a write that covers a unit in part,
+/// the unit is read, modified and written back. Two of these writes to one unit at once would undo each other, so each locks
+/// its units.
 pub(super) trait DirectIo: Send + Sync {
-    /// Whether the file takes `job`, a read or write, as it is.
-    fn takes(&self, job: &Job) -> bool;
+    /// Whether `job`, a read or write, is aligned as the file requires, so that it needs no bounce buffer.
+    fn is_aligned(&self, job: &Job) -> bool;
 
-    /// Takes the units that `job` touches if it is a write. False if another write has some of them.
-    fn try_take(&self, job: &Job) -> bool;
+    /// If `job` is a write, locks the units that it touches. `false`: another write has locked some of them.
+    fn try_lock_units(&self, job: &Job) -> bool;
 
-    /// Gives back what `try_take` took; `job` has not advanced since.
-    fn release(&self, job: &Job);
+    /// Unlocks what `try_lock_units` locked. `job` must not have advanced since.
+    fn unlock_units(&self, job: &Job);
 }
 
 /// An open raw image. Each call may come from any thread, several at once.
@@ -72,7 +73,7 @@ impl RawImage {
 
     pub(super) fn medium(&self, job: &Job) -> Medium {
         match &self.direct {
-            Some(direct) => Medium::Direct { aligned: direct.takes(job) },
+            Some(direct) => Medium::Direct { aligned: direct.is_aligned(job) },
             None if self.in_memory => Medium::Memory,
             None => Medium::PageCache,
         }
@@ -83,10 +84,10 @@ impl RawImage {
         self.in_memory && self.direct.is_none()
     }
 
-    /// One system call that writes the start of `job`. Returns how many bytes it wrote.
+    /// Makes one system call that writes `job` or the start of it. Returns how many bytes were written.
     pub(super) fn write_some(&self, job: &Job, flags: i32) -> io::Result<u64> {
         waypoint!();
-        let change = || job.written(flags & libc::RWF_DSYNC != 0);
+        let change = || job.to_change(flags & libc::RWF_DSYNC != 0);
         self.file.observe(change, || job.buffers.write_to(&self.file, job.offset, flags))
     }
 

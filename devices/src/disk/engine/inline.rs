@@ -1,6 +1,6 @@
-//! Transfers that the worker makes itself, at once: those that only copy between guest memory and the host's.
+//! Transfers that the worker executes itself: those that only copy between guest memory and the host's memory.
 //!
-//! Handing a copy to another thread costs more than the copy. Measured on Linux 6.18, microseconds of CPU per 4k request:
+//! To hand a copy to another thread costs more than the copy. Measured on Linux 6.18, microseconds of CPU per 4k request:
 //!
 //! | | inline | io_uring, depth 1 / 32 | thread pool, depth 1 / 32 |
 //! |---|---|---|---|
@@ -8,9 +8,9 @@
 //! | tmpfs write | 1.9 | 4.3 / 3.3 | 9.0 / 3.1 |
 //! | ext4 read, cached | 0.9 | 1.2 / 1.0 | 9.1 / 2.2 |
 //!
-//! So cached reads are left to io_uring, which makes them within the submitting system call where the file system lets it
-//! (ext4, xfs, btrfs; not tmpfs), a whole batch at once. Buffered writes are made here: at depth 32 on ext4 that is 140
-//! thousand a second, against 80 thousand on threads of ours and 40 on those of io_uring.
+//! So cached reads go to io_uring. On ext4, xfs and btrfs, but not on tmpfs, it makes a whole batch of them within the submitting
+//! system call. Buffered writes are made here: at depth 32 on ext4 that gives 140,000 writes a second, against 80,000 with the
+//! threads of the pool and 40,000 with those of io_uring.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -20,37 +20,38 @@ use crate::disk::job::Job;
 use crate::disk::raw::{Medium, RawImage};
 use crate::disk::{DiskError, Operation};
 
-/// A buffered write that takes longer than this did not just copy: the host makes writers wait until the device catches up.
+/// A buffered write that takes longer than this is a stall: the host made the writer wait until the device had caught up.
 const STALL: Duration = Duration::from_millis(1);
 /// How many buffered writes go to the pool after a stall, before the next is tried inline.
 const BACKOFF_WRITES: u32 = 64;
 
 #[derive(Default)]
 pub(super) struct Inline {
-    /// The file system has no RWF_NOWAIT.
+    /// The file system does not support RWF_NOWAIT.
     waits_to_read: bool,
-    /// Buffered writes still to be left to the pool after a stall.
+    /// How many more buffered writes go to the pool after a stall.
     backoff: u32,
 }
 
 impl Inline {
-    /// Whether cached data can be read without the risk of waiting for other data.
+    /// Whether a read can be tried here: if the data is not cached, it returns instead of waiting for the device.
     pub(super) fn reads(&self) -> bool {
         !self.waits_to_read
     }
 
-    /// Whether buffered writes are likely not to wait.
+    /// Whether a buffered write can be tried here: none has stalled lately.
     pub(super) fn writes(&self) -> bool {
         self.backoff == 0
     }
 
-    pub(super) fn passed(&mut self, job: &Job) {
+    /// A job went to the pool without being tried here.
+    pub(super) fn note_pooled(&mut self, job: &Job) {
         if job.operation == (Operation::Write { durable: false }) {
             self.backoff = self.backoff.saturating_sub(1);
         }
     }
 
-    /// Makes `job`, a read, write or flush, if that needs no waiting. `None`: what is left of it has to wait for the host.
+    /// Executes `job`, a read, write or flush, as far as that needs no waiting. `None`: the rest of it has to go to the pool.
     pub(super) fn attempt(
         &mut self,
         raw: &RawImage,

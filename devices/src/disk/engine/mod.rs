@@ -1,9 +1,10 @@
-//! The engine of one queue worker: it sends each transfer the cheapest way that serves it.
+//! The engine of one worker: it executes each transfer on the cheapest route that can serve it.
 //!
-//! A transfer is checked, its guest ranges become host addresses, and [`route`] decides who moves the data: the worker
-//! itself (`inline`), the kernel (`ring`), or a thread that may wait (`pool`). The last two are plugged in. A transfer that comes
-//! back short continues from where it stopped, on the route that suits the rest. Errors that belong to a route and not to the
-//! file (a full ring, a seccomp filter) send the transfer to the pool, whose system call then gives the file's own answer.
+//! The engine checks a transfer and turns its guest ranges into host addresses: the transfer becomes a [`Job`]. [`route`] then
+//! decides who moves the data: the worker itself (`inline`), the kernel (`ring`), or a thread that may wait (`pool`). The last two
+//! are plugged in. If only part of a job is done, the engine starts the rest again, on the route that suits the rest. Errors that
+//! come from a route and not from the file (a full ring, a seccomp filter) send the job to the pool, and the result of the pool's
+//! system call counts.
 
 #![expect(
     unsafe_code,
@@ -19,7 +20,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::inline::Inline;
 use self::pool::{MakePool, Pool};
-use self::ring::{Carried, Ring};
+use self::ring::{Ring, RingResult};
 use super::job::Job;
 use super::opened::OpenedDisk;
 use super::raw::Medium;
@@ -37,63 +38,69 @@ pub(super) mod uring;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Route {
+    /// There is nothing to do.
     Done,
+    /// The worker executes the job itself.
     Inline,
-    /// io_uring. A ring that is broken refuses the job, which goes to the pool then.
+    /// io_uring. If the ring is broken, it refuses the job, and the job goes to the pool.
     Ring,
-    /// A thread that waits for the host. This route serves everything.
+    /// A thread that may wait for the host. It can execute every job.
     Pool,
 }
 
-/// What an engine has besides its pool, and what it has learned about the host.
+/// What [`route`] has to know of the engine: which routes it has, and what it has learned about the host.
 #[derive(Clone, Copy, Debug)]
-struct Ways {
+struct RouteOptions {
+    /// The engine has an io_uring.
     ring: bool,
     /// The file system can read without waiting (RWF_NOWAIT).
     reads_inline: bool,
-    /// The host has held up no buffered write lately.
+    /// No buffered write has stalled lately.
     writes_inline: bool,
-    /// Flushes do something (unlike with `cache=unsafe` and `snapshot=on`).
+    /// Flushes are executed. `false` with `cache=unsafe` and `snapshot=on`.
     flushes: bool,
 }
 
-/// Decides how `length` bytes of `operation` are served. The tables in disk-engines.md show the same, and a test compares
-/// them with this function.
-fn route(operation: Operation, length: u64, medium: Medium, ways: Ways) -> Route {
+/// Decides who executes `length` bytes of `operation`. disk-engines.md shows the decisions as tables, and a test compares the
+/// tables with this function.
+fn route(operation: Operation, length: u64, medium: Medium, options: RouteOptions) -> Route {
     use Operation::{Flush, Read, Write};
     match (operation, medium) {
-        (Flush, _) if !ways.flushes => Route::Done,
+        (Flush, _) if !options.flushes => Route::Done,
         _ if length == 0 && operation != Flush => Route::Done,
         (Read | Write { .. } | Flush, Medium::Memory) => Route::Inline,
         (Read | Write { .. }, Medium::Direct { aligned: true })
         | (Flush, Medium::Direct { .. } | Medium::PageCache)
         | (Read, Medium::PageCache)
-            if ways.ring =>
+            if options.ring =>
         {
             Route::Ring
         }
-        (Read, Medium::PageCache) if ways.reads_inline => Route::Inline,
+        (Read, Medium::PageCache) if options.reads_inline => Route::Inline,
         // io_uring would give buffered writes to kernel threads, one at a time for each file.
-        (Write { durable: false }, Medium::PageCache) if ways.writes_inline => Route::Inline,
+        (Write { durable: false }, Medium::PageCache) if options.writes_inline => Route::Inline,
         _ => Route::Pool,
     }
 }
 
 pub(super) struct QueueEngine {
     disk: Arc<OpenedDisk>,
-    /// Jobs not in use. Their buffer lists keep their allocations, so that a busy queue allocates nothing.
+    /// Jobs that are not in use. They keep the allocations of their buffer lists, so that a busy queue allocates nothing.
     #[expect(clippy::vec_box, reason = "a job changes hands several times: its pointer is moved")]
     spare: Vec<Box<Job>>,
+    /// Completions for the next `reap`.
     finished: Vec<Completion>,
-    reaped: VecDeque<(Box<Job>, Carried)>,
+    /// Scratch: jobs that the ring and the pool have just given back.
+    reaped: VecDeque<(Box<Job>, RingResult)>,
     pooled: VecDeque<(Box<Job>, Result<(), DiskError>)>,
     inline: Inline,
     ring: Option<Box<dyn Ring>>,
     pool: Box<dyn Pool>,
-    /// Jobs that the pool has.
-    waiting: usize,
+    /// How many jobs the pool has.
+    with_pool: usize,
+    /// Ring and pool write to it when jobs finish.
     event: EventFd,
-    /// Every job's buffers point into it: it stays until `drop` has drained them.
+    /// The buffers of all jobs point into it. `drop` waits for the jobs before it drops the memory.
     memory: GuestMemory,
 }
 
@@ -107,12 +114,12 @@ impl QueueEngine {
         let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         let depth = depth.max(1) as usize;
         let image = disk.raw();
-        // A file in memory is served inline: it needs no ring.
-        let waiting = image.filter(|image| !image.is_in_memory());
-        let ring = disk.make_ring.zip(waiting);
+        // A file in memory is served inline and needs no ring.
+        let on_device = image.filter(|image| !image.is_in_memory());
+        let ring = disk.make_ring.zip(on_device);
         let ring = ring.map(|(make, image)| make(image, depth, &event, &disk.shortages));
         let ring = match ring.transpose() {
-            // Nothing else would work, either.
+            // Without file descriptors nothing else would work either.
             Err(error) if error.raw_os_error() == Some(libc::EMFILE) => return Err(error),
             Err(error) => {
                 if let Some(suppressed) = disk.shortages.admit() {
@@ -122,14 +129,14 @@ impl QueueEngine {
             }
             Ok(ring) => ring,
         };
-        // The pool then has little to do, and each thread that is made here keeps the guest waiting.
-        let is_rarely_used = ring.is_some() || image.is_some() && waiting.is_none();
+        // A pool that is rarely used gets few threads: making a thread delays the guest's start.
+        let is_rarely_used = ring.is_some() || image.is_some() && on_device.is_none();
         let threads = if is_rarely_used { threads.min(MIN_THREADS) } else { threads };
         Ok(Self {
             inline: Inline::default(),
             ring,
             pool: make_pool(Arc::clone(&disk), depth, threads, event.try_clone()?, &spawn),
-            waiting: 0,
+            with_pool: 0,
             spare: Vec::with_capacity(depth),
             finished: Vec::with_capacity(depth),
             reaped: VecDeque::with_capacity(depth),
@@ -140,6 +147,7 @@ impl QueueEngine {
         })
     }
 
+    /// Checks a transfer and fills `job` from it.
     fn prepare(&self, job: &mut Job, transfer: &Transfer<'_>) -> Result<(), DiskError> {
         let Transfer { tag, operation, offset, length, ranges } = *transfer;
         (job.tag, job.operation, job.offset, job.length) = (tag, operation, offset, length);
@@ -170,8 +178,9 @@ impl QueueEngine {
         Ok(())
     }
 
+    /// Executes a job, or what is left of it, on the route that suits it.
     fn start(&mut self, mut job: Box<Job>) {
-        let ways = Ways {
+        let options = RouteOptions {
             ring: self.ring.is_some(),
             reads_inline: self.inline.reads(),
             writes_inline: self.inline.writes(),
@@ -179,7 +188,7 @@ impl QueueEngine {
         };
         let raw = self.disk.raw();
         let medium = raw.map_or(Medium::Translated, |raw| raw.medium(&job));
-        match (route(job.operation, job.length, medium, ways), raw, &mut self.ring) {
+        match (route(job.operation, job.length, medium, options), raw, &mut self.ring) {
             (Route::Done, ..) => return self.finish(job, Ok(())),
             (Route::Inline, Some(raw), _) => {
                 if let Some(result) = self.inline.attempt(raw, medium, &mut job) {
@@ -190,22 +199,22 @@ impl QueueEngine {
                 Ok(()) => return,
                 Err(refused) => job = refused,
             },
-            _ => self.inline.passed(&job),
+            _ => self.inline.note_pooled(&job),
         }
-        self.wait_for(job);
+        self.submit_to_pool(job);
     }
 
-    /// Leaves a job to the threads that wait for the host.
-    fn wait_for(&mut self, job: Box<Job>) {
-        self.waiting += 1;
+    /// Hands a job to a thread that may wait for the host.
+    fn submit_to_pool(&mut self, job: Box<Job>) {
+        self.with_pool += 1;
         self.pool.submit(job);
     }
 
-    /// Takes a job back from the ring: done, failed, or to be continued.
-    fn take_back(&mut self, mut job: Box<Job>, carried: Carried) {
+    /// The ring gave a job back: finishes the job, or starts the rest of it.
+    fn take_back(&mut self, mut job: Box<Job>, result: RingResult) {
         let Some(raw) = self.disk.raw() else { unreachable!("only raw images have a ring") };
-        let result = match (job.operation, carried) {
-            (_, None) => return self.wait_for(job),
+        let result = match (job.operation, result) {
+            (_, None) => return self.submit_to_pool(job),
             (Operation::Flush, Some(result)) => raw.file().check_flushed(result.map(drop)),
             (_, Some(Ok(0))) => Err(io::ErrorKind::UnexpectedEof.into()),
             (_, Some(Ok(count))) => {
@@ -217,7 +226,7 @@ impl QueueEngine {
         self.finish(job, result.map_err(DiskError::from));
     }
 
-    /// Reports a finished job and keeps it for another transfer.
+    /// Queues the completion of a job for `reap`, and keeps the job for another transfer.
     fn finish(&mut self, mut job: Box<Job>, result: Result<(), DiskError>) {
         job.buffers.clear();
         self.finished.push(Completion { tag: job.tag, result });
@@ -242,7 +251,7 @@ impl Engine for QueueEngine {
         match unsafe { job.buffers.resolve(&self.memory, data) } {
             Ok(_) => {
                 job.command = Some(command);
-                self.wait_for(job);
+                self.submit_to_pool(job);
             }
             Err(error) => self.finish(job, Err(error)),
         }
@@ -259,10 +268,10 @@ impl Engine for QueueEngine {
     }
 
     fn reap(&mut self, done: &mut Vec<Completion>) {
-        if self.waiting > 0 {
+        if self.with_pool > 0 {
             self.pool.reap(&mut self.pooled);
             while let Some((job, result)) = self.pooled.pop_front() {
-                self.waiting -= 1;
+                self.with_pool -= 1;
                 self.finish(job, result);
             }
         }
@@ -271,10 +280,10 @@ impl Engine for QueueEngine {
             if self.reaped.is_empty() {
                 break;
             }
-            while let Some((job, carried)) = self.reaped.pop_front() {
-                self.take_back(job, carried);
+            while let Some((job, result)) = self.reaped.pop_front() {
+                self.take_back(job, result);
             }
-            // What was continued.
+            // Jobs of which a part was left are in the ring again.
             self.commit();
         }
         done.append(&mut self.finished);
@@ -290,13 +299,13 @@ impl Engine for QueueEngine {
         while let Some(ring) = self.ring.as_mut().filter(|ring| ring.in_flight() > 0) {
             if let Err(error) = ring.wait() {
                 tracing::error!(%error, "a disk engine was moved to another thread with transfers in flight");
-                // They still write to guest memory: it must never be unmapped.
+                // The kernel may still write to guest memory, which must therefore never be unmapped.
                 std::mem::forget(self.memory.clone());
                 break;
             }
             self.reap(done);
         }
-        while self.waiting > 0 {
+        while self.with_pool > 0 {
             self.pool.wait();
             self.reap(done);
         }
@@ -367,15 +376,19 @@ mod tests {
                     let mut decided = BTreeSet::new();
                     for (operation, ignored) in operations(row[0]) {
                         for (reads_inline, writes_inline) in learned {
-                            let ways =
-                                Ways { ring, reads_inline, writes_inline, flushes: !ignored };
-                            decided.insert(match route(operation, 512, medium, ways) {
+                            let options = RouteOptions {
+                                ring,
+                                reads_inline,
+                                writes_inline,
+                                flushes: !ignored,
+                            };
+                            decided.insert(match route(operation, 512, medium, options) {
                                 Route::Done => "done",
                                 Route::Inline => "inline",
                                 Route::Ring => "io_uring",
                                 Route::Pool => "pool",
                             });
-                            let empty = route(operation, 0, medium, ways);
+                            let empty = route(operation, 0, medium, options);
                             assert!(operation == Operation::Flush || empty == Route::Done);
                         }
                     }

@@ -1,5 +1,5 @@
-//! What an engine knows of the threads that wait for the host: a [`Pool`] takes jobs that cannot be done at once, and gives them
-//! back when they are done. `open` plugs it in (`threads`).
+//! The trait of the threads that wait for the host, as the engine sees them: a [`Pool`] takes jobs that cannot be done at once,
+//! and gives them back when they are done. `open` plugs in the implementation (`threads`).
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -11,12 +11,12 @@ use crate::disk::job::Job;
 use crate::disk::opened::OpenedDisk;
 use crate::spawn::Spawn;
 
-/// Makes the pool of one engine: of a disk, with at most so many jobs at once and so many threads. The pool writes to the eventfd
-/// when jobs are done after the last `reap`.
+/// Makes the pool of one engine. Arguments: the disk; the most jobs at a time; the most threads; the eventfd that the pool writes
+/// to when jobs finish after the last `reap`; what starts the threads.
 pub(in crate::disk) type MakePool =
     fn(Arc<OpenedDisk>, usize, usize, EventFd, &Spawn) -> Box<dyn Pool>;
 
-/// Serves every job, and waits for the host on threads of its own. Dropping it waits for what it has.
+/// Executes jobs of every kind, on threads that may wait for the host. Dropping it waits for the jobs that it has.
 pub(in crate::disk) trait Pool: Send {
     /// Takes a job.
     fn submit(&mut self, job: Box<Job>);

@@ -1,12 +1,12 @@
-//! Threads that wait for the host. With `aio=threads` or qcow2 they serve every transfer that may have to wait. Beside io_uring they
-//! serve what it does not, such as discards and device commands.
+//! Threads that wait for the host. With `aio=threads` or qcow2 they execute every job that may have to wait. Beside io_uring they
+//! execute what io_uring cannot, such as discards and device commands.
 //!
-//! A capability: transfers that the worker makes itself (`inline`) do not come here. It hooks in as a [`Pool`], which `open` gives to each
+//! A capability: jobs that the worker executes itself (`inline`) do not come here. It hooks in as a [`Pool`], which `open` gives to each
 //! engine.
 //!
-//! Each engine has a pool of its own. All its threads are started with the pool, because a confined process cannot start any later. When
-//! the pool is dropped, they finish the queued jobs and end. If the host refuses a thread (RLIMIT_NPROC, a pids cgroup), those that were
-//! started do the work. If there is none, the worker does it.
+//! Each engine has a pool of its own. All threads are started with the pool, because a confined process cannot start any later. When
+//! the pool is dropped, they finish the queued jobs and end. If the host refuses a thread (RLIMIT_NPROC, a pids cgroup), the pool has
+//! fewer threads. If it has none, the worker executes the jobs.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -24,11 +24,11 @@ use crate::disk::opened::OpenedDisk;
 use crate::lock;
 use crate::spawn::Spawn;
 
-/// How a job ended. The outer error is a panic, which goes on in the thread that reaps.
+/// The result of a job. The outer error is a panic in the job, which `reap` resumes on the worker's thread.
 type Outcome = Result<Result<(), DiskError>, Box<dyn Any + Send>>;
 
-/// One engine's threads, and the jobs that they have. The worker that owns the engine adds and reaps jobs. The threads
-/// share only the queue of jobs with it, and touch guest memory while the worker does other things.
+/// The threads of one engine, and their jobs. The worker that owns the engine adds and reaps jobs. It shares only the queue of
+/// jobs with the threads, which touch guest memory while the worker does other things.
 struct Threads {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
@@ -51,7 +51,7 @@ struct State {
     stop: bool,
 }
 
-/// A pool of at most `threads` threads for at most `depth` jobs at once. It writes to `event` when some are finished.
+/// Makes a pool of at most `threads` threads, for at most `depth` jobs at a time. It writes to `event` when jobs finish.
 pub(in crate::disk) fn make(
     disk: Arc<OpenedDisk>,
     depth: usize,
@@ -90,7 +90,7 @@ pub(in crate::disk) fn make(
 }
 
 impl Pool for Threads {
-    /// Queues a job for the threads, or does it here if there are none.
+    /// Queues a job for the threads, or executes it here if there are none.
     fn submit(&mut self, job: Box<Job>) {
         self.in_flight += 1;
         lock(&self.shared.state).queue.push_back(job);
@@ -109,7 +109,7 @@ impl Pool for Threads {
         self.in_flight -= state.finished.len();
         done.extend(state.finished.drain(..).map(|(job, outcome)| {
             let result = outcome.unwrap_or_else(|panic| match thread::panicking() {
-                // This is the engine's clean-up during another panic, and a second one would abort.
+                // The worker panics already, and drops its engine. A second panic would abort the process.
                 true => Err(DiskError::Host(libc::EIO)),
                 false => resume_unwind(panic),
             });
@@ -131,13 +131,13 @@ impl Drop for Threads {
         lock(&self.shared.state).stop = true;
         self.shared.queued.notify_all();
         for thread in self.threads.drain(..) {
-            // Panics in a job were caught and are reported with it.
+            // A panic in a job was caught, and `reap` resumes it.
             let _ = thread.join();
         }
     }
 }
 
-/// Does jobs until there are none; a thread that may `wait` for more ends only with the pool.
+/// Executes queued jobs. `wait`: if there are none, waits for more until the pool is dropped. Otherwise returns.
 fn work(shared: &Shared, wait: bool) {
     let mut bounce = Bounce::default();
     let mut state = lock(&shared.state);

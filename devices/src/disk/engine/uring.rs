@@ -1,13 +1,13 @@
-//! io_uring (`aio=io_uring`): reads, direct writes and flushes that the kernel makes while the worker does something else.
+//! io_uring (`aio=io_uring`): the kernel executes reads, direct writes and flushes while the worker does something else.
 //!
 //! A capability: without it the pool's threads do the same. It hooks in as a [`Ring`], which `open` plugs into an image.
 //!
-//! One ring belongs to one worker and one image. A batch of jobs costs one io_uring_enter(2). Collecting completions costs
-//! one more at most, and none while there are no completions, which the ring's shared memory shows. The ring is restricted
-//! to transfers of the image's file, because a seccomp filter does not see what goes through it.
+//! A ring belongs to one worker and one image. A batch of jobs costs one io_uring_enter(2). Collecting completions costs at most
+//! one more, and none if there are no completions, which the ring's shared memory shows. The ring is restricted to transfers of
+//! the image's file, because a seccomp filter does not see what goes through it.
 //!
-//! A ring that refuses submissions is *broken*: it gives back what the kernel has not taken, and the engine uses threads from
-//! then on. A new ring would need a system call that a confined process has given up.
+//! A ring whose submissions the kernel refuses is *broken*: it gives back the jobs that the kernel has not taken, and the engine
+//! uses threads from then on. A new ring would need a system call that a confined process has given up.
 
 #![expect(unsafe_code, reason = "submission queue entries carry raw pointers")]
 
@@ -21,7 +21,7 @@ use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue, types};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::ring::{Carried, Ring};
+use super::ring::{Ring, RingResult};
 use crate::disk::job::Job;
 use crate::disk::raw::{DirectIo, RawImage};
 use crate::disk::{Change, ObservedBy, Operation};
@@ -33,21 +33,21 @@ const IMAGE: types::Fixed = types::Fixed(0);
 /// A ring for one image.
 struct Uring {
     uring: IoUring,
-    /// Jobs in the ring, by tag. The kernel's pointers lead into guest memory and into the jobs' iovec lists.
+    /// Jobs in the ring, by tag. The kernel has pointers into guest memory, and into the iovec lists of these jobs.
     jobs: Vec<Option<Box<Job>>>,
     in_flight: usize,
     /// Tags of jobs that the kernel has not taken yet, in order.
     queued: Vec<u32>,
-    /// The ring takes submissions, from the thread that enabled it.
+    /// The ring takes submissions, but only from the thread that enabled it.
     enabled: bool,
-    /// The kernel has refused a submission although it had nothing else in its hands.
+    /// The kernel has refused submissions for good.
     broken: bool,
     shortages: Arc<LogLimit>,
     observer: Option<ObservedBy>,
     direct: Option<Arc<dyn DirectIo>>,
 }
 
-/// Whether this host provides io_uring. The host is asked once, and so is the user told.
+/// Whether this host allows io_uring. Tries it once for the process, and warns the user once.
 pub(in crate::disk) fn available() -> bool {
     static PROBE: OnceLock<bool> = OnceLock::new();
     // Restrictions came with Linux 5.10; all operations used here are older.
@@ -60,8 +60,8 @@ pub(in crate::disk) fn available() -> bool {
     })
 }
 
-/// Whether a completion with this errno says nothing about the file: io_uring, a security module or the kernel's memory
-/// refused, or the request does not suit it. A blocking system call gives the file's own answer.
+/// Whether an error says nothing about the file: io_uring does not support the request, or a security module or a shortage of
+/// kernel memory refused it. Then a thread of the pool makes the transfer, and the result of its system call counts.
 fn is_own_error(errno: i32) -> bool {
     #[rustfmt::skip]
     let own = matches!(
@@ -72,8 +72,8 @@ fn is_own_error(errno: i32) -> bool {
     own
 }
 
-/// A completion's result: bytes, or a negative errno.
-fn carried(result: i32) -> Carried {
+/// Translates the result of a completion queue entry: a number of bytes, or a negative errno.
+fn ring_result(result: i32) -> RingResult {
     match u64::try_from(result) {
         Ok(count) => Some(Ok(count)),
         Err(_) if is_own_error(-result) => None,
@@ -81,7 +81,7 @@ fn carried(result: i32) -> Carried {
     }
 }
 
-/// A ring that is not enabled yet, with what makes completions cheap on this kernel.
+/// A ring that is not enabled yet, with the setup flags that make completions cheap, if the kernel knows them.
 fn build(depth: u32) -> io::Result<IoUring> {
     // Linux 6.1: completion work runs when the worker asks for it, rather than by interrupting it.
     let modern = IoUring::builder()
@@ -98,7 +98,7 @@ fn build(depth: u32) -> io::Result<IoUring> {
     })
 }
 
-/// Leaves the ring nothing but transfers of registered files: seccomp cannot see what goes through it.
+/// Restricts the ring to transfers of registered files, because seccomp cannot see what goes through it.
 fn restrict(uring: &IoUring) -> io::Result<()> {
     let operations = [
         opcode::Read::CODE,
@@ -115,7 +115,7 @@ fn restrict(uring: &IoUring) -> io::Result<()> {
 /// A ring for `image`. `shortages` limits the messages about what the kernel refuses.
 ///
 /// # Errors
-/// The host refuses one, for now or for good.
+/// What the host says when it refuses a ring, for now or for good.
 pub(in crate::disk) fn make(
     image: &RawImage,
     depth: usize,
@@ -148,8 +148,8 @@ impl Ring for Uring {
     fn submit(&mut self, mut job: Box<Job>) -> Result<(), Box<Job>> {
         let free = self.jobs.get(job.tag as usize).is_some_and(Option::is_none);
         let Some(entry) = entry(&job).filter(|_| free && !self.broken) else { return Err(job) };
-        if !self.direct.as_ref().is_none_or(|direct| direct.try_take(&job)) {
-            // Another write has some of its units: a thread waits for them.
+        if !self.direct.as_ref().is_none_or(|direct| direct.try_lock_units(&job)) {
+            // Another write has locked some of the units. A thread of the pool waits for them.
             return Err(job);
         }
         self.begin(&mut job);
@@ -172,7 +172,7 @@ impl Ring for Uring {
 
     fn commit(&mut self) {
         if !self.enabled && !self.queued.is_empty() {
-            // From here on the ring is this thread's.
+            // From now on only this thread may submit.
             self.enabled = self.uring.submitter().register_enable_rings().is_ok();
         }
         while !self.queued.is_empty() && !self.broken {
@@ -181,7 +181,7 @@ impl Ring for Uring {
                 Ok(0) => self.broken = true,
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EINTR) => {}
-                    // The kernel is short of something: try again when a job in its hands completes.
+                    // The kernel is short of something. The next `reap` after one of its jobs has finished tries again.
                     Some(libc::EAGAIN | libc::EBUSY) if self.in_flight > self.queued.len() => {
                         return;
                     }
@@ -196,14 +196,14 @@ impl Ring for Uring {
         }
     }
 
-    fn reap(&mut self, completed: &mut VecDeque<(Box<Job>, Carried)>) {
+    fn reap(&mut self, completed: &mut VecDeque<(Box<Job>, RingResult)>) {
         if self.in_flight == 0 {
             return;
         }
         self.uring.completion().disable_eventfd();
         loop {
             if self.uring.submission().taskrun() && self.enter(0).is_err() {
-                // Another thread than the one that committed; `wait` will report it.
+                // This is not the thread that enabled the ring. `wait` will report the error.
                 return;
             }
             for entry in self.uring.completion() {
@@ -212,7 +212,7 @@ impl Ring for Uring {
                 {
                     self.in_flight -= 1;
                     end(&self.observer, self.direct.as_deref(), &mut job, entry.result() >= 0);
-                    completed.push_back((job, carried(entry.result())));
+                    completed.push_back((job, ring_result(entry.result())));
                 }
             }
             self.commit();
@@ -228,7 +228,7 @@ impl Ring for Uring {
                 return;
             }
             self.uring.completion().enable_eventfd();
-            // Either the kernel sees the event enabled, or the next look sees what it posted before.
+            // After this barrier, a completion either writes to the eventfd or is seen by the check below.
             fence(Ordering::SeqCst);
             if self.uring.completion().is_empty() && !self.uring.submission().taskrun() {
                 return;
@@ -246,7 +246,7 @@ impl Ring for Uring {
     }
 }
 
-/// The ring is done with a job: shows that to the observer, if there is one, and gives back the job's units.
+/// Called for each job that leaves the ring: unlocks the job's units, and reports the end of its change to the observer.
 fn end(
     observer: &Option<ObservedBy>,
     direct: Option<&dyn DirectIo>,
@@ -254,7 +254,7 @@ fn end(
     succeeded: bool,
 ) {
     if let Some(direct) = direct {
-        direct.release(job);
+        direct.unlock_units(job);
     }
     if let (Some(ObservedBy(observer)), Some(change)) = (observer, job.change.take()) {
         observer.end(change, succeeded);
@@ -262,11 +262,11 @@ fn end(
 }
 
 impl Uring {
-    /// Shows the observer, if there is one, what the ring is about to change.
+    /// Reports to the observer, if there is one, what the ring is about to change.
     fn begin(&self, job: &mut Job) {
         if let Some(ObservedBy(observer)) = &self.observer {
             job.change = match job.operation {
-                Operation::Write { durable } => Some(observer.begin(job.written(durable))),
+                Operation::Write { durable } => Some(observer.begin(job.to_change(durable))),
                 Operation::Flush => Some(observer.begin(Change::Sync)),
                 _ => None,
             };
@@ -319,8 +319,8 @@ fn entry(job: &Job) -> Option<squeue::Entry> {
     Some(entry)
 }
 
-/// As much of the buffer as fits into an entry. The kernel moves at most 2 GiB at once anyway; the rest follows as after any
-/// short transfer.
+/// The buffer's length, at most 1 GiB. The field has 32 bits, and the kernel moves at most 2 GiB at once. The engine submits the
+/// rest later, as after any short transfer.
 fn length(buffer: &libc::iovec) -> u32 {
     buffer.iov_len.min(1 << 30) as u32
 }

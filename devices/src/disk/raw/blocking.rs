@@ -1,8 +1,8 @@
-//! Every operation on a raw image, on a thread that may wait for the host. The engine sends here transfers that are not aligned for direct
-//! I/O, buffered ones that may have to wait for the device, and operations that move no data.
+//! Executes jobs of every kind on a raw image, on a thread that may wait for the host. The engine sends these jobs here: transfers that
+//! are not aligned for direct I/O, buffered transfers that may have to wait for the device, and operations that move no data.
 //!
-//! A capability: the engine makes transfers that need no waiting thread itself, with the image's file. For all others the threads of its
-//! pool call [`Blocking::execute`], through `opened`.
+//! A capability: the engine executes all other jobs itself, with the image's file. The threads of its pool call
+//! [`Blocking::execute`], through `opened`.
 
 use std::io;
 use std::sync::Arc;
@@ -20,12 +20,13 @@ use crate::disk::{DiskError, Operation, SECTOR};
 pub(in crate::disk) struct Blocking {
     direct: Option<Arc<Direct>>,
     ranges: Ranges,
-    /// The host refuses pwritev2(2) or its RWF_DSYNC, so that durable writes are followed by a flush.
+    /// The host refuses pwritev2(2) or its RWF_DSYNC: a durable write is then a write and a flush.
     no_durable_writes: AtomicBool,
 }
 
 impl Blocking {
-    /// For an image with these requirements of direct I/O. `discard`: the guest's discards reach it.
+    /// For `image`. `direct`: the requirements of direct I/O, if the file was opened for it. `discard`: the guest's discards reach
+    /// the file.
     pub(in crate::disk) fn new(
         image: &RawImage,
         direct: Option<Arc<Direct>>,
@@ -35,7 +36,7 @@ impl Blocking {
         Self { direct, ranges, no_durable_writes: AtomicBool::new(false) }
     }
 
-    /// Does what is left of `job`. `bounce` is the calling thread's.
+    /// Executes what is left of `job`. `bounce` belongs to the calling thread.
     pub(in crate::disk) fn execute(
         &self,
         image: &RawImage,
@@ -67,12 +68,12 @@ impl Blocking {
     }
 
     /// Whether the file takes `job`, a read or write, without a bounce buffer.
-    fn takes(&self, job: &Job) -> bool {
-        self.direct.as_ref().is_none_or(|direct| direct.takes(job))
+    fn is_aligned(&self, job: &Job) -> bool {
+        self.direct.as_ref().is_none_or(|direct| direct.is_aligned(job))
     }
 
     fn read(&self, image: &RawImage, job: &mut Job, bounce: &mut Bounce) -> io::Result<()> {
-        while job.length > 0 && self.takes(job) {
+        while job.length > 0 && self.is_aligned(job) {
             match job.buffers.read_from(image.file(), job.offset, 0)? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 count => job.advance(count),
@@ -85,7 +86,7 @@ impl Blocking {
     fn write(&self, image: &RawImage, job: &mut Job, bounce: &mut Bounce) -> io::Result<()> {
         self.write_aligned(image, job, 0)?;
         let (file, offset, length) = (image.file(), job.offset, job.length);
-        let change = file.begin(|| job.written(false));
+        let change = file.begin(|| job.to_change(false));
         let result = bounce.write(file, file.unit(), offset, length, |data| job.take(data));
         file.end(change, result.is_ok());
         result
@@ -93,7 +94,7 @@ impl Blocking {
 
     /// Writes as much of `job` as needs no bounce buffer.
     fn write_aligned(&self, image: &RawImage, job: &mut Job, flags: i32) -> io::Result<()> {
-        while job.length > 0 && self.takes(job) {
+        while job.length > 0 && self.is_aligned(job) {
             match image.write_some(job, flags)? {
                 0 => return Err(io::ErrorKind::WriteZero.into()),
                 count => job.advance(count),
@@ -133,7 +134,8 @@ impl RawImage {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
         }
         if self.file.kind == FileKind::Regular {
-            // First: a write that begins beyond the new end would make the file longer again. One that is on its way may.
+            // The capacity first, so that no write begins beyond the new end, which would make the file longer again. A write that
+            // has already begun may still do that.
             self.capacity.fetch_min(bytes, Ordering::Relaxed);
             let keep = |_: &io::Error| drop(self.refresh_capacity());
             let resized = self.file.file.set_len(bytes).inspect_err(keep);
