@@ -1,4 +1,5 @@
-//! What the parent process left behind, and minivmm does not trust: the signal mask, the umask, the limit on open files.
+//! What the parent process left behind, and minivmm does not trust: the signal mask, the umask, the limits on open files and on
+//! the stack.
 //!
 //! `main` calls [`reset`] before anything else. Closed standard descriptors are no concern: Rust's runtime opens /dev/null in
 //! their place. Signals that the parent ignores are left alone but for those that the machine reads from a descriptor:
@@ -6,12 +7,23 @@
 
 /// Unblocks all signals: a vCPU is kicked out of the guest by one, and SIGCONT restores the terminal's raw mode. Makes new
 /// files and sockets private. Raises the limit on open files as far as the parent allows: the usual 1024 are too few for many
-/// vCPUs with many disks, and nothing here uses select(2), which could not take more.
-pub(crate) fn reset() {
+/// vCPUs with many disks, and nothing here uses select(2), which could not take more. Raises a limit on the stack that is too low.
+///
+/// # Errors
+/// What is wrong with the parent's limits.
+pub(crate) fn reset() -> Result<(), &'static str> {
     unblock_signals();
     hide_new_files_from_others();
-    raise_limit_on_files();
+    raise_limit(libc::RLIMIT_NOFILE, u64::MAX);
+    if raise_limit(libc::RLIMIT_STACK, STACK) < STACK {
+        return Err("the stack is too small; set the limit on it (`ulimit -s`) to 256 KiB or more");
+    }
+    Ok(())
 }
+
+/// Bytes of stack that the main thread gets at least: it uses about 90 KiB, most of it while it parses arguments. Linux compares the
+/// stack with the limit when the stack grows, so that a raised limit counts at once. Threads have stacks of their own.
+const STACK: u64 = 256 << 10;
 
 /// Not by rustix, which panics where a seccomp filter refuses the call.
 #[expect(unsafe_code, reason = "rustix's umask has no error")]
@@ -20,17 +32,21 @@ fn hide_new_files_from_others() {
     unsafe { libc::umask(libc::S_IRWXG | libc::S_IRWXO) };
 }
 
-/// Any process may raise its soft limit to the hard one. Not by rustix, for the same reason.
+/// Raises a soft limit that is lower than `wanted` as far as the hard limit allows, as any process may. Returns what it is then. Not by
+/// rustix, for the same reason.
 #[expect(unsafe_code, reason = "rustix's getrlimit has no error")]
-fn raise_limit_on_files() {
-    let mut files = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+fn raise_limit(resource: libc::__rlimit_resource_t, wanted: u64) -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: u64::MAX, rlim_max: u64::MAX };
     // SAFETY: both calls take a structure of this type, which lives across them.
     unsafe {
-        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut files) == 0 {
-            files.rlim_cur = files.rlim_max;
-            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const files);
+        if libc::getrlimit(resource, &raw mut limit) == 0 && limit.rlim_cur < wanted {
+            let raised = libc::rlimit { rlim_cur: wanted.min(limit.rlim_max), ..limit };
+            if libc::setrlimit(resource, &raw const raised) == 0 {
+                return raised.rlim_cur;
+            }
         }
     }
+    limit.rlim_cur
 }
 
 #[expect(unsafe_code, reason = "sigprocmask has no safe wrapper")]

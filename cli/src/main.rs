@@ -38,7 +38,10 @@ use trace::Trace;
 use vmm::{Awaited, Incoming, Outcome, VmConfig};
 
 fn main() -> ExitCode {
-    inherited::reset();
+    if let Err(why) = inherited::reset() {
+        print_message(why);
+        return ExitCode::from(EXIT_HOST);
+    }
     if let Err((call, error)) = required_calls::check() {
         print_message(&format!(
             "the host refuses {call}(2), which every VM needs: {error}; allow it in the container or service"

@@ -70,11 +70,14 @@ pub(crate) fn start_log(verbose: bool, boot_timing: Option<Moment>, trace: Optio
         Mutex::new(phases)
     });
     let boot_level = if phases.is_some() { LevelFilter::INFO } else { LevelFilter::OFF };
+    let debug = if verbose { LevelFilter::DEBUG } else { LevelFilter::OFF };
     let filter = Targets::new()
         .with_default(if verbose { Level::DEBUG } else { Level::WARN })
         .with_target(boot_timing::TARGET, boot_level)
         // What a debugger's packets cause, without a limit; the server says in its own words why it disconnects one.
-        .with_target("gdbstub", if verbose { LevelFilter::DEBUG } else { LevelFilter::OFF });
+        .with_target("gdbstub", debug)
+        // qcow2's library tells its caller what to do after a failed write; the disk reports the failure in its own words.
+        .with_target("imago", debug);
     let lines = tracing_subscriber::fmt::layer().with_writer(|| Stderr).event_format(Line(phases));
     match trace {
         None => tracing_subscriber::registry().with(lines).with(filter).init(),

@@ -221,7 +221,8 @@ fn a_corrupt_image_is_reported_once() {
     assert_eq!(qmp.event("BLOCK_IO_ERROR")["action"], "report");
     qmp.query("quit");
     assert!(qmp.events.iter().all(|event| event["event"] != "BLOCK_IMAGE_CORRUPTED"));
-    session.wait(BOUND);
+    let ended = session.wait(BOUND);
+    assert!(ended.errors.contains("error: disk image \"disk.img\": corrupt, and"), "{ended}");
     assert_eq!(fs::read(&image).unwrap()[79], 2, "it is not marked corrupt");
 }
 

@@ -350,6 +350,9 @@ fn what_is_no_protocol_ends_the_connection_alone() {
         debugger.close();
     }
     let mut debugger = Debugger::connect(&path);
+    // A packet that was damaged on its way is asked for again.
+    debugger.send_bytes(b"$?#00");
+    assert_eq!(debugger.read(1), b"-");
     assert_eq!(debugger.request("?"), "T05thread:01;");
     debugger.set_word(STATUS, SUCCESS as u32);
     assert_eq!(debugger.go("c"), format!("W{SUCCESS:02x}"));

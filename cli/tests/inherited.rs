@@ -90,7 +90,7 @@ fn the_guest_runs_and_its_disk_holds_what_it_wrote() {
         "mkdir gone && cd gone && rmdir ../gone && exec \"$@\"",
         "cd / && exec \"$@\"",
         "ulimit -S -n 20; exec \"$@\"",
-        "ulimit -S -s 256; exec \"$@\"",
+        "ulimit -S -s 64; exec \"$@\"",
         "umask 777; exec \"$@\"",
         "exec env -i \"$@\"",
     ] {
@@ -99,6 +99,20 @@ fn the_guest_runs_and_its_disk_holds_what_it_wrote() {
         command.args(["--debug-exit", "--verbose", "--cpus", "8", "--disk"]).arg(&image);
         Session::start(&mut command).wait(BOUND).must_be(guest::SUCCESS);
         assert!(fs::read(&image).unwrap() == written, "{shell}: the image has other content");
+    }
+}
+
+#[test]
+fn a_stack_that_is_too_small_is_said_in_one_line() {
+    let directory = tempdir().unwrap();
+    for kibibytes in [16, 64, 128] {
+        let shell = format!("ulimit -s {kibibytes}; exec \"$@\"");
+        let mut command = child_of(&shell, directory.path(), Program::Exit);
+        let ended = Session::start(&mut command).wait(BOUND).must_be(1);
+        assert_eq!(
+            ended.errors,
+            "minivmm: the stack is too small; set the limit on it (`ulimit -s`) to 256 KiB or more\n"
+        );
     }
 }
 

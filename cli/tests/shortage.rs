@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use minivmm_tests::guest::{self, Program};
 use minivmm_tests::refusal::{Call, ask, refuse, supervise};
 use minivmm_tests::session::Session;
-use minivmm_tests::{BOUND, kvm_is_usable, small_guest, unexpected_lines};
+use minivmm_tests::{BOUND, kvm_is_usable, skip, small_guest, unexpected_lines};
 use rustix::process::Signal;
 use tempfile::tempdir;
 
@@ -133,4 +133,26 @@ fn a_console_log_can_be_truncated_and_has_a_limit() {
     let text = fs::read_to_string(&log).unwrap();
     assert!(text.starts_with("rotated\nfifteen letters\n"), "{text}");
     assert!(text.len() < 1100 && text.contains("max= is reached"), "{text}");
+}
+
+/// imago logs each table that it gives up after a failed write, in its own words and without a limit.
+#[test]
+fn writes_that_fail_without_end_leave_a_few_lines() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let create = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", "disk.img", "2M"];
+    let mut qemu_img = Command::new("qemu-img");
+    if !qemu_img.args(create).current_dir(directory.path()).status().is_ok_and(|it| it.success()) {
+        return skip("no qemu-img here (Debian: qemu-utils)");
+    }
+    let mut command = limited("ulimit -f 200", directory.path(), Program::DiskLoad);
+    let options = ["--debug-exit", "--disk", "disk.img,format=qcow2,werror=ignore"];
+    let began = Instant::now();
+    let ended = Session::start(command.args(options)).wait(BOUND);
+    let lines = unexpected_lines(&ended.errors);
+    assert!(lines.iter().any(|line| line.contains("File too large")), "{ended}");
+    // One a second while the guest writes, and the result of the end.
+    assert!(lines.len() as u64 <= began.elapsed().as_secs() + 4, "{ended}");
 }

@@ -98,6 +98,11 @@ impl Debugger {
         self.stream.write_all(bytes).unwrap();
     }
 
+    /// Reads so many bytes as they are.
+    pub fn read(&mut self, count: usize) -> Vec<u8> {
+        (0..count).map_while(|_| self.byte()).collect()
+    }
+
     /// Sends no more, and reads until the other side has closed the connection.
     pub fn close(mut self) {
         self.stream.finish();

@@ -1,7 +1,7 @@
 //! `--gdb`: a debugger's connection to the guest, in GDB's Remote Serial Protocol. The chapter is `vmm/docs/step-through-a-boot.md`.
 //!
 //! A capability: the builder plugs [`Gdb`] into the main loop as one of its sources, and nothing else imports it. The protocol is the
-//! gdbstub crate's. [`listener`] takes the client, [`server`] moves its bytes and starts and stops the machine, [`target`] is
+//! gdbstub crate's. [`listener`] takes the client, [`packets`] checks their sums, [`server`] moves its bytes and starts and stops the machine, [`target`] is
 //! what the protocol acts on, with [`registers`] and [`breakpoints`].
 //!
 //! A debugger sees vCPUs as threads: vCPU 0 is thread 1. Its addresses are the guest's virtual ones, by the page tables of the
@@ -14,6 +14,7 @@
 
 mod breakpoints;
 mod listener;
+mod packets;
 mod registers;
 mod server;
 mod target;

@@ -29,6 +29,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendFlags, send};
 
 use super::listener::DebugListener;
+use super::packets::{Packets, Piece};
 use super::target::{Reason, Target};
 use crate::GuestMemory;
 use crate::config::GdbConfig;
@@ -68,6 +69,7 @@ struct Client {
     socket: OwnedFd,
     /// `None`: attaching, or within a call.
     protocol: Option<Protocol>,
+    packets: Packets,
     /// The debugger asked for a stop.
     interrupted: bool,
 }
@@ -146,7 +148,12 @@ impl Gdb {
                 }
                 continue;
             }
-            self.client = Some(Client { socket, protocol: None, interrupted: false });
+            self.client = Some(Client {
+                socket,
+                protocol: None,
+                packets: Packets::default(),
+                interrupted: false,
+            });
             self.stop(machine);
         }
     }
@@ -176,15 +183,25 @@ impl Gdb {
         let Some(client) = &mut self.client else { return Ok(()) };
         let Some(mut protocol) = client.protocol.take() else { return Ok(()) };
         for byte in bytes {
-            self.target.read = 0;
-            protocol = match protocol {
-                Protocol::Idle(idle) => idle.incoming_data(&mut self.target, *byte)?,
-                Protocol::Running(running) => running.incoming_data(&mut self.target, *byte)?,
-                other => other,
+            let packet = match client.packets.push(*byte) {
+                Piece::Incomplete => continue,
+                Piece::Damaged => {
+                    replies(&mut protocol).0.push(b'-');
+                    continue;
+                }
+                Piece::Whole(packet) => packet,
             };
-            if let Protocol::CtrlCInterrupt(interrupt) = protocol {
-                protocol = interrupt.interrupt_handled(&mut self.target, None::<Reason>)?;
-                client.interrupted |= matches!(protocol, Protocol::Running(_));
+            for byte in packet {
+                self.target.read = 0;
+                protocol = match protocol {
+                    Protocol::Idle(idle) => idle.incoming_data(&mut self.target, byte)?,
+                    Protocol::Running(running) => running.incoming_data(&mut self.target, byte)?,
+                    other => other,
+                };
+                if let Protocol::CtrlCInterrupt(interrupt) = protocol {
+                    protocol = interrupt.interrupt_handled(&mut self.target, None::<Reason>)?;
+                    client.interrupted |= matches!(protocol, Protocol::Running(_));
+                }
             }
         }
         client.protocol = Some(protocol);
@@ -220,12 +237,7 @@ impl Gdb {
     fn send(&mut self, poller: &mut Poller<'_, '_>, machine: &mut Machine) -> bool {
         let Some(client) = &mut self.client else { return false };
         let Some(protocol) = &mut client.protocol else { return false };
-        let Replies(replies) = match protocol {
-            Protocol::Idle(state) => state.borrow_conn(),
-            Protocol::Running(state) => state.borrow_conn(),
-            Protocol::CtrlCInterrupt(state) => state.borrow_conn(),
-            Protocol::Disconnected(state) => state.borrow_conn(),
-        };
+        let Replies(replies) = replies(protocol);
         while !replies.is_empty() {
             match send(&client.socket, replies, SendFlags::NOSIGNAL) {
                 Ok(count) => drop(replies.drain(..count)),
@@ -364,6 +376,15 @@ impl Gdb {
         let result = act(self);
         mem::swap(&mut self.target.vcpus, &mut machine.hardware.vcpus);
         result
+    }
+}
+
+fn replies(protocol: &mut Protocol) -> &mut Replies {
+    match protocol {
+        Protocol::Idle(state) => state.borrow_conn(),
+        Protocol::Running(state) => state.borrow_conn(),
+        Protocol::CtrlCInterrupt(state) => state.borrow_conn(),
+        Protocol::Disconnected(state) => state.borrow_conn(),
     }
 }
 

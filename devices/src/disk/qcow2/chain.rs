@@ -60,7 +60,7 @@ fn open_at_depth(
         Format::Qcow2 => header::check(&file, writable).map_err(refused)?,
     };
     HostStorage::check_calls(&file, writable).map_err(refused)?;
-    let file = HostStorage::new(&file, writable).map_err(|error| refused(error.into()))?;
+    let file = HostStorage::new(path, &file, writable).map_err(|error| refused(error.into()))?;
     if format == Format::Raw {
         let storage = OrderedStorage::plain(file);
         let layer = Raw::open_image(storage.clone(), writable);

@@ -198,7 +198,7 @@ impl Order {
         }
         if !std::mem::replace(&mut metadata.is_corrupt, true) {
             tracing::error!(
-                "the qcow2 image {} is corrupt and is not written to any more: {error}; `qemu-img check -r all` may repair it",
+                "disk image {}: corrupt, and not written to any more: {error}; `qemu-img check -r all` may repair it",
                 self.file
             );
             *lock(&self.corruption) = Some(Corruption { message: error.to_string(), range });
@@ -210,7 +210,7 @@ impl Order {
             if metadata.has_features
                 && let Err(error) = mark()
             {
-                tracing::error!(%error, "cannot mark the image as corrupt");
+                tracing::error!(%error, "disk image {}: cannot be marked as corrupt", self.file);
             }
         }
         io::Error::from_raw_os_error(libc::EIO)

@@ -20,7 +20,7 @@ pub(super) fn temporary_overlay(base: Layer, depth: u32) -> Result<Opened, OpenR
     let (backing, size) = (base.size(), base.size() - base.size() % SECTOR);
     let create = || -> io::Result<Opened> {
         let file = HostFile::from_file(file?, None).map_err(io::Error::other)?;
-        let storage = OrderedStorage::plain(HostStorage::new(&Arc::new(file), true)?);
+        let storage = OrderedStorage::plain(HostStorage::new(&directory, &Arc::new(file), true)?);
         let overlay = Qcow2::create_builder(storage.clone())
             .size(size)
             .create_open(DenyImplicitOpenGate::default(), |storage| {

@@ -8,6 +8,7 @@
 use std::fmt;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::Arc;
 
@@ -25,18 +26,20 @@ use crate::disk::{Change, OpenReason};
 /// A host file, and what it asks of a transfer.
 #[derive(Debug)]
 pub(super) struct HostStorage {
+    /// For messages.
+    path: PathBuf,
     file: File,
     host: Arc<HostFile>,
 }
 
 impl HostStorage {
-    /// A view of `host`, with which a writable image may be written.
-    pub(super) fn new(host: &Arc<HostFile>, writable: bool) -> io::Result<Self> {
+    /// A view of `host`, which messages call `path`, with which a writable image may be written.
+    pub(super) fn new(path: &Path, host: &Arc<HostFile>, writable: bool) -> io::Result<Self> {
         let direct = host.direct.is_some();
         // Without `write`, imago does not try writing to find out what direct I/O wants.
         let options = StorageOpenOptions::new().direct(direct).write(writable && !direct);
         let file = File::from_open_file(host.file.try_clone()?, options)?;
-        Ok(Self { file, host: Arc::clone(host) })
+        Ok(Self { path: path.to_owned(), file, host: Arc::clone(host) })
     }
 
     /// Checks that the host allows the calls that imago makes for `host`, and for which it has no other: otherwise the guest would
@@ -65,7 +68,7 @@ impl HostStorage {
 
 impl fmt::Display for HostStorage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.file.fmt(f)
+        write!(f, "{:?}", self.path)
     }
 }
 

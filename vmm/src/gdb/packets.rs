@@ -1,0 +1,79 @@
+//! Where a debugger's packets begin and end, and whether their checksums are right.
+//!
+//! gdbstub ends the connection at a packet whose checksum is wrong. GDB's protocol asks for the packet again, by `-`. So [`Packets`] lies
+//! before gdbstub, and [`server`](super::server) answers for the packets that it finds to be wrong. What is no packet goes on to
+//! gdbstub, which ends the connection: a web page can make a browser send packets to a port of the loopback interface, but
+//! only behind the lines of an HTTP request.
+
+use std::mem;
+
+/// Bytes of a packet at most; gdbstub ends the connection at a longer one.
+const LONGEST: usize = 4096;
+
+/// What a byte completes.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Piece {
+    /// Nothing yet.
+    Incomplete,
+    /// What gdbstub gets: a packet, or a byte or more that are none.
+    Whole(Vec<u8>),
+    /// A packet with a wrong checksum.
+    Damaged,
+}
+
+/// The beginning of a packet: from `$` on.
+#[derive(Debug, Default)]
+pub(super) struct Packets(Vec<u8>);
+
+impl Packets {
+    pub(super) fn push(&mut self, byte: u8) -> Piece {
+        self.0.push(byte);
+        match self.0[..] {
+            [b'$', ref body @ .., b'#', high, low] => {
+                let sum = body.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte));
+                let is_right = format!("{sum:02x}").as_bytes().eq_ignore_ascii_case(&[high, low]);
+                let packet = mem::take(&mut self.0);
+                if is_right { Piece::Whole(packet) } else { Piece::Damaged }
+            }
+            [b'$', ..] if self.0.len() <= LONGEST => Piece::Incomplete,
+            _ => Piece::Whole(mem::take(&mut self.0)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pieces(bytes: &[u8]) -> Vec<Piece> {
+        let mut packets = Packets::default();
+        let pieces = bytes.iter().map(|byte| packets.push(*byte));
+        pieces.filter(|piece| *piece != Piece::Incomplete).collect()
+    }
+
+    #[test]
+    fn packets_are_whole_or_damaged_and_the_rest_goes_on() {
+        let whole = |bytes: &[u8]| Piece::Whole(bytes.to_vec());
+        assert_eq!(
+            pieces(b"+$?#3f-$?#3F\x03$#00"),
+            [
+                whole(b"+"),
+                whole(b"$?#3f"),
+                whole(b"-"),
+                whole(b"$?#3F"),
+                whole(b"\x03"),
+                whole(b"$#00")
+            ]
+        );
+        for damaged in ["$?#40", "$?#zz", "$?#+f", "$?##3", "$?#\u{e9}"] {
+            assert_eq!(
+                pieces(format!("{damaged}$?#3f").as_bytes()),
+                [Piece::Damaged, whole(b"$?#3f")],
+                "{damaged}"
+            );
+        }
+        assert_eq!(pieces(b"GET")[..2], [whole(b"G"), whole(b"E")]);
+        let overlong = [&b"$"[..], &[b'm'; LONGEST]].concat();
+        assert_eq!(pieces(&overlong), [whole(&overlong)]);
+    }
+}
