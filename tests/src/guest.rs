@@ -113,6 +113,8 @@ programs! {
     BootLinux64 = "boot_linux64",
     /// For the 64-bit Linux entry and a debugger: see [`debugger`].
     Debugged = "debugged",
+    /// Sends an NMI to all vCPUs, which it has not started; ends with [`SUCCESS`].
+    Wake = "wake",
     /// Accesses ports and addresses where nothing is; ends with [`SUCCESS`].
     Unmapped = "unmapped",
     /// Drives a disk of [`DISK_SECTORS`] sectors: see the test. Prints its serial number; ends with [`SUCCESS`].

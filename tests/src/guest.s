@@ -311,6 +311,14 @@ debugged_loop:
     jmp exit_with_al
 .code32
 
+guest_wake:                             # an NMI to all other processors, which wait to be started; goes on for some milliseconds
+    movl $0xc4400, 0xfee00300           # ICR of the local APIC (SDM 3A 11.6.1): all but this one, NMI
+    movl $2000, %ecx
+0:  inb $0x80, %al
+    subl $1, %ecx
+    jnz 0b
+    exit SUCCESS
+
 # ---- nothing there ----------------------------------------------------------------------------------------------
 
 guest_unmapped:                         # reads of nothing give ones, writes to nothing do nothing

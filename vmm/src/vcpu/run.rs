@@ -23,7 +23,7 @@ enum Stop {
 /// KVM_RUNs in a row that may return EAGAIN before the host counts as short of tasks. A vCPU that the guest starts
 /// causes one or two, and 16 are over before a user would notice.
 const REFUSALS_OF_A_START: u32 = 16;
-/// Time between tries while the host is short of tasks.
+/// Time between tries after these.
 const REFUSAL_INTERVAL: Duration = Duration::from_millis(20);
 
 enum Ran {
@@ -117,14 +117,14 @@ impl Vcpu {
         Ok(Ran::Exited)
     }
 
-    /// KVM_RUN returned EAGAIN. A vCPU that the guest starts does that once or twice. But a KVM that cannot start its helper task
-    /// (Linux 6.13 and later, at the first KVM_RUN) does it until the host allows another task: that is said once, and tried
-    /// again at intervals. Nothing is pending in the vCPU then, so that it may be paused.
+    /// KVM_RUN returned EAGAIN. A vCPU that the guest starts does that once or twice, and one that it has not started whenever the guest
+    /// sends it an interrupt. But a KVM that cannot start its helper task (Linux 6.13 and later, at the first KVM_RUN) does it
+    /// until the host allows another task, for the first vCPU too, which needs no start: that is said once. All are tried again
+    /// at intervals. Nothing is pending in the vCPU then, so that it may be paused.
     fn wait_for_task(&mut self) -> Ran {
         self.refusals += 1;
-        if self.refusals == REFUSALS_OF_A_START + 1 {
+        if self.index == 0 && self.refusals == REFUSALS_OF_A_START + 1 {
             tracing::warn!(
-                vcpu = self.index,
                 "KVM cannot run the guest, because the host allows no further task (KVM_RUN: EAGAIN); raise the limit \
                  on tasks (`ulimit -u`, or the cgroup's pids.max): the guest goes on then"
             );
