@@ -179,6 +179,41 @@ fn a_made_up_description_is_refused_by_name() {
     }
 }
 
+/// A base has to be the file of the save, and a regular file: nothing else is read, and no other file is opened.
+#[test]
+fn a_made_up_base_is_refused() {
+    let Some((directory, _)) = saved() else { return };
+    let incoming = ["--incoming", "file:saved,paths=saved,map=on", "--paused"];
+    let mut command = minivmm(incoming);
+    command.args(["--qmp", "unix:qmp"]).current_dir(directory.path());
+    let session = Session::start(&mut command);
+    Qmp::connect(&directory.path().join("qmp"));
+    let mut ctl = minivmm(["ctl", "qmp", "save", "mutant", "--incremental", "--quit"]);
+    Session::start(ctl.current_dir(directory.path())).wait(BOUND).must_be(0);
+    session.wait(BOUND).must_be(0);
+    let content = fs::read(directory.path().join("mutant")).unwrap();
+    let saved = machine(&content);
+    for (pointer, value, expected) in [
+        ("/base/path", json!("/none/mutant"), "its base mutant is based on it"),
+        ("/base/path", json!("/dev/zero"), "its base zero is not beside it, and there is no"),
+        ("/base/path", json!("/a\u{1b}/.."), "its base /a\u{fffd}/.. is not beside it"),
+        ("/base/path", json!(""), "is not beside it"),
+        ("/base/identity", json!([1, 1]), "it is not the file of the save"),
+        ("/base", Value::Null, "it is damaged: its base"),
+        ("/format/needs", json!(["base", "x"]), "it needs x, which"),
+        ("/config/memory", json!(64 << 20), "the size of memory"),
+    ] {
+        let mut made_up = saved.clone();
+        made_up["vcpus"][0]["state"]["xsave"].as_array_mut().unwrap().truncate(1000);
+        *made_up.pointer_mut(pointer).unwrap_or_else(|| panic!("{pointer}")) = value;
+        let Some(bytes) = described(&content, &made_up) else { panic!("{pointer}: too long") };
+        fs::write(directory.path().join("mutant"), bytes).unwrap();
+        let ended = start(directory.path(), "");
+        assert_refused(&ended, pointer);
+        assert!(ended.errors.contains(expected), "{pointer}: {ended}");
+    }
+}
+
 /// Any value may be anything: the machine is refused, or starts, and never panics.
 #[test]
 fn no_description_makes_minivmm_panic() {

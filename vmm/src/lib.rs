@@ -54,6 +54,6 @@ pub use host_cpu::missing_hardware_support;
 pub use machine::Outcome;
 pub use sandbox::on_violation;
 pub use signals::Signals;
-pub use snapshot::{ClockMode, Incoming, IncomingConfig, MapMode, NewFile};
+pub use snapshot::{ClockMode, Incoming, IncomingConfig, MapMode, NewFile, check_new_increment};
 
 use devices::{GuestMemory, lock};

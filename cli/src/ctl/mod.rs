@@ -115,6 +115,11 @@ enum Command {
         /// A VM with disks that it writes to must be stopped: copy their images during the save, then resume it.
         #[arg(long, conflicts_with = "quit")]
         background: bool,
+        /// Write only what changed since the VM came from a file (--incoming file:BASE), which must stay as it is.
+        ///
+        /// The VM has its memory mapped from that file. It may be an increment, too, on up to 16 files in all.
+        #[arg(long)]
+        incremental: bool,
     },
     /// Print all counters, in Prometheus' text format.
     Metrics,
@@ -186,8 +191,8 @@ fn run(socket: &Path, command: Command) -> Result<(), CtlError> {
             let added = vm.execute("x-minivmm-fault-add", arguments)?;
             return print(&format!("{}\n", added["id"]));
         }
-        Command::Save { path, quit, background } => {
-            return save::save(vm, &path, quit, background);
+        Command::Save { path, quit, background, incremental } => {
+            return save::save(vm, &path, quit, background, incremental);
         }
         Command::Stop => ("stop", json!({})),
         Command::Cont => ("cont", json!({})),

@@ -24,7 +24,8 @@ fn check_target(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Saves the VM and waits until that is done. A VM that ran goes on, unless it is to `quit`; `in_background` it does so at once.
+/// Saves the VM and waits until that is done. A VM that ran goes on, unless it is to `quit`; `in_background` it does so at once. An increment
+/// (`is_incremental`) does not replace its base.
 ///
 /// The file is opened here and handed over, since the VM is confined: it opens none. It gets its name when it is whole.
 pub(super) fn save(
@@ -32,11 +33,15 @@ pub(super) fn save(
     path: &Path,
     quit: bool,
     in_background: bool,
+    is_incremental: bool,
 ) -> Result<(), CtlError> {
     let before = vm.execute("query-status", json!({}))?;
     let capability = |name, state| json!({ "capability": name, "state": state });
-    let capabilities =
-        [capability("events", true), capability("background-snapshot", in_background)];
+    let capabilities = [
+        capability("events", true),
+        capability("background-snapshot", in_background),
+        capability("x-minivmm-incremental", is_incremental),
+    ];
     vm.execute("migrate-set-capabilities", json!({ "capabilities": capabilities }))?;
     let fails = |source| CtlError::Target(path.to_owned(), source);
     let file = check_target(path).and_then(|()| NewFile::create(path)).map_err(fails)?;
@@ -54,6 +59,10 @@ pub(super) fn save(
         }
         // Each change of the status is an event.
         vm.receive()?.ok_or(CtlError::Ended)?;
+    }
+    if is_incremental {
+        let refused = |error| CtlError::Save(vmm::WithCauses(&error).to_string());
+        vmm::check_new_increment(&file).map_err(refused)?;
     }
     file.publish().map_err(fails)?;
     if quit {

@@ -5,6 +5,7 @@ mod background;
 mod dumps;
 mod files;
 mod hosts;
+mod increments;
 mod moments;
 
 use std::collections::BTreeSet;

@@ -33,8 +33,17 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
         ],
     ),
     ("consoles beside stdio", &["vmm/src/console/backends.rs", "vmm/src/console/ports.rs"]),
-    ("save: file and memory", &["vmm/src/snapshot/core_file.rs", "vmm/src/snapshot/pages.rs"]),
+    (
+        "save: file and memory",
+        &[
+            "vmm/src/snapshot/core_file.rs",
+            "vmm/src/snapshot/page_map.rs",
+            "vmm/src/snapshot/pages.rs",
+        ],
+    ),
+    ("save: increments", &["vmm/src/snapshot/increments.rs", "vmm/src/snapshot/page_set.rs"]),
     ("save: memory held still", &["vmm/src/snapshot/held_memory.rs"]),
+    ("restore", &["vmm/src/snapshot/description.rs", "vmm/src/snapshot/incoming.rs"]),
     ("save and restore", &["vmm/src/snapshot", "vmm/src/machine/save_task.rs"]),
     ("save in QMP", &["vmm/src/control/deferred.rs", "vmm/src/control/migration.rs"]),
     ("disk keys", &["cli/src/arguments/disk.rs", "cli/src/arguments/throttling.rs"]),

@@ -102,7 +102,7 @@ pub(super) const COMMANDS: &[MigrationCommand] = &[
         migration.set_capabilities(arguments).map(|()| Answer::empty())
     }),
     command("query-migrate-capabilities", &[], "[MigrationCapabilityStatus]", |migration, _, _| {
-        let states = [migration.events, true, migration.in_background];
+        let states = [migration.events, true, migration.in_background, migration.is_incremental];
         let states = CAPABILITY_NAMES.iter().zip(states);
         let states = states.map(|(name, state)| json!({ "capability": name, "state": state }));
         Ok(Answer::Now(states.collect()))
@@ -169,6 +169,8 @@ pub(crate) struct Migration {
     events: bool,
     /// The guest goes on while it is saved (the capability `background-snapshot`).
     in_background: bool,
+    /// A save has only what changed (the capability `x-minivmm-incremental`).
+    is_incremental: bool,
     /// `None`: the process may not start a child process.
     pub(super) background: Option<Background>,
     save: Option<Save>,
@@ -193,6 +195,7 @@ impl Migration {
             config,
             events: false,
             in_background: false,
+            is_incremental: false,
             background: None,
             save: None,
             messages: Vec::new(),
@@ -264,13 +267,14 @@ impl Migration {
             return Err(Failure::generic("a machine that runs --exec cannot be saved"));
         }
         let (progress, config) = (Progress::default(), self.config.clone());
+        let purpose = if self.is_incremental { Purpose::Increment } else { Purpose::Save };
         let (job, rest) = match (&self.background, self.in_background) {
             (_, false) => {
-                let job = snapshot::begin(machine, config, destination, &progress, Purpose::Save);
+                let job = snapshot::begin(machine, config, destination, &progress, purpose);
                 job.map(|job| (job, None))
             }
             (Some(background), true) => {
-                begin_in_background(machine, config, destination, &progress, background)
+                begin_in_background(machine, config, destination, &progress, purpose, background)
                     .map(|(job, rest)| (job, Some(rest)))
             }
             (None, true) => return Err(Failure::generic(NO_CHILD)),
@@ -372,6 +376,7 @@ impl Migration {
                 // RAM is at fixed places of the file in any case.
                 (Some("mapped-ram"), Some(_)) => {}
                 (Some("background-snapshot"), Some(state)) => self.in_background = state,
+                (Some("x-minivmm-incremental"), Some(state)) => self.is_incremental = state,
                 (Some(name), Some(_)) => {
                     let unknown = format!("Parameter 'capability' does not accept value '{name}'");
                     return Err(Failure::generic(unknown));

@@ -110,7 +110,8 @@ const RUN_STATES: &[&str] = &[
 /// Of a save.
 pub(super) const STATUSES: [&str; 7] =
     ["none", "setup", "active", "completed", "failed", "cancelling", "cancelled"];
-pub(super) const CAPABILITY_NAMES: [&str; 3] = ["events", "mapped-ram", "background-snapshot"];
+pub(super) const CAPABILITY_NAMES: [&str; 4] =
+    ["events", "mapped-ram", "background-snapshot", "x-minivmm-incremental"];
 
 const ENUMS: &[(&str, &[&str])] = &[
     ("RunState", RUN_STATES),

@@ -5,10 +5,13 @@
 //! 64 + 56 n    PT_NOTE  "minivmm" 0x1001  the machine as JSON
 //!                       "CORE"    1       NT_PRSTATUS of each vCPU: its registers, for debuggers
 //!                       "QEMU"    0       the CPU state that crash(8) reads of QEMU's dumps, with CR3
+//!                       "minivmm" 0x1004  of an increment only: its pages, a bit for each page of RAM
 //!                       "minivmm" 0x1002  checksums of RAM: 8 bytes for each 2 MiB, 0 for a hole
 //!                       "minivmm" 0x1003  the checksum of everything before it, the last 8 bytes of the notes
 //! 2 MiB k      PT_LOAD  a range of RAM: its guest-physical address as p_paddr; holes where it is zero
 //! ```
+//!
+//! An increment (`increments`) has the same ranges. Pages of its base are holes: debuggers see zeroes there.
 //!
 //! The types of our notes are above 0x1000, because `readelf` shows type 1 of any owner as NT_PRSTATUS.
 //!
@@ -19,10 +22,12 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use arch::layout::PAGE_SIZE;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
 use super::SnapshotError;
 use super::checksum::{BLOCK, checksum};
+use super::page_set::PageSet;
 
 const HEADER: u64 = 64;
 const PROGRAM_HEADER: u64 = 56;
@@ -39,6 +44,7 @@ const OURS: &[u8] = b"minivmm\0";
 const NOTE_MACHINE: u32 = 0x1001;
 const NOTE_RAM_CHECKSUMS: u32 = 0x1002;
 const NOTE_CHECKSUM: u32 = 0x1003;
+const NOTE_PAGES: u32 = 0x1004;
 const NT_PRSTATUS: u32 = 1;
 
 /// Whether a file that begins like this is an ELF core.
@@ -63,8 +69,14 @@ pub(super) struct CoreLayout {
 }
 
 impl CoreLayout {
-    /// A file for `machine` (JSON), with the registers of each vCPU and these ranges of RAM (address and length).
-    pub(super) fn new(machine: &[u8], cpus: &[(kvm_regs, kvm_sregs)], ram: &[(u64, u64)]) -> Self {
+    /// A file for `machine` (JSON), with the registers of each vCPU and these ranges of RAM (address and length); an increment has these
+    /// `pages` of it.
+    pub(super) fn new(
+        machine: &[u8],
+        cpus: &[(kvm_regs, kvm_sregs)],
+        ram: &[(u64, u64)],
+        pages: Option<&PageSet>,
+    ) -> Self {
         let mut notes = Vec::new();
         note(&mut notes, OURS, NOTE_MACHINE, machine);
         for (index, (regs, sregs)) in cpus.iter().enumerate() {
@@ -72,6 +84,9 @@ impl CoreLayout {
         }
         for (regs, sregs) in cpus {
             note(&mut notes, b"QEMU\0", 0, &qemu_cpu_state(regs, sregs));
+        }
+        if let Some(pages) = pages {
+            note(&mut notes, OURS, NOTE_PAGES, pages.bits());
         }
         let blocks = ram.iter().map(|(_, length)| length.div_ceil(BLOCK)).sum();
         let mut layout = Self { notes, blocks, segments: Vec::new() };
@@ -207,9 +222,18 @@ pub(super) struct CoreFile {
     pub(super) machine: Vec<u8>,
     pub(super) segments: Vec<RamSegment>,
     pub(super) ram_checksums: Vec<u64>,
+    /// Of an increment: the pages that it has. The others are those of its base.
+    pub(super) pages: Option<PageSet>,
+    /// Bytes of the file, and the checksum of its headers and notes, which have the checksums of RAM. Both tell it from any other file.
+    pub(super) identity: (u64, u64),
 }
 
 impl CoreFile {
+    /// Whether this page of RAM is not the base's.
+    pub(super) fn has(&self, page: usize) -> bool {
+        self.pages.as_ref().is_none_or(|pages| pages.contains(page))
+    }
+
     /// Reads and checks all but RAM.
     pub(super) fn read(file: File) -> Result<Self, SnapshotError> {
         use SnapshotError::{Damaged, NotOurs};
@@ -244,14 +268,15 @@ impl CoreFile {
         let mut head = vec![0; notes_end as usize];
         read_at(&file, &mut head, 0)?;
         let (body, sum) = head.split_at_checked(head.len().wrapping_sub(8)).ok_or(NotOurs)?;
-        if checksum(body).to_le_bytes() != *sum {
+        let identity = (size, checksum(body));
+        if identity.1.to_le_bytes() != *sum {
             return Err(Damaged("its description differs from the checksum"));
         }
         let segments = segments.map(|header| segment(&header)).collect::<Option<Vec<_>>>();
         let segments = segments.ok_or(Damaged("a range of memory is none"))?;
         check_places(&segments, notes_end, size)?;
         let notes = notes_of(&head[notes_offset as usize..]).ok_or(Damaged("its notes"))?;
-        let [machine, sums] = [NOTE_MACHINE, NOTE_RAM_CHECKSUMS].map(|kind| {
+        let [machine, sums, pages] = [NOTE_MACHINE, NOTE_RAM_CHECKSUMS, NOTE_PAGES].map(|kind| {
             let mut found = notes.iter().filter(|(name, found, _)| *name == OURS && *found == kind);
             found.next().filter(|_| found.next().is_none()).map(|(.., content)| *content)
         });
@@ -262,7 +287,10 @@ impl CoreFile {
             return Err(Damaged("the number of checksums"));
         }
         let ram_checksums = sums.iter().map(|sum| u64::from_le_bytes(*sum)).collect();
-        Ok(Self { machine: machine.to_vec(), segments, ram_checksums, file })
+        let count = segments.iter().map(|segment| segment.length / PAGE_SIZE).sum::<u64>();
+        let set = |bits| PageSet::from_bits(bits, count as usize);
+        let pages = pages.map(|bits| set(bits).ok_or(Damaged("its set of pages"))).transpose()?;
+        Ok(Self { machine: machine.to_vec(), segments, ram_checksums, pages, identity, file })
     }
 }
 

@@ -7,7 +7,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::checksum::checksum;
 use super::core_file::{CoreFile, CoreLayout};
-use super::incoming;
+use super::description;
+use super::page_set::PageSet;
 
 fn file(head: &[u8], length: u64) -> File {
     let file: File = memfd_create(c"saved", MemfdFlags::CLOEXEC).unwrap().into();
@@ -26,6 +27,10 @@ fn assert_sound(core: &CoreFile, length: u64) {
     let blocks: u64 = core.segments.iter().map(|segment| segment.length.div_ceil(2 << 20)).sum();
     assert_eq!(core.ram_checksums.len() as u64, blocks);
     assert!(core.machine.len() as u64 <= length);
+    let pages = core.segments.iter().map(|segment| segment.length / 4096).sum::<u64>();
+    if let Some(set) = &core.pages {
+        assert!(set.bits().len() as u64 == pages.div_ceil(8) && set.count() <= pages);
+    }
 }
 
 /// The file's checksum is right again, so that what it covers is read.
@@ -42,7 +47,13 @@ fn core_files() {
         let ranges = [(0, 0x40_0000), (0x1_0000_0000, 0x1000), (0x2_0000_0000, 0x20_1000)];
         let ranges = &ranges[..1 + input.below(3) as usize];
         let machine = input.sized().to_vec();
-        let layout = CoreLayout::new(&machine, &[Default::default()], ranges);
+        let total = ranges.iter().map(|(_, length)| length / 4096).sum::<u64>() as usize;
+        // A description that begins with an odd number is an increment's, by which the corpus keeps its meaning.
+        let is_increment = machine.first().is_some_and(|first| first % 2 == 1);
+        let mut set = PageSet::default();
+        (0..total).for_each(|page| set.push(page % 5 == 0));
+        let set = is_increment.then_some(&set);
+        let layout = CoreLayout::new(&machine, &[Default::default()], ranges, set);
         let mut length = layout.file_length();
         let blocks =
             ranges.iter().map(|(_, length): &(u64, u64)| length.div_ceil(2 << 20)).sum::<u64>();
@@ -78,17 +89,17 @@ fn descriptions() {
             let count = input.below(24) as usize;
             text.splice(at..at + gone, input.bytes(count).iter().copied());
         }
-        let Ok(saved) = incoming::parse(&text) else { return };
+        let Ok(saved) = description::parse(&text) else { return };
         let again = serde_json::to_vec(&saved).unwrap();
-        let read = incoming::parse(&again).unwrap();
+        let read = description::parse(&again).unwrap();
         assert_eq!(serde_json::to_vec(&read).unwrap(), again);
-        saved.describe();
+        saved.describe(0);
         let memory = (1 << 20) + (input.u64() & 0x1_ffff_f000);
-        let layout = CoreLayout::new(&again, &[], &[(0, memory)]);
+        let layout = CoreLayout::new(&again, &[], &[(0, memory)], None);
         let length = layout.file_length();
         let blocks = memory.div_ceil(2 << 20) as usize;
         let core = CoreFile::read(file(&layout.head(&vec![0; blocks]), length)).unwrap();
-        if incoming::check(&saved, &core).is_ok() {
+        if description::check(&saved, &core).is_ok() {
             assert_eq!(core.segments.iter().map(|segment| segment.length).sum::<u64>(), memory);
         }
     });

@@ -81,6 +81,7 @@ pub(crate) fn begin_in_background(
     config: SavedConfig,
     destination: Destination,
     progress: &Progress,
+    purpose: Purpose,
     background: &Background,
 ) -> Result<(u64, Rest), Error> {
     check(machine)?;
@@ -104,7 +105,6 @@ pub(crate) fn begin_in_background(
         let _ = send_job.send((job, send));
         is_held.recv().unwrap_or(Err(Error::ThreadPanicked))
     });
-    let purpose = Purpose::Save;
     let id = save::begin_with(machine, config, destination, progress, purpose, Some(hold))?;
     machine.background_save = Some(Arc::clone(&progress.cancel));
     Ok((id, Rest { answer, is_over }))

@@ -15,15 +15,16 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use arch::Structure;
-use arch::boot::FileRange;
-use arch::machine_layout::{MachineLayout, MachineSpec};
 use kvm_ioctls::Kvm;
 
 use super::SnapshotError;
 use super::core_file::CoreFile;
+use super::description::{check, parse};
+use super::increments::Chain;
+use super::page_set::PageSet;
 use super::save::RESTORED_FROM;
-use super::saved::{MAJOR, SavedDisk, SavedMachine, Versioned};
-use super::{fit, generation_id, pages};
+use super::saved::{SavedDisk, SavedMachine};
+use super::{fit, generation_id};
 use crate::GuestMemory;
 use crate::config::{DiskConfig, VmConfig};
 use crate::control::ControlServer;
@@ -66,7 +67,7 @@ pub struct IncomingConfig {
     pub clock: ClockMode,
     /// `disks=checked`: refuse an image that was changed after the save.
     pub check_disks: bool,
-    /// `paths=saved`: open the images, the kernel and the initrd that the file names, where the user names none.
+    /// `paths=saved`: open the images, the kernel and the initrd that the file names, where the user names none, and the base where it was.
     pub trust_paths: bool,
 }
 
@@ -83,7 +84,7 @@ pub struct Incoming {
     /// The control socket on which the file was named.
     pub(crate) control: Option<ControlServer>,
     options: IncomingConfig,
-    core: CoreFile,
+    chain: Chain,
     saved: SavedMachine,
 }
 
@@ -110,6 +111,8 @@ impl Incoming {
         let failed = |error: SnapshotError| Error::incoming(error).of_file(&options.path);
         let (core, saved) = Self::read(&options.path).map_err(failed)?;
         let file = core.file.metadata().map_err(|error| failed(error.into()))?;
+        let chain =
+            Chain::open(&options.path, core, &saved, options.trust_paths).map_err(failed)?;
         let _ = RESTORED_FROM.set((file.dev(), file.ino()));
         saved.disks.iter().try_for_each(SavedDisk::check_kept).map_err(failed)?;
         if saved.config.nested && !config.nested {
@@ -119,21 +122,23 @@ impl Incoming {
         let given = std::mem::take(&mut config.disks);
         let disks = merge_disks(&saved, given, options.trust_paths, config.qmp.is_some());
         config.disks = disks.map_err(failed)?;
-        Ok(Self { control: None, options, core, saved })
+        Ok(Self { control: None, options, chain, saved })
     }
 
-    /// What the file at `path` has, as lines for people. With `compare_memory` all of it is compared with its checksums.
+    /// What the file at `path` has, as lines for people. With `compare_memory` all of it is compared with its checksums, and so are the files
+    /// that it is based on.
     ///
     /// # Errors
     /// As [`Self::open`].
     pub fn describe(path: &Path, compare_memory: bool) -> Result<String, Error> {
         let failed = |error: SnapshotError| Error::incoming(error).of_file(path);
         let (core, saved) = Self::read(path).map_err(failed)?;
+        let text = saved.describe(core.pages.as_ref().map_or(0, PageSet::count));
         if compare_memory {
-            let CoreFile { file, segments, ram_checksums, .. } = &core;
-            pages::read(None, file, segments, ram_checksums).map_err(failed)?;
+            let chain = Chain::open(path, core, &saved, true);
+            chain.and_then(|chain| chain.copy(None)).map_err(failed)?;
         }
-        Ok(saved.describe())
+        Ok(text)
     }
 
     fn read(path: &Path) -> Result<(CoreFile, SavedMachine), SnapshotError> {
@@ -159,9 +164,8 @@ impl Incoming {
             .map_err(|error| self.named(error))?;
         let mapped = self.map(memory).map_err(|error| self.named(error))?;
         if mapped.is_none() {
-            let CoreFile { file, segments, ram_checksums, .. } = &self.core;
-            pages::read(Some(memory), file, segments, ram_checksums)
-                .map_err(|error| self.named(Error::incoming(error)))?;
+            let copied = self.chain.copy(Some(memory));
+            copied.map_err(|error| self.named(Error::incoming(error)))?;
         }
         generation_id::replace(memory, generation_id)?;
         let cpuid = self.saved.vcpus.iter().map(|vcpu| vcpu.cpuid.clone()).collect();
@@ -185,22 +189,10 @@ impl Incoming {
         if !wanted {
             return Ok(None);
         }
-        let file = self.core.file.try_clone().map_err(unreadable)?;
-        let size = file.metadata().map_err(unreadable)?.len();
-        let end = self.core.segments.last().map_or(0, |last| last.offset + last.length);
-        // The lease comes first: what was checked before may have been cut off since.
-        let leased = kernel_pages::lease(&file) && size == end;
-        let ranges = match leased {
-            true => pages::map(memory, &file, &self.core.segments).map_err(unreadable)?,
-            false => None,
-        };
-        match ranges {
-            Some(ranges) => Ok(Some(Box::new(move |memory| unmap(memory, &file, &ranges)))),
+        match self.chain.map(memory).map_err(unreadable)? {
+            Some(files) => Ok(Some(Box::new(move |memory| files.copy(memory)))),
             None if mode == MapMode::On => Err(Error::incoming(SnapshotError::NoLease)),
-            None => {
-                kernel_pages::release(&file);
-                crate::memory::clear(memory).map(|()| None)
-            }
+            None => crate::memory::clear(memory).map(|()| None),
         }
     }
 
@@ -242,68 +234,6 @@ impl Error {
             other => other,
         }
     }
-}
-
-/// Gives the guest copies of the pages, and lets writers of the file go on. Neither the guest nor a device uses `memory`
-/// meanwhile.
-fn unmap(memory: &GuestMemory, file: &File, ranges: &[FileRange]) -> Result<(), Error> {
-    let copied = ranges.iter().try_for_each(|range| kernel_pages::copy(memory, range));
-    copied.map_err(Error::host("copy guest memory, whose file is being changed"))?;
-    kernel_pages::release(file);
-    Ok(())
-}
-
-/// The description, of a format that this program knows.
-pub(super) fn parse(json: &[u8]) -> Result<SavedMachine, SnapshotError> {
-    let Versioned { format } = serde_json::from_slice(json).map_err(SnapshotError::Description)?;
-    if format.major != MAJOR {
-        return Err(SnapshotError::Format(format.major, format.minor));
-    }
-    if !format.needs.is_empty() {
-        return Err(SnapshotError::Needs(format.needs.join(", ")));
-    }
-    serde_json::from_slice(json).map_err(SnapshotError::Description)
-}
-
-/// Whether the parts of the description agree with each other and with the file's RAM.
-pub(super) fn check(saved: &SavedMachine, core: &CoreFile) -> Result<(), SnapshotError> {
-    let damaged = SnapshotError::Damaged;
-    let config = &saved.config;
-    if !(1..=arch::layout::CPUS_MAX).contains(&config.cpus)
-        || saved.vcpus.len() != config.cpus as usize
-    {
-        return Err(damaged("the number of vCPUs"));
-    }
-    let serial_ports = config.serial.iter().filter(|present| **present).count();
-    if saved.serial.len() != serial_ports {
-        return Err(damaged("the number of serial ports"));
-    }
-    if saved.disks.len() > arch::layout::VIRTIO_MMIO_MAX {
-        return Err(damaged("the number of disks"));
-    }
-    // They become names of threads and parts of messages.
-    let mut names = saved.disks.iter().flat_map(|disk| [&disk.config.id, &disk.config.device.name]);
-    if names.any(|name| name.contains(char::is_control)) {
-        return Err(damaged("the name of a disk"));
-    }
-    let spec = MachineSpec {
-        memory: config.memory,
-        cpus: config.cpus,
-        serial: config.serial,
-        acpi: config.acpi,
-        disks: saved.disks.len(),
-    };
-    let pages = config.memory.is_multiple_of(arch::layout::PAGE_SIZE);
-    let total: u64 = core.segments.iter().map(|segment| segment.length).sum();
-    if !pages || total != config.memory {
-        return Err(damaged("the size of memory"));
-    }
-    let ram = MachineLayout::new(spec).ram;
-    let ranges = ram.iter().map(|(start, length)| (start.0, *length as u64));
-    if !ranges.eq(core.segments.iter().map(|segment| (segment.address, segment.length))) {
-        return Err(damaged("the ranges of memory"));
-    }
-    Ok(())
 }
 
 /// The saved disks, with the images of those that were given again.

@@ -3,8 +3,8 @@
 //! This folder is a capability. Saving hooks in as a task of the machine (`machine::save_task`; `control::migration` begins
 //! it); restoring is the builder's second way to start, an [`Incoming`] machine. The chapter is `vmm/docs/stop-reset-save.md`.
 //!
-//! [`saved`] has the machine as a value, [`vcpu`] a vCPU, [`core_file`] the file around it, [`pages`] guest RAM, and [`checksum`]
-//! what finds damage. [`save`] and [`incoming`] put them together, each in an order that has its reasons; [`held_memory`] lets the guest go on meanwhile; [`panic_dump`] saves a guest that has panicked; [`generation_id`] tells a guest that it was restored; [`fit`] compares a
+//! [`saved`] has the machine as a value, [`description`] checks that of a file, [`vcpu`] a vCPU, [`core_file`] the file around it, [`pages`] guest RAM, [`page_map`] which of its pages matter, and [`checksum`]
+//! what finds damage. [`increments`] are files on other files, and [`page_set`] says which pages they have. [`save`] and [`incoming`] put them together, each in an order that has its reasons; [`held_memory`] lets the guest go on meanwhile; [`panic_dump`] saves a guest that has panicked; [`generation_id`] tells a guest that it was restored; [`fit`] compares a
 //! saved CPU with this host's.
 //!
 //! Every field of a file is checked before use: nothing of a file that fails a check reaches a guest. The paths of images and
@@ -12,13 +12,17 @@
 
 mod checksum;
 mod core_file;
+mod description;
 mod fit;
 #[cfg(test)]
 mod fuzz;
 pub(crate) mod generation_id;
 mod held_memory;
 mod incoming;
+mod increments;
 mod new_file;
+mod page_map;
+mod page_set;
 mod pages;
 mod panic_dump;
 mod save;
@@ -32,8 +36,9 @@ use std::path::PathBuf;
 
 pub(crate) use held_memory::{Background, Rest, begin_in_background};
 pub use incoming::{ClockMode, Incoming, IncomingConfig, MapMode};
+pub use increments::check_new_increment;
 pub use new_file::NewFile;
-pub(crate) use pages::open_page_map;
+pub(crate) use page_map::open_page_map;
 pub(crate) use panic_dump::PanicDump;
 pub(crate) use save::{Destination, Progress, begin};
 pub(crate) use saved::{Purpose, SavedConfig};
@@ -91,4 +96,32 @@ pub(crate) enum SnapshotError {
     Transport(String, #[source] devices::virtio::mmio::RestoreError),
     #[error("disk {0}: a saved queue does not fit the device; use another copy")]
     Queue(String),
+    #[error(
+        "the machine's memory is not mapped from a saved machine, so nothing tells what has changed; save all of it"
+    )]
+    NoBase,
+    #[error(
+        "{} has been renamed or replaced since the machine came from it; save all of the machine", .0.display()
+    )]
+    BaseMoved(PathBuf),
+    #[error("the machine came from an increment on {0} other files; save all of it")]
+    DeepIncrement(usize),
+    #[error("{} is one of its bases; give another path", .0.display())]
+    ReplacesBase(PathBuf),
+    #[error("the host does not tell which pages have changed; save all of the machine")]
+    NoPageMap(#[source] io::Error),
+    #[error("its base {path}")]
+    Base { path: String, source: Box<SnapshotError> },
+    #[error(
+        "its base {name} is not beside it; put it there, or add the key paths=saved to take {path}"
+    )]
+    BaseNotBeside { name: String, path: String },
+    #[error("its base {name} is not beside it, and there is no {path}; put it there")]
+    BaseMissing { name: String, path: String },
+    #[error("it is not the file of the save; put that one there")]
+    BaseChanged,
+    #[error("its base {0} is based on it; use another copy")]
+    BasesInACircle(String),
+    #[error("it is based on more than {0} other files; use another copy")]
+    ManyBases(usize),
 }

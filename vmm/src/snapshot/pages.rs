@@ -1,15 +1,14 @@
 //! Guest RAM: which pages hold data, how they get into a file, and how they come back.
 //!
-//! A page that was never touched is zero, and a hole in the file. The kernel's page map (Documentation/admin-guide/mm/pagemap.rst)
-//! tells which are: neither present nor swapped out. That is not so where a *file* is mapped, such as the guest's kernel or the
-//! snapshot that it was restored from: a page of those that was not touched has the file's content. So every page of a file
-//! mapping counts as data, and every page that counts is looked at: those that are zero are holes, too.
+//! A page that was never touched is zero, and a hole in the file: [`PageMap`] knows which were touched. Those that are zero nevertheless are
+//! holes, too.
+//!
+//! A file's pages are mapped or copied. Of a chain of files (`increments`), each page comes from the newest file that has it.
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use arch::boot::FileRange;
@@ -19,14 +18,14 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::SnapshotError;
 use super::checksum::{BLOCK, block_checksum, is_zero};
-use super::core_file::RamSegment;
+use super::core_file::{CoreFile, RamSegment};
+use super::page_map::PageMap;
+use super::page_set::PageSet;
 use crate::GuestMemory;
 use crate::kernel_pages;
 use crate::memory::into_io;
 
 const PAGE: usize = PAGE_SIZE as usize;
-/// Bits of a page map's entry: the page is present, or swapped out.
-const IN_USE: u64 = 0b11 << 62;
 /// Parts of a file that are mapped at most: each is a mapping of the process, of which Linux allows 65,530 (`vm.max_map_count`).
 const MAPPINGS_MAX: usize = 16_384;
 
@@ -41,77 +40,12 @@ pub(crate) struct RamProgress {
     pub(crate) zero: AtomicU64,
 }
 
-/// `/proc/self/maps` and `/proc/self/pagemap`, for all saves of this process.
-static PROC_FILES: OnceLock<io::Result<(File, File)>> = OnceLock::new();
-
-/// Opens what the host tells about this process's pages. A confined process could not: this comes before.
-pub(crate) fn open_page_map() {
-    let open = |name| File::open(format!("/proc/self/{name}"));
-    PROC_FILES.get_or_init(|| Ok((open("maps")?, open("pagemap")?)));
-}
-
-/// This process's page map, and its file mappings as they are while the machine stands still.
-pub(super) struct PageMap {
-    entries: &'static File,
-    files: Vec<Range<u64>>,
-}
-
-impl PageMap {
-    /// `None`: the host does not tell, and all pages have to be looked at.
-    pub(super) fn read() -> Option<Self> {
-        let (maps, entries) = PROC_FILES.get()?.as_ref().ok()?;
-        let mut text = Vec::new();
-        let mut chunk = [0; 4096];
-        loop {
-            match maps.read_at(&mut chunk, text.len() as u64).ok()? {
-                0 => break,
-                count => text.extend_from_slice(&chunk[..count]),
-            }
-        }
-        Some(Self { entries, files: file_mappings(std::str::from_utf8(&text).ok()?)? })
-    }
-
-    /// Whether each of `pages` pages from the host address `start` on may hold data.
-    fn may_hold_data(&self, start: u64, pages: usize) -> Vec<bool> {
-        let mut entries = vec![0; pages * 8];
-        if self.entries.read_exact_at(&mut entries, start / PAGE_SIZE * 8).is_err() {
-            return vec![true; pages];
-        }
-        let (entries, _) = entries.as_chunks::<8>();
-        let mut data: Vec<_> =
-            entries.iter().map(|entry| is_in_use(u64::from_le_bytes(*entry))).collect();
-        let end = start + pages as u64 * PAGE_SIZE;
-        for file in self.files.iter().filter(|file| file.start < end && start < file.end) {
-            let from = (file.start.max(start) - start) / PAGE_SIZE;
-            let to = (file.end.min(end) - start).div_ceil(PAGE_SIZE);
-            data[from as usize..to as usize].fill(true);
-        }
-        data
-    }
-}
-
-/// Whether a page map's entry is of a page that the process has, in memory or in swap.
-fn is_in_use(entry: u64) -> bool {
-    entry & IN_USE != 0
-}
-
-/// The host addresses where files are mapped, from the text of /proc/PID/maps: `start-end mode offset device inode path`.
-fn file_mappings(maps: &str) -> Option<Vec<Range<u64>>> {
-    let mapping = |line: &str| {
-        let mut words = line.split_ascii_whitespace();
-        let (start, end) = words.next()?.split_once('-')?;
-        let address = |text| u64::from_str_radix(text, 16).ok();
-        let is_file = words.nth(3)? != "0";
-        Some((is_file, address(start)?..address(end)?))
-    };
-    let mappings = maps.lines().map(mapping).collect::<Option<Vec<_>>>()?;
-    Some(mappings.into_iter().filter_map(|(is_file, range)| is_file.then_some(range)).collect())
-}
-
 /// RAM that is being written to its places in a file.
 pub(super) struct RamSave<'a> {
     pub(super) memory: &'a GuestMemory,
     pub(super) map: Option<&'a PageMap>,
+    /// Of an increment: the pages to write. The others are holes.
+    pub(super) changed: Option<&'a PageSet>,
     pub(super) file: &'a File,
     pub(super) segments: &'a [RamSegment],
     pub(super) progress: &'a RamProgress,
@@ -151,18 +85,22 @@ impl RamSave<'_> {
 
     /// All of RAM in its order. Each block is looked at when it is asked for.
     pub(super) fn blocks(&self) -> impl Iterator<Item = Block> {
+        let mut next_page = 0;
         self.memory.iter().zip(self.segments).flat_map(move |(region, segment)| {
-            let host = region.as_ptr() as u64;
+            let (host, first_page) = (region.as_ptr() as u64, next_page);
+            next_page += region.len() as usize / PAGE;
             (0..region.len()).step_by(BLOCK as usize).map(move |at| {
                 let length = BLOCK.min(region.len() - at) as usize;
                 let pages = length / PAGE;
-                let map = self.map.map(|map| map.may_hold_data(host + at, pages));
-                Block {
-                    address: GuestAddress(segment.address + at),
-                    offset: segment.offset + at,
-                    length,
-                    data: map.unwrap_or_else(|| vec![true; pages]),
-                }
+                let first = first_page + at as usize / PAGE;
+                let addresses = host + at..host + at + length as u64;
+                let data = match (self.changed, self.map) {
+                    (Some(set), _) => (first..first + pages).map(|at| set.contains(at)).collect(),
+                    (None, Some(map)) => map.may_hold_data(&addresses),
+                    (None, None) => vec![true; pages],
+                };
+                let address = GuestAddress(segment.address + at);
+                Block { address, offset: segment.offset + at, length, data }
             })
         })
     }
@@ -256,47 +194,78 @@ fn extents(file: &File, segment: &RamSegment) -> io::Result<Vec<FileRange>> {
     Ok(extents)
 }
 
-/// Maps what has data in the leased `file` into RAM, which is new. Pages are shared with all others that map the file until the
-/// guest writes to them. Returns the mapped parts; `None`: there are too many, or not all of RAM can be mapped.
+/// The parts of each file of a chain, of which the newest comes first, that are RAM's content: of each page those of the newest file that has it. `None`: there are too many to map.
 ///
-/// Holes stay anonymous memory: to read a hole of a file in tmpfs would allocate its pages there.
+/// Holes are in no part: to read a hole of a file in tmpfs would allocate its pages there.
+///
+/// # Errors
+/// The host cannot say where a file has data.
+pub(super) fn parts<'a>(
+    chain: impl Iterator<Item = &'a CoreFile>,
+) -> io::Result<Option<Vec<Vec<FileRange>>>> {
+    let (mut newer, mut count, mut parts) = (PageSet::default(), 0, Vec::new());
+    for core in chain {
+        let mut of_file = Vec::new();
+        let mut first_page = 0;
+        for segment in &core.segments {
+            for extent in extents(&core.file, segment)? {
+                if core.pages.is_none() && parts.is_empty() {
+                    of_file.push(extent);
+                    continue;
+                }
+                let start = (extent.address.0 - segment.address) as usize / PAGE + first_page;
+                let pages = start..start + extent.length as usize / PAGE;
+                for run in runs(pages.map(|page| core.has(page) && !newer.contains(page))) {
+                    let (at, length) = (run.start * PAGE, run.len() * PAGE);
+                    of_file.push(FileRange {
+                        offset: extent.offset + at as u64,
+                        address: GuestAddress(extent.address.0 + at as u64),
+                        length: length as u64,
+                    });
+                }
+            }
+            if count + of_file.len() > MAPPINGS_MAX {
+                return Ok(None);
+            }
+            first_page += segment.length as usize / PAGE;
+        }
+        count += of_file.len();
+        parts.push(of_file);
+        if let Some(pages) = &core.pages {
+            newer.add(pages);
+        }
+    }
+    Ok(Some(parts))
+}
+
+/// Maps these parts of the leased `file` into RAM, which is new. Pages are shared with all others that map the file until the guest writes to
+/// them. Returns whether all of it could be mapped.
 ///
 /// # Errors
 /// The host refuses.
-pub(super) fn map(
-    memory: &GuestMemory,
-    file: &File,
-    segments: &[RamSegment],
-) -> io::Result<Option<Vec<FileRange>>> {
-    let mut ranges = Vec::new();
-    for segment in segments {
-        ranges.extend(extents(file, segment)?);
-    }
-    if ranges.len() > MAPPINGS_MAX {
-        return Ok(None);
-    }
-    for range in &ranges {
-        if kernel_pages::map(memory, file, range)? != range.length {
-            return Ok(None);
+pub(super) fn map(memory: &GuestMemory, file: &File, parts: &[FileRange]) -> io::Result<bool> {
+    for part in parts {
+        if kernel_pages::map(memory, file, part)? != part.length {
+            return Ok(false);
         }
     }
-    Ok(Some(ranges))
+    Ok(true)
 }
 
-/// Copies what has data in `file` into RAM, all of which is zero, and checks it.
+/// Copies what has data in a file into RAM, and checks it. Pages that a `newer` file of the chain has stay as they are, and are zero otherwise.
 ///
 /// # Errors
 /// The host cannot read it, or a block differs from its checksum; RAM has some of the data then.
 pub(super) fn read(
     memory: Option<&GuestMemory>,
-    file: &File,
-    segments: &[RamSegment],
-    checksums: &[u64],
+    core: &CoreFile,
+    newer: &PageSet,
 ) -> Result<(), SnapshotError> {
-    let mut checksums = checksums.iter();
+    let mut checksums = core.ram_checksums.iter();
     let mut buffer = vec![0; BLOCK as usize];
-    for segment in segments {
-        let extents = extents(file, segment)?;
+    let mut first_page = 0;
+    for segment in &core.segments {
+        let extents = extents(&core.file, segment)?;
         let mut next = extents.iter().peekable();
         for at in (0..segment.length).step_by(BLOCK as usize) {
             let length = BLOCK.min(segment.length - at);
@@ -305,19 +274,23 @@ pub(super) fn read(
             let block = &mut buffer[..length as usize];
             let has_data = next.peek().is_some_and(|extent| extent.offset < end);
             if has_data {
-                file.read_exact_at(block, start)?;
+                core.file.read_exact_at(block, start)?;
             }
             let found = if has_data { block_checksum(block) } else { 0 };
             if checksums.next() != Some(&found) {
                 return Err(SnapshotError::Damaged("memory differs from its checksum"));
             }
             let Some(memory) = memory.filter(|_| has_data) else { continue };
-            for run in runs(block.chunks(PAGE).map(|page| !is_zero(page))) {
+            let pages = first_page + at as usize / PAGE..;
+            let is_new = |page: usize| core.has(page) && !newer.contains(page);
+            let data = block.chunks(PAGE).zip(pages);
+            for run in runs(data.map(|(data, page)| !is_zero(data) && is_new(page))) {
                 let bytes = run.start * PAGE..run.end * PAGE;
                 let to = GuestAddress(segment.address + at + bytes.start as u64);
                 memory.write_slice(&block[bytes], to).map_err(into_io)?;
             }
         }
+        first_page += segment.length as usize / PAGE;
     }
     Ok(())
 }
@@ -325,22 +298,6 @@ pub(super) fn read(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn file_mappings_are_those_with_an_inode() {
-        let maps = "5000-6000 r-xp 00000000 08:01 1234 /usr/bin/minivmm\n\
-                    7000-9000 rw-p 00000000 00:00 0 \n\
-                    9000-a000 rw-p 00001000 08:01 99 /a path with spaces\n";
-        assert_eq!(file_mappings(maps), Some(vec![0x5000..0x6000, 0x9000..0xa000]));
-        assert_eq!(file_mappings("nonsense"), None);
-    }
-
-    #[test]
-    fn pages_in_swap_hold_data() {
-        // In memory; in swap, where the low bits say in which place; untouched, with the bits that say other things.
-        assert!(is_in_use(1 << 63 | 0x1234) && is_in_use(1 << 62 | 0x7f));
-        assert!(!is_in_use(0) && !is_in_use(0x3fff << 48));
-    }
 
     #[test]
     fn runs_are_whole() {

@@ -11,7 +11,7 @@ use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
 
 use super::core_file::is_core;
-use super::pages::open_page_map;
+use super::page_map::open_page_map;
 use super::save::{self, Destination, Progress};
 use super::saved::{Purpose, SavedConfig};
 use crate::config::VmConfig;

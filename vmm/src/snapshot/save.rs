@@ -24,8 +24,11 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::SnapshotError;
 use super::core_file::CoreLayout;
+use super::increments::Base;
 use super::new_file::NewFile;
-use super::pages::{PageMap, RamProgress, RamSave};
+use super::page_map::{FileMapping, PageMap};
+use super::page_set::PageSet;
+use super::pages::{RamProgress, RamSave};
 use super::saved::{Purpose, SavedConfig, SavedMachine};
 use crate::GuestMemory;
 use crate::error::Error;
@@ -65,7 +68,11 @@ pub(super) fn begin_with(
     purpose: Purpose,
     hold: Option<Hold>,
 ) -> Result<u64, Error> {
-    let target = Target::prepare(destination, machine, &config)?;
+    let is_increment = purpose == Purpose::Increment;
+    if is_increment {
+        base_of_machine()?;
+    }
+    let target = Target::prepare(destination, machine, &config, is_increment)?;
     if purpose == Purpose::LastDump {
         // A save of a guest that has panicked since fails, as if the machine had ended.
         machine.cancel_task(Error::Stopping);
@@ -77,21 +84,26 @@ pub(super) fn begin_with(
     machine.save(Box::new(begin), cancel, goes_on)
 }
 
+fn base_of_machine() -> Result<Base, Error> {
+    Base::of_machine().map_err(|error| Error::Save(error.into()))
+}
+
 fn save_error(path: &Path, source: io::Error) -> Error {
     Error::Save(SnapshotError::Target { path: path.to_owned(), source }.into())
 }
 
-/// Device and inode of the file that this process's machine came from. A new file may take its name: what the machine has mapped is
-/// the old one.
+/// Device and inode of the file that this process's machine came from. A new file may take its name, unless it is an increment: what the
+/// machine has mapped is the old one.
 pub(super) static RESTORED_FROM: OnceLock<(u64, u64)> = OnceLock::new();
 
 /// Refuses a target that is no plain file, or one of the machine's: one that it would read at a reset, or that this process has open,
-/// such as a backing file. `given`: the target's own descriptor.
+/// such as a backing file or an increment's base. `given`: the target's own descriptor.
 fn check_target(
     machine: &Machine,
     config: &SavedConfig,
     target: &Metadata,
     given: Option<RawFd>,
+    is_increment: bool,
 ) -> io::Result<()> {
     if !target.is_file() {
         return Err(io::Error::other("it is not a regular file"));
@@ -100,7 +112,7 @@ fn check_target(
     let id = (target.dev(), target.ino());
     let same = |other: Metadata| (other.dev(), other.ino()) == id;
     let files = disks.chain([&config.kernel]).chain(&config.initrd);
-    let is_replaced = given.is_none() && RESTORED_FROM.get() == Some(&id);
+    let is_replaced = given.is_none() && !is_increment && RESTORED_FROM.get() == Some(&id);
     let open = !is_replaced && open_files(given).any(|file| file == id);
     if open || files.filter_map(|file| fs::metadata(file).ok()).any(same) {
         return Err(io::Error::other("the machine uses it; give another path"));
@@ -133,15 +145,21 @@ fn prepare(
     purpose: Purpose,
     hold: Option<Hold>,
 ) -> Result<Work, Error> {
-    let saved = SavedMachine::read(machine, config, purpose)?;
+    let mut saved = SavedMachine::read(machine, config, purpose)?;
+    let mut mapped = None;
+    if purpose == Purpose::Increment {
+        let base = base_of_machine()?;
+        saved.set_base(base.saved);
+        mapped = Some(base.mapped);
+    }
     let memory = machine.hardware.memory.clone();
     let bytes = memory.iter().map(GuestMemoryRegion::len).sum();
     progress.ram.total.store(bytes, Ordering::Relaxed);
     progress.ram.remaining.store(bytes, Ordering::Relaxed);
-    let flushed = |disk: &&MachineDisk| purpose == Purpose::Save && !disk.image.read_only();
+    let flushed = |disk: &&MachineDisk| purpose.is_save() && !disk.image.read_only();
     let disks = machine.hardware.disks.iter().filter(flushed);
     let disks = disks.map(|disk| (Arc::clone(&disk.image), disk.config.id.clone())).collect();
-    let job = Job { saved, memory, map: PageMap::read(), target, progress };
+    let job = Job { saved, memory, map: PageMap::read(), mapped, target, progress };
     Ok(Box::new(move || job.run(disks, hold)))
 }
 
@@ -150,6 +168,8 @@ pub(super) struct Job {
     saved: SavedMachine,
     memory: GuestMemory,
     map: Option<PageMap>,
+    /// Of an increment: what is mapped from its base.
+    mapped: Option<Vec<FileMapping>>,
     target: Target,
     progress: Progress,
 }
@@ -167,6 +187,16 @@ impl Job {
         }
     }
 
+    /// The pages of an increment.
+    fn changed(&self) -> Option<io::Result<PageSet>> {
+        let mapped = self.mapped.as_deref()?;
+        let unknown = |error| io::Error::other(SnapshotError::NoPageMap(error));
+        let Some(map) = &self.map else {
+            return Some(Err(unknown(io::ErrorKind::Unsupported.into())));
+        };
+        Some(map.changed(&self.memory, mapped).map_err(unknown))
+    }
+
     /// Writes the file. `write_ram` returns the checksums of RAM.
     pub(super) fn write(
         self,
@@ -180,14 +210,15 @@ impl Job {
         self,
         write_ram: impl FnOnce(&RamSave<'_>) -> io::Result<Vec<u64>>,
     ) -> io::Result<()> {
-        let Self { saved, memory, map, target, progress } = self;
+        let changed = self.changed().transpose()?;
+        let Self { saved, memory, map, target, progress, .. } = self;
         let file = target.file();
         let json = serde_json::to_vec(&saved)?;
         let cpus: Vec<_> =
             saved.vcpus.iter().map(|vcpu| (vcpu.state.regs, vcpu.state.sregs)).collect();
         let ram: Vec<_> =
             memory.iter().map(|region| (region.start_addr().0, region.len())).collect();
-        let layout = CoreLayout::new(&json, &cpus, &ram);
+        let layout = CoreLayout::new(&json, &cpus, &ram, changed.as_ref());
         if let Target::Given(..) = &target {
             file.set_len(0)?;
         }
@@ -196,6 +227,7 @@ impl Job {
         let checksums = write_ram(&RamSave {
             memory: &memory,
             map: map.as_ref(),
+            changed: changed.as_ref(),
             file,
             segments: &layout.segments,
             progress: &progress.ram,
@@ -233,21 +265,20 @@ impl Target {
         destination: Destination,
         machine: &Machine,
         config: &SavedConfig,
+        is_increment: bool,
     ) -> Result<Self, Error> {
+        let check =
+            |target: &Metadata, given| check_target(machine, config, target, given, is_increment);
         match destination {
             Destination::Path(path) => {
-                let check = || match fs::metadata(&path) {
-                    Ok(present) => check_target(machine, config, &present, None),
-                    Err(_) => Ok(()),
-                };
-                let new = check().and_then(|()| NewFile::create(&path));
+                let checked = fs::metadata(&path).map_or(Ok(()), |present| check(&present, None));
+                let new = checked.and_then(|()| NewFile::create(&path));
                 new.map(Self::New).map_err(|error| save_error(&path, error))
             }
             Destination::Given(name, file) => {
                 let fd = Some(file.as_raw_fd());
-                let check =
-                    file.metadata().and_then(|file| check_target(machine, config, &file, fd));
-                check.map_err(|error| save_error(&name, error))?;
+                let checked = file.metadata().and_then(|file| check(&file, fd));
+                checked.map_err(|error| save_error(&name, error))?;
                 Ok(Self::Given(name, file))
             }
         }

@@ -12,6 +12,7 @@ use std::fs::Metadata;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use arch::layout::PAGE_SIZE;
 use devices::block::QueueSnapshot;
 use devices::legacy::SerialState;
 use devices::virtio::mmio::TransportState;
@@ -30,6 +31,9 @@ use crate::machine::{Machine, MachineDisk, RunState};
 pub(super) const MAJOR: u32 = 1;
 const MINOR: u32 = 0;
 
+/// The word in `needs` of an increment.
+pub(super) const NEEDS_BASE: &str = "base";
+
 /// The version of a file's description. It is read before all else, so that a file from the future is refused by name.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Format {
@@ -44,10 +48,19 @@ pub(super) struct Format {
 pub(crate) enum Purpose {
     /// To go on from the file. The machine stays stopped.
     Save,
+    /// As `Save`, and the file has only what changed since the machine came from another one.
+    Increment,
     /// For debuggers. The machine goes on as before.
     Dump,
     /// For debuggers, since its guest has panicked. The machine stays stopped.
     LastDump,
+}
+
+impl Purpose {
+    /// Whether a machine is to go on from the file.
+    pub(super) fn is_save(self) -> bool {
+        matches!(self, Self::Save | Self::Increment)
+    }
 }
 
 /// Requests that one queue can hold: `queue-size=` has this limit.
@@ -88,6 +101,15 @@ pub(super) struct SavedDisk {
     queues: Vec<QueueSnapshot>,
 }
 
+/// The file that an increment is based on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SavedBase {
+    pub(super) path: PathBuf,
+    /// As `CoreFile` has them.
+    pub(super) identity: (u64, u64),
+}
+
 /// Tells the content of an image from a later one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ImageVersion {
@@ -101,6 +123,9 @@ pub(super) struct SavedMachine {
     pub(super) format: Format,
     /// The version of minivmm that saved it, for people.
     pub(super) minivmm: String,
+    /// Of an increment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) base: Option<SavedBase>,
     pub(super) config: SavedConfig,
     pub(super) state: RunState,
     /// With the wall clock's time of the stop in nanoseconds as `realtime`.
@@ -191,6 +216,7 @@ impl SavedMachine {
         Ok(Self {
             format: Format { major: MAJOR, minor: MINOR, needs: Vec::new() },
             minivmm: env!("CARGO_PKG_VERSION").to_owned(),
+            base: None,
             config,
             state,
             clock,
@@ -201,8 +227,14 @@ impl SavedMachine {
         })
     }
 
-    /// For people.
-    pub(super) fn describe(&self) -> String {
+    /// Makes it an increment.
+    pub(super) fn set_base(&mut self, base: SavedBase) {
+        self.format.needs.push(NEEDS_BASE.to_owned());
+        self.base = Some(base);
+    }
+
+    /// For people. An increment has that many `pages`.
+    pub(super) fn describe(&self, pages: u64) -> String {
         let Self { minivmm, format, config, clock, .. } = self;
         let state = if self.state == RunState::Running { "running" } else { "stopped" };
         let mut text = format!(
@@ -215,6 +247,10 @@ impl SavedMachine {
             config.memory >> 20,
             printable(config.kernel.display()),
         );
+        if let Some(base) = &self.base {
+            let (path, bytes) = (printable(base.path.display()), pages * PAGE_SIZE);
+            text += &format!("increment of {bytes} bytes of memory on {path}\n");
+        }
         for SavedDisk { config, image, queues, .. } in &self.disks {
             let stopped: usize = queues.iter().map(|queue| queue.stopped.len()).sum();
             let path = printable(config.image.path.display());
@@ -278,7 +314,7 @@ impl SavedDisk {
             }
             () => None,
         };
-        if let (Some(why), Purpose::Save) = (lost, purpose) {
+        if let Some(why) = lost.filter(|_| purpose.is_save()) {
             return Err(unsaveable(&config.id, why));
         }
         let image = ImageVersion::of(path, disk.image.capacity())
@@ -349,7 +385,7 @@ impl SavedDisk {
 }
 
 /// A text of the file without characters that a terminal acts on.
-fn printable(text: impl std::fmt::Display) -> String {
+pub(super) fn printable(text: impl std::fmt::Display) -> String {
     text.to_string().replace(char::is_control, "\u{fffd}")
 }
 

@@ -14,8 +14,10 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::core_file::{CoreLayout, RamSegment};
-use super::pages::{self, PageMap, RamProgress, RamSave};
+use super::core_file::{CoreFile, CoreLayout, RamSegment};
+use super::page_map::{self, PageMap};
+use super::page_set::PageSet;
+use super::pages::{self, RamProgress, RamSave};
 use super::saved::SavedMachine;
 use super::vcpu::{SavedVcpu, TscShift};
 use crate::GuestMemory;
@@ -163,7 +165,7 @@ fn a_description_of_the_first_format_is_read_for_ever() {
     let text = include_str!("fixture-1.0.json");
     let saved: SavedMachine = serde_json::from_str(text).unwrap();
     assert_eq!((saved.format.major, saved.config.cpus), (1, 1));
-    assert!(saved.describe().contains("disk vda: "), "{}", saved.describe());
+    assert!(saved.describe(0).contains("disk vda: "), "{}", saved.describe(0));
 }
 
 /// AVX and the three parts of AVX-512, in XCR0 (SDM 1, 13.3).
@@ -250,12 +252,12 @@ fn ram(bytes: u64) -> (GuestMemory, Vec<RamSegment>) {
     let memory = memory::map(&MachineLayout::new(spec), libc::MAP_NORESERVE).unwrap();
     let ranges: Vec<_> =
         memory.iter().map(|region| (region.start_addr().0, region.len())).collect();
-    (memory, CoreLayout::new(b"{}", &[], &ranges).segments)
+    (memory, CoreLayout::new(b"{}", &[], &ranges, None).segments)
 }
 
 #[test]
 fn memory_on_both_sides_of_the_hole_keeps_its_place() {
-    pages::open_page_map();
+    page_map::open_page_map();
     let page = 4096;
     for bytes in [page, 3 << 30, (3 << 30) + page, (5 << 30) + 3 * page] {
         let (memory, segments) = ram(bytes);
@@ -281,6 +283,7 @@ fn memory_on_both_sides_of_the_hole_keeps_its_place() {
         let checksums = RamSave {
             memory: &memory,
             map: map.as_ref(),
+            changed: None,
             file: &file,
             segments: &segments,
             progress: &progress,
@@ -298,10 +301,19 @@ fn memory_on_both_sides_of_the_hole_keeps_its_place() {
             }
         };
         let (copy, _) = ram(bytes);
-        pages::read(Some(&copy), &file, &segments, &checksums).unwrap();
+        let core = CoreFile {
+            file,
+            machine: Vec::new(),
+            segments,
+            ram_checksums: checksums,
+            pages: None,
+            identity: (0, 0),
+        };
+        pages::read(Some(&copy), &core, &PageSet::default()).unwrap();
         assert_same(&copy, "copied");
         let (mapped, _) = ram(bytes);
-        assert!(pages::map(&mapped, &file, &segments).unwrap().is_some());
+        let parts = pages::parts([&core].into_iter()).unwrap().unwrap();
+        assert!(pages::map(&mapped, &core.file, &parts[0]).unwrap());
         assert_same(&mapped, "mapped");
     }
 }

@@ -1,0 +1,66 @@
+//! The description of a saved machine, which is the author's: what is read of it, and whether its parts agree.
+//!
+//! [`saved`](super::saved) says what it has. A restore calls both functions for the file that the user names and for each of its bases.
+
+use arch::machine_layout::{MachineLayout, MachineSpec};
+
+use super::SnapshotError;
+use super::core_file::CoreFile;
+use super::saved::{MAJOR, NEEDS_BASE, SavedMachine, Versioned};
+
+/// The description, of a format that this program knows.
+pub(super) fn parse(json: &[u8]) -> Result<SavedMachine, SnapshotError> {
+    let Versioned { format } = serde_json::from_slice(json).map_err(SnapshotError::Description)?;
+    if format.major != MAJOR {
+        return Err(SnapshotError::Format(format.major, format.minor));
+    }
+    let unknown: Vec<_> = format.needs.into_iter().filter(|word| word != NEEDS_BASE).collect();
+    if !unknown.is_empty() {
+        return Err(SnapshotError::Needs(unknown.join(", ")));
+    }
+    serde_json::from_slice(json).map_err(SnapshotError::Description)
+}
+
+/// Whether the parts of the description agree with each other and with the file's RAM.
+pub(super) fn check(saved: &SavedMachine, core: &CoreFile) -> Result<(), SnapshotError> {
+    let damaged = SnapshotError::Damaged;
+    let config = &saved.config;
+    if !(1..=arch::layout::CPUS_MAX).contains(&config.cpus)
+        || saved.vcpus.len() != config.cpus as usize
+    {
+        return Err(damaged("the number of vCPUs"));
+    }
+    if saved.base.is_some() != core.pages.is_some() {
+        return Err(damaged("its base"));
+    }
+    let serial_ports = config.serial.iter().filter(|present| **present).count();
+    if saved.serial.len() != serial_ports {
+        return Err(damaged("the number of serial ports"));
+    }
+    if saved.disks.len() > arch::layout::VIRTIO_MMIO_MAX {
+        return Err(damaged("the number of disks"));
+    }
+    // They become names of threads and parts of messages.
+    let mut names = saved.disks.iter().flat_map(|disk| [&disk.config.id, &disk.config.device.name]);
+    if names.any(|name| name.contains(char::is_control)) {
+        return Err(damaged("the name of a disk"));
+    }
+    let spec = MachineSpec {
+        memory: config.memory,
+        cpus: config.cpus,
+        serial: config.serial,
+        acpi: config.acpi,
+        disks: saved.disks.len(),
+    };
+    let pages = config.memory.is_multiple_of(arch::layout::PAGE_SIZE);
+    let total: u64 = core.segments.iter().map(|segment| segment.length).sum();
+    if !pages || total != config.memory {
+        return Err(damaged("the size of memory"));
+    }
+    let ram = MachineLayout::new(spec).ram;
+    let ranges = ram.iter().map(|(start, length)| (start.0, *length as u64));
+    if !ranges.eq(core.segments.iter().map(|segment| (segment.address, segment.length))) {
+        return Err(damaged("the ranges of memory"));
+    }
+    Ok(())
+}

@@ -1,0 +1,273 @@
+//! Increments: a saved machine that has only what changed since another one, its *base*.
+//!
+//! A capability. A save becomes one with [`Purpose::Increment`](super::Purpose), and [`Chain`] is what a restore reads.
+//!
+//! A machine whose RAM is mapped from a file (`incoming`) keeps a record of what changes, at no cost while it runs: the host's kernel copies a page
+//! of the private mapping before it changes, and the page map shows which pages are copies ([`PageMap::changed`]). So an increment's
+//! base is always the file that its machine came from, which may be an increment, too: a *chain* of up to [`BASES_MAX`] bases below the
+//! newest file.
+//!
+//! A base is known by its size and the checksum of its notes, which have the checksums of its RAM, and for an increment the identity of its own
+//! base. So a chain is whole or refused. The author of a file may be anyone: a base is looked for in the directory of the file above it, and at the
+//! path that this file names only if the user trusts its paths. What is found there has to be a regular file.
+
+use std::fs::{self, File, Metadata};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use arch::boot::FileRange;
+
+use super::SnapshotError;
+use super::core_file::CoreFile;
+use super::description::{check, parse};
+use super::new_file::NewFile;
+use super::page_map::{self, FileMapping, PageMap};
+use super::page_set::PageSet;
+use super::pages;
+use super::saved::{SavedBase, SavedMachine, printable};
+use crate::GuestMemory;
+use crate::error::Error;
+use crate::{kernel_pages, lock};
+
+/// Files below the newest one: each is open, under a lease, and may add mappings.
+const BASES_MAX: usize = 16;
+
+/// What this process's machine may be saved on: the file that its RAM is mapped from.
+#[derive(Clone)]
+pub(super) struct Base {
+    pub(super) saved: SavedBase,
+    /// Device and inode.
+    id: (u64, u64),
+    /// Bases that the file has itself.
+    depth: usize,
+    /// Where files were mapped when RAM was as in the file.
+    pub(super) mapped: Vec<FileMapping>,
+}
+
+static BASE: Mutex<Option<Base>> = Mutex::new(None);
+
+fn id(file: &Metadata) -> (u64, u64) {
+    (file.dev(), file.ino())
+}
+
+impl Base {
+    /// The base of this process's machine.
+    ///
+    /// # Errors
+    /// It has none, or a restore would not find it.
+    pub(super) fn of_machine() -> Result<Self, SnapshotError> {
+        let base = lock(&BASE).clone().ok_or(SnapshotError::NoBase)?;
+        let path = &base.saved.path;
+        if !fs::metadata(path).is_ok_and(|now| id(&now) == base.id) {
+            return Err(SnapshotError::BaseMoved(path.clone()));
+        }
+        if base.depth == BASES_MAX {
+            return Err(SnapshotError::DeepIncrement(BASES_MAX));
+        }
+        Ok(base)
+    }
+}
+
+/// A saved machine's file, and those below it if it is an increment.
+pub(super) struct Chain {
+    top: CoreFile,
+    path: PathBuf,
+    /// The newest first.
+    bases: Vec<(PathBuf, CoreFile)>,
+}
+
+impl Chain {
+    /// Opens and checks all of the files but RAM. With `trust_paths` a base may be where the file above it says.
+    ///
+    /// # Errors
+    /// A file cannot be read, is not whole, or is not the one that the file above it is based on.
+    pub(super) fn open(
+        path: &Path,
+        top: CoreFile,
+        saved: &SavedMachine,
+        trust_paths: bool,
+    ) -> Result<Self, SnapshotError> {
+        let mut chain = Self { top, path: path.to_owned(), bases: Vec::new() };
+        let mut seen = vec![id(&chain.top.file.metadata()?)];
+        let mut next = saved.base.clone();
+        while let Some(base) = next {
+            if chain.bases.len() == BASES_MAX {
+                return Err(SnapshotError::ManyBases(BASES_MAX));
+            }
+            let above = chain.bases.last().map_or(path, |(path, _)| path);
+            let (path, file) = base.find(above, trust_paths)?;
+            let name = printable(path.display());
+            let file_id = id(&file.metadata()?);
+            if seen.contains(&file_id) {
+                return Err(SnapshotError::BasesInACircle(name));
+            }
+            seen.push(file_id);
+            let (core, below) = base.read(file).map_err(|error| error.below(&path))?;
+            let ranges = |core: &CoreFile| -> Vec<_> {
+                core.segments.iter().map(|range| (range.address, range.length)).collect()
+            };
+            if ranges(&core) != ranges(&chain.top) {
+                return Err(SnapshotError::Damaged("the ranges of memory").below(&path));
+            }
+            chain.bases.push((path, core));
+            next = below;
+        }
+        Ok(chain)
+    }
+
+    fn files(&self) -> impl Iterator<Item = &CoreFile> {
+        std::iter::once(&self.top).chain(self.bases.iter().map(|(_, core)| core))
+    }
+
+    /// Copies what the files have into RAM, all of which is zero, and checks all of it.
+    ///
+    /// # Errors
+    /// The host cannot read a file, or one is damaged; RAM has some of the data then.
+    pub(super) fn copy(&self, memory: Option<&GuestMemory>) -> Result<(), SnapshotError> {
+        let mut newer = PageSet::default();
+        pages::read(memory, &self.top, &newer)?;
+        let mut above = &self.top;
+        for (path, core) in &self.bases {
+            above.pages.iter().for_each(|pages| newer.add(pages));
+            pages::read(memory, core, &newer).map_err(|error| error.below(path))?;
+            above = core;
+        }
+        Ok(())
+    }
+
+    /// Maps what the files have into RAM, which is new, and makes the newest file the base of later increments. `None`: the host gives no
+    /// lease on one of them, or they are in too many pieces; some of RAM may be mapped then.
+    ///
+    /// # Errors
+    /// The host refuses.
+    pub(super) fn map(&self, memory: &GuestMemory) -> io::Result<Option<MappedFiles>> {
+        let mut files = MappedFiles(Vec::new());
+        for core in self.files() {
+            let end = core.segments.last().map_or(0, |last| last.offset + last.length);
+            let file = core.file.try_clone()?;
+            // The lease comes first: what was checked before may have been cut off since.
+            let is_leased = kernel_pages::lease(&file) && file.metadata()?.len() == end;
+            files.0.push((file, Vec::new()));
+            if !is_leased {
+                return Ok(None);
+            }
+        }
+        let Some(parts) = pages::parts(self.files())? else { return Ok(None) };
+        for ((file, mapped), parts) in files.0.iter_mut().zip(parts) {
+            if !pages::map(memory, file, &parts)? {
+                return Ok(None);
+            }
+            *mapped = parts;
+        }
+        *lock(&BASE) = self.as_base();
+        Ok(Some(files))
+    }
+
+    /// `None`: the file has no path by which a restore finds it, or the host does not tell what is mapped.
+    fn as_base(&self) -> Option<Base> {
+        page_map::open_page_map();
+        let path = self.path.canonicalize().ok()?;
+        let id = id(&self.top.file.metadata().ok()?);
+        let mapped = PageMap::read()?.files;
+        let saved = SavedBase { path, identity: self.top.identity };
+        Some(Base { saved, id, depth: self.bases.len(), mapped })
+    }
+}
+
+impl SavedBase {
+    /// The file: beside the one that is `above` it, or at the path that this one names.
+    fn find(&self, above: &Path, trust_path: bool) -> Result<(PathBuf, File), SnapshotError> {
+        let beside = self.path.file_name().map(|name| above.with_file_name(name));
+        let named =
+            Some(self.path.clone()).filter(|path| trust_path && Some(path) != beside.as_ref());
+        let candidates = beside.into_iter().chain(named);
+        // A device is not opened: that alone may have an effect.
+        let mut candidates = candidates
+            .filter(|path| fs::metadata(path).is_ok_and(|file| file.is_file()))
+            .peekable();
+        // If both are there, the right one is taken.
+        while let Some(path) = candidates.next() {
+            let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path);
+            let file = file.map_err(|error| SnapshotError::from(error).below(&path))?;
+            if candidates.peek().is_none() || self.read(file.try_clone()?).is_ok() {
+                return Ok((path, file));
+            }
+        }
+        let name = self.path.file_name().unwrap_or(self.path.as_os_str());
+        let (name, path) = (printable(name.display()), printable(self.path.display()));
+        Err(match trust_path {
+            true => SnapshotError::BaseMissing { name, path },
+            false => SnapshotError::BaseNotBeside { name, path },
+        })
+    }
+
+    /// Reads the file, and which base it has itself.
+    fn read(&self, file: File) -> Result<(CoreFile, Option<SavedBase>), SnapshotError> {
+        let core = CoreFile::read(file)?;
+        if core.identity != self.identity {
+            return Err(SnapshotError::BaseChanged);
+        }
+        let saved = parse(&core.machine)?;
+        check(&saved, &core)?;
+        Ok((core, saved.base))
+    }
+}
+
+/// The files that RAM is mapped from, each under a lease, and which parts of it. Dropped without [`Self::copy`], their leases end.
+pub(super) struct MappedFiles(Vec<(File, Vec<FileRange>)>);
+
+impl MappedFiles {
+    /// Gives the guest copies of the pages, and lets writers of the files go on. Neither the guest nor a device uses `memory`
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// The host has no memory left, or a file was cut off; the guest has lost memory.
+    pub(super) fn copy(self, memory: &GuestMemory) -> Result<(), Error> {
+        // A base that changes is none.
+        *lock(&BASE) = None;
+        let mut parts = self.0.iter().flat_map(|(_, parts)| parts);
+        parts
+            .try_for_each(|part| kernel_pages::copy(memory, part))
+            .map_err(Error::host("copy guest memory, whose file is being changed"))
+    }
+}
+
+impl Drop for MappedFiles {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|(file, _)| kernel_pages::release(file));
+    }
+}
+
+impl SnapshotError {
+    /// Of a file below the one that the user named.
+    fn below(self, path: &Path) -> Self {
+        Self::Base { path: printable(path.display()), source: Box::new(self) }
+    }
+}
+
+/// Whether the file that gets this name would take it from one of its own bases.
+///
+/// # Errors
+/// It would, or one of its bases cannot be found from there.
+pub fn check_new_increment(new: &NewFile) -> Result<(), Error> {
+    let check = || {
+        let core = CoreFile::read(new.file().try_clone()?)?;
+        let saved = parse(&core.machine)?;
+        let chain = Chain::open(new.path(), core, &saved, true)?;
+        let Ok(replaced) = fs::metadata(new.path()) else { return Ok(()) };
+        for (path, core) in &chain.bases {
+            if id(&core.file.metadata()?) == id(&replaced) {
+                return Err(SnapshotError::ReplacesBase(path.clone()));
+            }
+        }
+        Ok(())
+    };
+    check().map_err(|error: SnapshotError| Error::Save(error.into()))
+}
+
+#[cfg(test)]
+mod fuzz;
+#[cfg(test)]
+mod tests;
