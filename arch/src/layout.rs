@@ -165,7 +165,7 @@ pub struct MmioDevice {
 }
 
 /// The place of the virtio-mmio device `index` (from 0); `None` from [`VIRTIO_MMIO_MAX`] on.
-pub(crate) fn virtio_mmio(index: usize) -> Option<MmioDevice> {
+pub(crate) fn virtio_mmio_device(index: usize) -> Option<MmioDevice> {
     let gsis = VIRTIO_MMIO_GSIS.iter().chain(VIRTIO_MMIO_SHARED_GSIS.iter().cycle());
     let gsi = *gsis.take(VIRTIO_MMIO_MAX).nth(index)?;
     let base = GuestAddress(VIRTIO_MMIO.0 + index as u64 * VIRTIO_MMIO_SIZE);
@@ -208,7 +208,7 @@ mod tests {
 
     #[test]
     fn every_disk_has_its_own_window_and_sixteen_an_interrupt_of_their_own() {
-        let devices: Vec<_> = (0..).map_while(virtio_mmio).collect();
+        let devices: Vec<_> = (0..).map_while(virtio_mmio_device).collect();
         assert_eq!(devices.len(), VIRTIO_MMIO_MAX);
         let gsis: BTreeSet<u32> = devices[..16].iter().map(|device| device.gsi).collect();
         assert_eq!(gsis.len(), 16);
@@ -225,8 +225,8 @@ mod tests {
         for pair in devices.windows(2) {
             assert_eq!(pair[0].base.0 + pair[0].size, pair[1].base.0);
         }
-        assert_eq!(virtio_mmio(VIRTIO_MMIO_MAX), None);
-        assert_eq!(virtio_mmio(usize::MAX), None);
+        assert_eq!(virtio_mmio_device(VIRTIO_MMIO_MAX), None);
+        assert_eq!(virtio_mmio_device(usize::MAX), None);
     }
 
     #[test]

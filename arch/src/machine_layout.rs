@@ -2,7 +2,7 @@
 
 use vm_memory::GuestAddress;
 
-use crate::layout::{ACPI_TABLES, MmioDevice, virtio_mmio};
+use crate::layout::{ACPI_TABLES, MmioDevice, virtio_mmio_device};
 use crate::memory;
 
 /// The hardware of a machine, as far as its layout and its tables depend on it: `memory` bytes of RAM, 1 to
@@ -39,7 +39,7 @@ impl MachineLayout {
     pub fn new(spec: MachineSpec) -> Self {
         let ram = memory::ram_ranges(spec.memory);
         let memory_map = memory::e820(&ram);
-        let disks = (0..spec.disks).map_while(virtio_mmio).collect();
+        let disks = (0..spec.disks).map_while(virtio_mmio_device).collect();
         Self { spec, ram, memory_map, disks }
     }
 

@@ -58,7 +58,13 @@ pub fn build(
     let (config, job) = &exec::plan(config)?;
 
     // 1. The user's files, opened and checked, and the place of everything.
-    let layout = MachineLayout::new(machine_spec(config));
+    let layout = MachineLayout::new(MachineSpec {
+        memory: config.memory,
+        cpus: config.cpus,
+        serial: config.serial,
+        acpi: config.acpi,
+        disks: config.disks.len(),
+    });
     let root = config
         .disks
         .first()
@@ -168,6 +174,7 @@ pub fn build(
 
     // 7. The machine, and the main loop with its sources.
     let hardware = Hardware {
+        layout,
         vcpus,
         disks,
         buses,
@@ -217,17 +224,6 @@ fn open_boot_image(
     // A reset keeps it, unlike a restore.
     image.plan.structures.extend(generation_id.cloned());
     Ok(image)
-}
-
-/// The part of the configuration that the layout depends on.
-pub(crate) fn machine_spec(config: &VmConfig) -> MachineSpec {
-    MachineSpec {
-        memory: config.memory,
-        cpus: config.cpus,
-        serial: config.serial,
-        acpi: config.acpi,
-        disks: config.disks.len(),
-    }
 }
 
 fn open_images(disks: &[DiskConfig]) -> Result<Vec<Arc<dyn Disk>>, Error> {

@@ -24,6 +24,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use arch::layout::MmioDevice;
+use arch::machine_layout::MachineLayout;
 use devices::block::{BlockEvent, BlockHandle, IoStatus};
 use devices::bus::Bus;
 use devices::disk::{Corruption, Disk};
@@ -127,6 +128,8 @@ pub(crate) struct MachineDisk {
 /// Everything that the builder has created for the guest. [`Machine`] adds what changes while the VM runs: its state,
 /// its clock, and the jobs under way.
 pub(crate) struct Hardware {
+    /// The address of everything, computed once by the builder.
+    pub layout: MachineLayout,
     pub vcpus: Vec<VcpuThread>,
     /// In order: `/dev/vda` first.
     pub disks: Vec<MachineDisk>,

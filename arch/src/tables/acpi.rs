@@ -261,7 +261,7 @@ mod tests {
 
     #[test]
     fn dsdt_names_the_devices_in_order() {
-        let devices: Vec<_> = (0..).map_while(layout::virtio_mmio).collect();
+        let devices: Vec<_> = (0..).map_while(layout::virtio_mmio_device).collect();
         let [.., dsdt] = walk(&written(2, true, devices.len()));
         for name in [
             b"C000", b"C001", b"COM1", b"COM2", b"VR00", b"VR3F", b"PEVT", b"PWRB", b"GED_",

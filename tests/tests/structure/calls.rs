@@ -1,4 +1,5 @@
-//! Which methods a file defines and calls, by their names: types are not resolved.
+//! Which methods a file defines and calls, which functions it names, and which addresses it writes as numbers. Names are
+//! compared as they are written: types are not resolved.
 
 use std::collections::BTreeSet;
 
@@ -42,6 +43,45 @@ pub(crate) fn called(file: &File) -> BTreeSet<String> {
     let mut calls = Calls(BTreeSet::new());
     file.items.iter().for_each(|item| calls.visit_item(item));
     calls.0
+}
+
+/// The paths that a file names in expressions, such as calls of functions, with at most two segments: `layout::e820` and `e820`.
+pub(crate) fn named(file: &File) -> BTreeSet<String> {
+    struct Paths(BTreeSet<String>);
+    impl<'ast> Visit<'ast> for Paths {
+        fn visit_expr_path(&mut self, path: &'ast syn::ExprPath) {
+            let names: Vec<_> =
+                path.path.segments.iter().map(|part| part.ident.to_string()).collect();
+            self.0.extend(names.last().cloned());
+            self.0
+                .extend(names.last_chunk::<2>().map(|[module, name]| format!("{module}::{name}")));
+            visit::visit_expr_path(self, path);
+        }
+    }
+    let mut paths = Paths(BTreeSet::new());
+    file.items.iter().for_each(|item| paths.visit_item(item));
+    paths.0
+}
+
+/// The guest-physical addresses other than 0 that a file writes as numbers: `GuestAddress(0x1000)`.
+pub(crate) fn literal_addresses(file: &File) -> Vec<String> {
+    struct Addresses(Vec<String>);
+    impl<'ast> Visit<'ast> for Addresses {
+        fn visit_expr_call(&mut self, call: &'ast syn::ExprCall) {
+            if let syn::Expr::Path(path) = &*call.func
+                && path.path.segments.last().is_some_and(|last| last.ident == "GuestAddress")
+                && let Some(syn::Expr::Lit(syn::ExprLit { lit: syn::Lit::Int(number), .. })) =
+                    call.args.first()
+                && number.base10_digits() != "0"
+            {
+                self.0.push(number.to_string());
+            }
+            visit::visit_expr_call(self, call);
+        }
+    }
+    let mut addresses = Addresses(Vec::new());
+    file.items.iter().for_each(|item| addresses.visit_item(item));
+    addresses.0
 }
 
 #[derive(Default)]

@@ -43,7 +43,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ),
     ("save: increments", &["vmm/src/snapshot/increments.rs", "vmm/src/snapshot/page_set.rs"]),
     ("save: memory held still", &["vmm/src/snapshot/held_memory.rs"]),
-    ("restore", &["vmm/src/snapshot/description.rs", "vmm/src/snapshot/incoming.rs"]),
+    ("restore", &["vmm/src/snapshot/description.rs", "vmm/src/snapshot/description.rs"]),
     ("save and restore", &["vmm/src/snapshot", "vmm/src/machine/save_task.rs"]),
     ("save in QMP", &["vmm/src/control/deferred.rs", "vmm/src/control/migration.rs"]),
     ("disk keys", &["cli/src/arguments/disk.rs", "cli/src/arguments/throttling.rs"]),
@@ -244,4 +244,39 @@ fn no_files_import_each_other_in_a_circle() {
         }
     }
     assert!(circles.is_empty(), "{report}");
+}
+
+/// Functions that compute guest-physical addresses, with the only files that may use them. All others get the results, in
+/// a `MachineLayout` or a `Plan`.
+const ADDRESS_FUNCTIONS: &[(&str, &[&str])] = &[
+    ("MachineLayout::new", &["vmm/src/builder.rs"]),
+    // A saved machine's ranges of RAM are checked before there is a machine.
+    ("ram_ranges", &["arch/src/machine_layout.rs", "vmm/src/snapshot/description.rs"]),
+    ("e820", &["arch/src/machine_layout.rs"]),
+    ("virtio_mmio_device", &["arch/src/machine_layout.rs"]),
+    ("boot::plan", &["vmm/src/boot_image.rs"]),
+    ("low_end", &["arch/src/boot/mod.rs"]),
+    ("place_initrd", &["arch/src/boot/mod.rs"]),
+];
+
+#[test]
+fn each_guest_physical_address_is_computed_in_one_place() {
+    let (mut found, mut wrong) = (BTreeSet::new(), Vec::new());
+    for file in source::files() {
+        let named = calls::named(&file);
+        for (function, users) in ADDRESS_FUNCTIONS {
+            if named.contains(*function) {
+                found.insert(*function);
+                if !users.contains(&file.path.as_str()) {
+                    wrong.push(format!("{} uses {function}", file.path));
+                }
+            }
+        }
+        if file.path != "arch/src/layout.rs" {
+            let literals = calls::literal_addresses(&file);
+            wrong.extend(literals.iter().map(|number| format!("{}: {number}", file.path)));
+        }
+    }
+    assert!(wrong.is_empty(), "addresses from a second source:\n{}", wrong.join("\n"));
+    assert_eq!(found.len(), ADDRESS_FUNCTIONS.len(), "only {found:?} are used");
 }

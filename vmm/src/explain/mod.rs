@@ -16,14 +16,14 @@ mod rows;
 
 use arch::boot::Protocol;
 use arch::layout;
-use arch::machine_layout::{MachineLayout, MachineSpec};
+use arch::machine_layout::MachineSpec;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
 pub use self::process::Thread;
 pub use self::regions::{Part, Region};
 use self::rows::item;
 use crate::boot_image::BootImage;
-use crate::builder::{build, machine_spec};
+use crate::builder::build;
 use crate::config::{ConsoleConfig, VmConfig};
 use crate::error::Error;
 use crate::machine::Machine;
@@ -52,11 +52,10 @@ pub struct Explanation {
 pub fn explain(config: &VmConfig) -> Result<Explanation, Error> {
     let signals = Signals::block()?;
     let machine = &build(&without_traces(config), None, signals)?.machine;
-    let disks = machine.hardware.disks.len();
-    let spec = MachineSpec { disks, ..machine_spec(config) };
-    let mut lines = summary(config, &spec);
+    let layout = &machine.hardware.layout;
+    let mut lines = summary(&layout.spec);
     let image = machine.hardware.boot_image.as_ref();
-    let regions = regions::regions(&MachineLayout::new(spec), image);
+    let regions = regions::regions(layout, image);
     for part in [Part::Map, Part::Registers, Part::Content] {
         lines.extend(regions::rows(&regions, part));
     }
@@ -108,8 +107,8 @@ fn left_out(config: &VmConfig) -> impl Iterator<Item = String> {
     consoles.chain(files).chain(sockets)
 }
 
-fn summary(config: &VmConfig, spec: &MachineSpec) -> Vec<String> {
-    let tables = if config.acpi { "ACPI" } else { "MPTable" };
+fn summary(spec: &MachineSpec) -> Vec<String> {
+    let tables = if spec.acpi { "ACPI" } else { "MPTable" };
     let (memory, cpus, disks) = (spec.memory >> 10, spec.cpus, spec.disks);
     vec![format!(
         "Machine: {memory} KiB of memory, vCPUs: {cpus}, disks: {disks}, tables: {tables}"

@@ -2,13 +2,13 @@
 //!
 //! [`saved`](super::saved) says what it has. A restore calls both functions for the file that the user names and for each of its bases.
 
-use arch::machine_layout::{MachineLayout, MachineSpec};
+use arch::memory::ram_ranges;
 
 use super::SnapshotError;
 use super::core_file::CoreFile;
 use super::saved::{MAJOR, NEEDS_BASE, SavedMachine, Versioned};
 
-/// The description, of a format that this program knows.
+/// Parses the description, if its format is one that this program can read.
 pub(super) fn parse(json: &[u8]) -> Result<SavedMachine, SnapshotError> {
     let Versioned { format } = serde_json::from_slice(json).map_err(SnapshotError::Description)?;
     if format.major != MAJOR {
@@ -21,7 +21,7 @@ pub(super) fn parse(json: &[u8]) -> Result<SavedMachine, SnapshotError> {
     serde_json::from_slice(json).map_err(SnapshotError::Description)
 }
 
-/// Whether the parts of the description agree with each other and with the file's RAM.
+/// Checks that the parts of the description agree with each other and with the file's RAM.
 pub(super) fn check(saved: &SavedMachine, core: &CoreFile) -> Result<(), SnapshotError> {
     let damaged = SnapshotError::Damaged;
     let config = &saved.config;
@@ -45,19 +45,12 @@ pub(super) fn check(saved: &SavedMachine, core: &CoreFile) -> Result<(), Snapsho
     if names.any(|name| name.contains(char::is_control)) {
         return Err(damaged("the name of a disk"));
     }
-    let spec = MachineSpec {
-        memory: config.memory,
-        cpus: config.cpus,
-        serial: config.serial,
-        acpi: config.acpi,
-        disks: saved.disks.len(),
-    };
     let pages = config.memory.is_multiple_of(arch::layout::PAGE_SIZE);
     let total: u64 = core.segments.iter().map(|segment| segment.length).sum();
     if !pages || total != config.memory {
         return Err(damaged("the size of memory"));
     }
-    let ram = MachineLayout::new(spec).ram;
+    let ram = ram_ranges(config.memory);
     let ranges = ram.iter().map(|(start, length)| (start.0, *length as u64));
     if !ranges.eq(core.segments.iter().map(|segment| (segment.address, segment.length))) {
         return Err(damaged("the ranges of memory"));
