@@ -71,9 +71,9 @@ pub(crate) fn serial(
     Ok((serial, input_drained))
 }
 
-/// Puts a disk behind its virtio-mmio window, with the `line` of that window. From here on, KVM turns a queue notification
-/// into a write to the eventfd of the queue's worker, and KVM_RUN does not return for it. Unless `trap_registers`, the same holds for the
-/// acknowledgement of an interrupt. The worker interrupts the guest by ioctls of its own.
+/// Puts a disk on the MMIO bus at its `window`, with the interrupt `line` of that window. From here on, KVM turns a notification of a
+/// queue into a write to the eventfd that the queue's worker waits for, and KVM_RUN does not return for it. Unless `trap_registers`, KVM
+/// does the same with the acknowledgement of an interrupt.
 ///
 /// # Errors
 /// When the host or KVM refuses a resource.
@@ -94,7 +94,7 @@ pub(crate) fn disk(
             .map_err(Error::kvm("register a queue notification"))?;
     }
     if !trap_registers {
-        // An acknowledgement of a configuration change does not match, and gets to the transport.
+        // Only the value for used buffers matches. An acknowledgement of a configuration change exits to the transport.
         let acknowledge = IoEventAddress::Mmio(window.base.0 + INTERRUPT_ACK_OFFSET);
         vm.register_ioevent(transport.acknowledgements(), &acknowledge, INTERRUPT_USED_BUFFER)
             .map_err(Error::kvm("register an interrupt's acknowledgement"))?;
@@ -104,9 +104,9 @@ pub(crate) fn disk(
     Ok(transport)
 }
 
-/// Lets the guest read the disks' registers without an exit. For KVM each page is a change of its memory map, for which it waits
-/// until no vCPU can be using the old one: milliseconds, which a thread of its own spends beside the guest. Until then its
-/// reads exit, and find the same.
+/// Lets the guest read the disks' registers without an exit. Each page is a change of KVM's memory map. KVM then waits for
+/// milliseconds until no vCPU can be using the old map. So a thread makes these changes while the guest runs already. Until they are
+/// made, the guest's reads exit, and get the same values.
 ///
 /// # Errors
 /// When the host has no thread left.
@@ -129,19 +129,20 @@ pub(crate) fn map_registers(
     Ok(())
 }
 
-/// An interrupt line of the guest's wired interrupt controllers: KVM_IRQ_LINE, up and down, from the calling thread.
+/// A line of the guest's interrupt controllers. A pulse is two calls of KVM_IRQ_LINE, up and down, on the calling thread.
 ///
-/// An irqfd would do the same two steps, but later: KVM can inject only message-signaled interrupts where an eventfd is
-/// written, and hands wired ones to a kernel thread (virt/kvm/eventfd.c, `irqfd_wakeup`), which has to be woken first and
-/// takes the disk's CPU. Until that thread has run, an interrupt would also be missing from the saved state.
+/// An irqfd would do the same, but later. When an eventfd is written, KVM can inject only message-signaled interrupts at once. It
+/// hands the others to a kernel thread (virt/kvm/eventfd.c, `irqfd_wakeup`), which has to be woken and takes a CPU from the disk's
+/// thread. Until that thread has run, the interrupt would also be missing from the state of a save.
 struct KvmLine {
     vm: Arc<VmFd>,
     gsi: u32,
-    /// Held during a pulse: a disk's queues share the line, and disks do, and a second pulse while it is up would be no edge.
+    /// Held during a pulse. The queues of a disk share the line, and disks may share it. A second pulse while the line is up would be
+    /// no edge.
     pulse: Mutex<()>,
 }
 
-/// The line `gsi`. There is one value for a line, which all that share it clone.
+/// Makes the line `gsi`. Make one value for each line: devices that share the line share the value.
 pub(crate) fn line(vm: &Arc<VmFd>, gsi: u32) -> Arc<dyn InterruptLine> {
     Arc::new(KvmLine { vm: Arc::clone(vm), gsi, pulse: Mutex::new(()) })
 }

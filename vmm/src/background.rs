@@ -1,5 +1,5 @@
-//! Work that waits for the host's disk, such as a flush or a resize: the main thread hands it to a thread that was started with
-//! the machine, and asks for the answer after each event. A confined process starts no thread later.
+//! A thread for work that waits for the host's disk, such as a flush or a resize. The main thread hands over the work, and asks for
+//! the answer after each event. The thread is started with the machine, because a confined process cannot start one later.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -10,10 +10,10 @@ use devices::spawn::{Body, Spawn};
 use crate::error::Error;
 use crate::events::EventSender;
 
-/// A thread that does one thing after the other, and ends when this is dropped.
+/// A thread that carries out one piece of work after the other. It ends when this value is dropped.
 pub(crate) struct BackgroundThread(Sender<Body>);
 
-/// The answer to come; the channel closes without one if the work panics.
+/// The answer of a piece of work, which comes later. If the work panics, the channel closes without an answer.
 pub(crate) struct Answer(Receiver<Result<(), Error>>);
 
 impl BackgroundThread {
@@ -29,7 +29,7 @@ impl BackgroundThread {
         let (sender, work) = channel::<Body>();
         let body = move || {
             for piece in work {
-                // What panics drops its answer's sender.
+                // Work that panics drops the sender of its answer.
                 let _ = catch_unwind(AssertUnwindSafe(piece));
                 main_loop.wake();
             }
@@ -40,7 +40,7 @@ impl BackgroundThread {
 
     pub(crate) fn run(&self, work: impl FnOnce() -> Result<(), Error> + Send + 'static) -> Answer {
         let (answer, result) = channel();
-        // The thread ends only with its sender.
+        // Cannot fail: the thread ends only when this sender is dropped.
         let _ = self.0.send(Box::new(move || drop(answer.send(work()))));
         Answer(result)
     }

@@ -1,14 +1,14 @@
-//! Puts into guest memory what `arch::boot::plan` decided: the kernel, the initrd, and the structures the guest starts from.
+//! Applies the plan of `arch::boot::plan` to guest memory: the kernel, the initrd, and the structures that the guest starts from.
 //!
-//! The builder opens the files as [`BootFile`]s, makes one [`BootImage`] of them and calls [`BootImage::load`]; a reset calls it
-//! again, with the same plan. Memory has to be new, or cleared by [`crate::memory::clear`], before each load: what the plan
-//! does not name stays zero because it is never written.
+//! The builder opens the files as [`BootFile`]s, makes a [`BootImage`] of them and calls [`BootImage::load`]. A reset calls it
+//! again, with the same plan. Before each load, memory has to be new, or cleared by [`crate::memory::clear`]: a load writes only
+//! what the plan names, and the rest must be zero.
 //!
-//! A plan holds offsets from the headers that were read at the start, so it is right only for the file's content of that
-//! moment. Each load therefore compares size and time of modification with those of the start, and a reset whose files
-//! have changed is refused before anything of the machine is touched ([`BootImage::check_unchanged`]).
+//! A plan has offsets from the file's headers, so it is right only for the content that the file had when they were read. Each load
+//! therefore compares the file's size and time of modification with those of the start. A reset whose files have changed is refused
+//! before anything of the machine is touched ([`BootImage::check_unchanged`]).
 //!
-//! [`FilePages`] knows whether pages of the kernel's file become pages of the guest, and how.
+//! [`FilePages`] decides whether pages of the kernel's file become pages of the guest.
 
 mod describe;
 
@@ -35,7 +35,7 @@ pub(crate) struct BootFile {
     opened: Version,
 }
 
-/// Tells a file's content from a later one. A file that is replaced by renaming another over it keeps its version: the
+/// Shows whether a file was changed in place. If the file is replaced by renaming another over it, its version stays the same: the
 /// open descriptor still reads the old content.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Version {
@@ -44,7 +44,7 @@ struct Version {
 }
 
 impl BootFile {
-    /// Opens the regular file that `option` names. A fifo is refused, not waited for.
+    /// Opens the regular file that the user named by `option`. A fifo is refused, and open(2) does not wait for its other end.
     ///
     /// # Errors
     /// It cannot be opened, or is not a regular file.
@@ -83,7 +83,7 @@ impl BootFile {
         }
     }
 
-    /// Copies `range` of the file into guest memory, except for its first `done` bytes, which are there already.
+    /// Copies `range` of the file into guest memory, except for its first `done` bytes, which are mapped already.
     fn copy(&self, memory: &GuestMemory, range: &FileRange, done: u64) -> Result<(), Error> {
         let mut file = &self.file;
         let address = GuestAddress(range.address.0 + done);
@@ -125,12 +125,12 @@ impl ReadAt for BootFile {
     }
 }
 
-/// Makes pages of the kernel's file the guest's where that is safe and pays. The builder plugs it in.
+/// Maps pages of the kernel's file into guest memory, where that is safe and faster than a copy. The builder plugs it in.
 pub(crate) trait FilePages {
-    /// Whether `file` cannot be written to from now on without this process hearing of it first.
+    /// Takes a lease on `file`. `true`: from now on, no program can write to the file before this process has released it.
     fn lease(&self, file: &File) -> bool;
 
-    /// Maps what it can of `range`, the first bytes of which are there then: their number. None without `leased`.
+    /// Maps the start of `range`, and returns how many bytes are mapped: 0 if `leased` is false.
     ///
     /// # Errors
     /// The host refuses the mapping.
@@ -143,7 +143,7 @@ pub(crate) trait FilePages {
     ) -> io::Result<u64>;
 }
 
-/// Everything that the guest starts from: the files, which stay open for the next reset, and the plan of their place.
+/// Everything that the guest starts from: the files, which stay open for a reset, and the plan of what goes where.
 pub(crate) struct BootImage {
     pub(crate) kernel: BootFile,
     initrd: Option<BootFile>,
@@ -152,10 +152,10 @@ pub(crate) struct BootImage {
 }
 
 impl BootImage {
-    /// Checks that the kernel and the initrd suit each other, the command line and the machine of `layout`.
+    /// Reads the headers of the kernel, and plans what goes where on the machine of `layout`.
     ///
     /// # Errors
-    /// One of them does not; the error names the option.
+    /// The kernel, the initrd or the command line is not suitable, or does not fit. The error names the option.
     pub(crate) fn new(
         layout: &MachineLayout,
         kernel: BootFile,
@@ -179,7 +179,7 @@ impl BootImage {
         Ok(Self { kernel, initrd, plan, pages })
     }
 
-    /// Fills `memory`, all of which is zero, and says where the boot vCPU starts.
+    /// Applies the plan to `memory`, all of which is zero, and returns where the boot vCPU starts.
     ///
     /// # Errors
     /// A file cannot be read or has changed, or the host refuses to map it.
@@ -190,7 +190,7 @@ impl BootImage {
                 .map_err(into_io)
                 .map_err(Error::host(structure.name))?;
         }
-        // The lease comes first: once it is held, a size that was compared cannot change any more.
+        // The lease comes before the check: while it is held, the file cannot change any more.
         let leased = self.pages.lease(&self.kernel.file);
         self.check_unchanged()?;
         for range in &self.plan.kernel {
@@ -203,12 +203,12 @@ impl BootImage {
         if let (Some(initrd), Some(range)) = (&self.initrd, &self.plan.initrd) {
             initrd.copy(memory, range, 0)?;
         }
-        // A file may have been written while it was copied.
+        // Without a lease, a file may have been written to while it was copied.
         self.check_unchanged()?;
         Ok(self.plan.entry)
     }
 
-    /// Checks that another [`BootImage::load`] would load what the first one did.
+    /// Checks that the files are as they were at the first [`BootImage::load`].
     ///
     /// # Errors
     /// A file was changed in place.

@@ -1,9 +1,8 @@
 //! From a configuration to a paused machine: a recipe in numbered steps.
 //!
-//! `cli` calls [`build`]. This is the only file that knows every part of the machine: all others are handed what they
-//! need.
+//! `cli` calls [`build`]. Only this file knows every part of the machine: all others get what they need as arguments.
 //!
-//! Everything that the user named is opened and checked before anything is changed, and files of earlier runs are emptied
+//! Everything that the user named is opened and checked before anything is changed. Files of earlier runs are emptied last,
 //! when nothing can be refused any more. Each step ends with an event of the `boot` trace (`--boot-timing`).
 
 use std::collections::BTreeMap;
@@ -43,8 +42,8 @@ use crate::{
     affinity, attach, console, control, disk_faults, exec, host_cpu, hugepages, kvm, memory, trace,
 };
 
-/// Builds the machine: one that boots or, with `incoming`, one that was saved. Its vCPUs have threads but have not entered the
-/// guest: [`EventLoop::run`] starts them.
+/// Builds a machine that boots or, with `incoming`, one that was saved. Its vCPUs have threads, but have not entered the guest:
+/// [`EventLoop::run`] starts them.
 ///
 /// # Errors
 /// What is wrong with the configuration, or what the host does not provide.
@@ -53,11 +52,11 @@ pub fn build(
     mut incoming: Option<Incoming>,
     signals: Signals,
 ) -> Result<EventLoop, Error> {
-    // The limit covers the building, too.
+    // Building counts for `--timeout`, too.
     let timeout = config.timeout.map(Timeout::start).transpose()?;
     let (config, job) = &exec::plan(config)?;
 
-    // 1. The user's files, opened and checked, and the place of everything.
+    // 1. Compute the address of everything. Open and check the user's files.
     let layout = MachineLayout::new(MachineSpec {
         memory: config.memory,
         cpus: config.cpus,
@@ -75,7 +74,7 @@ pub fn build(
     let open = || open_boot_image(config, &layout, &cmdline, generation_id.as_ref());
     let boot_image = match incoming {
         None => Some(open()?),
-        // Only a reset needs it.
+        // A restored machine needs the kernel only for a reset.
         Some(_) if config.kernel.as_os_str().is_empty() => None,
         Some(_) => open().inspect_err(Incoming::warn_of_reset).ok(),
     };
@@ -88,18 +87,19 @@ pub fn build(
     affinity::check("--io-affinity", &config.io_affinity)?;
     tracing::info!(target: "boot", "files opened");
 
-    // 2. Guest memory.
+    // 2. Map guest memory.
     let memory =
         if config.hugepages { hugepages::allocate(&layout)? } else { memory::allocate(&layout)? };
 
-    // 3. KVM: a VM with memory slots. Its interrupt controllers come after the disks' ioeventfds (`create_irq_chips`).
+    // 3. Make a VM in KVM, with memory slots. Interrupt controllers come later, because they make changes of the memory map and
+    // of ioeventfds slow (`register_memory`).
     let kvm_fd = kvm::open()?;
     check_cpus(&kvm_fd, config.cpus)?;
     let vm = Arc::new(kvm::create_vm(&kvm_fd)?);
     kvm::register_memory(&vm, &memory)?;
     tracing::info!(target: "boot", "VM and memory");
 
-    // 4. Kernel, initrd, tables and start structures in their places; or what a saved machine has there.
+    // 4. Load kernel, initrd, tables and start structures; or what a saved machine has in its RAM.
     let (start, unmap_files) = match &incoming {
         None => {
             let image = boot_image.as_ref().ok_or(Error::NoBootImage)?;
@@ -109,7 +109,7 @@ pub fn build(
     };
     tracing::info!(target: "boot", "kernel loaded");
 
-    // 5. Devices on their buses. Threads are confined from their start.
+    // 5. Attach devices to their buses. Their threads confine themselves when they start.
     let sandbox = Sandbox::prepare(config)?;
     let (events, receiver) = event_channel().map_err(Error::host("make an eventfd"))?;
     let events = Arc::new(events);
@@ -150,7 +150,7 @@ pub fn build(
     let power_button = attach::line(&vm, layout::POWER_BUTTON_GSI);
     tracing::info!(target: "boot", "devices");
 
-    // 6. vCPUs, paused on their threads.
+    // 6. Make vCPUs, which are paused on their threads.
     install_kick_handler().map_err(Error::host("install the vCPU signal"))?;
     let (port_io, mmio) = (Arc::new(port_io), Arc::new(mmio));
     let buses = [Arc::clone(&port_io), Arc::clone(&mmio)];
@@ -167,12 +167,12 @@ pub fn build(
     let spawn = sandbox.spawn(Kind::Vcpu);
     let vcpus = start_vcpus(&setup, &start, &config.vcpu_affinity, &spawn)?;
     tracing::info!(target: "boot", "vCPUs");
-    // After all that changes KVM's memory map or its buses, which would wait for it.
+    // After everything else that changes KVM's memory map or its buses: those changes would wait for this thread's.
     if !trap_registers {
         attach::map_registers(&vm, &disks, &sandbox.spawn(Kind::Registers))?;
     }
 
-    // 7. The machine, and the main loop with its sources.
+    // 7. Make the machine, and the main loop with its sources.
     let hardware = Hardware {
         layout,
         vcpus,
@@ -197,13 +197,14 @@ pub fn build(
     };
     sources.push(Box::new(HaltWatch::start()?));
     sources.extend(timeout.map(|timeout| Box::new(timeout) as Box<dyn Source>));
-    // To its clients the end of the connection is the end of the VM.
+    // Nearly the last source, so that the socket is closed after the other sources have ended: clients take a closed connection
+    // for the end of the VM.
     let spawn = sandbox.spawn(Kind::Save);
     let control = control.map(|control| control.into_source(config, &spawn, &events));
     sources.extend(control.transpose()?);
-    // It confines the main thread when the loop begins, after all others watch what they need.
+    // The last source: it confines the main thread when the loop begins, after all others have added their descriptors.
     sources.extend(sandbox.source()?);
-    // Nothing is refused any more.
+    // Nothing can be refused any more.
     outputs.begin()?;
     Ok(EventLoop::new(machine, sources, paused))
 }
@@ -217,11 +218,11 @@ fn open_boot_image(
     let kernel = BootFile::open("--kernel", &config.kernel)?;
     let initrd =
         config.initrd.as_deref().map(|path| BootFile::open("--initrd", path)).transpose()?;
-    // Nested, a page that is mapped and not copied costs an exit through two hypervisors.
+    // If the host is a guest itself, each mapped page costs an exit through two hypervisors: then the kernel is copied.
     let map = !host_cpu::is_nested() && lease_outlasts(config.stop_timeout);
     let pages = Box::new(KernelPages { map });
     let mut image = BootImage::new(layout, kernel, initrd, cmdline, pages)?;
-    // A reset keeps it, unlike a restore.
+    // Part of the plan, so that a reset keeps the same ID. A restore makes a new one.
     image.plan.structures.extend(generation_id.cloned());
     Ok(image)
 }
@@ -248,11 +249,11 @@ fn check_cpus(kvm: &Kvm, wanted: u32) -> Result<(), Error> {
     if wanted > max { Err(Error::TooManyCpus { wanted, max }) } else { Ok(()) }
 }
 
-/// A worker polls no longer for the guest's next request than this, whatever it finds that interrupts cost: 20 ms of a CPU are
-/// lost when the guest has none.
+/// The longest that a worker polls for the guest's next request, however much interrupts cost. If no request comes, 20 ms of a
+/// CPU are lost.
 const MAX_POLLING: Duration = Duration::from_millis(20);
 
-/// How long a disk's worker may poll before it sleeps. With one CPU that would only keep the guest from it.
+/// How long a disk's worker may poll before it sleeps. On a host with one CPU it must not poll: the guest needs the CPU.
 fn polling_window() -> Duration {
     match std::thread::available_parallelism().map_or(1, usize::from) {
         1 => Duration::ZERO,
@@ -260,6 +261,7 @@ fn polling_window() -> Duration {
     }
 }
 
+/// Makes each disk's device and threads, and attaches it to the MMIO bus at the address that the layout gives it.
 #[expect(clippy::too_many_arguments, reason = "all that a disk is made of")]
 fn attach_disks(
     vm: &Arc<VmFd>,
@@ -303,6 +305,7 @@ fn attach_disks(
     Ok(disks)
 }
 
+/// Makes the vCPUs, each paused on a thread of its own. `processors`: the host CPUs of `--vcpu-affinity`, one for each vCPU.
 fn start_vcpus(
     setup: &VcpuSetup<'_>,
     start: &VcpuStart,

@@ -1,9 +1,10 @@
-//! The main thread's loop: a table of sources, each of which acts on the machine.
+//! The loop of the main thread: a table of sources, each of which acts on the machine.
 //!
-//! One round: a descriptor is ready and its source handles that ([`Source::process`]), the machine advances what is
-//! under way, and every source receives the events that this caused ([`Source::emit`]). A source that acts on the
-//! machine in `emit` makes another round necessary, so the loop sleeps only when no event is pending. The loop knows
-//! neither what a source is for nor what the machine does; `builder` chooses the rows and their order.
+//! One round has three steps. A descriptor is ready, and its source handles that ([`Source::process`]). The machine takes the next
+//! step of what is under way ([`Machine::advance`]). Every source gets the events that this caused ([`Source::emit`]). If a source
+//! acts on the machine in `emit`, the last two steps are repeated, so the loop sleeps only when no event is pending.
+//!
+//! The loop knows neither what a source is for nor what the machine does. `builder` chooses the sources and their order.
 
 use std::time::Duration;
 
@@ -20,14 +21,14 @@ pub struct EventLoop {
     sources: Vec<Box<dyn Source>>,
     /// The guest waits for a control client to start it.
     paused: bool,
-    /// Why no event would come.
-    unwatched: Option<event_manager::Error>,
+    /// Why `init` could not watch the descriptors. `run` ends the machine with it.
+    watch_error: Option<event_manager::Error>,
 }
 
 impl EventLoop {
-    /// A loop that is about to run. The sources hear of the end in their order.
+    /// A loop that is about to run. At the end the sources are finished in this order.
     pub(crate) fn new(machine: Machine, sources: Vec<Box<dyn Source>>, paused: bool) -> Self {
-        Self { machine, sources, paused, unwatched: None }
+        Self { machine, sources, paused, watch_error: None }
     }
 
     /// Runs until the machine has ended: disks are drained and flushed, and the console has the guest's last output.
@@ -37,12 +38,12 @@ impl EventLoop {
     pub fn run(self) -> Result<Outcome, Error> {
         let mut manager = EventManager::new()?;
         let paused = self.paused;
-        // The sources watch before the guest runs: one of them confines this thread.
+        // Calls `init`, so that the sources watch their descriptors before the guest runs. One of them confines this thread.
         let id = manager.add_subscriber(self);
         if !paused {
             manager.subscriber_mut(id)?.machine.resume()?;
         }
-        let mut failed = manager.subscriber_mut(id)?.unwatched.take().map_or(Ok(()), Err);
+        let mut failed = manager.subscriber_mut(id)?.watch_error.take().map_or(Ok(()), Err);
         while failed.is_ok() && !manager.subscriber_mut(id)?.machine.is_over() {
             failed = manager.run().map(drop);
         }
@@ -50,7 +51,7 @@ impl EventLoop {
         if let Err(error) = failed {
             machine.end(Err(error.into()));
         }
-        // Only without the loop: disks are flushed even then.
+        // Only if the loop has failed: the end still flushes the disks.
         while !machine.is_over() {
             machine.advance();
             std::thread::sleep(Duration::from_millis(1));
@@ -77,12 +78,12 @@ impl EventLoop {
 
 impl MutEventSubscriber for EventLoop {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        // The row after the last, and no source: `advance` looks at the clock.
+        // The timer of the deadline has the row after the last, which has no source: `advance` then looks at the clock.
         let mut watched = Poller::new(ops, self.sources.len()).add_edges(&self.machine.deadline, 0);
         for (row, source) in self.sources.iter_mut().enumerate() {
             watched = watched.and_then(|()| source.watch(&mut Poller::new(ops, row)));
         }
-        self.unwatched = watched.err();
+        self.watch_error = watched.err();
         self.advance(ops);
     }
 

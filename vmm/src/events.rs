@@ -1,8 +1,8 @@
 //! Events from the machine's other threads to the main loop: three channels, and an eventfd that wakes the loop.
 //!
-//! Senders are vCPU threads and disk workers, which must never wait for the main loop: two of the channels are bounded, and an
-//! event that finds its channel full is dropped. What would be lost for good that way is kept elsewhere: disks know their I/O
-//! status, and the events that were sent before already end the machine.
+//! Senders are vCPU threads and disk workers, which must never wait for the main loop. Two of the channels are bounded, and an event
+//! is dropped if its channel is full. Nothing important is lost: an I/O error also sets the status of its disk, which the main loop
+//! reads, and if the channel of vCPU events is full, an earlier event already ends the machine.
 
 use std::io;
 use std::sync::Arc;
@@ -15,30 +15,29 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::error::Error;
 
-/// What a vCPU or a disk's worker reports because only the main loop may act on it. The thread that sends it does not
-/// wait for the reaction: a vCPU that switched the machine off runs on until it is stopped.
+/// An event that only the main loop may act on. The thread that sends it does not wait: a vCPU that has powered the machine off runs
+/// on until it is stopped.
 #[derive(Debug)]
 pub(crate) enum VmEvent {
     /// The guest used one of its power, panic or exit registers.
     Guest(GuestEvent),
     /// A vCPU shut down without being asked: a triple fault (SDM 3A 6.15, APM 2 8.2.9).
     TripleFault,
-    /// A vCPU met what a debugger waits for. It stays outside the guest until the machine has stopped.
+    /// A vCPU met a breakpoint, or an instruction that KVM cannot emulate, or finished a step. It stays outside the guest until the machine has stopped.
     Debug,
     Failed(Error),
 }
 
-/// Events that may wait in a bounded channel. A guest can write to its power registers in a loop until its vCPUs are stopped,
-/// and a failing disk can fail any number of requests.
+/// The size of a bounded channel. A guest can write to its power registers in a loop until its vCPUs are stopped, and a failing disk
+/// can fail any number of requests.
 const CAPACITY: usize = 64;
 
-/// The sending end, for any number of threads. No method blocks, so each may be called while a device is locked, and at
-/// any point of a vCPU's exit.
+/// The sending end, for any number of threads. No method blocks, so each may be called while a device is locked.
 #[derive(Debug)]
 pub(crate) struct EventSender {
     ends: SyncSender<VmEvent>,
     disks: SyncSender<BlockEvent>,
-    /// Unbounded: each event answers a command, and its client waits for it.
+    /// Unbounded, because a client waits for each event. There is at most one for each `block-set-write-threshold` command.
     thresholds: Sender<BlockEvent>,
     wake: EventFd,
     awake: Arc<AtomicBool>,
@@ -108,12 +107,12 @@ impl EventSender {
 }
 
 impl EventReceiver {
-    /// Readable when there may be something new; `clear` makes it unreadable.
+    /// Readable when there may be new events. `clear` makes it unreadable.
     pub(crate) fn wake_fd(&self) -> &EventFd {
         &self.wake
     }
 
-    /// To be called before `next` and `disk_events`: an event sent after this wakes the loop again.
+    /// Call this before `next` and `disk_events`: an event that is sent after this wakes the loop again.
     pub(crate) fn clear(&self) {
         let _ = self.wake.read();
         self.awake.store(false, Ordering::Release);
@@ -123,8 +122,8 @@ impl EventReceiver {
         self.ends.try_recv().ok()
     }
 
-    /// What disks reported since the last call. Of I/O errors no more than the channel holds, so that a failing disk cannot keep
-    /// the main loop busy.
+    /// The events of disks since the last call, but at most [`CAPACITY`] I/O errors, so that a failing disk cannot keep the main loop
+    /// in this call.
     pub(crate) fn disk_events(&self) -> Vec<BlockEvent> {
         self.disks.try_iter().take(CAPACITY).chain(self.thresholds.try_iter()).collect()
     }

@@ -1,24 +1,24 @@
-//! Pages of the kernel's file as guest memory: mapped privately where that is safe, so that starting costs neither the time
-//! nor the memory of a copy.
+//! Maps pages of the kernel's file into guest memory, so that a start costs neither the time nor the memory of a copy.
 //!
-//! A capability: without it the kernel is copied. It hooks in as the [`FilePages`] of a boot image, and gives the kernel's file up,
-//! which SIGIO asks for, as a [`Task`](crate::machine::Task) of the machine's standstill.
+//! A capability: without it the kernel is copied. It hooks in as the [`FilePages`] of a boot image. When SIGIO comes, a
+//! [`Task`](crate::machine::Task) of the machine's standstill gives the kernel's file up.
 //!
-//! A private mapping shows what others write into the file, except in pages that the guest has written. A file that is cut
-//! off takes its pages away from all mappings, written ones included, and using them is then an error (mmap(2)). A compiler
-//! that writes a new kernel in place must not do that to a running guest, so pages are mapped only under one of these:
+//! The mapping is private. It still shows what other programs write into the file, except in pages that the guest has written. If
+//! the file is truncated, its pages disappear from all mappings, even those that the guest has written, and an access to them is an
+//! error (mmap(2)). A compiler that writes a new kernel in place would do both to a running guest. So pages are mapped only if one of
+//! these protects them:
 //!
 //! - the seals of a memfd (`F_SEAL_WRITE` and `F_SEAL_SHRINK`), which hold for good;
 //! - a read lease (fcntl(2), `F_SETLEASE`). While it is held, the host makes a process that opens the file for writing, or
 //!   truncates it, wait, and sends SIGIO, which the main loop reads from its signalfd. The main loop stops the guest, [`copy`]
 //!   replaces the mapped pages by copies, and [`release`] lets the writer go on.
 //!
-//! The host takes the lease away by itself after `/proc/sys/fs/lease-break-time` (45 s). A machine that does not stand still for
-//! the copy ends earlier, at `--stop-timeout`: [`lease_outlasts`] says whether that is early enough. If the file is cut off
-//! nevertheless, [`copy`] fails with an error instead of a signal, because the host's kernel reads the pages for it (write(2)).
+//! The host takes the lease away after `/proc/sys/fs/lease-break-time` (45 s). If the machine does not stand still for the copy, it
+//! ends earlier, at `--stop-timeout`: [`lease_outlasts`] says whether that is early enough. If the file is truncated nevertheless,
+//! [`copy`] gets an error and no signal, because the host's kernel reads the pages for it (write(2)).
 //!
-//! The host gives no lease on another user's file (without CAP_LEASE), on a file that is open for writing, and on network file
-//! systems. A kernel without a lease is copied.
+//! The host gives no lease on another user's file (without CAP_LEASE), on a file that is open for writing, or on a network file
+//! system. Then the kernel is copied.
 
 use std::fs::File;
 use std::io::{self, Seek};
@@ -36,8 +36,9 @@ use crate::boot_image::{BootImage, FilePages};
 use crate::error::Error;
 use crate::memory::{self, NO_CORE_DUMP, host_address, into_io};
 
-/// Maps the kernel's pages or, without `map`, prepares for a copy.
+/// The [`FilePages`] of a machine.
 pub(crate) struct KernelPages {
+    /// Whether to map pages. Otherwise the kernel is always copied.
     pub map: bool,
 }
 
@@ -61,7 +62,7 @@ impl FilePages for KernelPages {
     }
 }
 
-/// Takes a read lease on `file`, or finds that seals make one unnecessary. SIGIO has to be blocked.
+/// Takes a read lease on `file`, unless seals make that unnecessary. The caller has blocked SIGIO. `false`: the host gives none.
 #[expect(unsafe_code, reason = "fcntl has no safe wrapper for leases")]
 pub(crate) fn lease(file: &File) -> bool {
     let seals = SealFlags::WRITE | SealFlags::SHRINK;
@@ -70,7 +71,7 @@ pub(crate) fn lease(file: &File) -> bool {
         || unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK) } == 0
 }
 
-/// Whether the host leaves a lease to its holder for longer than `limit` once it wants the lease back.
+/// Whether the host waits longer than `limit` before it takes a lease away that it has asked for.
 pub(crate) fn lease_outlasts(limit: Duration) -> bool {
     let seconds = std::fs::read_to_string("/proc/sys/fs/lease-break-time");
     // Without /proc: the host's default.
@@ -85,8 +86,8 @@ pub(crate) fn release(file: &File) {
     unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) };
 }
 
-/// Maps the whole pages of `range`, which is inside the leased `file`, into guest memory that is not in use yet. Returns how
-/// many bytes from the start of the range are there now; the rest has to be copied.
+/// Maps the whole pages of `range` of the leased `file` into guest memory that is not in use yet. Returns how many bytes from the
+/// start of the range are mapped. The rest has to be copied.
 ///
 /// # Errors
 /// The host refuses the mapping.
@@ -105,11 +106,11 @@ pub(crate) fn map(memory: &GuestMemory, file: &File, range: &FileRange) -> io::R
     Ok(length)
 }
 
-/// Replaces the pages that [`map`] may have mapped for `range` by copies. Nothing uses that memory meanwhile. It is not enough
-/// to write to the pages: cutting off a file takes even written pages of its mappings away.
+/// Replaces the pages that [`map`] may have mapped for `range` by copies, while nothing uses that memory. To write to the pages would
+/// not be enough: when the file is truncated, even written pages disappear.
 ///
 /// # Errors
-/// The host has no memory left, or the file was cut off already.
+/// The host has no memory left, or the file was truncated already.
 pub(crate) fn copy(memory: &GuestMemory, range: &FileRange) -> io::Result<()> {
     let length = whole_pages(memory, range);
     let mut content = File::from(memfd_create("kernel-pages", MemfdFlags::CLOEXEC)?);
@@ -120,14 +121,14 @@ pub(crate) fn copy(memory: &GuestMemory, range: &FileRange) -> io::Result<()> {
     memory.read_exact_volatile_from(range.address, &mut content, length as usize).map_err(into_io)
 }
 
-/// Asks for transparent huge pages where `range` will be copied to: most of a copy's time is page faults. A host without
-/// them refuses, which is harmless.
+/// Asks for transparent huge pages for the memory that `range` will be copied to, since most of the time of a copy is page faults. A
+/// host without them refuses, which is harmless.
 fn prefer_huge(memory: &GuestMemory, range: &FileRange) {
     memory::advise(memory, range.address, whole_pages(memory, range), Advice::LinuxHugepage);
 }
 
-/// How many bytes of `range` are whole pages that pages of a file can replace: where file and memory agree on where pages
-/// begin, and guest memory is private and has pages of the ordinary size.
+/// How many bytes of `range` can be mapped: whole pages, if the range begins on a page boundary in the file and in memory, and guest
+/// memory is private and has pages of 4 KiB. Otherwise 0.
 fn whole_pages(memory: &GuestMemory, range: &FileRange) -> u64 {
     let FileRange { offset, address, length } = *range;
     let flags = memory.find_region(address).map_or(0, |region| region.flags());
@@ -141,11 +142,11 @@ fn whole_pages(memory: &GuestMemory, range: &FileRange) -> u64 {
 }
 
 impl BootImage {
-    /// Gives the guest copies of the kernel's pages and lets writers of the kernel's file go on. SIGIO asks for this. Neither
+    /// Replaces the mapped pages of the kernel by copies, and releases the lease, so that a waiting writer of the file goes on. Neither
     /// the guest nor a device uses `memory` meanwhile.
     ///
     /// # Errors
-    /// The host has no memory left, or the file was cut off before the copy was made; the guest has lost memory.
+    /// The host has no memory left, or the file was truncated before it was copied. The guest has then lost memory.
     pub(crate) fn give_up_kernel_file(&self, memory: &GuestMemory) -> Result<(), Error> {
         for range in &self.plan.kernel {
             copy(memory, range)

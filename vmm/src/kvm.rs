@@ -1,7 +1,7 @@
-//! /dev/kvm: opening it, saying plainly why it cannot be used, and the empty VM.
+//! Opens /dev/kvm, says why it cannot be used, and makes an empty VM.
 //!
-//! The builder calls these functions once each. What it gets, the VM's descriptor, is then shared: vCPUs, interrupt
-//! lines and the machine's clock use it directly.
+//! The builder calls each of these functions once. It shares the VM's file descriptor: vCPUs, interrupt lines and the machine's clock
+//! use it directly.
 
 use std::io;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use crate::GuestMemory;
 use crate::error::Error;
 
-/// What minivmm cannot do without, with the words for its absence (`Documentation/virt/kvm/api.rst`, "Extension").
+/// The extensions of KVM that minivmm requires, with their names for an error message (`Documentation/virt/kvm/api.rst`, "Extension").
 const REQUIRED: [(Cap, &str); 5] = [
     (Cap::Irqchip, "an in-kernel interrupt controller (KVM_CAP_IRQCHIP)"),
     (Cap::Ioeventfd, "ioeventfd (KVM_CAP_IOEVENTFD)"),
@@ -38,7 +38,7 @@ pub(crate) fn open() -> Result<Kvm, Error> {
     let kvm = Kvm::new().map_err(|error| Error::NoKvm(error.into()))?;
     match kvm.get_api_version() {
         version if version == KVM_API_VERSION as i32 => {}
-        // Not even that call: another device goes by the name.
+        // The call failed: /dev/kvm is another device.
         ..0 => return Err(Error::NoKvm(io::Error::last_os_error())),
         _ => return Err(Error::KvmLacks("API version 12")),
     }
@@ -46,7 +46,7 @@ pub(crate) fn open() -> Result<Kvm, Error> {
         match kvm.check_extension_int(capability) {
             1.. => {}
             0 => return Err(Error::KvmLacks(name)),
-            // A seccomp filter.
+            // The call failed: a seccomp filter refuses it.
             _ => return Err(Error::NoKvm(io::Error::last_os_error())),
         }
     }
@@ -60,14 +60,14 @@ pub(crate) fn open() -> Result<Kvm, Error> {
 pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
     let vm = loop {
         match kvm.create_vm() {
-            // Anything that looks like a pending signal does that, io_uring's task work included: KVM registers an MMU
-            // notifier, which gives up on one (`mm_take_all_locks`).
+            // A pending signal, or task work of io_uring, interrupts the registration of KVM's MMU notifier
+            // (`mm_take_all_locks`).
             Err(error) if error.errno() == libc::EINTR => {}
             result => break result.map_err(Error::kvm("create a VM"))?,
         }
     };
-    // Intel needs three pages for the TSS and one for an identity map while the guest is in real mode; both go where no
-    // guest memory is (`api.rst` 4.36 KVM_SET_TSS_ADDR, 4.40 KVM_SET_IDENTITY_MAP_ADDR). AMD ignores them.
+    // While a guest is in real mode, KVM on Intel needs three pages for a TSS and one for an identity map, at addresses without guest
+    // memory (`api.rst` 4.36 KVM_SET_TSS_ADDR, 4.40 KVM_SET_IDENTITY_MAP_ADDR). AMD ignores them.
     vm.set_identity_map_address(layout::KVM_IDENTITY_MAP.0)
         .map_err(Error::kvm("place the identity map"))?;
     vm.set_tss_address(layout::KVM_TSS.0 as usize)
@@ -75,20 +75,21 @@ pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
     Ok(vm)
 }
 
-/// Gives `vm` its interrupt controllers: two PICs, an IOAPIC of 24 pins, a LAPIC for each vCPU to come, and the PIT that
-/// kernels without ACPI insist on.
+/// Makes the interrupt controllers of `vm`: two PICs, an IOAPIC with 24 pins, and a LAPIC for each vCPU that is made later. Also makes
+/// the PIT, which kernels without ACPI require.
 ///
 /// # Errors
 /// When KVM refuses.
 pub(crate) fn create_irq_chips(vm: &VmFd) -> Result<(), Error> {
     vm.create_irq_chip().map_err(Error::kvm("create the interrupt controllers"))?;
-    // With the speaker port stubbed (port 0x61), or a guest that polls it would exit to user space for ever.
+    // KVM also emulates the speaker port (0x61). Otherwise a guest that polls it would exit to user space again and again.
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(Error::kvm("create the interval timer"))
 }
 
-/// Puts each region of guest RAM into a memory slot, numbered from 0. Before [`create_irq_chips`]: once a VM has those, KVM
-/// waits for milliseconds at each change of its memory map until no vCPU can be using the old one (an SRCU grace period).
+/// Puts each region of guest RAM into a memory slot, numbered from 0. Called before [`create_irq_chips`]: when a VM has interrupt
+/// controllers, KVM waits for milliseconds at each change of its memory map, until no vCPU can be using the old map (an SRCU grace
+/// period).
 ///
 /// # Errors
 /// When KVM refuses.
@@ -113,8 +114,8 @@ pub(crate) fn has_read_only_memory(kvm: &Kvm) -> bool {
     kvm.check_extension(Cap::ReadonlyMem)
 }
 
-/// Lets the guest read `page` at `address` without an exit; its writes there exit as any device's do (`api.rst` 4.35,
-/// KVM_MEM_READONLY). Each page has an `index` of its own.
+/// Lets the guest read `page` at `address` without an exit. Its writes there still exit (`api.rst` 4.35, KVM_MEM_READONLY). Each page has
+/// an `index` of its own.
 ///
 /// # Errors
 /// When KVM refuses.

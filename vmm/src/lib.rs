@@ -1,8 +1,8 @@
 //! The virtual machine monitor: KVM, threads, the wiring of devices, and a machine from its configuration to its exit status.
 //!
-//! [`builder`] makes two owners: the `Machine` has every resource of the VM, and the [`EventLoop`] has the machine and
-//! everything that the main thread listens to. Capabilities, such as `control`, `snapshot`, `exec` and `affinity`, are plugged in
-//! by the builder, and no core module imports them; `tests/tests/structure/main.rs` lists them all.
+//! [`builder`] makes two values that own all others: the `Machine` owns every resource of the VM, and the [`EventLoop`] owns the
+//! machine and everything that the main thread listens to. The builder plugs in capabilities, such as `control`, `snapshot`, `exec`
+//! and `affinity`. No core module imports them. `tests/tests/structure/main.rs` lists them all.
 //!
 //! Two walks lead through it. *A kernel boots*: [`builder`] makes a paused machine in numbered steps, `vcpu::setup` applies
 //! the register images of `arch`, `vcpu::run` serves exits. *A guest write reaches the file*: `attach` registered the

@@ -1,13 +1,15 @@
-//! The machine: its vCPUs, disks and clock, and the one variable that says whether it runs.
+//! The machine: its vCPUs, disks and clock, and its [`RunState`].
 //!
-//! The main loop's thread owns it. `builder` makes it paused, sources of the main loop (signals, the console, the control
-//! socket) call its methods, and it tells them what happened by [`MachineEvent`]s. It knows neither JSON nor sockets.
+//! The main thread owns it. `builder` makes it paused. Sources of the main loop (signals, the console, the control socket) call its
+//! methods, and get [`MachineEvent`]s from it. It knows neither JSON nor sockets.
 //!
-//! Nothing here waits for a vCPU or for the host's disk. Whatever needs the machine to stand still (a stop, a reset, a save, another
-//! program that writes the kernel's file) joins the one [`Standstill`] under way. [`Machine::advance`], called after every event, carries
-//! it out once every vCPU has left the guest and no disk has a request with the host. At the deadline (`--stop-timeout`) a standstill is
-//! given up: the machine goes on, or ends if a task says so (`kernel_file`). The end of the machine (`end`) cancels a standstill, and has a
-//! deadline of its own, at which it goes on without the disks that hang.
+//! Nothing here waits for a vCPU or for the host's disk. A stop, a reset, a save, and the release of the kernel's file need the
+//! machine to stand still. The first of them begins a [`Standstill`], and the others join it. The main loop calls [`Machine::advance`]
+//! after every event. When every vCPU has left the guest and no disk has a request with the host, `advance` carries out what they asked
+//! for. If that does not happen before the deadline (`--stop-timeout`), the standstill is given up, and the machine goes on, or ends if
+//! a task requires it (`kernel_file`).
+//!
+//! The end of the machine (`end`) cancels a standstill. It has a deadline of its own, at which it leaves out the disks that hang.
 
 mod end;
 mod halt_report;
@@ -83,9 +85,8 @@ pub enum Outcome {
     ControlQuit,
 }
 
-/// Something that happened to the machine, for the sources of the main loop. The control socket makes QMP events of
-/// most; [`MachineEvent::Done`] completes a command. Events are kept in the order in which they happened until the loop
-/// takes them.
+/// Something that happened to the machine, for the sources of the main loop. The control socket turns most into QMP events, and
+/// [`MachineEvent::Done`] completes a command.
 #[derive(Debug)]
 pub(crate) enum MachineEvent {
     Stop,
@@ -93,12 +94,12 @@ pub(crate) enum MachineEvent {
     Powerdown,
     /// The machine ends. `None`: the host failed.
     Shutdown(Option<Outcome>),
-    /// The machine was reset, or the guest asked for that, which ends the machine.
+    /// The machine was reset. `by_guest`: the guest asked for a reset, which ends the machine.
     Reset {
         by_guest: bool,
     },
     GuestPanicked,
-    /// The guest panicked (the text is [`Outcome::Panicked`]'s), and the receiver ends the machine: see [`Machine::hold_panic`].
+    /// The guest panicked. The text is that of [`Outcome::Panicked`]. The receiver ends the machine: see [`Machine::hold_panic`].
     PanicHeld(&'static str),
     /// The guest's kernel panicked, and its crash kernel takes over.
     GuestCrashloaded,
@@ -106,22 +107,22 @@ pub(crate) enum MachineEvent {
     Disk(BlockEvent),
     /// The image of the disk with this `id=` was found to be damaged.
     ImageCorrupted(String, Corruption),
-    /// What a method returned this number for is done.
+    /// The job with this number, which a method of [`Machine`] returned, is done.
     Done(u64, Result<(), Error>),
 }
 
-/// A disk of the machine, from three sides: `handle` controls the block device (pause, limits, statistics), `transport`
-/// is the same device as its driver sees it, and `image` is what the end of the machine flushes.
+/// A disk of the machine. `handle` controls the block device (pause, limits, statistics). `transport` has the registers of the same
+/// device. `image` is the disk on the host, which the end of the machine flushes.
 pub(crate) struct MachineDisk {
     pub config: DiskConfig,
     pub handle: BlockHandle,
     pub image: Arc<dyn Disk>,
-    /// The place of its registers, and its interrupt line.
+    /// The address of its registers, and its interrupt line.
     pub window: MmioDevice,
     pub transport: Arc<Mutex<MmioTransport>>,
-    /// The pause under way, or complete, if the machine is to stand still.
+    /// The drain of its pause, from the beginning of a standstill or of the end until the machine runs again.
     pub pausing: Option<Drain>,
-    /// Does what waits for this disk.
+    /// The thread `disk-NAME-job`, which flushes and resizes the image.
     pub background: BackgroundThread,
 }
 
@@ -139,9 +140,9 @@ pub(crate) struct Hardware {
     pub vm: Arc<VmFd>,
     /// Puts the interrupt controllers and the timer back to their state at power-on.
     pub reset_irq_chips: ResetIrqChips,
-    /// What a reset boots. `None`: the files of a restored machine are gone.
+    /// What a reset boots. `None`: the machine was restored, and its kernel was not given or cannot be opened.
     pub boot_image: Option<BootImage>,
-    /// Replaces pages of files that are guest memory, beside the kernel's, by copies.
+    /// Replaces pages of a saved machine's file that are mapped into guest memory by copies.
     pub unmap_files: Option<UnmapFiles>,
     pub serial: Vec<Arc<Mutex<SerialDevice>>>,
     pub power_button: Arc<dyn InterruptLine>,
@@ -150,18 +151,18 @@ pub(crate) struct Hardware {
 pub(crate) type ResetIrqChips = Box<dyn Fn(&VmFd) -> Result<(), Error>>;
 pub(crate) type UnmapFiles = Box<dyn FnOnce(&GuestMemory) -> Result<(), Error>>;
 
-/// What is to be done once the machine stands still.
+/// A standstill under way: what is to be done when the machine stands still.
 ///
-/// At most one exists. A request that comes meanwhile joins it: a stop sets `stop`, all others add a task. It gets the same job number,
-/// so that a client's `stop` during a reset is answered when both are done; only a save has a number of its own. `began` belongs to the
-/// first request: joining does not move the deadline.
+/// At most one exists. A request that comes meanwhile joins it: a stop sets `stop`, and every other request adds a task. It gets the
+/// job number of the standstill, so a client's `stop` during a reset is answered when both are done. Only a save has a number of its own.
 struct Standstill {
-    /// For the `Done` event.
+    /// The number of its `Done` event.
     job: u64,
+    /// When the first request came. Requests that join do not move the deadline.
     began: Instant,
-    /// Stay stopped, in this state.
+    /// The state in which the machine stays stopped afterwards. `None`: it goes on.
     stop: Option<RunState>,
-    /// What is to be done meanwhile, in this order.
+    /// What is to be done, in this order.
     tasks: VecDeque<Box<dyn Task>>,
     /// The tasks that are over.
     done: Vec<Box<dyn Task>>,
@@ -169,7 +170,7 @@ struct Standstill {
 
 /// What a capability does while the machine stands still, such as a save or a reset.
 pub(crate) trait Task: Any {
-    /// Called once everything stands still, and after every event from then on. Returns whether the task is over.
+    /// Called when everything stands still, and again after every event until the task is over. Returns whether it is over.
     ///
     /// # Errors
     /// The machine cannot go on.
@@ -183,20 +184,20 @@ pub(crate) trait Task: Any {
         Ok(())
     }
 
-    /// Whether the machine may do without this task when something else is more urgent.
+    /// Whether the task may be canceled for something more urgent.
     fn is_cancelable(&self) -> bool {
         false
     }
 
-    /// Whether it has begun to change what another task would find.
+    /// Whether the task has begun to change the machine, so that a save would not find the state from before.
     fn is_irrevocable(&self) -> bool {
         false
     }
 
-    /// The machine goes on or ends without the task, which does not block.
+    /// The task will not be carried out or completed, because of `error`. Must not block.
     fn cancel(&mut self, _machine: &mut Machine, _error: Error) {}
 
-    /// The machine did not stand still in time, as `error` says. Returns the error that it ends with, if it cannot go on.
+    /// The machine did not stand still in time, as `error` says. Returns an error if the machine cannot go on and must end.
     fn give_up(&mut self, machine: &mut Machine, error: Error) -> Option<Error> {
         self.cancel(machine, error);
         None
@@ -205,18 +206,21 @@ pub(crate) trait Task: Any {
 
 /// How far a disk is at the end of the machine.
 enum DiskEnd {
+    /// It pauses: requests are with the host.
     Draining,
     Flushing(Answer),
     Done,
 }
 
-/// A disk that is getting another size.
+/// A resize of a disk that is under way on the disk's background thread.
 struct Resize {
+    /// Index of the disk.
     disk: usize,
     job: u64,
     answer: Answer,
 }
 
+/// The end of the machine while it is under way.
 struct End {
     outcome: Result<Outcome, Error>,
     began: Instant,
@@ -226,10 +230,10 @@ struct End {
     over: bool,
 }
 
-/// Owns every thread and resource of the VM but those of the main loop's sources.
+/// Owns every thread and resource of the VM, except for those of the main loop's sources.
 ///
-/// Only the main thread has it, so there is no lock. A method whose work takes long returns the number of a job at
-/// once, and [`MachineEvent::Done`] with that number follows.
+/// Only the main thread uses it, so it needs no lock. A method that begins work that takes long returns the number of a job at once.
+/// [`MachineEvent::Done`] with that number follows when the work is done.
 pub(crate) struct Machine {
     pub hardware: Hardware,
     state: RunState,
@@ -244,9 +248,9 @@ pub(crate) struct Machine {
     pending_events: Vec<MachineEvent>,
     stop_timeout: Duration,
     halt_reported: bool,
-    /// A panic is announced by [`MachineEvent::PanicHeld`] and does not end the machine.
+    /// A panic of the guest sends [`MachineEvent::PanicHeld`], and does not end the machine.
     pub hold_panic: bool,
-    /// Panicked, and not ended yet: what the guest does meanwhile is of no interest.
+    /// The guest has panicked, and the machine has not ended yet. What the guest does meanwhile is ignored.
     panicked: bool,
     /// Ends the background save that may be under way (`save_task`).
     pub background_save: Option<Arc<AtomicBool>>,
@@ -317,8 +321,8 @@ impl Machine {
         Ok(())
     }
 
-    /// The clock first, because no vCPU may read it before it is set. Then the disks, then the vCPUs: each worker begins its
-    /// stopped requests again before it takes anything new from its rings. Nothing here waits for that.
+    /// Lets clock, disks and vCPUs go on. The clock comes first, because no vCPU may read it before it is set. The disks come before
+    /// the vCPUs: each worker begins its stopped requests before it takes new ones. Nothing here waits for a worker.
     fn run(&mut self) {
         if let Some(clock) = self.clock.take() {
             // The flags of KVM_GET_CLOCK are not accepted back (`api.rst` 4.30 KVM_SET_CLOCK).
@@ -340,8 +344,8 @@ impl Machine {
         self.last_job
     }
 
-    /// Makes the disk `id` `bytes` long, on a thread: for some formats that takes minutes. Returns the number of the `Done` event,
-    /// or `None` if there is no disk of that name.
+    /// Makes the disk `id` `bytes` long, on the disk's background thread, because that takes minutes for some formats. Returns the
+    /// number of the `Done` event. `None`: there is no disk with that `id`.
     pub(crate) fn resize(&mut self, id: &str, bytes: u64) -> Option<u64> {
         let disk = self.hardware.disks.iter().position(|disk| disk.config.id == id)?;
         let MachineDisk { image, background, .. } = &self.hardware.disks[disk];
@@ -356,15 +360,15 @@ impl Machine {
         let Self { resizes, hardware, pending_events, .. } = self;
         resizes.retain(|Resize { disk, job, answer }| {
             let Some(result) = answer.poll() else { return true };
-            // In a failure, too: a block device has the size that its host gave it.
+            // After a failure, too: the owner of a block device may have resized it.
             hardware.disks[*disk].handle.capacity_changed();
             pending_events.push(MachineEvent::Done(*job, result));
             false
         });
     }
 
-    /// Passes on what disks report, and stops the machine if a disk's error policy wants that. The disks themselves are
-    /// asked, too, because their events may be lost.
+    /// Passes on the events of disks, and stops the machine if a disk's error policy says so. Events may have been dropped, so the
+    /// disks' own status decides.
     pub(crate) fn disk_events(&mut self, events: Vec<BlockEvent>) {
         let Hardware { disks, .. } = &self.hardware;
         for MachineDisk { image, config, .. } in disks {
@@ -394,7 +398,7 @@ impl Machine {
             VmEvent::Guest(GuestEvent::Panicked) => {
                 Ok(Outcome::Panicked("it said so at the pvpanic port"))
             }
-            // The crash kernel ends the machine in its own time.
+            // The machine goes on: the crash kernel will power it off or reset it.
             VmEvent::Guest(GuestEvent::CrashLoaded) => {
                 tracing::warn!("the guest panicked and boots its crash kernel");
                 return self.emit(MachineEvent::GuestCrashloaded);
@@ -420,7 +424,7 @@ impl Machine {
     }
 }
 
-/// Whether the disk has nothing with the host and takes nothing more.
+/// Whether the disk's pause is complete: nothing of it is with the host, and it takes no more requests.
 fn is_paused(disk: &MachineDisk) -> bool {
     disk.pausing.as_ref().is_some_and(Drain::is_done)
 }

@@ -1,8 +1,8 @@
-//! Guest RAM: anonymous private memory of the host, whose pages the host supplies when the guest first touches them; or huge
+//! Guest RAM: anonymous private memory of the host. The host supplies a page when the guest first touches it, unless RAM is huge
 //! pages ([`crate::hugepages`]).
 //!
-//! The builder calls [`allocate`] and a reset calls [`clear()`]. After either all of RAM reads as zero, which is what
-//! [`crate::boot_image`] relies on: it writes no zeroes, and so the pages of a kernel's `.bss` cost nothing.
+//! The builder calls [`allocate`], and a reset calls [`clear()`]. After both, all of RAM reads as zero. [`crate::boot_image`] relies on
+//! that: it writes no zeroes, so the pages of a kernel's `.bss` cost nothing.
 
 mod clear;
 
@@ -23,7 +23,7 @@ use crate::error::{Cause, Error};
 
 const MIB: u64 = 1 << 20;
 
-/// A core dump of minivmm does not hold guest memory: that is the guest's data, and can be many gigabytes.
+/// Keeps guest memory out of a core dump of minivmm: it is the guest's data, and may have many gigabytes.
 pub(crate) const NO_CORE_DUMP: Advice = Advice::LinuxDontDump;
 
 /// Maps the RAM of `layout`.
@@ -74,7 +74,8 @@ fn refused<E: Into<Cause>>(bytes: u64) -> impl FnOnce(E) -> Error {
     move |error| Error::Memory { mib: bytes / MIB, source: error.into() }
 }
 
-/// Gives the host `advice`, which changes no content, on the `length` bytes of RAM at `address`. A host may refuse or ignore it.
+/// Gives the host `advice` about the `length` bytes of RAM at `address`. The advice must not change their content. The host may refuse
+/// or ignore it.
 #[expect(unsafe_code, reason = "madvise takes a pointer")]
 pub(crate) fn advise(memory: &GuestMemory, address: GuestAddress, length: u64, advice: Advice) {
     if let Ok(host) = host_address(memory, address, length) {
@@ -83,10 +84,10 @@ pub(crate) fn advise(memory: &GuestMemory, address: GuestAddress, length: u64, a
     }
 }
 
-/// Where the `length` bytes of RAM at `address`, all in one region, are in this process.
+/// The address in this process of the `length` bytes of RAM at `address`.
 ///
 /// # Errors
-/// They are not all RAM.
+/// They are not all in one region of RAM.
 pub(crate) fn host_address(
     memory: &GuestMemory,
     address: GuestAddress,
@@ -96,7 +97,7 @@ pub(crate) fn host_address(
     Ok(slice.ptr_guard_mut().as_ptr().cast())
 }
 
-/// The host's own error, where guest memory only passes it on.
+/// The host's own error, if `error` only wraps one.
 pub(crate) fn into_io(error: GuestMemoryError) -> io::Error {
     match error {
         GuestMemoryError::IOError(error) => error,

@@ -9,8 +9,8 @@ use event_manager::{EventOps, EventSet, Events};
 use crate::events::EventReceiver;
 use crate::machine::{Machine, MachineEvent};
 
-/// A row of the main loop's table: descriptors, and what to do when one of them is ready. A source never blocks: while
-/// it is busy no other source is served, and even a second SIGTERM would have to wait.
+/// A row of the main loop's table: descriptors, and what to do when one of them is ready. A source must not block: meanwhile no
+/// other source is served, not even the one that reads SIGTERM.
 pub(crate) trait Source {
     /// Adds the source's descriptors, each with a number of its own choice.
     ///
@@ -20,8 +20,8 @@ pub(crate) trait Source {
 
     fn process(&mut self, number: u8, poller: &mut Poller<'_, '_>, machine: &mut Machine);
 
-    /// Called after every event of any source, with what has happened to the machine since. Returns true if the source acted on
-    /// the machine: then it is called again.
+    /// Called after every event of any source, with what has happened to the machine since the last call. Returns `true` if the source
+    /// has acted on the machine: then all sources are called again.
     fn emit(
         &mut self,
         _events: &[MachineEvent],
@@ -31,7 +31,7 @@ pub(crate) trait Source {
         false
     }
 
-    /// The machine has ended; `emit` had its last events.
+    /// Called when the machine has ended. `emit` has got the last events before.
     fn finish(self: Box<Self>) {}
 }
 
@@ -56,19 +56,19 @@ impl<'a, 'b> Poller<'a, 'b> {
         self.ops.add(self.events(fd, number, EventSet::IN))
     }
 
-    /// Polls for edges: a timer, of which each expiry is one, so that it need not be read; or a listener, of which each new client
-    /// is one, so that a client that cannot be accepted does not keep the loop awake.
+    /// Polls a descriptor edge-triggered. Each expiry of a timer is an edge, so the timer need not be read. Each new client of a
+    /// listener is one, so a client that cannot be accepted does not wake the loop again and again.
     pub(crate) fn add_edges(&mut self, fd: &dyn AsRawFd, number: u8) -> event_manager::Result<()> {
         let edges = EventSet::IN | EventSet::EDGE_TRIGGERED;
         self.ops.add(self.events(fd.as_raw_fd(), number, edges))
     }
 
-    /// Polls a descriptor that was added for something else; with an empty set for a hang-up alone.
+    /// Changes what a descriptor is polled for. With an empty set it is polled for a hang-up only.
     pub(crate) fn modify(&self, fd: RawFd, number: u8, set: EventSet) -> event_manager::Result<()> {
         self.ops.modify(self.events(fd, number, set))
     }
 
-    /// Polls for `set`, or for nothing at all: not even for a hang-up.
+    /// Polls a descriptor for `set`. With an empty set it is not polled, not even for a hang-up.
     pub(crate) fn set(
         &mut self,
         fd: RawFd,
@@ -82,7 +82,8 @@ impl<'a, 'b> Poller<'a, 'b> {
         self.modify(fd, number, set).or_else(|_| self.ops.add(self.events(fd, number, set)))
     }
 
-    /// Before the descriptor is closed: a reused number would be refused. A descriptor that is not polled is ignored.
+    /// Stops polling a descriptor, if it is polled. Call this before the descriptor is closed: the loop would refuse a new one with the
+    /// same number.
     pub(crate) fn remove(&mut self, fd: RawFd) {
         let _ = self.ops.remove(Events::empty_raw(fd));
     }

@@ -1,8 +1,6 @@
-//! The end of the machine: each disk is drained and flushed on its own, whatever else fails, and what hangs is left behind at the
-//! deadline.
-//!
-//! [`Machine::end`] stops the vCPUs and pauses the disks. From then on [`Machine::advance`] takes each disk from
-//! draining to flushing when that disk is ready, so that the data of the others reaches the medium if one disk hangs.
+//! The end of the machine. [`Machine::end`] stops the vCPUs and pauses the disks. From then on [`Machine::advance`] takes each disk
+//! from draining to flushing as soon as that disk is ready. So if one disk hangs, the data of the others still reaches the medium.
+//! At the deadline the machine ends without what hangs.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,15 +9,15 @@ use super::{DiskEnd, End, Machine, MachineDisk, MachineEvent, Outcome, is_paused
 use crate::error::Error;
 use crate::vcpu::VcpuThread;
 
-/// How long the end may take, from its beginning, once a signal or `Ctrl-A x` comes meanwhile. Not zero: timeout(1) sends its signal
-/// twice, to the process and to its group, and means one. On disks that answer the end takes a fraction of it.
+/// How long the end may take, from its beginning, if a further signal or `Ctrl-A x` comes meanwhile. It is not zero, because
+/// timeout(1) sends its signal twice: to the process and to its group. If all disks answer, the end takes a fraction of this time.
 const HURRIED_END: Duration = Duration::from_secs(1);
 
 impl Machine {
-    /// Begins to end the machine: vCPUs stop, disks are drained and flushed, each as soon as it stands still. The first
-    /// outcome counts. A further signal but SIGHUP, or `Ctrl-A x`, leaves the end [`HURRIED_END`].
+    /// Begins to end the machine: vCPUs stop, and each disk is flushed as soon as it has drained. If the end has begun already, the
+    /// first outcome counts. A further signal other than SIGHUP, or `Ctrl-A x`, then limits the end to [`HURRIED_END`].
     pub(crate) fn end(&mut self, outcome: Result<Outcome, Error>) {
-        // One terminal that goes away sends SIGHUP from its shell and from the kernel, and hangs up the console.
+        // Not SIGHUP: when a terminal closes, the shell and the kernel each send one.
         let is_users = matches!(&outcome, Ok(Outcome::Signal(signal)) if *signal != libc::SIGHUP)
             || matches!(outcome, Ok(Outcome::Quit));
         if let Some(end) = &mut self.end {
@@ -34,7 +32,7 @@ impl Machine {
             Ok(Outcome::Panicked(_)) => {
                 self.warn_of_missing_drivers();
                 self.emit(MachineEvent::GuestPanicked);
-                // As in QEMU, unless it has stopped for a dump.
+                // As in QEMU. If the machine has stopped for a dump, the event was sent then.
                 if !self.panicked {
                     self.emit(MachineEvent::Stop);
                 }
@@ -52,6 +50,7 @@ impl Machine {
         self.end = Some(End { outcome, began, limit: self.stop_timeout, disks, over: false });
     }
 
+    /// Takes the next step of the end: flushes disks that have drained, and looks for the deadline.
     pub(super) fn advance_end(&mut self) {
         let Some(mut end) = self.end.take() else { return };
         for (disk, state) in self.hardware.disks.iter().zip(&mut end.disks) {
@@ -75,7 +74,7 @@ impl Machine {
         }
     }
 
-    /// Ends without what has not come to a standstill.
+    /// The deadline has passed: the end is over, with an error that names what hangs.
     fn abandon_end(&mut self) {
         let Some(began) = self.end.as_ref().map(|end| end.began) else { return };
         let hung = self.hung(began);
@@ -87,12 +86,13 @@ impl Machine {
         }
     }
 
-    /// Whether the end is complete: `finish` is to be called.
+    /// Whether the end is over, so that `finish` can be called.
     pub(crate) fn is_over(&self) -> bool {
         self.end.as_ref().is_some_and(|end| end.over)
     }
 
-    /// Frees everything. What hangs is left for the process to end, and with it guest memory, which it may still use.
+    /// Ends the threads and frees everything. If something hangs, nothing is freed, because a thread or the host may still use guest
+    /// memory. The exit of the process frees it.
     ///
     /// # Errors
     /// The failure that ended the machine, or what hangs, or a disk that could not be flushed.
@@ -108,7 +108,7 @@ impl Machine {
     }
 }
 
-/// Flushes on the disk's own thread for such work, so that a disk that hangs holds up no other.
+/// Begins to flush a disk on its own background thread, so that a disk that hangs does not delay the others.
 fn begin_flush(disk: &MachineDisk) -> DiskEnd {
     if disk.image.read_only() {
         return DiskEnd::Done;

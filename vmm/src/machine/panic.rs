@@ -1,7 +1,7 @@
-//! A guest that panics: what the user is told, and a panic that is held for a dump.
+//! A panic of the guest: how it is told from a reboot, and how the machine waits for a dump before it ends.
 //!
-//! `Machine::vm_event` hands over each outcome that an event of a vCPU has.
-//! `--dump-on-panic` (`snapshot::panic_dump`) sets [`Machine::hold_panic`], and ends the machine when the dump is over.
+//! `Machine::vm_event` calls this file when an event of a vCPU may end the machine. `--dump-on-panic` (`snapshot::panic_dump`) sets
+//! [`Machine::hold_panic`], and ends the machine when the dump is written.
 
 use arch::layout;
 use vm_memory::Bytes;
@@ -11,8 +11,8 @@ use crate::GuestMemory;
 use crate::error::Error;
 
 impl Machine {
-    /// What a reset or a triple fault means, which is `unexpected` if the guest's kernel had not begun to restart. Linux triple faults
-    /// on purpose for `reboot=t`.
+    /// The outcome of a reset or a triple fault: a panic or a reboot, as the warm-reset flag says, or `unexpected` if the guest's
+    /// kernel had not begun to restart. (With `reboot=t` Linux restarts by a triple fault.)
     pub(super) fn restarted(&self, unexpected: Outcome) -> Outcome {
         match restart(&self.hardware.memory) {
             Restart::AfterPanic => Outcome::Panicked("it reset itself after a kernel panic"),
@@ -21,8 +21,8 @@ impl Machine {
         }
     }
 
-    /// Ends the machine. If a dump is to be written first ([`Machine::hold_panic`]), a panic is only reported, and what the guest does
-    /// afterwards is ignored; an error of the host still ends the machine.
+    /// Ends the machine. But if a dump is to be written first ([`Machine::hold_panic`]), a panic is only reported. What the guest does
+    /// afterwards is ignored, and an error of the host still ends the machine.
     pub(super) fn end_unless_held(&mut self, outcome: Result<Outcome, Error>) {
         match outcome {
             Ok(_) if self.panicked => {}
@@ -48,9 +48,10 @@ impl Machine {
     }
 }
 
-/// How far a guest that resets the machine, or can run no further, had come with a restart of its own.
+/// What the warm-reset flag says about a guest that has reset the machine or triple faulted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Restart {
+    /// Its kernel had not begun to restart.
     NotBegun,
     Reboot,
     AfterPanic,

@@ -1,7 +1,7 @@
-//! A reset: the guest starts over, with all that it can see as at power-on.
+//! A reset: the guest starts again, and everything that it can see is as at power-on.
 //!
-//! A capability: QMP's `system_reset` asks for it. It hooks in as a [`Task`] of the machine's standstill: devices are reset first, which
-//! may have to wait for the host's disk. Interrupt controllers, memory and vCPUs follow when every other task is over.
+//! A capability: QMP's `system_reset` asks for it. It hooks in as a [`Task`] of the machine's standstill. First it resets the devices,
+//! which may have to wait for the host's disk. When every other task is over, it resets interrupt controllers, memory and vCPUs.
 
 use std::any::Any;
 use std::time::Instant;
@@ -15,30 +15,30 @@ use crate::memory;
 
 #[derive(Default)]
 struct Reset {
-    /// Answers when the devices' threads are done with it.
+    /// Answers when the threads of all devices have finished the reset. `None`: it has not begun.
     devices: Option<Answer>,
 }
 
 impl Machine {
-    /// Starts the guest over, as the reset button does: devices, interrupt controllers and vCPUs as at power-on, RAM empty except
-    /// for what the boot image puts there. A machine that was stopped stays stopped. Returns the number of the `Done` event.
+    /// Begins a reset, as by a reset button. Devices, interrupt controllers and vCPUs become as at power-on, and RAM has only what the
+    /// boot image puts there. A machine that was stopped stays stopped. Returns the number of the `Done` event.
     ///
     /// # Errors
-    /// A file of the boot image was changed since it was loaded, and the machine goes on as it was; or the machine ends.
+    /// A file of the boot image was changed since it was loaded, or the machine is about to end. Nothing has changed then.
     pub(crate) fn reset(&mut self) -> Result<u64, Error> {
         if self.end.is_some() {
             return Err(Error::Stopping);
         }
         self.hardware.boot_image.as_ref().ok_or(Error::NoBootImage)?.check_unchanged()?;
         Ok(self.stand_still(|standstill| {
-            // A second reset that is asked for meanwhile is the same one.
+            // If a reset is under way, a second one joins it.
             if !standstill.tasks.iter().any(|task| (&**task as &dyn Any).is::<Reset>()) {
                 standstill.tasks.push_back(Box::new(Reset::default()));
             }
         }))
     }
 
-    /// Begins to reset the devices. The machine's background thread waits for what their threads still have to do.
+    /// Begins to reset the devices. The machine's background thread waits until their threads have finished.
     fn reset_devices(&self, began: Instant) -> Answer {
         let deadline = began + self.stop_timeout;
         let unfinished: Vec<_> = self.hardware.buses.iter().flat_map(|bus| bus.reset()).collect();
@@ -50,7 +50,7 @@ impl Machine {
         self.background.run(wait)
     }
 
-    /// The devices are reset, no vCPU runs and no disk uses guest memory: interrupt controllers, memory and vCPUs follow.
+    /// Resets interrupt controllers, memory and vCPUs. The devices have been reset, no vCPU runs, and no disk uses guest memory.
     fn restart(&mut self) -> Result<(), Error> {
         let Hardware { vcpus, memory, vm, reset_irq_chips, boot_image, .. } = &self.hardware;
         reset_irq_chips(vm)?;

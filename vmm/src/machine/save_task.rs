@@ -1,5 +1,5 @@
-//! The task of a save: it begins to save once everything stands still, and leaves the machine in the state `postmigrate`. A save that
-//! fails, a background save and `dump-guest-memory` leave it in the state from before, and a guest that ran goes on.
+//! The task of a save. When everything stands still it begins to save. Afterwards the machine is in the state `postmigrate`. After a
+//! save that failed, a background save, and `dump-guest-memory`, it is in the state from before, and a guest that ran goes on.
 //!
 //! | state of the machine | event | next state |
 //! |---|---|---|
@@ -17,35 +17,39 @@ use super::{Machine, MachineEvent, RunState, Standstill, Task};
 use crate::background::Answer;
 use crate::error::Error;
 
-/// The slow part of a save, for the machine's background thread.
+/// The second part of a save, which writes the file on the machine's background thread.
 pub(crate) type Work = Box<dyn FnOnce() -> Result<(), Error> + Send>;
 
-/// Reads what only the main thread can read.
+/// The first part of a save, which reads the state of the machine on the main thread.
 pub(crate) type BeginSave = Box<dyn FnOnce(&Machine) -> Result<Work, Error>>;
 
 struct SaveTask {
-    /// For the `Done` event.
+    /// The number of its `Done` event.
     job: u64,
+    /// `None`: it has been called.
     begin: Option<BeginSave>,
-    /// Ends the work early.
+    /// Makes the work end early.
     cancel: Arc<AtomicBool>,
+    /// The answer of the work, when it has begun.
     work: Option<Answer>,
+    /// The state of the machine before the save.
     before: RunState,
+    /// After the save the machine is in the state from before, and not in `postmigrate`.
     goes_on: bool,
 }
 
 impl Machine {
-    /// Saves the machine at a standstill; afterwards it `goes_on`, or stays stopped. Returns the number of the `Done` event.
+    /// Saves the machine at a standstill. Afterwards the machine `goes_on`, or stays stopped. Returns the number of the `Done` event.
     ///
     /// # Errors
-    /// The machine ends, or is being saved.
+    /// The machine is about to end, is being saved, or is being reset.
     pub(crate) fn save(
         &mut self,
         begin: BeginSave,
         cancel: Arc<AtomicBool>,
         goes_on: bool,
     ) -> Result<u64, Error> {
-        // A reset that has begun leaves nothing to save.
+        // A reset that has begun has changed the state that would be saved.
         let is_busy = |standstill: &Standstill| {
             standstill.tasks.iter().any(|task| task.is_cancelable() || task.is_irrevocable())
         };
@@ -59,12 +63,12 @@ impl Machine {
         Ok(job)
     }
 
-    /// The state and clock from which the machine goes on.
+    /// The state and clock of the stopped machine, to be saved.
     pub(crate) fn stopped_at(&self) -> (RunState, Option<kvm_clock_data>) {
         (self.state, self.clock)
     }
 
-    /// Makes a machine that has not run yet one that was stopped.
+    /// Gives a machine that has not run yet the state and clock of a saved one.
     pub(crate) fn restore(&mut self, state: RunState, clock: kvm_clock_data) {
         (self.state, self.clock) = (state, Some(clock));
     }
@@ -72,7 +76,7 @@ impl Machine {
 
 impl Task for SaveTask {
     fn advance(&mut self, machine: &mut Machine) -> Result<bool, Error> {
-        // An event that waits may end the machine, and would be missing in what is saved.
+        // Wait until the main loop has taken all events: an event may end the machine, and is not part of the saved state.
         if let Some(begin) = self.begin.take_if(|_| !machine.wake_main_loop.is_awake()) {
             self.before = machine.state;
             let work = begin(machine).unwrap_or_else(|error| Box::new(|| Err(error)));

@@ -1,8 +1,8 @@
-//! The one standstill of the machine: how it begins, what is done when everything stands still, and what happens at its deadline.
+//! The standstill of the machine: how it begins, what is done when everything stands still, and what happens at its deadline.
 //!
-//! A stop begins a standstill or joins the one under way. So does each [`Task`](super::Task), which is what a capability does meanwhile:
-//! a reset, a save, giving up the kernel's file, the check for a halted guest. Nothing here waits: the main loop calls
-//! [`Machine::advance`] after every event.
+//! A stop begins a standstill, or joins the one under way. So does each [`Task`](super::Task) of a capability: a reset, a save, the
+//! release of the kernel's file, the check for a halted guest. Nothing here waits: the main loop calls [`Machine::advance`] after
+//! every event.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -16,14 +16,15 @@ use crate::error::{Error, VcpuError};
 use crate::vcpu::VcpuThread;
 
 impl Machine {
-    /// Stops the guest: no vCPU is in the guest then, no request is with the host, and the machine's state stands still, in
-    /// memory and on the disks. Returns the number of the `Done` event to come, or `None` if the machine stands still already.
+    /// Begins to stop the guest. When that is done, no vCPU is in the guest, no request is with the host, and memory and disks do not
+    /// change. Returns the number of the `Done` event to come. `None`: the machine does not run.
     pub(crate) fn stop(&mut self, state: RunState) -> Option<u64> {
         (self.state() == RunState::Running)
             .then(|| self.stand_still(|standstill| standstill.stop = Some(state)))
     }
 
-    /// Joins the standstill under way, or begins one: not during the end, which has a deadline of its own.
+    /// Begins a standstill, or joins the one under way, and calls `add` on it. Returns its job number. During the end of the machine
+    /// it does nothing and returns 0.
     pub(super) fn stand_still(&mut self, add: impl FnOnce(&mut Standstill)) -> u64 {
         if self.standstill.is_none() && self.end.is_none() {
             let (job, began) = (self.next_job(), self.begin_to_pause());
@@ -40,8 +41,8 @@ impl Machine {
         standstill.job
     }
 
-    /// Ends a task that is under way, or has not begun, if the machine may do without it. A background save, too: it reads pages
-    /// of files, which may be changed once the machine has given up its lease.
+    /// Cancels the task that is cancelable, if there is one. Also cancels a background save: it reads pages of files, which other
+    /// programs may change when the machine has released its lease.
     pub(crate) fn cancel_task(&mut self, error: Error) {
         if let Some(cancel) = self.background_save.take() {
             cancel.store(true, Ordering::Relaxed);
@@ -53,8 +54,9 @@ impl Machine {
         }
     }
 
+    /// Has all vCPUs and disks pause, and starts the timer of the deadline. Returns the time when this began.
     pub(super) fn begin_to_pause(&mut self) -> Instant {
-        // Before the timer starts: when it expires, this long has passed.
+        // Read before the timer starts, so that the whole time has passed when the timer expires.
         let began = Instant::now();
         self.start_deadline(self.stop_timeout);
         self.hardware.vcpus.iter().for_each(VcpuThread::pause);
@@ -66,7 +68,7 @@ impl Machine {
         began
     }
 
-    /// Has the main loop call [`advance`](Self::advance) after `limit`, too.
+    /// Sets the timer, so that the main loop calls [`advance`](Self::advance) after `limit`.
     pub(super) fn start_deadline(&mut self, limit: Duration) {
         // A timer set to zero never expires.
         if let Err(error) = self.deadline.reset(limit.max(Duration::from_nanos(1)), None) {
@@ -74,7 +76,7 @@ impl Machine {
         }
     }
 
-    /// Carries out what has become possible. To be called after every event of the main loop.
+    /// Takes the next step of the end, the standstill and the resizes under way. The main loop calls this after every event.
     pub(crate) fn advance(&mut self) {
         self.finish_resizes();
         if self.end.is_some() {
@@ -83,7 +85,7 @@ impl Machine {
         let Some(standstill) = &self.standstill else { return };
         let began = standstill.began;
         if self.hardware.vcpus.iter().all(VcpuThread::has_left) {
-            // Read when the guest stops, not when the last disk does: the guest's time stands still meanwhile.
+            // Read as soon as the vCPUs have stopped: no time passes for the guest while the disks still drain.
             if self.state == RunState::Running && self.clock.is_none() {
                 self.clock = self.read_clock();
             }
@@ -96,13 +98,14 @@ impl Machine {
         }
     }
 
-    /// The guest's clock now, with the wall clock's time in nanoseconds as `realtime`: KVM has that only on some hosts.
+    /// The guest's clock now. `realtime` is set to the wall clock in nanoseconds, because KVM sets it only on some hosts.
     fn read_clock(&self) -> Option<kvm_clock_data> {
         let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let realtime = wall.as_nanos() as u64;
         self.hardware.vm.get_clock().ok().map(|clock| kvm_clock_data { realtime, ..clock })
     }
 
+    /// Everything stands still: advances the tasks one after the other, and finishes the standstill when all are over.
     fn act_at_standstill(&mut self) {
         let next = |machine: &mut Self| machine.standstill.as_mut()?.tasks.pop_front();
         while let Some(mut task) = next(self) {
@@ -119,7 +122,7 @@ impl Machine {
         self.finish_standstill();
     }
 
-    /// Everything that was to be done at the standstill is done.
+    /// All tasks are over: stops the machine, or lets it go on.
     fn finish_standstill(&mut self) {
         let Some(standstill) = self.standstill.take() else { return };
         let was_running = self.state == RunState::Running;
@@ -141,6 +144,7 @@ impl Machine {
         self.emit(MachineEvent::Done(standstill.job, Ok(())));
     }
 
+    /// The deadline has passed: cancels the tasks, and lets the machine go on, or ends it if a task requires that.
     fn give_up_standstill(&mut self) {
         let Some(standstill) = self.standstill.take() else { return };
         let error = |machine: &Self| machine.hung(standstill.began).unwrap_or(Error::Stopping);
@@ -158,7 +162,7 @@ impl Machine {
         self.emit(MachineEvent::Done(standstill.job, Err(hung)));
     }
 
-    /// The error that names what did not come to a standstill.
+    /// The error that names the disks, or the vCPU, that have not come to a standstill. `None`: all have.
     pub(super) fn hung(&self, began: Instant) -> Option<Error> {
         let Hardware { vcpus, disks, .. } = &self.hardware;
         let devices: Vec<_> = match &self.end {

@@ -1,15 +1,15 @@
-//! A background save: the guest goes on while its memory, as it was at the standstill, is written.
+//! A background save: writes guest memory as it was at the standstill, while the guest goes on.
 //!
-//! A child process keeps the memory as it was at fork(2): all guest memory is mapped privately, so the host's kernel copies a page before
-//! the guest, a disk's thread or io_uring changes it in this process.
+//! A child process has the memory as it was at fork(2). All guest memory is mapped privately, so before the guest, a disk's thread or
+//! io_uring changes a page in this process, the host's kernel copies that page.
 //!
-//! The child closes every descriptor but the file and a pipe (close_range(2), Linux 5.9), writes RAM to its place in the file, reports
-//! each block through the pipe, and ends. It allocates nothing and takes no lock: another thread may have held one at the fork. It has
-//! the filter of the thread that made it (`sandbox::Kind::Save`), which opens nothing. It does not outlive this process: the kernel kills it
-//! then. If the pipe has no reader, the child ends after the present block, which is also how a save is canceled. This process writes
-//! headers and notes, and names the file.
+//! The child closes every descriptor except for the file and a pipe (close_range(2), Linux 5.9). It writes RAM to its place in the file,
+//! reports each block through the pipe, and ends. It allocates nothing and takes no lock, because another thread may have held one at
+//! the fork. It has the seccomp filter of the thread that forked (`sandbox::Kind::Save`), which does not allow it to open anything. If this
+//! process ends, the kernel kills the child. To cancel a save, this process closes the pipe: the child then ends after its present block.
+//! This process writes headers and notes, and gives the file its name.
 //!
-//! The guest's disks go on. [`check`] refuses a machine that would write to them.
+//! The disks go on, too. So [`check`] refuses a machine whose guest would write to its disks meanwhile.
 
 #![expect(unsafe_code, reason = "fork, and what the child does without the standard library")]
 
@@ -49,26 +49,27 @@ impl Background {
     }
 }
 
-/// A background save, from its command on.
+/// A background save under way.
 pub(crate) struct Rest {
     answer: Answer,
-    /// Its sender goes when nothing is left to do.
+    /// The channel closes when nothing is left to do.
     is_over: Receiver<()>,
 }
 
 impl Rest {
-    /// The answer, if the file is whole or the save has failed.
+    /// The answer, if the file is complete or the save has failed.
     pub(crate) fn poll(&self) -> Option<Result<(), Error>> {
         self.answer.poll()
     }
 
-    /// Waits until a save that was canceled has removed its file. Without the wait, the process could end before.
+    /// Waits until a canceled save has removed its file. Otherwise this process could end before that.
     pub(crate) fn wait(&self) {
         let _ = self.is_over.recv_timeout(END_TIMEOUT);
     }
 }
 
-/// How long the end of the process waits for that. The child ends after its present block, unless the file's disk does not answer.
+/// How long the end of the process waits for a canceled save. The child ends after its present block, unless the file's disk does not
+/// answer.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Saves `machine` as of the next standstill, after which it goes on. Returns the number of the `Done` event, which comes when it goes on,
@@ -110,10 +111,11 @@ pub(crate) fn begin_in_background(
     Ok((id, Rest { answer, is_over }))
 }
 
-/// Refuses what would not be as it was at the moment of the save.
+/// Refuses a machine that cannot be saved in the background.
 ///
-/// A guest that goes on also writes to its disks, and its memory would meet newer ones at the restore. So either it writes to none, or it
-/// stands still until the user has copied their images.
+/// A guest that goes on also writes to its disks. A restore would then have the memory from the save and disks from later. So the guest
+/// must have no writable disk, or be stopped until the user has copied the images. Huge pages are refused, because the host would need
+/// free huge pages for the copies.
 fn check(machine: &Machine) -> Result<(), Error> {
     let hardware = &machine.hardware;
     if hardware.memory.iter().any(|region| region.flags() & libc::MAP_HUGETLB != 0) {
@@ -130,11 +132,11 @@ fn check(machine: &Machine) -> Result<(), Error> {
 
 const DISK_GOES_ON: &str = "the guest would go on writing to it; send `stop` before the save, copy the image when the save is active, then send `cont`";
 
-/// What the child says of a block: bytes and checksum, or `FAILED` and an errno.
+/// The child's message about a block: bytes and checksum, or `FAILED` and an errno.
 type Message = [u64; 2];
 const FAILED: u64 = u64::MAX;
 
-/// Writes RAM as it is now. Calls `held` as soon as it may change.
+/// Writes RAM as it is now. Calls `held` as soon as the guest may change RAM again.
 fn write(ram: &RamSave<'_>, held: impl FnOnce()) -> io::Result<Vec<u64>> {
     let mut buffer = vec![0; BLOCK as usize];
     let blocks: Vec<Block> = ram.blocks().collect();
@@ -148,13 +150,13 @@ fn write(ram: &RamSave<'_>, held: impl FnOnce()) -> io::Result<Vec<u64>> {
     drop((writer, buffer));
     held();
     let result = follow(ram, &blocks, &mut reader);
-    // A child that still writes finds no reader.
+    // If the child still writes, it finds that the pipe has no reader, and ends.
     drop(reader);
     while let Err(rustix::io::Errno::INTR) = waitpid(Some(child), WaitOptions::empty()) {}
     result
 }
 
-/// Reads what the child says until all is written.
+/// Reads the child's messages until all blocks are written. Returns the checksums.
 fn follow(ram: &RamSave<'_>, blocks: &[Block], reader: &mut File) -> io::Result<Vec<u64>> {
     let mut checksums = Vec::with_capacity(blocks.len());
     for block in blocks {
@@ -180,8 +182,8 @@ fn follow(ram: &RamSave<'_>, blocks: &[Block], reader: &mut File) -> io::Result<
     Ok(checksums)
 }
 
-/// fork(2), but nothing of libc's: no handlers run, and the filter of the calling thread allows these arguments only. `None`: this is the
-/// child.
+/// fork(2) as a direct system call, because libc's function runs handlers, and the seccomp filter of the calling thread allows only these
+/// arguments. `None`: this is the child.
 ///
 /// # Safety
 /// The child may make system calls and read and write memory. It must not allocate, take a lock or return to code that does.
@@ -236,7 +238,7 @@ fn write_as_child(
     unsafe { libc::_exit(0) }
 }
 
-/// Leaves the calling process these descriptors, and has it die with its parent.
+/// Closes all descriptors of the calling process but these two, and has the kernel kill it when its parent ends.
 fn close_all_but(one: RawFd, other: RawFd) -> Result<(), i32> {
     let (low, high) = (one.min(other) as u32, one.max(other) as u32);
     let ranges =

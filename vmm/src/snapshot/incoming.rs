@@ -1,13 +1,14 @@
-//! How a machine comes out of a file: the builder's second way to start.
+//! A restore, step by step: the builder's second way to start.
 //!
-//! [`Incoming::open`] checks all of the file but its RAM before anything is made, and says how the machine is configured. The
-//! builder then builds it as it builds any other, and calls [`Incoming::load`] where it would load a kernel and
-//! [`Incoming::restore`] when all parts exist. RAM comes first, then the vCPUs get their saved CPUID (KVM takes no other once they have run), and the state last.
+//! 1. [`Incoming::open`] checks all of the file except RAM, before anything is made, and completes the configuration from it.
+//! 2. The builder builds the machine as always. In place of loading a kernel it calls [`Incoming::load`], which fills RAM.
+//! 3. The vCPUs get their saved CPUID leaves: KVM accepts no others when a vCPU has run.
+//! 4. [`Incoming::restore`] writes the rest of the state, when all parts of the machine exist.
 //!
-//! RAM is *mapped* from the file where the host gives a lease on it: pages are read when the guest touches them, and shared by all
-//! machines that come from the file. A program that opens the file for writing then waits until each machine has made itself
-//! copies. Without a lease, nested under another hypervisor (where each page costs an exit through both), or from the pool of
-//! huge pages, RAM is *copied*, and compared with its checksums.
+//! If the host gives a lease on the file, RAM is *mapped* from it: the host reads a page when the guest touches it, and all machines from
+//! the same file share pages. A program that opens the file for writing waits until each machine has copied its pages. RAM is *copied*,
+//! and compared with its checksums, in three cases: there is no lease, guest memory is huge pages, or the host is a guest itself (where
+//! each page costs an exit through two hypervisors).
 
 use std::fs::File;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -37,22 +38,22 @@ use crate::vcpu::VcpuStart;
 /// Whether RAM is mapped from the file or copied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum MapMode {
-    /// Mapped where that is safe and fast.
+    /// It is mapped if that is safe and fast, and otherwise copied.
     #[default]
     Auto,
-    /// Mapped, or the start fails.
+    /// It is mapped. If that is not possible, the start fails.
     On,
-    /// Copied.
+    /// It is copied.
     Off,
 }
 
-/// Which time it is for the guest when it goes on.
+/// The guest's time when it goes on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ClockMode {
-    /// That of the save: no time has passed, as in QEMU.
+    /// The time of the save: for the guest no time has passed, as in QEMU.
     #[default]
     Stopped,
-    /// The host's: as much has passed as on the host.
+    /// The time of the save, and the time that has passed on the host since.
     Host,
 }
 
@@ -79,7 +80,7 @@ impl IncomingConfig {
     }
 }
 
-/// A saved machine that is about to go on.
+/// A saved machine that the builder restores.
 pub struct Incoming {
     /// The control socket on which the file was named.
     pub(crate) control: Option<ControlServer>,
@@ -95,15 +96,15 @@ impl std::fmt::Debug for Incoming {
 }
 
 impl Incoming {
-    /// Opens and checks the file, and puts what of the configuration is the guest's into `config`. A disk of `config` takes the
-    /// place of the saved one of the same name.
+    /// Opens and checks the file. Puts the saved parts of the configuration that the guest can see into `config`. A disk of `config`
+    /// replaces the saved disk of the same name.
     ///
-    /// The file's author may be anyone, and what is opened before the process is confined is opened with all the user's rights.
-    /// So paths come from the user: without `trust_paths` every disk has to be in `config`, and a reset has the kernel of `config`
-    /// or none. Nested virtualization is the user's decision, too.
+    /// Anyone may have written the file, and files that are opened before the process is confined are opened with all the user's rights.
+    /// So paths come from the user: without `trust_paths` every disk has to be in `config`, and a reset uses the kernel of `config`
+    /// or is refused. The user also decides whether nested virtualization is allowed.
     ///
     /// # Errors
-    /// The file cannot be read, is not whole, or does not go with `config`.
+    /// The file cannot be read, is damaged, or does not fit `config`.
     pub fn open(mut options: IncomingConfig, config: &mut VmConfig) -> Result<Self, Error> {
         if options.map == MapMode::Auto && !kernel_pages::lease_outlasts(config.stop_timeout) {
             options.map = MapMode::Off;
@@ -125,7 +126,7 @@ impl Incoming {
         Ok(Self { control: None, options, chain, saved })
     }
 
-    /// What the file at `path` has, as lines for people. With `compare_memory` all of it is compared with its checksums, and so are the files
+    /// Describes the file at `path` in lines of text. With `compare_memory`, all of RAM is compared with its checksums, also that of the files
     /// that it is based on.
     ///
     /// # Errors
@@ -142,7 +143,7 @@ impl Incoming {
     }
 
     fn read(path: &Path) -> Result<(CoreFile, SavedMachine), SnapshotError> {
-        // A fifo is refused, not waited for.
+        // O_NONBLOCK, so that a fifo is refused and open(2) does not wait for its other end.
         let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
         let core = CoreFile::read(file)?;
         let saved = parse(&core.machine)?;
@@ -150,7 +151,8 @@ impl Incoming {
         Ok((core, saved))
     }
 
-    /// Fills RAM, all of which is zero, with what the file has, and `generation_id`. Returns how the vCPUs begin, and the file if parts of it are the guest's memory now.
+    /// Fills RAM, all of which is zero, from the file, and writes `generation_id`. Returns how the vCPUs begin and, if RAM was mapped,
+    /// what replaces the mapped pages by copies.
     ///
     /// # Errors
     /// The CPU does not suit this host, or the file cannot be read.
@@ -172,7 +174,7 @@ impl Incoming {
         Ok((VcpuStart::Restore(cpuid), mapped))
     }
 
-    /// The guest's kernel or initrd is not what it was, which does not keep a saved guest from running.
+    /// Warns that the kernel or initrd cannot be used: the saved guest runs without them, but a reset is refused.
     pub(crate) fn warn_of_reset(error: &Error) {
         let error = crate::error::WithCauses(error);
         tracing::warn!("the guest goes on, but cannot be reset: {error}");
@@ -196,7 +198,7 @@ impl Incoming {
         }
     }
 
-    /// Puts the state into the machine that was built for it. Returns whether the guest was stopped when it was saved.
+    /// Writes the saved state into the machine, which was built for it. Returns whether the guest was stopped when it was saved.
     ///
     /// # Errors
     /// An image was changed after the save, or a state does not fit this host.

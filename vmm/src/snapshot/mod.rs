@@ -1,14 +1,22 @@
-//! Save and restore: a machine that stands still becomes a file, and a file a machine.
+//! Save and restore: writes a machine that stands still to a file, and makes a machine from such a file.
 //!
-//! This folder is a capability. Saving hooks in as a task of the machine (`machine::save_task`; `control::migration` begins
-//! it); restoring is the builder's second way to start, an [`Incoming`] machine. The chapter is `vmm/docs/stop-reset-save.md`.
+//! This folder is a capability. A save hooks in as a task of the machine (`machine::save_task`), which `control::migration` begins. A
+//! restore is the builder's second way to start: an [`Incoming`] machine. The chapter is `vmm/docs/stop-reset-save.md`.
 //!
-//! [`saved`] has the machine as a value, [`description`] checks that of a file, [`vcpu`] a vCPU, [`core_file`] the file around it, [`pages`] guest RAM, [`page_map`] which of its pages matter, and [`checksum`]
-//! what finds damage. [`increments`] are files on other files, and [`page_set`] says which pages they have. [`save`] and [`incoming`] put them together, each in an order that has its reasons; [`held_memory`] lets the guest go on meanwhile; [`panic_dump`] saves a guest that has panicked; [`generation_id`] tells a guest that it was restored; [`fit`] compares a
-//! saved CPU with this host's.
+//! | file | what it has |
+//! |---|---|
+//! | [`saved`], [`vcpu`] | the machine, and a vCPU, as values |
+//! | [`core_file`], [`description`], [`checksum`] | the file around these values, the checks of its description, and what finds damage |
+//! | [`pages`], [`page_map`] | guest RAM in the file, and which of its pages are data |
+//! | [`increments`], [`page_set`] | files that are based on other files, and which pages they have |
+//! | [`save`], [`incoming`] | a save and a restore, step by step |
+//! | [`held_memory`] | a background save: RAM is written while the guest goes on |
+//! | [`panic_dump`] | `--dump-on-panic` |
+//! | [`generation_id`] | the VM generation ID, by which a guest notices that it was restored |
+//! | [`fit`] | whether this host's CPU can run a guest of the saved one |
 //!
-//! Every field of a file is checked before use: nothing of a file that fails a check reaches a guest. The paths of images and
-//! kernel are used only if the user says so (`paths=saved`): the author of the file could name any file of that user.
+//! Every field of a file is checked before it is used. If a check fails, nothing of the file reaches a guest. The file's paths of images
+//! and of the kernel are used only if the user says so (`paths=saved`), because the author of the file could name any file of that user.
 
 mod checksum;
 mod core_file;

@@ -1,15 +1,15 @@
-//! How a machine gets into a file.
+//! A save, step by step.
 //!
-//! [`begin`] opens the target before the guest notices anything, and gives the machine a task (`machine::save_task`). What that does once all
-//! stands still, in this order:
+//! [`begin`] opens the target while the guest still runs, and gives the machine a task (`machine::save_task`). When everything stands
+//! still, that task does this, in this order:
 //!
-//! 1. The machine is read as a value, on the main thread: see [`super::saved`].
-//! 2. On the background thread: each disk is flushed, so that the image on the medium is the one that the guest's memory knows.
-//! 3. RAM is written, then headers and notes, and the file is synced. A background save (`held_memory`) does this and the rest on a
+//! 1. On the main thread, it reads the state of the machine: see [`super::saved`].
+//! 2. On the background thread, it flushes each disk, so that the image on the medium has all that the guest's memory says it has.
+//! 3. It writes RAM, then headers and notes, and syncs the file. A background save (`held_memory`) does this and the next step on a
 //!    thread of its own, while the machine goes on.
-//! 4. Only then the file gets its name ([`NewFile`]). A file that a client handed over has one, or gets one from the client.
+//! 4. Only then it gives the file its name ([`NewFile`]). If a client has passed a descriptor, naming the file is the client's task.
 //!
-//! The thread gets every file that it needs opened: the main loop goes on meanwhile, and answers how far it is.
+//! Every file is opened before the background thread gets it. The main loop goes on meanwhile, and answers how far the save is.
 
 use std::fs::{self, File, Metadata};
 use std::io;
@@ -42,7 +42,7 @@ pub(crate) struct Progress {
     pub(crate) cancel: Arc<AtomicBool>,
 }
 
-/// Does the rest of a save elsewhere, and returns once the machine may go on.
+/// Carries out the rest of a save on another thread. Returns when the machine may go on.
 pub(super) type Hold = Box<dyn FnOnce(Job) -> Result<(), Error> + Send>;
 
 /// Saves `machine` at the next standstill. Returns the number of the `Done` event.
@@ -59,7 +59,7 @@ pub(crate) fn begin(
     begin_with(machine, config, destination, progress, purpose, None)
 }
 
-/// As [`begin`]. With `hold` the machine goes on when that returns.
+/// As [`begin`]. With `hold` the machine goes on when `hold` returns.
 pub(super) fn begin_with(
     machine: &mut Machine,
     config: SavedConfig,
@@ -74,7 +74,7 @@ pub(super) fn begin_with(
     }
     let target = Target::prepare(destination, machine, &config, is_increment)?;
     if purpose == Purpose::LastDump {
-        // A save of a guest that has panicked since fails, as if the machine had ended.
+        // The guest has panicked: an ordinary save that is under way is canceled, as if the machine ended.
         machine.cancel_task(Error::Stopping);
     }
     let cancel = Arc::clone(&progress.cancel);
@@ -92,12 +92,12 @@ fn save_error(path: &Path, source: io::Error) -> Error {
     Error::Save(SnapshotError::Target { path: path.to_owned(), source }.into())
 }
 
-/// Device and inode of the file that this process's machine came from. A new file may take its name, unless it is an increment: what the
-/// machine has mapped is the old one.
+/// Device and inode of the file that this machine was restored from. A save may replace it by a new file of the same name, because the
+/// machine keeps the old file mapped; but not by an increment.
 pub(super) static RESTORED_FROM: OnceLock<(u64, u64)> = OnceLock::new();
 
-/// Refuses a target that is no plain file, or one of the machine's: one that it would read at a reset, or that this process has open,
-/// such as a backing file or an increment's base. `given`: the target's own descriptor.
+/// Refuses a target that is no regular file, or is a file of the machine: one that a reset would read, or one that this process has
+/// open, such as a backing file or an increment's base. `given`: the descriptor of the target itself, if a client has passed it.
 fn check_target(
     machine: &Machine,
     config: &SavedConfig,
@@ -120,14 +120,14 @@ fn check_target(
     Ok(())
 }
 
-/// The device and inode of each file that this process has open, but for that of descriptor `except`. A confined process cannot look
-/// into /proc, so the numbers are tried in turn: the kernel gives out the lowest first, and gaps stay small.
+/// The device and inode of each file that this process has open, except for descriptor `except`. A confined process cannot read /proc.
+/// So this tries the numbers in turn, and stops after a large gap: the kernel assigns the lowest free number.
 #[expect(unsafe_code, reason = "descriptors are looked at by their numbers")]
 fn open_files(except: Option<RawFd>) -> impl Iterator<Item = (u64, u64)> {
     const LARGEST_GAP: usize = 1024;
     let mut gap = 0;
     let status = move |fd: RawFd| {
-        // SAFETY: borrowed for this call, which only asks what the descriptor is, and fails for one that is not open.
+        // SAFETY: borrowed for this call only, which reads the file's status, and fails if the descriptor is not open.
         let status = rustix::fs::fstat(unsafe { BorrowedFd::borrow_raw(fd) }).ok();
         gap = if status.is_some() { 0 } else { gap + 1 };
         (gap <= LARGEST_GAP).then_some((fd, status))
@@ -136,7 +136,7 @@ fn open_files(except: Option<RawFd>) -> impl Iterator<Item = (u64, u64)> {
     open.filter_map(|(_, status)| status).map(|status| (status.st_dev, status.st_ino))
 }
 
-/// At the standstill, on the main thread: everything that is small.
+/// Called at the standstill on the main thread: reads everything but RAM, and returns the work for the background thread.
 fn prepare(
     machine: &Machine,
     config: SavedConfig,
@@ -163,7 +163,7 @@ fn prepare(
     Ok(Box::new(move || job.run(disks, hold)))
 }
 
-/// A machine that was read, on its way into a file.
+/// A save whose machine has been read, and which has still to be written.
 pub(super) struct Job {
     saved: SavedMachine,
     memory: GuestMemory,
@@ -175,7 +175,7 @@ pub(super) struct Job {
 }
 
 impl Job {
-    /// `disks`: those to flush, with their names.
+    /// Flushes `disks` (each with its name), and writes the file.
     fn run(mut self, disks: Vec<(Arc<dyn Disk>, String)>, hold: Option<Hold>) -> Result<(), Error> {
         for (image, device) in disks {
             image.flush().map_err(|source| Error::Flush { device, source })?;
@@ -236,7 +236,7 @@ impl Job {
         file.write_all_at(&layout.head(&checksums), 0)?;
         file.sync_all()?;
         if file.metadata()?.len() != layout_length {
-            // pwrite(2) ignores the offset then.
+            // For a file that is open for appending, pwrite(2) ignores the offset.
             return Err(io::Error::other("it is open for appending; open it for writing"));
         }
         if progress.cancel.load(Ordering::Relaxed) {
@@ -248,9 +248,9 @@ impl Job {
 
 /// Where a machine is saved to.
 pub(crate) enum Destination {
-    /// A new file that gets this name when it is whole.
+    /// A new file, which gets this name when it is complete.
     Path(PathBuf),
-    /// A file that is open already, and what messages call it. What it held before is lost.
+    /// A file that is open already, with a name for messages. Its old content is lost.
     Given(PathBuf, File),
 }
 
@@ -260,7 +260,7 @@ enum Target {
 }
 
 impl Target {
-    /// Refuses to replace a file of the machine, which a mistyped path would cost.
+    /// Opens the target. Refuses to replace a file of the machine, which the user may have named by mistake.
     fn prepare(
         destination: Destination,
         machine: &Machine,

@@ -1,12 +1,20 @@
-//! A machine that stands still as a value: everything but its RAM.
+//! The state of a machine as a value, except for its RAM.
 //!
-//! [`SavedMachine::read`] takes it from a machine, [`SavedMachine::write`] puts it into a new one of the same configuration. Both
-//! run on the main thread, while no vCPU is in the guest and no disk has anything with the host. The order matters:
+//! [`SavedMachine::read`] reads it from a machine, and [`SavedMachine::write`] writes it into a new machine of the same configuration.
+//! Both run on the main thread, while no vCPU is in the guest and no disk has anything with the host. The order matters.
 //!
-//! - to read: the disks have been drained before, since a completion interrupts; then transports and queues, the vCPUs, and
-//!   last the interrupt controllers;
-//! - to write: KVM's clock, because MSRs of the vCPUs refer to it; the vCPUs with their local APICs; then the interrupt
-//!   controllers, which deliver what is pending at once; last the devices, which may interrupt.
+//! The parts are read in this order:
+//!
+//! 1. transports and queues of the disks, which have drained before, because a completion may interrupt;
+//! 2. the vCPUs;
+//! 3. the interrupt controllers.
+//!
+//! They are written in this order:
+//!
+//! 1. KVM's clock, because MSRs of the vCPUs refer to it;
+//! 2. the vCPUs with their local APICs;
+//! 3. the interrupt controllers, which deliver pending interrupts at once;
+//! 4. the devices, which may interrupt.
 
 use std::fs::Metadata;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -27,32 +35,32 @@ use crate::irq_chips::IrqChips;
 use crate::lock;
 use crate::machine::{Machine, MachineDisk, RunState};
 
-/// A file of another major format cannot be read.
+/// The major version of the format. Files with another one cannot be read.
 pub(super) const MAJOR: u32 = 1;
 const MINOR: u32 = 0;
 
 /// The word in `needs` of an increment.
 pub(super) const NEEDS_BASE: &str = "base";
 
-/// The version of a file's description. It is read before all else, so that a file from the future is refused by name.
+/// The version of a file's description. It is read first, so that the error for a file of a later minivmm names its version.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Format {
     pub(super) major: u32,
     pub(super) minor: u32,
-    /// What a reader has to know although the major version is its own.
+    /// Names of features that a reader has to know, in addition to the major version.
     pub(super) needs: Vec<String>,
 }
 
-/// What a machine is written to a file for.
+/// Why a machine is written to a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
-    /// To go on from the file. The machine stays stopped.
+    /// To be restored. The machine stays stopped.
     Save,
     /// As `Save`, and the file has only what changed since the machine came from another one.
     Increment,
     /// For debuggers. The machine goes on as before.
     Dump,
-    /// For debuggers, since its guest has panicked. The machine stays stopped.
+    /// For debuggers, because the guest has panicked. The machine stays stopped.
     LastDump,
 }
 
@@ -63,7 +71,7 @@ impl Purpose {
     }
 }
 
-/// Requests that one queue can hold: `queue-size=` has this limit.
+/// The most requests of one queue: the limit of `queue-size=`.
 const MAX_STOPPED: usize = 1024;
 
 #[derive(Deserialize)]
@@ -71,7 +79,7 @@ pub(super) struct Versioned {
     pub(super) format: Format,
 }
 
-/// The configuration, as far as the guest can see it, or a reset needs it.
+/// The part of the configuration that the guest can see or a reset needs.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct SavedConfig {
     pub(super) kernel: PathBuf,
@@ -84,7 +92,7 @@ pub(crate) struct SavedConfig {
     pub(super) nested: bool,
     pub(super) serial: [bool; 2],
     pub(super) debug_exit: bool,
-    /// `--exec`: the command's output and status belong to the process that began it.
+    /// `--exec` was given: this process prints the command's output and status, so another process cannot take over.
     #[serde(skip)]
     pub(crate) runs_command: bool,
 }
@@ -94,7 +102,7 @@ pub(crate) struct SavedConfig {
 pub(super) struct SavedDisk {
     pub(super) config: DiskConfig,
     pub(super) image: ImageVersion,
-    /// In a dump, why no machine can go on with this disk.
+    /// Only in a dump: why no machine can be restored with this disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     lost: Option<String>,
     transport: TransportState,
@@ -110,11 +118,11 @@ pub(super) struct SavedBase {
     pub(super) identity: (u64, u64),
 }
 
-/// Tells the content of an image from a later one.
+/// Shows whether an image was changed after the save.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ImageVersion {
     capacity: u64,
-    /// Bytes and time of modification, in seconds and nanoseconds. `None`: a block device, which has neither.
+    /// Size in bytes, and time of modification in seconds and nanoseconds. `None`: a block device.
     file: Option<(u64, i64, i64)>,
 }
 
@@ -128,7 +136,7 @@ pub(super) struct SavedMachine {
     pub(super) base: Option<SavedBase>,
     pub(super) config: SavedConfig,
     pub(super) state: RunState,
-    /// With the wall clock's time of the stop in nanoseconds as `realtime`.
+    /// The guest's clock. `realtime` is the wall clock at the stop, in nanoseconds.
     pub(super) clock: kvm_clock_data,
     pub(super) vcpus: Vec<SavedVcpu>,
     pub(super) irq_chips: IrqChips,
@@ -154,7 +162,7 @@ impl SavedConfig {
         }
     }
 
-    /// A kernel that the user named stays; one that the file names needs `trust_paths`.
+    /// Puts the saved configuration into `config`. The kernel of `config` stays. If there is none, `trust_paths` allows that of the file.
     pub(super) fn apply(&self, config: &mut VmConfig, trust_paths: bool) {
         if config.kernel.as_os_str().is_empty() && trust_paths {
             config.kernel.clone_from(&self.kernel);
@@ -180,7 +188,7 @@ impl ImageVersion {
         Ok(Self { capacity, file })
     }
 
-    /// What of the image is not as it was when the machine was saved.
+    /// How the image differs from its version at the save. `None`: it does not.
     fn difference(&self, now: &Self) -> Option<String> {
         if self.capacity != now.capacity {
             return Some(format!("it has {} bytes and had {}", now.capacity, self.capacity));
@@ -233,7 +241,7 @@ impl SavedMachine {
         self.base = Some(base);
     }
 
-    /// For people. An increment has that many `pages`.
+    /// The text that `minivmm show` prints. `pages`: how many pages an increment has.
     pub(super) fn describe(&self, pages: u64) -> String {
         let Self { minivmm, format, config, clock, .. } = self;
         let state = if self.state == RunState::Running { "running" } else { "stopped" };
@@ -260,8 +268,8 @@ impl SavedMachine {
         text
     }
 
-    /// Puts the state into a new machine, whose RAM is in place, as of `passed` nanoseconds after the save. Returns whether the
-    /// guest was stopped, and stays so.
+    /// Writes the state into a new machine, whose RAM is filled already. For the guest, `passed` nanoseconds have passed since the save.
+    /// Returns whether the guest was stopped at the save, and so must stay stopped.
     pub(super) fn write(&self, machine: &mut Machine, passed: u64) -> Result<bool, Error> {
         let clock = kvm_clock_data {
             clock: self.clock.clock.wrapping_add(passed),
@@ -308,7 +316,7 @@ impl SavedDisk {
             () if config.image.snapshot => {
                 Some("snapshot=on writes to a file that ends with the machine")
             }
-            // An image that was made from a directory, or that the parent process opened.
+            // An image that minivmm made from a directory, or a descriptor that the parent process opened.
             () if path.starts_with("/proc/self/fd") => {
                 Some("its image has no path that another process finds")
             }
@@ -329,8 +337,10 @@ impl SavedDisk {
         Ok(Self { config, image, lost, transport, queues: disk.handle.queues() })
     }
 
+    /// Checks that a machine can be restored with this disk.
+    ///
     /// # Errors
-    /// No machine can go on with this disk.
+    /// The file is a dump, and does not have what this disk needs.
     pub(super) fn check_kept(&self) -> Result<(), SnapshotError> {
         let refused = |why: &String| SnapshotError::Dump {
             disk: self.config.id.clone(),
@@ -347,14 +357,14 @@ impl SavedDisk {
         format!("--disk {path}{format},id={id}")
     }
 
-    /// The image's version after a flush: the flush may have written metadata.
+    /// Reads the image's version again after a flush, which may have written metadata.
     pub(super) fn look_again(&mut self) {
         if let Ok(version) = ImageVersion::of(&self.config.image.path, self.image.capacity) {
             self.image = version;
         }
     }
 
-    /// Checks that the image is the one that the guest's memory knows.
+    /// Checks that the image was not changed since the save.
     pub(super) fn check_image(&self, disk: &MachineDisk) -> Result<(), SnapshotError> {
         let path = &disk.config.image.path;
         let now = ImageVersion::of(path, disk.image.capacity())?;
@@ -367,7 +377,7 @@ impl SavedDisk {
         }
     }
 
-    /// The new device starts where the saved one stood, and stays paused: its queues wait for `resume`.
+    /// Restores the registers and queues of a new device, which stays paused: its queues wait for `resume`.
     fn write(&self, disk: &MachineDisk) -> Result<(), SnapshotError> {
         let id = || disk.config.id.clone();
         disk.handle.pause();

@@ -1,8 +1,8 @@
-//! A vCPU as a saved machine has it: its state, and what KVM takes only once: the CPUID leaves and the TSC's offset.
+//! A vCPU of a saved machine: its state, its CPUID leaves and the offset of its TSC.
 //!
-//! The TSC is put back as an offset from the host's (`KVM_VCPU_TSC_OFFSET`, Documentation/virt/kvm/devices/vcpu.rst), not as the
-//! MSR. KVM before Linux 6.7 takes a write of the MSR in the first second of a VM for an attempt to synchronize vCPUs, and
-//! ignores the value: time would go back for a machine that was saved that early.
+//! The TSC is restored as an offset from the host's TSC (`KVM_VCPU_TSC_OFFSET`, Documentation/virt/kvm/devices/vcpu.rst), and not by
+//! its MSR. If the MSR is written in the first second of a VM, KVM before Linux 6.7 takes that for an attempt to synchronize the vCPUs,
+//! and ignores the value. In a machine that was saved in its first second, time would go back.
 
 use kvm_bindings::{
     KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_cpuid_entry2, kvm_device_attr, kvm_msr_entry,
@@ -31,15 +31,15 @@ const LVT_TIMER: usize = 0x320;
 #[serde(deny_unknown_fields)]
 pub(super) struct SavedVcpu {
     pub(super) cpuid: Vec<kvm_cpuid_entry2>,
-    /// 0 where KVM does not know it.
+    /// 0 if KVM does not know it.
     pub(super) tsc_khz: u32,
     tsc: u64,
-    /// `None` where KVM has no such attribute: the MSR is written then.
+    /// `None` if KVM does not support the attribute. Then the MSR is written.
     tsc_offset: Option<u64>,
     pub(super) state: VcpuState,
 }
 
-/// Where the TSCs of a restored machine go on: what each vCPU's offset grows by.
+/// By how much the TSC offset of each vCPU has to grow in a restored machine. `None`: KVM does not support offsets.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct TscShift(Option<u64>);
 
@@ -59,7 +59,8 @@ impl SavedVcpu {
         Ok(Self { cpuid, tsc_khz: fd.get_tsc_khz().unwrap_or(0), tsc, tsc_offset, state })
     }
 
-    /// How far the TSC of this vCPU, the first, has to move for the guest to find it `passed` nanoseconds after the save.
+    /// Computes by how much the offsets have to grow, so that for the guest `passed` nanoseconds have passed since the save. Called for
+    /// the first vCPU.
     pub(super) fn shift(&self, vcpu: &mut Vcpu, passed: u64) -> Result<TscShift, Error> {
         let (Some(saved), Some(offset)) = (self.tsc_offset, tsc_offset(&vcpu.fd)) else {
             return Ok(TscShift(None));
@@ -67,24 +68,24 @@ impl SavedVcpu {
         let now = read_msrs(&vcpu.fd, &[IA32_TSC])?.first().map_or(0, |msr| msr.data);
         let ticks = u128::from(passed) * u128::from(self.tsc_khz) / 1_000_000;
         let wanted = self.tsc.wrapping_add(ticks as u64);
-        // The host's TSC, scaled as the guest's is.
+        // The host's TSC, scaled to the guest's frequency.
         let host = now.wrapping_sub(offset);
         Ok(TscShift(Some(wanted.wrapping_sub(host).wrapping_sub(saved))))
     }
 
-    /// Puts the state into a new vCPU, which has the saved CPUID. Guest memory and KVM's clock have to be in place: some MSRs
-    /// act on both.
+    /// Writes the state into a new vCPU, which has the saved CPUID leaves. Guest memory and KVM's clock have been restored before,
+    /// because some MSRs act on them.
     pub(super) fn write(&self, vcpu: &mut Vcpu, TscShift(shift): TscShift) -> Result<(), Error> {
         if let (Some(shift), Some(offset)) = (shift, self.tsc_offset) {
-            // Before the deadline, which KVM compares with the TSC.
+            // Before the deadline MSR, which KVM compares with the TSC.
             set_tsc_offset(&vcpu.fd, offset.wrapping_add(shift))?;
         }
         self.state.write(&vcpu.fd)
     }
 }
 
-/// A deadline that has passed reads as 0 although its interrupt may not have been delivered yet. The guest then waits for a
-/// tick; one too many does no harm.
+/// Makes an armed timer whose deadline has passed expire at once after a restore. A deadline that has passed reads as 0, although its
+/// interrupt may not have been delivered yet, and the guest may wait for it. If it was delivered, a second one does no harm.
 fn rearm(msrs: &mut [kvm_msr_entry], lapic: &[std::ffi::c_char], tsc: u64) {
     let byte = |at: usize| lapic.get(LVT_TIMER + at).map_or(0, |byte| *byte as u8);
     let armed = byte(2) & 0b111 == 0b100;
@@ -96,8 +97,8 @@ fn rearm(msrs: &mut [kvm_msr_entry], lapic: &[std::ffi::c_char], tsc: u64) {
     }
 }
 
-/// The order in which MSRs are written: KVM's own after the others, and the deadline last, because a deadline that is written
-/// before the timer's mode (the local APIC), or before the TSC, is lost without an error.
+/// Sorts MSRs into the order in which they are written: KVM's own after the others, and the deadline last. KVM ignores a deadline,
+/// without an error, that is written before the timer's mode (in the local APIC) or before the TSC.
 fn sort(msrs: &mut [kvm_msr_entry]) {
     msrs.sort_by_key(|msr| match msr.index {
         IA32_TSC_DEADLINE => 3,
@@ -116,7 +117,7 @@ fn attribute(value: &mut u64) -> kvm_device_attr {
     }
 }
 
-/// The guest's TSC less the host's. `None`: this KVM does not tell (before Linux 5.16).
+/// The guest's TSC minus the host's. `None`: KVM does not support the attribute (before Linux 5.16).
 #[expect(unsafe_code, reason = "kvm-ioctls reads no attributes of a vCPU")]
 fn tsc_offset(fd: &VcpuFd) -> Option<u64> {
     let mut value = 0;

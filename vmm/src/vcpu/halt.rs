@@ -1,5 +1,5 @@
-//! Whether a vCPU can ever run again by itself. The machine asks on behalf of `halt_watch`, during a standstill: KVM
-//! makes a request for the state of a vCPU wait while that vCPU is in KVM_RUN.
+//! Whether a vCPU can ever run again by itself. `halt_watch` asks the machine, which asks here during a standstill: while a vCPU is
+//! in KVM_RUN, an ioctl that reads its state would wait.
 
 use std::mem::MaybeUninit;
 use std::os::unix::thread::JoinHandleExt;

@@ -1,7 +1,7 @@
-//! The vCPU's loop: enter the guest, serve the exit, enter again.
+//! The vCPU's loop: enter the guest, handle the exit, enter again.
 //!
-//! Once a disk's driver is up, its requests do not come this way: notify is an ioeventfd, and completion
-//! an interrupt that the disk's thread injects.
+//! A disk's requests cause no exit to this loop: a notification is a write to an ioeventfd, and the disk's thread injects the
+//! interrupt.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -14,42 +14,44 @@ use super::setup::Vcpu;
 use crate::error::{Error, VcpuError};
 use crate::events::VmEvent;
 
+/// Why the vCPU cannot run any further.
 enum Stop {
-    /// The guest can run no further: a triple fault.
     TripleFault,
     Failed(VcpuError),
 }
 
-/// KVM_RUNs in a row that may return EAGAIN before the host counts as short of tasks. A vCPU that the guest starts
-/// causes one or two, and 16 are over before a user would notice.
-const REFUSALS_OF_A_START: u32 = 16;
-/// Time between tries after these.
+/// How many KVM_RUNs in a row may return EAGAIN before this counts as a shortage of tasks on the host. A vCPU that the guest starts
+/// causes one or two, and 16 take no time that a user would notice.
+const MAX_REFUSALS: u32 = 16;
+/// The time between tries after these.
 const REFUSAL_INTERVAL: Duration = Duration::from_millis(20);
 
+/// How a KVM_RUN ended.
 enum Ran {
-    /// For an exit, which has been served.
+    /// With an exit, which has been handled.
     Exited,
+    /// Without one: by a signal, or because KVM refused to run.
     Interrupted,
 }
 
 impl Vcpu {
-    /// Runs until `leave` is set and the thread is kicked. Returns false if the guest can run no further, after reporting the
-    /// reason to the main loop.
+    /// Runs until `leave` is set and the thread is kicked. Returns `false` if the vCPU cannot run any further. Then the main loop has
+    /// got an event with the reason.
     pub(super) fn run(&mut self, leave: &AtomicBool) -> bool {
-        // Tells a guest with KVM's clock that it stood still, so that its watchdogs do not take that for a lockup
-        // (`api.rst` 4.70 KVM_KVMCLOCK_CTRL). A guest without that clock: EINVAL.
+        // Tells a guest with KVM's clock that it has been paused, so that its watchdogs do not report a lockup
+        // (`api.rst` 4.70 KVM_KVMCLOCK_CTRL). Fails with EINVAL if the guest does not use that clock.
         let _ = self.fd.kvmclock_ctrl();
         if !std::mem::replace(&mut self.has_run, true) && self.index == 0 {
             tracing::info!(target: "boot", "first KVM_RUN");
         }
-        // `leave` is set before the kick: one that came before this thread could be interrupted is seen here.
+        // `leave` is set before the kick is sent. A kick that came before this thread could handle it is noticed here.
         if leave.load(Ordering::Acquire) {
             self.fd.set_kvm_immediate_exit(1);
         }
         loop {
             match self.run_once(leave) {
                 Ok(Ran::Exited) => {}
-                // Only here: a KVM_RUN that returns EINTR has first completed the access that the last exit was for.
+                // The only place to leave: a KVM_RUN that returns EINTR has first completed the device access of the last exit.
                 Ok(Ran::Interrupted) if leave.load(Ordering::Acquire) => return true,
                 Ok(Ran::Interrupted) => {}
                 Err(reason) => {
@@ -65,11 +67,12 @@ impl Vcpu {
         }
     }
 
+    /// Calls KVM_RUN once, and handles its exit.
     fn run_once(&mut self, leave: &AtomicBool) -> Result<Ran, Stop> {
         if let Some(unfinished) = self.unfinished.take() {
             self.unfinished = unfinished.wait_unless(|| leave.load(Ordering::Acquire));
             if self.unfinished.is_some() {
-                // Completes the write in the vCPU's registers, and returns before the guest goes on.
+                // The next KVM_RUN then only completes the write in the vCPU's registers, and does not enter the guest.
                 self.fd.set_kvm_immediate_exit(1);
             }
         }
@@ -90,9 +93,9 @@ impl Vcpu {
                 let data = std::ptr::from_ref(data).cast_mut();
                 self.port_io(Reason::PortWrite, port, data);
             }
-            // Without an interrupt to wait for a halted vCPU stays in KVM; it comes here only to be told to go on.
+            // KVM handles a halt itself, and these exits need nothing but another KVM_RUN.
             Ok(VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => self.exits.count(Reason::Other, 0, &[]),
-            // Nothing is pending in KVM. The machine stops, and with it this vCPU.
+            // No device access is pending in KVM. This vCPU waits here until the machine has stopped.
             Ok(VcpuExit::Debug(_) | VcpuExit::InternalError) if self.debugged => {
                 self.events.send(VmEvent::Debug);
                 while !leave.load(Ordering::Acquire) {
@@ -117,20 +120,20 @@ impl Vcpu {
         Ok(Ran::Exited)
     }
 
-    /// KVM_RUN returned EAGAIN. A vCPU that the guest starts does that once or twice, and one that it has not started whenever the guest
-    /// sends it an interrupt. But a KVM that cannot start its helper task (Linux 6.13 and later, at the first KVM_RUN) does it
-    /// until the host allows another task, for the first vCPU too, which needs no start: that is said once. All are tried again
-    /// at intervals. Nothing is pending in the vCPU then, so that it may be paused.
+    /// KVM_RUN returned EAGAIN. On a vCPU that the guest starts, this happens once or twice. On one that the guest has not started, it
+    /// happens whenever the guest sends that vCPU an interrupt. But since Linux 6.13 the first KVM_RUN also starts a helper task of KVM, and
+    /// returns EAGAIN until the host allows that task. The first vCPU needs no start by the guest, so there this is the reason, and it is
+    /// reported once. After a few tries, this waits before each further one. No device access is pending in the vCPU, so it may be paused.
     fn wait_for_task(&mut self) -> Ran {
         self.refusals += 1;
-        if self.index == 0 && self.refusals == REFUSALS_OF_A_START + 1 {
+        if self.index == 0 && self.refusals == MAX_REFUSALS + 1 {
             tracing::warn!(
                 "KVM cannot run the guest, because the host allows no further task (KVM_RUN: EAGAIN); raise the limit \
                  on tasks (`ulimit -u`, or the cgroup's pids.max): the guest goes on then"
             );
         }
-        if self.refusals > REFUSALS_OF_A_START {
-            // The kick ends it early.
+        if self.refusals > MAX_REFUSALS {
+            // A kick ends the wait early.
             std::thread::park_timeout(REFUSAL_INTERVAL);
         }
         Ran::Interrupted
@@ -142,8 +145,8 @@ impl Vcpu {
         Ran::Interrupted
     }
 
-    /// A port I/O exit. String instructions (`rep outsb`) arrive as many operands in one exit, whose size kvm-ioctls does
-    /// not pass on, so it is read from the kvm_run page (`api.rst`, 5 "The kvm_run structure").
+    /// Handles a port I/O exit. A string instruction (`rep outsb`) arrives as many operands in one exit. kvm-ioctls does not pass on
+    /// the size of an operand, so it is read from the kvm_run page (`api.rst`, 5 "The kvm_run structure").
     #[expect(unsafe_code, reason = "the exit's data lie in the kvm_run mapping")]
     fn port_io(&mut self, reason: Reason, port: u16, data: *mut [u8]) {
         // SAFETY: the last exit was KVM_EXIT_IO, so `io` is the live member of the union.

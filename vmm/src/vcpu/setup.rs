@@ -16,12 +16,12 @@ use super::state::{VcpuState, write_msrs};
 use crate::error::Error;
 use crate::events::EventSender;
 
-/// A vCPU: KVM's descriptor, the buses that serve its exits, and its state at power-on, for a reset. It is a value that
-/// moves: its thread has it while the guest runs, and the machine reaches it while it is paused.
+/// A vCPU: KVM's file descriptor, the buses that its exits go to, and its state at power-on, for a reset. While the guest runs, its
+/// thread owns this value. While it is paused, the machine can use it.
 pub(crate) struct Vcpu {
     /// Its number, APIC id, and index in the guest's tables.
     pub index: u32,
-    /// The leaves that it was given.
+    /// Its CPUID leaves.
     pub(crate) cpuid: Vec<kvm_cpuid_entry2>,
     pub(crate) fd: VcpuFd,
     pub(crate) at_power_on: VcpuState,
@@ -31,11 +31,11 @@ pub(crate) struct Vcpu {
     pub(super) events: Arc<EventSender>,
     pub(super) exits: Arc<Exits>,
     pub(super) has_run: bool,
-    /// A debugger sees what KVM cannot emulate, instead of the end of the machine.
+    /// A debugger is attached: if KVM cannot emulate an instruction, the machine stops for the debugger and does not end.
     pub(crate) debugged: bool,
     /// KVM_RUNs in a row that returned EAGAIN.
     pub(super) refusals: u32,
-    /// The last write waits for its device: a driver's reset with requests at the host.
+    /// The last register write waits for its device: a reset by the driver while requests are with the host.
     pub(super) unfinished: Option<Unfinished>,
 }
 
@@ -59,7 +59,8 @@ pub(crate) struct VcpuSetup<'a> {
 pub(crate) enum VcpuStart {
     /// As at power-on, the boot vCPU at the kernel's entry point.
     Boot(Entry),
-    /// With the CPUID leaves of each, for a state that is written later: KVM takes no other leaves once a vCPU has run.
+    /// With the saved CPUID leaves of each vCPU. The saved state is written later. The leaves come first, because KVM refuses to
+    /// change them when a vCPU has run.
     Restore(Vec<Vec<kvm_cpuid_entry2>>),
 }
 
@@ -101,7 +102,8 @@ impl VcpuSetup<'_> {
         let nested = self.nested && self.kvm.check_extension(Cap::NestedState);
         let msrs = cpu::msrs::changeable(listed.as_slice());
         let mut state = VcpuState::read(fd, &msrs, nested)?;
-        // The TSC goes on by itself. Written as 0 on every vCPU, the TSCs stay in step (KVM's `kvm_synchronize_tsc`).
+        // The TSC has already advanced since power-on. If 0 is written on every vCPU, KVM keeps the TSCs equal
+        // (`kvm_synchronize_tsc`).
         let tsc = state.msrs.iter_mut().filter(|msr| msr.index == cpu::msrs::IA32_TSC);
         tsc.for_each(|msr| msr.data = 0);
         Ok(state)
@@ -112,7 +114,7 @@ impl VcpuSetup<'_> {
             .kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(Error::kvm("read the supported CPUID"))?;
-        // KVM without a known TSC frequency says so by an error; the guest then measures it.
+        // An error means that KVM does not know the TSC frequency. The guest then measures it.
         let tsc_khz = fd.get_tsc_khz().ok().filter(|&khz| khz != 0);
         let tsc_deadline = self.kvm.check_extension(Cap::TscDeadlineTimer);
         let vcpu = cpu::cpuid::Vcpu {
@@ -133,7 +135,7 @@ fn set_cpuid(fd: &VcpuFd, leaves: &[kvm_cpuid_entry2]) -> Result<(), Error> {
 }
 
 impl Vcpu {
-    /// Goes back to the state at power-on, to start at `entry`.
+    /// Puts the vCPU back into its state at power-on, to start at `entry`.
     ///
     /// # Errors
     /// When KVM refuses a part of it.
@@ -143,8 +145,8 @@ impl Vcpu {
         self.start_at(entry)
     }
 
-    /// The boot vCPU (0) starts at `entry`; the others wait for the guest's INIT-SIPI-SIPI, for which KVM resets them
-    /// itself (SDM 3A 9.4).
+    /// Sets the registers of a vCPU that starts. The boot vCPU (0) starts at `entry`. The others wait for the guest's INIT-SIPI-SIPI,
+    /// for which KVM itself resets them (SDM 3A 9.4).
     fn start_at(&self, entry: &Entry) -> Result<(), Error> {
         let fd = &self.fd;
         write_msrs(fd, &cpu::msrs::boot())?;

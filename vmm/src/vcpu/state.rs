@@ -1,9 +1,8 @@
-//! The whole state of a vCPU as a value: read once when KVM has made the vCPU, and written back at a reset, since KVM has no
-//! call that resets a vCPU.
+//! The whole state of a vCPU as a value. It is read once when KVM has made the vCPU, and written back at a reset, because KVM has no
+//! call that resets a vCPU. A save and a restore use it, too.
 //!
-//! The value holds everything that the guest, or KVM on its behalf, may change (`api.rst`, section 4; QEMU saves the same).
-//! Both directions need a vCPU outside the guest; the thread that calls does not matter. The order in which the parts are
-//! written does, and each order has its reason in [`VcpuState::write`].
+//! The value has everything that the guest, or KVM for the guest, may change (`api.rst`, section 4; QEMU saves the same). The vCPU
+//! must be outside the guest; any thread may call. The parts must be written in a certain order: [`VcpuState::write`] says why.
 
 use kvm_bindings::{
     KVM_STATE_NESTED_FORMAT_SVM, KVM_STATE_NESTED_GIF_SET, Msrs, kvm_debugregs, kvm_lapic_state,
@@ -26,20 +25,20 @@ pub(crate) struct VcpuState {
     pub(crate) lapic: kvm_lapic_state,
     events: kvm_vcpu_events,
     mp_state: kvm_mp_state,
-    /// Of the MSRs that guests can change, those that this KVM has, in the order in which they are written.
+    /// The MSRs that a guest can change and this KVM supports, in the order in which they are written.
     pub(crate) msrs: Vec<kvm_msr_entry>,
-    /// `None` where KVM has no nested virtualization.
+    /// `None` if the guest may not run guests of its own, or KVM does not support that.
     nested: Option<Box<KvmNestedStateBuffer>>,
 }
 
 impl VcpuState {
-    /// Reads the state of a vCPU, with those of `msrs` that it has.
+    /// Reads the state of a vCPU, and those of `msrs` that the vCPU has.
     ///
     /// # Errors
     /// When KVM refuses a part of it.
     pub(crate) fn read(fd: &VcpuFd, msrs: &[u32], nested: bool) -> Result<Self, Error> {
         let failed = || Error::kvm("read a vCPU's state");
-        // First: reading it makes KVM act on a pending INIT or SIPI, which changes the registers.
+        // This first, because it makes KVM carry out a pending INIT or SIPI, which changes the registers.
         let mp_state = fd.get_mp_state().map_err(failed())?;
         let nested = if nested {
             let mut state = Box::new(KvmNestedStateBuffer::empty());
@@ -62,7 +61,7 @@ impl VcpuState {
         })
     }
 
-    /// The state of the same vCPU now.
+    /// Reads the present state of the vCPU that `self` was read from.
     ///
     /// # Errors
     /// As [`Self::read`].
@@ -71,17 +70,17 @@ impl VcpuState {
         Self::read(fd, &msrs, self.nested.is_some())
     }
 
-    /// Gives the vCPU this state.
+    /// Puts the vCPU into this state.
     ///
     /// # Errors
     /// When KVM refuses a part of it.
     #[expect(unsafe_code, reason = "KVM reads as much extended state as the vCPU has")]
     pub(crate) fn write(&self, fd: &VcpuFd) -> Result<(), Error> {
         let failed = || Error::kvm("write a vCPU's state");
-        // Reading it makes KVM act on a pending INIT or SIPI, which would otherwise take effect afterwards.
+        // This read makes KVM carry out a pending INIT or SIPI now. Otherwise that would happen after the registers are written.
         fd.get_mp_state().map_err(failed())?;
-        // A guest of the guest is left before the registers are written, which are the guest's own then, and entered after them: KVM
-        // refuses what EFER does not allow.
+        // If the new state is outside of a nested guest, nested mode is left before the registers are written, so that they are
+        // L1's. If it is in a nested guest, nested mode is entered after EFER is written, because KVM checks it against EFER.
         let (idle, busy) = match &self.nested {
             Some(state) if is_idle(state) => (Some(state), None),
             busy => (None, busy.as_ref()),
@@ -95,11 +94,11 @@ impl VcpuState {
         // SAFETY: a vCPU has more state than fits `kvm_xsave` only once its process has asked for dynamic features
         // (`arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM)`), which this one never does.
         unsafe { fd.set_xsave(&self.xsave) }.map_err(failed())?;
-        // Without XSAVE there are none, and KVM takes none.
+        // A CPU without XSAVE has no XCRs, and KVM refuses to set them.
         if self.xcrs.nr_xcrs > 0 {
             fd.set_xcrs(&self.xcrs).map_err(failed())?;
         }
-        // After the special registers, whose APIC base says whether these registers are in x2APIC format.
+        // After the special registers: their APIC base says whether this state is in x2APIC format.
         fd.set_lapic(&self.lapic).map_err(failed())?;
         self.write_changed_msrs(fd)?;
         fd.set_mp_state(self.mp_state).map_err(failed())?;
@@ -107,7 +106,7 @@ impl VcpuState {
         fd.set_debug_regs(&self.debug_registers).map_err(failed())
     }
 
-    /// Writes the MSRs whose value differs from the present one: read-only MSRs never differ, and KVM would refuse them.
+    /// Writes only the MSRs whose value differs from the present one. KVM refuses read-only MSRs, and these never differ.
     fn write_changed_msrs(&self, fd: &VcpuFd) -> Result<(), Error> {
         let indices: Vec<_> = self.msrs.iter().map(|msr| msr.index).collect();
         let now = read_msrs(fd, &indices)?;
@@ -118,7 +117,8 @@ impl VcpuState {
     }
 }
 
-/// Whether the vCPU is not in its guest's guest, nor about to enter or leave it: with SVM that is when GIF is set (APM 2 15.17).
+/// Whether the vCPU is not in a nested guest, and not about to enter or leave one. With SVM that is so when GIF is set (APM 2
+/// 15.17).
 fn is_idle(state: &KvmNestedStateBuffer) -> bool {
     let has_svm = u32::from(state.format) == KVM_STATE_NESTED_FORMAT_SVM;
     u32::from(state.flags) == if has_svm { KVM_STATE_NESTED_GIF_SET } else { 0 }
@@ -147,7 +147,7 @@ pub(crate) fn read_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entr
             Msrs::from_entries(&wanted).map_err(|_| Error::KvmLacks("room for its own MSRs"))?;
         let read = fd.get_msrs(&mut msrs).map_err(Error::kvm("read the MSRs"))?;
         found.extend(msrs.as_slice().iter().take(read));
-        // KVM stops at the first MSR that the vCPU does not have.
+        // KVM stops at the first MSR that the vCPU does not have: go on after that one.
         rest = rest.get(read + 1..).unwrap_or_default();
     }
     Ok(found)

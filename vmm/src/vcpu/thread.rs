@@ -1,9 +1,8 @@
-//! A vCPU's thread, as the machine sees it.
+//! The thread of a vCPU, and the handle by which the machine controls it.
 //!
-//! The machine gives orders and returns at once; the thread carries them out and wakes the main loop when it has left the
-//! guest. While the vCPU is paused it lies in the shared state as a value, so that the machine can read it, change it and put
-//! it back from the main thread ([`VcpuThread::with_paused`]). No order waits: the deadline for leaving the guest belongs to
-//! `Machine`.
+//! The machine gives an order and does not wait. The thread carries the order out, and wakes the main loop when the vCPU has left the
+//! guest. While the vCPU is paused, the [`Vcpu`] lies in the shared state, where the main thread can read and change it
+//! ([`VcpuThread::with_paused`]). `Machine` has the deadline for leaving the guest.
 //!
 //! | state | order or event | next state |
 //! |---|---|---|
@@ -31,14 +30,15 @@ use crate::error::{Error, VcpuError};
 use crate::events::VmEvent;
 use crate::lock;
 
-/// Takes a vCPU out of KVM_RUN. A standard signal, because those are delivered even where the user's quota of queued signals
-/// (RLIMIT_SIGPENDING) is used up; and one that is ignored by default, so that one from outside does no harm.
+/// The signal that takes a vCPU out of KVM_RUN. It is a standard signal, because those are delivered even if the user's limit of
+/// queued signals (RLIMIT_SIGPENDING) is reached. It is one that processes ignore by default, so it does no harm if another process
+/// sends it.
 const KICK: libc::c_int = libc::SIGURG;
 
 enum ThreadState {
     Paused(Box<Vcpu>),
     Running,
-    /// It can run no more. Until the thread ends its vCPU can be read.
+    /// It cannot run any more. The vCPU can be read until the thread ends.
     Finished(Option<Box<Vcpu>>),
 }
 
@@ -52,19 +52,19 @@ enum Order {
 struct Shared {
     state: Mutex<(ThreadState, Order)>,
     ordered: Condvar,
-    /// Whether the order is another one than `Run`. The vCPU's loop looks at it, without the lock, before KVM_RUN and after a kick.
+    /// Whether the order is not `Run`. The vCPU's loop reads it without the lock, before KVM_RUN and after a kick.
     leave: AtomicBool,
 }
 
-/// A vCPU and its thread, `vcpu-N`. Every method but [`VcpuThread::finish`] returns at once. The state's lock is not
-/// held while the vCPU is in the guest, and the kick is sent after it is released.
+/// A vCPU and its thread, `vcpu-N`. Every method but [`VcpuThread::finish`] returns at once. The lock of the state is not held while
+/// the vCPU is in the guest or while a kick is sent.
 pub(crate) struct VcpuThread {
     index: u32,
     id: i32,
     exits: Arc<Exits>,
     pub(super) thread: JoinHandle<()>,
     shared: Arc<Shared>,
-    /// Stays outside the guest when the machine goes on.
+    /// A debugger holds this vCPU: it stays outside the guest when the machine goes on.
     pub(crate) held: bool,
 }
 
@@ -106,17 +106,17 @@ impl VcpuThread {
         }
     }
 
-    /// Asks the vCPU to leave the guest; `has_left` tells when it has.
+    /// Has the vCPU leave the guest. `has_left` is true when it has.
     pub(crate) fn pause(&self) {
         self.order(Order::Pause);
     }
 
-    /// Whether the vCPU is outside the guest with its registers whole: no device access is half done.
+    /// Whether the vCPU is outside the guest, and has completed its last device access, so that its registers can be read.
     pub(crate) fn has_left(&self) -> bool {
         !matches!(lock(&self.shared.state).0, ThreadState::Running)
     }
 
-    /// Runs `act` on the vCPU, which has left the guest, on the caller's thread.
+    /// Calls `act` with the vCPU, which has left the guest, on the caller's thread.
     ///
     /// # Errors
     /// Those of `act`, or the vCPU is in the guest.
@@ -197,7 +197,7 @@ fn next_run(shared: &Shared) -> Option<Box<Vcpu>> {
             Order::Pause => {}
             Order::Run => match std::mem::replace(&mut state.0, ThreadState::Running) {
                 ThreadState::Paused(vcpu) => return Some(vcpu),
-                // It can run no more; the thread waits for its end.
+                // The vCPU cannot run any more. The thread waits for `Finish`.
                 other => state.0 = other,
             },
         }
@@ -218,8 +218,8 @@ pub(crate) fn install_kick_handler() -> io::Result<()> {
     register_signal_handler(KICK, leave_guest).map_err(io::Error::from)
 }
 
-/// The signal interrupts a KVM_RUN under way by itself; `immediate_exit` covers one that is about to begin
-/// (`api.rst`, 5 "immediate_exit").
+/// The handler of the kick. A KVM_RUN that is under way returns EINTR because of the signal. If one is about to begin,
+/// `immediate_exit` makes it return at once (`api.rst`, 5 "immediate_exit").
 #[expect(unsafe_code, reason = "a signal handler reaches the kvm_run page by a raw pointer")]
 extern "C" fn leave_guest(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     let page = KVM_RUN_PAGE.get();
