@@ -43,7 +43,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ),
     ("save: increments", &["vmm/src/snapshot/increments.rs", "vmm/src/snapshot/page_set.rs"]),
     ("save: memory held still", &["vmm/src/snapshot/held_memory.rs"]),
-    ("restore", &["vmm/src/snapshot/description.rs", "vmm/src/snapshot/description.rs"]),
+    ("restore", &["vmm/src/snapshot/description.rs", "vmm/src/snapshot/incoming.rs"]),
     ("save and restore", &["vmm/src/snapshot", "vmm/src/machine/save_task.rs"]),
     ("save in QMP", &["vmm/src/control/deferred.rs", "vmm/src/control/migration.rs"]),
     ("disk keys", &["cli/src/arguments/disk.rs", "cli/src/arguments/throttling.rs"]),

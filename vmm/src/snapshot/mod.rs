@@ -1,4 +1,4 @@
-//! Save and restore: writes a machine that stands still to a file, and makes a machine from such a file.
+//! Save and restore: writes a machine that stands still to a file, and makes a machine from that file.
 //!
 //! This folder is a capability. A save hooks in as a task of the machine (`machine::save_task`), which `control::migration` begins. A
 //! restore is the builder's second way to start: an [`Incoming`] machine. The chapter is `vmm/docs/stop-reset-save.md`.
