@@ -1,8 +1,8 @@
 //! Checks the header of a qcow2 image before imago sees it, and says what cannot be used and why.
 //!
-//! imago believes the header: it allocates as much memory for tables as the header asks for, and searches for free clusters
-//! without end where the refcount table counts nothing. So sizes are checked here, with the limits of QEMU's block/qcow2.h,
-//! and features that imago does not have are refused by name. The fields are those of QEMU's docs/interop/qcow2.txt.
+//! imago believes the header: it allocates as much memory for tables as the header asks for, searches for free clusters
+//! without end where the refcount table counts nothing, and panics at a table of feature names that ends within an entry. So sizes are
+//! checked here, with the limits of QEMU's block/qcow2.h, and features that imago does not have are refused by name. The fields are those of QEMU's docs/interop/qcow2.txt.
 
 use std::io;
 
@@ -21,9 +21,11 @@ pub(super) const FEATURES_END: u64 = 104;
 pub(super) const L1_MAX: u64 = 4 << 20;
 /// Most bytes of the refcount table.
 const REFCOUNT_TABLE_MAX: u64 = 8 << 20;
-/// Where the header extensions end at the latest, for what is looked for here.
-const EXTENSIONS_END: u64 = 4096;
+/// Types of header extensions.
 const BACKING_FORMAT: u64 = 0xe279_2aca;
+const FEATURE_NAMES: u64 = 0x6803_f857;
+/// Bytes of an entry in the table of feature names: type, bit and name.
+const FEATURE_NAME: usize = 48;
 /// Incompatible feature bits: closed without writing the refcounts; found corrupt.
 pub(super) const DIRTY: u64 = 1;
 pub(super) const CORRUPT: u64 = 2;
@@ -64,7 +66,7 @@ pub(super) fn check(file: &HostFile, writable: bool) -> Result<Header, OpenReaso
         })?;
         Ok::<_, OpenReason>(bytes)
     };
-    let header = read(0, EXTENSIONS_END)?;
+    let header = read(0, FEATURES_END)?;
     if header.len() < HEADER_SIZE || header[..4] != MAGIC {
         return Err(OpenReason::NotQcow2);
     }
@@ -79,12 +81,23 @@ pub(super) fn check(file: &HostFile, writable: bool) -> Result<Header, OpenReaso
         return Err(OpenReason::Qcow2(damaged("its refcount table does not count the header")));
     }
     let version = word(&header, 4);
-    let extensions = if version >= 3 { word(&header, 100) } else { HEADER_SIZE as u64 };
+    let extensions_start = if version >= 3 { word(&header, 100) } else { HEADER_SIZE as u64 };
+    let first_cluster = read(0, 1 << cluster_bits)?;
+    let mut backing_format = None;
+    for (kind, data) in extensions(&first_cluster, extensions_start as usize) {
+        match kind {
+            BACKING_FORMAT => backing_format = String::from_utf8(data.to_vec()).ok(),
+            FEATURE_NAMES if !data.len().is_multiple_of(FEATURE_NAME) => {
+                return Err(OpenReason::Qcow2(damaged("its table of feature names is damaged")));
+            }
+            _ => {}
+        }
+    }
     Ok(Header {
         version,
         cluster: 1 << cluster_bits,
         has_snapshots: word(&header, 60) != 0,
-        backing_format: backing_format(&header, extensions),
+        backing_format,
     })
 }
 
@@ -132,20 +145,14 @@ fn check_tables(header: &[u8], cluster_bits: u64) -> io::Result<()> {
     }
 }
 
-/// Looks for the format of the backing file in the header extensions, which start at `at`.
-fn backing_format(header: &[u8], mut at: u64) -> Option<String> {
-    loop {
-        let (kind, length) = (word(header, at as usize), word(header, at as usize + 4));
-        let start = at as usize + 8;
-        match kind {
-            0 => return None,
-            BACKING_FORMAT => {
-                let name = header.get(start..start + length as usize)?;
-                return String::from_utf8(name.to_vec()).ok();
-            }
-            _ => at = (at + 8 + length).next_multiple_of(8),
-        }
-    }
+/// The types and the data of the header extensions, which start at `at`, as far as they are in the first cluster.
+fn extensions(first_cluster: &[u8], mut at: usize) -> impl Iterator<Item = (u64, &[u8])> {
+    std::iter::from_fn(move || {
+        let (kind, length) = (word(first_cluster, at), word(first_cluster, at + 4) as usize);
+        let data = first_cluster.get(at + 8..at + 8 + length)?;
+        at += 8 + length.next_multiple_of(8);
+        (kind != 0).then_some((kind, data))
+    })
 }
 
 /// An error that says what is wrong with the image.

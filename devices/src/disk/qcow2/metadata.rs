@@ -36,6 +36,9 @@ const COMPRESSED: u64 = 1 << 62;
 
 /// Most clusters of metadata that are kept track of: the largest tables that QEMU allows have fewer.
 const MAX_CLUSTERS: usize = 8 << 20;
+/// Most clusters of the snapshot table and of the L1 tables that it names. They take no room in the file if it ends before them, but
+/// some 40 MiB of memory here. A terabyte in clusters of 4 KiB can have 1,000 snapshots.
+const MAX_SNAPSHOT_CLUSTERS: u64 = 1 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -251,19 +254,26 @@ impl Metadata {
         if count > 65536 {
             return Err(damaged("it has more than 65536 snapshots"));
         }
-        let mut at = start;
+        let (mut at, mut clusters) = (start, 0);
         for _ in 0..count {
             let entry = read(file, at, 40)?;
             let (l1, entries) = (header::long(&entry, 0), header::word(&entry, 8));
             if entries > header::L1_MAX {
                 return Err(damaged("the L1 table of a snapshot is larger than 32 MiB"));
             }
+            let names = header::word(&entry, 12) >> 16;
+            let names = names + (header::word(&entry, 12) & 0xffff);
+            let length = 40 + header::word(&entry, 36) + names;
+            clusters += (entries * 8 + length).div_ceil(self.cluster_size() as u64);
+            if clusters > MAX_SNAPSHOT_CLUSTERS {
+                return Err(damaged(&format!(
+                    "its snapshots have tables of more than {MAX_SNAPSHOT_CLUSTERS} clusters"
+                )));
+            }
             if entries > 0 {
                 self.add_range(l1, entries * 8, Kind::Snapshot)?;
             }
-            let names = header::word(&entry, 12) >> 16;
-            let names = names + (header::word(&entry, 12) & 0xffff);
-            at = (at + 40 + header::word(&entry, 36) + names).next_multiple_of(8);
+            at = (at + length).next_multiple_of(8);
         }
         if count > 0 { self.add_range(start, at - start, Kind::Snapshot) } else { Ok(()) }
     }

@@ -257,3 +257,50 @@ fn images_are_resized_as_far_as_their_format_goes() {
         qemu_img_ok(&["check", text(&path)]);
     }
 }
+
+/// imago panics at a table of feature names that ends in the first byte of an entry.
+#[test]
+fn a_table_of_feature_names_has_whole_entries() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image");
+    let Some(good) = image(&path) else { return };
+    let first = u32::from_be_bytes(*good[100..].first_chunk().unwrap()) as usize;
+    for (at, length) in [(first, 1_u32), (first, 49), (8192, 1)] {
+        let mut crafted = good.clone();
+        // One that no program knows fills the space before it.
+        let filler =
+            [[0xde, 0xad, 0xbe, 0xef], ((at - first).saturating_sub(8) as u32).to_be_bytes()];
+        crafted[first..first + 8].copy_from_slice(filler.as_flattened());
+        let names = [0x6803_f857_u32.to_be_bytes(), length.to_be_bytes()];
+        crafted[at..at + 8].copy_from_slice(names.as_flattened());
+        crafted[at + 8..at + 72].fill(0);
+        fs::write(&path, crafted).unwrap();
+        for read_only in [false, true] {
+            let error = refusal(&OpenOptions { read_only, ..unlocked(&path) });
+            assert!(error.contains("its table of feature names is damaged"), "{at}: {error}");
+        }
+    }
+}
+
+/// A file of a few hundred bytes a snapshot would take hundreds of megabytes of memory otherwise.
+#[test]
+fn snapshots_that_claim_more_than_any_image_has_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image");
+    let Some(good) = image(&path) else { return };
+    let (count, table) = (2100_u32, good.len().next_multiple_of(CLUSTER as usize));
+    // Disjoint L1 tables of 32 MiB each.
+    let mut crafted = good;
+    crafted[60..64].copy_from_slice(&count.to_be_bytes());
+    put(&mut crafted, 64, table as u64);
+    crafted.resize(table, 0);
+    for snapshot in 0..u64::from(count) {
+        let mut entry = [0; 40];
+        put(&mut entry, 0, (1 << 32) + (snapshot << 25));
+        entry[8..12].copy_from_slice(&(4_u32 << 20).to_be_bytes());
+        crafted.extend_from_slice(&entry);
+    }
+    fs::write(&path, crafted).unwrap();
+    let error = refusal(&unlocked(&path));
+    assert!(error.contains("its snapshots have tables of more than"), "{error}");
+}
