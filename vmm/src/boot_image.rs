@@ -92,7 +92,7 @@ impl BootFile {
                 .read_exact_volatile_from(address, &mut file, (range.length - done) as usize)
                 .map_err(into_io)
         });
-        copied.map_err(|source| self.unreadable(source))
+        copied.or_else(|source| self.check_unchanged().and(Err(self.unreadable(source))))
     }
 
     fn unsuitable(&self, source: boot::Error) -> Error {

@@ -251,6 +251,17 @@ fn pages_that_are_gone_before_they_are_copied_are_an_error() {
 }
 
 #[test]
+fn a_file_that_shrinks_while_it_is_copied_was_changed() {
+    let rig = rig(&kernel_file(), None);
+    let path = file_with(&[7; 0x3000]);
+    let initrd = BootFile::open("--initrd", &path).unwrap();
+    write(&path).unwrap().set_len(0x1000).unwrap();
+    let range = FileRange { offset: 0, length: 0x3000, address: ADDRESS };
+    let error = initrd.copy(&rig.memory, &range, 0).unwrap_err().to_string();
+    assert!(error.contains("the file was changed after minivmm opened it"), "{error}");
+}
+
+#[test]
 fn a_kernel_that_cannot_be_read_says_why() {
     let kernel = BootFile::open("--kernel", Path::new("/proc/self/mem")).unwrap();
     let spec =
