@@ -28,9 +28,9 @@ pub(crate) const HELP: &str = "Disk keys, with QEMU's names:
   werror=report|ignore|stop|enospc    the same for writes; enospc pauses if the host has no space left and reports any
                                 other error [enospc with --qmp, report without]
   backing=on|off                allow a qcow2 image to open its backing files [off]
-  fault=KIND[:WORD]...          fail on order: error, torn, lost, flip, delay, hang or misdirected, of the requests that
-                                the words choose; may be repeated; a wrong word lists them all; none: `minivmm ctl`
-                                adds them
+  fault=KIND[:WORD]...          inject faults: error, torn, lost, flip, delay, hang or misdirected; the words choose the
+                                requests (an unknown word prints them all); may be repeated; with none, the disk has
+                                no fault until `minivmm ctl` adds one
   log-writes=FILE               log what the guest writes, for `minivmm powercut` and xfstests' replay-log [none]
   scsi=on|off                   pass the guest's SCSI commands to the host's SCSI disk at PATH [off]
   num-queues=N                  request queues [one for each vCPU]

@@ -66,25 +66,27 @@ struct GuestOptions {
 
     /// Appended to the default kernel command line; later words override earlier ones. May be repeated.
     ///
-    /// A default word whose key appears here, such as root= or console=, is left out. --verbose prints the whole command line.
+    /// If a word here has the same key as a default word, such as root= or console=, the default word is left out. --verbose prints the
+    /// whole command line.
     #[arg(long, value_name = "WORDS", allow_hyphen_values = true, value_parser = text(|words| Ok(words.to_owned())))]
     cmdline: Vec<String>,
 
     #[allow(rustdoc::broken_intra_doc_links, reason = "brackets are what the help prints")]
     /// Start a saved machine: file:PATH[,map=auto|on|off][,clock=stopped|host][,disks=checked|unchecked][,paths=given|saved].
     ///
-    /// What the guest sees comes from the file. Give each disk's image again, by --disk with the id= of the saved disk, and --kernel if
-    /// the guest is to be reset later; or, if you trust the file's author, paths=saved: open what the file names. map=: map
-    /// memory from the file, which is protected from changes then, or copy it. clock=host: the guest finds the host's time, else that of
-    /// the save. disks=unchecked: take images that were changed after the save. With defer[,KEY=VALUE]... a control client names the
-    /// file by migrate-incoming.
+    /// The guest's machine comes from the file. Give the image of each disk again, by --disk with the id= of the saved disk. Give --kernel
+    /// if the guest is to be reset later. If you trust the author of the file, paths=saved opens the images and the kernel that it names
+    /// instead. map=on maps memory from the file, and keeps other programs from changing the file; map=off copies memory. With clock=host
+    /// the guest's time goes on to the host's; otherwise it goes on from the save. disks=unchecked accepts images that were changed after
+    /// the save. With defer[,KEY=VALUE]... a control client names the file by migrate-incoming.
     #[arg(long, value_name = "file:PATH[,KEY=VALUE]...", value_parser = os_text(incoming::parse),
           conflicts_with_all = ["cmdline", "memory", "hugepages", "cpus", "acpi", "debug_exit", "exec"])]
     incoming: Option<IncomingOption>,
 
     /// A disk, /dev/vda first: PATH[,key=value...]; the keys are listed below. May be repeated.
     ///
-    /// A directory becomes an ext4 image, a copy: read-only, or with snapshot=on for the guest to change until the end.
+    /// If PATH is a directory, the guest gets a copy of it as an ext4 image. The copy is read-only; with snapshot=on the guest may change
+    /// it, and the changes are lost at the end.
     #[arg(long = "disk", value_name = "PATH[,KEY=VALUE]...", value_parser = os_text(DiskOption::parse))]
     disks: Vec<DiskOption>,
 }
@@ -118,7 +120,7 @@ struct MachineOptions {
 
     /// Describe the machine by ACPI tables; `off` gives an MPTable and virtio_mmio.device= words instead.
     ///
-    /// `off` is for kernels without ACPI; they cannot power off by themselves.
+    /// `off` is for kernels without ACPI. The guest then cannot power off by itself.
     #[arg(long, value_name = "on|off", default_value = "on", value_parser = text(value::switch), action = clap::ArgAction::Set)]
     acpi: bool,
 
@@ -132,27 +134,27 @@ struct MachineOptions {
 struct ControlOptions {
     /// The serial console: stdio, stderr, file:PATH[,max=SIZE], pty, unix:PATH or none; a second one is the guest's ttyS1.
     ///
-    /// A pty's name is printed. A socket takes one client at a time. With none the guest has no serial port. The default is stdio,
-    /// and stderr with --exec.
+    /// With pty, the name of the pseudo-terminal is printed. A socket takes one client at a time. With none the guest has no serial port.
+    /// The default is stdio, or stderr with --exec.
     #[arg(long = "console", value_name = "WHERE", value_parser = os_text(value::console))]
     consoles: Vec<ConsoleConfig>,
 
-    /// Run a command in the guest instead of its init: its output is minivmm's, and its exit status, too.
+    /// Run a shell command in the guest instead of its init: its output and its exit status become those of minivmm.
     ///
-    /// The root disk's /bin/sh runs it, with empty input. Its standard error and the kernel's log go to the console.
+    /// /bin/sh on the root disk runs the command, with empty input. Standard error and the kernel's log go to the console.
     #[arg(long, value_name = "COMMAND", allow_hyphen_values = true)]
     exec: Option<OsString>,
 
     /// Listen for control clients that speak QMP: unix:PATH, a socket that only this user can open.
     ///
-    /// `minivmm ctl` is a client for people; programs send JSON.
+    /// `minivmm ctl` is a client for the shell.
     #[arg(long, value_name = "unix:PATH", value_parser = os_text(value::socket))]
     qmp: Option<PathBuf>,
 
     /// Listen for a debugger that speaks GDB's remote protocol: unix:PATH or tcp:127.0.0.1:PORT.
     ///
-    /// gdb connects by `target remote`. The guest stops as soon as it does. A debugger controls the guest, and any user of the
-    /// host can connect to a port.
+    /// gdb connects by `target remote`, and the guest stops. Any user of the host can connect to a TCP port, and a debugger controls the
+    /// whole guest.
     #[arg(long, value_name = "WHERE", value_parser = os_text(value::gdb))]
     gdb: Option<GdbConfig>,
 
@@ -164,13 +166,13 @@ struct ControlOptions {
     #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = text(value::duration))]
     timeout: Option<Duration>,
 
-    /// How long a stop, a reset or the end waits for a disk whose host does not answer.
+    /// How long a stop, a save, a reset or the end waits for a disk whose host does not answer.
     #[arg(long, value_name = "TIME", default_value = "30s", allow_hyphen_values = true, value_parser = text(value::duration))]
     stop_timeout: Duration,
 
     /// Open I/O port 0xf4: a byte that the guest writes there becomes the exit status.
     ///
-    /// A guest that powers off or reboots without writing one ends with exit status 4.
+    /// If the guest powers off or reboots without writing a byte, the exit status is 4.
     #[arg(long)]
     debug_exit: bool,
 }
@@ -192,51 +194,51 @@ struct ProcessOptions {
 
     /// The directory that QMP's migrate to file:PATH may save the VM to while it is confined (see --sandbox).
     ///
-    /// `minivmm ctl SOCKET save` does not need it: it opens the file itself and hands it over.
+    /// `minivmm ctl SOCKET save` does not need this: it opens the file itself, and passes the descriptor to the VM.
     #[arg(long, value_name = "DIR")]
     save_directory: Option<PathBuf>,
 
     /// When the guest panics or triple faults, write its memory and registers to this file, an ELF core.
     ///
-    /// gdb and crash open it. The file is made at the start, empty. An older dump is replaced when there is a new one, any other file
-    /// is refused.
+    /// gdb and crash open it. The file is created empty at the start. If it has a dump already, only a new dump replaces that. A file with
+    /// other content is refused.
     #[arg(long, value_name = "FILE")]
     dump_on_panic: Option<PathBuf>,
 
-    /// Give up, before the guest runs, all that running it does not need: on, off or log.
+    /// Before the guest runs, give up all rights that minivmm does not need to run it: on, off or log.
     ///
-    /// Each thread keeps only the system calls that it needs, and no way to open a file. A forbidden system call ends the VM; with
-    /// log the host's kernel logs it instead. What the host does not support is left out, with a warning. With ,spawn=allow one thread
-    /// may start a child process, which a background save needs.
+    /// Each thread keeps only the system calls that it needs, and cannot open a file. A forbidden system call ends the VM; with log the
+    /// host's kernel logs and allows it. If the host does not support a part of this, a warning says so. With ,spawn=allow one thread may
+    /// start a child process, which a background save needs.
     #[arg(long, value_name = "on|off|log[,spawn=allow]", default_value = "on", value_parser = text(value::sandbox))]
     sandbox: (SandboxMode, bool),
 
     /// Become this user and group before the guest runs: UID:GID.
     ///
-    /// For a minivmm that root starts. Files, sockets and /dev/kvm are opened before, as root. The sockets are removed at the end if the
-    /// user may write to their directories.
+    /// Only root can use this. Files, sockets and /dev/kvm are opened before that, as root. The sockets are removed at the end if the user
+    /// may write to their directories.
     #[arg(long, value_name = "UID:GID", value_parser = text(value::user))]
     user: Option<(u32, u32)>,
 
     /// Print the machine that the other options describe, and do not run it: as text, or with =svg as a picture of memory and threads.
     ///
-    /// Memory map, tables, registers at the kernel's entry, command line, disks, threads, descriptors, and the system calls that each
-    /// thread may make. The machine is built for that, but no socket is bound and no console's file created.
+    /// It prints the memory map, tables, registers at the kernel's entry, command line, disks, threads, descriptors, and the system calls
+    /// that each thread may make. It builds the machine for that, but binds no socket, and creates no file of a console.
     #[arg(long, value_name = "text|svg", num_args = 0..=1, require_equals = true, default_missing_value = "text", value_parser = text(value::explain), conflicts_with = "incoming")]
     explain: Option<ExplainFormat>,
 
     #[allow(rustdoc::broken_intra_doc_links, reason = "brackets are what the help prints")]
     /// Record trace events: [enable=]PATTERN[,...][,file=PATH][,format=text|json|perfetto]. May be repeated.
     ///
-    /// The names are QEMU's where QEMU has the event; `minivmm --trace help` lists them. A pattern may have * and ?, and with - in front it
-    /// switches events off. Without a file the text goes to standard error. ui.perfetto.dev opens a file of format=perfetto. A control
-    /// client can change what is on, by trace-event-set-state.
+    /// Events that QEMU has, too, have its names; `minivmm --trace help` lists all. A pattern may have * and ?. A - in front of a pattern
+    /// turns its events off. Without file= the text goes to standard error. ui.perfetto.dev opens a file of format=perfetto. A control client
+    /// turns events on and off by trace-event-set-state.
     #[arg(long = "trace", value_name = "PATTERN[,KEY=VALUE]...", allow_hyphen_values = true, value_parser = os_text(trace::parse))]
     traces: Vec<TraceOptions>,
 
-    /// Log what minivmm does.
+    /// Log what minivmm does, such as the kernel command line that it uses.
     ///
-    /// Among it the kernel command line. Warnings and errors are printed without this option, too.
+    /// Warnings and errors are printed without this option, too.
     #[arg(long, short)]
     verbose: bool,
 }

@@ -78,7 +78,7 @@ enum Command {
         #[arg(long)]
         shrink: bool,
     },
-    /// Limit a disk's speed; limits that are not named are lifted.
+    /// Limit a disk's speed. Limits that are not given are removed.
     Throttle {
         /// The disk's name, such as vda.
         disk: String,
@@ -86,16 +86,16 @@ enum Command {
         #[arg(value_name = "LIMIT=N")]
         limits: Vec<String>,
     },
-    /// Make a disk fail on order: add a rule and print its number, or remove rules.
+    /// Inject faults into a disk: add a rule and print its number, or remove rules.
     ///
-    /// The disk was started with fault=, perhaps with fault=none. `minivmm --help` has the form of a rule.
+    /// This needs a disk with the key fault=, such as fault=none. `minivmm --help` has the form of a rule.
     Fault {
         /// The disk's name, such as vda.
         disk: String,
         /// The rule, as for fault=, such as hang:read.
         #[arg(required_unless_present = "remove")]
         rule: Option<String>,
-        /// Remove the rule of this number, or `all`. What it holds back completes.
+        /// Remove the rule with this number, or `all`. Requests that it holds back complete.
         #[arg(long, value_name = "NUMBER", conflicts_with = "rule", value_parser = text(rules))]
         remove: Option<Rules>,
     },
@@ -105,19 +105,19 @@ enum Command {
     ///
     /// The VM stands still meanwhile, and goes on afterwards if it ran before. With --background it stands still for a moment only.
     Save {
-        /// The file. An older saved machine of that name is replaced, any other file is not.
+        /// The file. If it is a saved machine, it is replaced. Any other file is refused.
         path: PathBuf,
         /// End the VM once it is saved.
         #[arg(long)]
         quit: bool,
-        /// Let the VM go on while it is written. The VM was started with --sandbox on,spawn=allow.
+        /// Let the VM go on while its memory is written. It must have been started with --sandbox on,spawn=allow.
         ///
-        /// A VM with disks that it writes to must be stopped: copy their images during the save, then resume it.
+        /// If the VM has writable disks, pause it first, copy their images during the save, and then resume it.
         #[arg(long, conflicts_with = "quit")]
         background: bool,
-        /// Write only what changed since the VM came from a file (--incoming file:BASE), which must stay as it is.
+        /// Write only what changed since the VM was restored (--incoming file:BASE). BASE must not be changed or removed afterwards.
         ///
-        /// The VM has its memory mapped from that file. It may be an increment, too, on up to 16 files in all.
+        /// The memory of the VM must be mapped from BASE. BASE may be an increment itself, with up to 16 files in the chain.
         #[arg(long)]
         incremental: bool,
     },

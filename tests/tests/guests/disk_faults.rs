@@ -1,4 +1,4 @@
-//! Faults on order (`fault=`) as a Linux guest sees them.
+//! Injected faults (`fault=`) as a Linux guest sees them.
 
 use std::time::Duration;
 

@@ -56,7 +56,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("direct I/O", &["devices/src/disk/bounce.rs", "devices/src/disk/direct.rs"]),
     ("directory disks", &["cli/src/directory_disk.rs"]),
     (
-        "faults on order",
+        "injected faults",
         &[
             "devices/src/disk/injected_faults",
             "vmm/src/control/fault_commands.rs",

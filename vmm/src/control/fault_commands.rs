@@ -1,4 +1,4 @@
-//! The QMP commands about faults on order (`fault=` of a disk), which QEMU does not have.
+//! The QMP commands about injected faults (`fault=` of a disk), which QEMU does not have.
 
 use devices::disk::injected_faults::{self, BadFault, CountedRule, FaultRule, Faults, RULES_MAX};
 use serde_json::{Value, json};

@@ -1,4 +1,4 @@
-//! Faults on order hit the requests that they are for, and do what they are called.
+//! Injected faults hit the requests that their rules choose, and have the effect that their kind names.
 
 use std::collections::HashMap;
 use std::fs;
