@@ -25,8 +25,11 @@ const IDTR: u64 = TABLES + 0x510;
 /// The CPL 0 stack's top; that of CPL 3 lies below.
 const STACK: u64 = 0x9_0000;
 
-/// Jobs that fit behind the parameters.
-const JOBS_MAX: usize = 63;
+/// Bytes of a job's parameters, and the jobs that fit behind the others.
+const JOB: usize = 96;
+const JOBS_MAX: usize = (0x1000 - 32) / JOB;
+/// Where a job's three ranks are.
+const RANKS: u64 = 64;
 const INVALID_OPCODE: usize = 6;
 
 core::arch::global_asm!(
@@ -91,8 +94,19 @@ pub const MINIVMM: Windows =
 /// QEMU's microvm (`hw/i386/microvm.c`).
 pub const MICROVM: Windows = Windows { first: 0xfeb0_0000, stride: 512, count: 24 };
 
-/// A PVH kernel that prints 'R' when it runs, does `jobs` on a disk of `capacity` bytes (a power of two), prints a line of
-/// TSC ticks and notifications (hexadecimal) for each, then "E"; and spins. A line that begins with F tells of a failure.
+/// The shares of a job's requests whose longest latency the guest prints.
+pub const QUANTILES: [f64; 3] = [0.5, 0.99, 0.999];
+
+/// The latency, in TSC ticks, in the middle of a bucket: each power of two has 16 of them, for the ticks + 16.
+#[must_use]
+pub fn bucket_ticks(bucket: u32) -> f64 {
+    let (octave, step) = (bucket / 16, bucket % 16);
+    (f64::from(step) + 16.5) * f64::from(octave).exp2() - 16.0
+}
+
+/// A PVH kernel that prints 'R' when it runs, and does `jobs` on a disk of `capacity` bytes (a power of two). For each it prints a
+/// line of hexadecimal numbers: TSC ticks, notifications, and the bucket of each quantile's latency; then "E"; and it spins.
+/// A line that begins with F tells of a failure.
 pub fn kernel(windows: Windows, jobs: &[Job], capacity: u64) -> Vec<u8> {
     assert!(jobs.len() <= JOBS_MAX);
     let start = &raw const poll_start;
@@ -114,7 +128,7 @@ pub fn kernel(windows: Windows, jobs: &[Job], capacity: u64) -> Vec<u8> {
     for (word, at) in words.into_iter().zip((PARAMETERS..).step_by(8)) {
         put(at, &word.to_le_bytes());
     }
-    for (job, at) in jobs.iter().zip((PARAMETERS + 32..).step_by(64)) {
+    for (job, at) in jobs.iter().zip((PARAMETERS + 32..).step_by(JOB)) {
         let block = u64::from(job.block);
         put(at, &u32::from(job.write).to_le_bytes());
         put(at + 4, &[if job.write { 0 } else { 2 }]);
@@ -126,6 +140,8 @@ pub fn kernel(windows: Windows, jobs: &[Job], capacity: u64) -> Vec<u8> {
         {
             put(at + field, &value.to_le_bytes());
         }
+        let ranks = QUANTILES.map(|quantile| (job.requests as f64 * quantile).ceil() as u64);
+        put(at + RANKS, &ranks.map(u64::to_le_bytes).concat());
     }
     image::pvh_code(&memory, entry)
 }

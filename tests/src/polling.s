@@ -11,6 +11,9 @@
 .set USED, 0x202000
 .set HEADERS, 0x203000                  # 16 bytes a slot
 .set STATUSES, 0x204000                 # a byte a slot
+.set STAMPS, 0x205000                   # 8 bytes a slot: the TSC when its request was made
+.set LATENCIES, 0x206000                # 4 bytes a bucket: how many requests took so long
+.set BUCKETS, 960
 .set DATA, 0x400000                     # 128 KiB a slot
 .set SLOTS, 32
 .set USED_EVENT, AVAILABLE + 4 + 2 * QUEUE_SIZE
@@ -52,9 +55,11 @@ poll_long_mode:
 # ---- CPL 3 --------------------------------------------------------------------------------------------------------
 # %rdi the device's registers, %r15 PARAMETERS, %r14 the job; per job: %r13 requests to submit, %r12 to complete,
 # %bx available index, %r10w the one last published, %bp used index, %r11 random state.
-# PARAMETERS: first register window, stride, windows, jobs (8 bytes each); then the jobs, 64 bytes each:
+# PARAMETERS: first register window, stride, windows, jobs (8 bytes each); then the jobs, JOB bytes each:
 #  0 type  4 data descriptor's flags  8 bytes  12 depth  16 requests  24 random  32 position mask  40 sectors a position
-#  and back: 48 TSC ticks  56 notifications
+#  64 three numbers of requests, growing
+#  and back: 48 TSC ticks  56 notifications  64 for each number the bucket by whose latency so many were answered
+.set JOB, 96
 
 .macro die code
     movl $\code, %eax
@@ -139,6 +144,7 @@ poll_job:
     movq 16(%r14), %r13
     movq %r13, %r12
     movq $0, 56(%r14)
+    call poll_forget
     rdtsc
     shlq $32, %rdx
     orq %rdx, %rax
@@ -161,6 +167,7 @@ poll_wait:
     je 3f
     die 4
 3:  movb $0xff, STATUSES(%rcx)
+    call poll_latency
     incl %ebp
     decq %r12
     testq %r13, %r13
@@ -176,7 +183,8 @@ poll_wait:
     orq %rdx, %rax
     subq 48(%r14), %rax
     movq %rax, 48(%r14)
-    addq $64, %r14
+    call poll_ranks
+    addq $JOB, %r14
     decq %r9
     jnz poll_job
     xorl %eax, %eax
@@ -207,6 +215,48 @@ poll_submit:                            # slot %ecx
     andl $(QUEUE_SIZE - 1), %eax
     movw %cx, AVAILABLE + 4(,%rax,2)
     incl %ebx
+    rdtsc
+    movl %eax, STAMPS(,%rcx,8)
+    movl %edx, STAMPS + 4(,%rcx,8)
+    ret
+
+poll_latency:                           # slot %ecx: 16 buckets for each power of two, of the ticks + 16
+    rdtsc
+    shlq $32, %rdx
+    orq %rax, %rdx
+    subq STAMPS(,%rcx,8), %rdx
+    addq $16, %rdx
+    movl %ecx, %esi
+    bsrq %rdx, %rcx
+    subl $4, %ecx
+    shrq %cl, %rdx                      # 16 to 31
+    shll $4, %ecx
+    leal -16(%rcx,%rdx), %edx
+    incl LATENCIES(,%rdx,4)
+    movl %esi, %ecx
+    ret
+
+poll_forget:
+    movl $BUCKETS, %ecx
+0:  movl $0, LATENCIES - 4(,%rcx,4)
+    decl %ecx
+    jnz 0b
+    ret
+
+poll_ranks:                             # the job's three numbers: the last bucket of each
+    movl $-1, %edx
+    xorl %eax, %eax
+    xorl %ecx, %ecx
+0:  cmpq 64(%r14,%rcx,8), %rax
+    jae 1f
+    incl %edx
+    movl LATENCIES(,%rdx,4), %esi
+    addq %rsi, %rax
+    jmp 0b
+1:  movq %rdx, 64(%r14,%rcx,8)
+    incl %ecx
+    cmpl $3, %ecx
+    jb 0b
     ret
 
 poll_publish:
@@ -245,15 +295,17 @@ poll_end:                               # %eax 0: the results; else what failed
     jmp 2f
 0:  leaq 32 + 48(%r15), %r14
     movq 24(%r15), %r9
-1:  movq (%r14), %rbx
+1:  xorl %esi, %esi                     # five numbers
+4:  movq (%r14,%rsi,8), %rbx
     call poll_hex
     movb $' ', %al
     call poll_put
-    movq 8(%r14), %rbx
-    call poll_hex
+    incl %esi
+    cmpl $5, %esi
+    jb 4b
     movb $'\n', %al
     call poll_put
-    addq $64, %r14
+    addq $JOB, %r14
     decq %r9
     jnz 1b
     movb $'E', %al

@@ -17,7 +17,7 @@ use crate::results::{Key, Results};
 use crate::{FILE_SIZE, Options, fill};
 
 #[path = "../../../../devices/tests/support/mod.rs"]
-mod support;
+pub(crate) mod support;
 
 pub(crate) const RATE: &str = "thousands a second";
 
@@ -108,16 +108,28 @@ pub(crate) fn run(options: &Options, results: &mut Results) {
 
 /// Sectors in the job's order, without end.
 fn sectors(job: &Job) -> impl FnMut() -> u64 {
-    let blocks = FILE_SIZE / u64::from(job.block);
-    let (mut state, random, block) = (0x9e37_79b9_7f4a_7c15_u64, job.random, u64::from(job.block));
+    let mut at_random = random_sectors(0, job.block);
+    let (random, block) = (job.random, u64::from(job.block));
     let mut next = 0;
+    move || {
+        if random {
+            return at_random();
+        }
+        next += 1;
+        next % (FILE_SIZE / block) * block / 512
+    }
+}
+
+/// Sectors of blocks of so many bytes at random, without end.
+pub(crate) fn random_sectors(seed: u64, block: u32) -> impl FnMut() -> u64 {
+    let block = u64::from(block);
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64.wrapping_add(seed);
     move || {
         // xorshift64
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        next += 1;
-        (if random { state } else { next }) % blocks * block / 512
+        state % (FILE_SIZE / block) * block / 512
     }
 }
 

@@ -84,7 +84,8 @@ pub(crate) fn file(
 /// The latencies that are reported. Their first is the mean, and the others are percentiles, as fio names them.
 pub(crate) const LATENCIES: [&str; 4] =
     ["mean latency, us", "p50 latency, us", "p99 latency, us", "p99.9 latency, us"];
-const PERCENTILES: [&str; 3] = ["50.000000", "99.000000", "99.900000"];
+pub(crate) const QUANTILES: [&str; 3] = [LATENCIES[1], LATENCIES[2], LATENCIES[3]];
+pub(crate) const PERCENTILES: [&str; 3] = ["50.000000", "99.000000", "99.900000"];
 
 /// What a job achieved.
 #[derive(Clone, Copy, Debug)]

@@ -4,6 +4,7 @@
 //! - `bench native`: a guest of our own that polls at native speed, on any /dev/kvm.
 //! - `bench options`: the same guest without the sandbox, and with `--trace`, in each format.
 //! - `bench saved`: a save, a restore, and what clones cost.
+//! - `bench scale`: many disks, and many of these guests at once.
 //! - `bench guests`: Linux and fio, on a CPU with hardware virtualization or in the lab.
 //! - `bench clones`: many clones of a booted Linux at once, on the same.
 //! - `bench report` shows what the others measured, and left in `target/bench`, as one table and a picture.
@@ -32,6 +33,7 @@ mod process;
 mod report;
 mod results;
 mod saved;
+mod scale;
 mod table;
 
 use std::path::{Path, PathBuf};
@@ -72,13 +74,14 @@ fn main() -> ExitCode {
         ["native"] => save("native.json", native::run),
         ["options"] => save(options::PART, options::run),
         ["saved"] => save(saved::PART, saved::run),
+        ["scale"] => save(scale::PART, scale::run),
         ["guests"] => save(guests::PART, guests::run),
         ["clones"] => save(clones::PART, clones::run),
         ["report"] => report::run(),
         ["compare"] => return report::compare(&results::directory().join("previous.json")),
         ["compare", path] => return report::compare(&PathBuf::from(path)),
         _ => panic!(
-            "usage: bench driver|native|options|saved|guests|clones|report|compare [FILE] [--quick] [--repetitions=N]"
+            "usage: bench driver|native|options|saved|scale|guests|clones|report|compare [FILE] [--quick] [--repetitions=N]"
         ),
     }
     ExitCode::SUCCESS

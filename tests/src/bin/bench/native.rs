@@ -4,12 +4,13 @@
 #![expect(unsafe_code, reason = "the time stamp counter has no safe wrapper")]
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use minivmm_tests::polling::{self, Job};
 
+use crate::fio::{PERCENTILES, QUANTILES};
 use crate::monitors::{DiskSetup, Monitor, Setup};
 use crate::process::Process;
 use crate::results::{Key, Results};
@@ -72,10 +73,11 @@ pub(crate) fn run(options: &Options, results: &mut Results) {
             }
             limits(&group(place), image.path(), results);
             for (row, engine, depth) in [(JOBS[0].0, "psync", 1), (JOBS[1].0, "io_uring", 32)] {
-                results.add(
-                    Key::new(&group(place), row, "host's fio", IOPS),
-                    fio(image.path(), engine, depth),
-                );
+                let (iops, latencies) = fio(image.path(), engine, depth);
+                let metrics = [IOPS].into_iter().chain(QUANTILES);
+                for (metric, value) in metrics.zip([iops].into_iter().chain(latencies)) {
+                    results.add(Key::new(&group(place), row, "host's fio", metric), value);
+                }
             }
         }
     }
@@ -97,25 +99,24 @@ fn limits(group: &str, image: &Path, results: &mut Results) {
     }
 }
 
-/// A monitor whose guest does `jobs`.
-pub(crate) fn command(monitor: Monitor, directory: &Path, image: &Path, jobs: &[Job]) -> Command {
+/// Writes the kernel that does `jobs` to a file.
+pub(crate) fn kernel(monitor: Monitor, directory: &Path, jobs: &[Job]) -> PathBuf {
     let kernel = directory.join("polling.elf");
     fs::write(&kernel, polling::kernel(monitor.windows(), jobs, FILE_SIZE)).unwrap();
-    let disks = &[DiskSetup { path: image, serial: "test", read_only: false, direct: false }];
-    monitor.command(&Setup {
-        kernel: &kernel,
-        initrd: None,
-        cmdline: "",
-        memory: MEMORY,
-        cpus: 1,
-        disks,
-    })
+    kernel
+}
+
+/// A monitor that runs this kernel.
+pub(crate) fn command(monitor: Monitor, kernel: &Path, image: &Path, read_only: bool) -> Command {
+    let disks = &[DiskSetup { path: image, serial: "test", read_only, direct: false }];
+    monitor.command(&Setup { kernel, initrd: None, cmdline: "", memory: MEMORY, cpus: 1, disks })
 }
 
 /// Where minivmm's time to the guest goes, as it says itself.
 fn boot_phases(image: &Path, results: &mut Results) {
     let directory = tempfile::tempdir().unwrap();
-    let mut command = command(Monitor::Minivmm, directory.path(), image, &JOBS.map(|(_, job)| job));
+    let kernel = kernel(Monitor::Minivmm, directory.path(), &JOBS.map(|(_, job)| job));
+    let mut command = command(Monitor::Minivmm, &kernel, image, false);
     let process = Process::start_on_errors(command.arg("--boot-timing"));
     while let Ok((_, line)) = process.line(SILENCE) {
         // boot: PHASE  1.23 ms, 0.45 ms of CPU
@@ -136,18 +137,21 @@ fn boot_phases(image: &Path, results: &mut Results) {
 
 fn once(monitor: Monitor, place: &str, image: &Path, hz: f64, results: &mut Results) {
     let directory = tempfile::tempdir().unwrap();
-    let mut command = command(monitor, directory.path(), image, &JOBS.map(|(_, job)| job));
-    let process = Process::start(&mut command);
+    let kernel = kernel(monitor, directory.path(), &JOBS.map(|(_, job)| job));
+    let process = Process::start(&mut command(monitor, &kernel, image, false));
     let mut add = |row: &str, metric: &str, value| {
         results.add(Key::new(&group(place), row, &monitor.name(), metric), value);
     };
     let mut to_guest = Duration::ZERO;
     for (row, job) in JOBS {
-        let Done { ticks, kicks, first } = Done::read(&process);
+        let Done { ticks, kicks, latencies, first } = Done::read(&process);
         to_guest = first.unwrap_or(to_guest);
         let requests = job.requests as f64;
         add(row, IOPS, requests / (ticks / hz) / 1e3);
         add(row, "notifications a request", kicks / requests);
+        for (metric, latency) in QUANTILES.into_iter().zip(latencies) {
+            add(row, metric, latency / hz * 1e6);
+        }
     }
     add("exec to the guest's first instruction", "ms", to_guest.as_secs_f64() * 1e3);
     add("peak RSS with the guest's pages", "KiB", process.peak_kib());
@@ -157,8 +161,10 @@ fn once(monitor: Monitor, place: &str, image: &Path, hz: f64, results: &mut Resu
 pub(crate) struct Done {
     pub(crate) ticks: f64,
     kicks: f64,
+    /// Of `polling::QUANTILES`, in TSC ticks: from when the guest makes a request to when it sees the answer.
+    latencies: [f64; 3],
     /// When after exec the guest ran, with its first job.
-    first: Option<Duration>,
+    pub(crate) first: Option<Duration>,
 }
 
 impl Done {
@@ -167,16 +173,15 @@ impl Done {
         let (time, line) = process.line(SILENCE).unwrap_or_else(|why| panic!("the guest: {why}"));
         // The first line begins with the guest's sign of life.
         let rest = line.strip_prefix('R');
-        let numbers = rest.unwrap_or(&line).split_once(' ');
-        let numbers =
-            numbers.and_then(|(ticks, kicks)| Some((hexadecimal(ticks)?, hexadecimal(kicks)?)));
-        let (ticks, kicks) = numbers.unwrap_or_else(|| panic!("the guest printed {line:?}"));
-        Self { ticks, kicks, first: rest.map(|_| time) }
+        let numbers = rest.unwrap_or(&line).split_whitespace();
+        let numbers: Vec<_> =
+            numbers.map_while(|number| u64::from_str_radix(number, 16).ok()).collect();
+        let [ticks, kicks, p50, p99, p999] = numbers[..] else {
+            panic!("the guest printed {line:?}")
+        };
+        let latencies = [p50, p99, p999].map(|bucket| polling::bucket_ticks(bucket as u32));
+        Self { ticks: ticks as f64, kicks: kicks as f64, latencies, first: rest.map(|_| time) }
     }
-}
-
-fn hexadecimal(text: &str) -> Option<f64> {
-    u64::from_str_radix(text, 16).ok().map(|number| number as f64)
 }
 
 /// Ticks of the time stamp counter in a second.
@@ -191,8 +196,8 @@ pub(crate) fn tsc_hz() -> f64 {
     (to - from) as f64 / (end - start).as_secs_f64()
 }
 
-/// The host's own fio on the same file, 4k random reads, thousands a second.
-fn fio(image: &Path, engine: &str, depth: u32) -> f64 {
+/// The host's own fio on the same file, 4k random reads: thousands a second, and microseconds of the quantiles.
+fn fio(image: &Path, engine: &str, depth: u32) -> (f64, [f64; 3]) {
     let mut command = Command::new("fio");
     command.args([
         "--name=host",
@@ -201,11 +206,16 @@ fn fio(image: &Path, engine: &str, depth: u32) -> f64 {
         "--time_based",
         "--runtime=1",
         "--output-format=json",
+        "--percentile_list=50:99:99.9",
     ]);
     command.arg(format!("--ioengine={engine}")).arg(format!("--iodepth={depth}"));
     command.arg(format!("--filename={}", image.display()));
     let output =
         command.stderr(Stdio::null()).output().map(|output| output.stdout).unwrap_or_default();
     let report: serde_json::Value = serde_json::from_slice(&output).unwrap_or_default();
-    report["jobs"][0]["read"]["iops"].as_f64().map_or(f64::NAN, |iops| iops / 1e3)
+    let read = &report["jobs"][0]["read"];
+    let thousandth =
+        |value: &serde_json::Value| value.as_f64().map_or(f64::NAN, |value| value / 1e3);
+    let percentiles = PERCENTILES.map(|name| thousandth(&read["clat_ns"]["percentile"][name]));
+    (thousandth(&read["iops"]), percentiles)
 }

@@ -53,7 +53,8 @@ pub(crate) fn run(options: &Options, results: &mut Results) {
         for (system, arguments) in RUNS {
             let jobs = JOBS.map(|(_, job)| job);
             let disk = if system == LOG { Path::new(&logged) } else { &image };
-            let mut command = native::command(Monitor::Minivmm, directory.path(), disk, &jobs);
+            let kernel = native::kernel(Monitor::Minivmm, directory.path(), &jobs);
+            let mut command = native::command(Monitor::Minivmm, &kernel, disk, false);
             let process = Process::start(command.args(arguments).current_dir(directory.path()));
             for ((row, job), plain) in JOBS.iter().zip(&mut plain) {
                 let rate = job.requests as f64 / (Done::read(&process).ticks / hz) / 1e3;

@@ -7,11 +7,18 @@ use std::process::ExitCode;
 use crate::counters::EVENTS;
 use crate::results::{Results, directory};
 use crate::table::{self, Target};
-use crate::{chart, clones, guests, native, options, saved};
+use crate::{chart, clones, guests, native, options, saved, scale};
 
 /// What the parts save.
-const PARTS: [&str; 6] =
-    ["driver.json", "native.json", options::PART, saved::PART, guests::PART, clones::PART];
+const PARTS: [&str; 7] = [
+    "driver.json",
+    "native.json",
+    options::PART,
+    saved::PART,
+    scale::PART,
+    guests::PART,
+    clones::PART,
+];
 const ALL: &str = "results.json";
 
 /// Shows the parts that there are, and keeps them as one; the run before becomes the one to compare with.

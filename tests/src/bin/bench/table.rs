@@ -67,14 +67,19 @@ pub(crate) fn print(
     }
 }
 
-/// The first system's value over the largest of QEMU's.
+/// The first system's value over the best of QEMU's.
 fn ratio(results: &Results, group: &str, row: &str, metric: &str, systems: &[&str]) -> Option<f64> {
     let value = |system: &str| Some(results.get(&Key::new(group, row, system, metric))?.0);
     let rivals = systems
         .iter()
         .filter(|system| system.starts_with("microvm"))
         .filter_map(|system| value(system));
-    Some(value(systems.first()?)? / rivals.max_by(f64::total_cmp)?)
+    let best = if is_better_larger(metric) {
+        rivals.max_by(f64::total_cmp)
+    } else {
+        rivals.min_by(f64::total_cmp)
+    };
+    Some(value(systems.first()?)? / best?)
 }
 
 /// Three significant digits.
