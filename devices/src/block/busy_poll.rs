@@ -1,11 +1,13 @@
 //! Decides whether a worker busy-polls for more work. To sleep and be woken costs a worker several times as much as a request,
 //! and the driver's kick costs the guest an exit. But a worker that polls takes a CPU from others.
 //!
-//! So a worker polls only if that would have paid lately. A *gap* is the time from when the worker went idle until work came.
-//! Each gap that is no longer than the longest polling window adds 1 to the `confidence`, and a longer one sets it to 0. From
-//! `CONFIDENCE_TO_POLL` on the worker polls. A window without work takes `IDLE_WINDOW_COST` off, so a few of these turn
-//! polling off. An idle disk never turns it on. The window is twice the longest recent gap, at least `SHORTEST` and at most
-//! [`BusyPolling::longest`].
+//! So a worker has to earn the time that it polls in vain, as *credit*. Work that it finds by polling earns what a kick, a
+//! sleep and a wake-up cost. Work that had to wake it earns a part of that, if it came soon: so polling is tried now and then.
+//! A window without work costs the time that it took. The worker polls when its credit covers the window. An idle disk earns
+//! nothing. Where the guest needs the CPU on which the worker polls, windows are in vain, and the credit allows few of them.
+//!
+//! A *gap* is the time from when the worker went idle until work came. The window is twice the longest recent gap, at least
+//! `SHORTEST` and at most [`BusyPolling::longest`].
 //!
 //! How long a driver takes for its next request, and what a kick and a wake-up cost, depends on the machine. If the host is a
 //! guest itself, each is a hundred times what it is on bare metal. So the longest window is a multiple of what the worker's own
@@ -28,12 +30,12 @@ const LONGEST: Duration = Duration::from_micros(200);
 const LONGEST_IN_INTERRUPTS: u32 = 100;
 /// An interrupt is delayed by at most the longest window divided by this.
 const MAX_DELAY_DIVISOR: u32 = 4;
-/// The confidence from which on the worker polls.
-const CONFIDENCE_TO_POLL: u8 = 4;
-const MAX_CONFIDENCE: u8 = 8;
-/// What a window without work takes off the confidence. Polling survives one of them: the guest's timer makes a busy driver
-/// late now and then.
-const IDLE_WINDOW_COST: u8 = 2;
+/// Work that polling finds earns the longest window divided by this: about the time of three interrupts.
+const FOUND_DIVISOR: u32 = 32;
+/// Work that woke the worker earns the longest window divided by this.
+const WOKEN_DIVISOR: u32 = 128;
+/// The credit covers at most this many of the longest windows.
+const MAX_CREDIT: u32 = 2;
 
 #[derive(Debug)]
 pub(super) struct BusyPolling {
@@ -42,8 +44,10 @@ pub(super) struct BusyPolling {
     /// What an interrupt costs the worker: the least of recent measurements, since the thread was probably preempted during a
     /// longer one.
     interrupt_cost: Duration,
-    /// 0 to `MAX_CONFIDENCE`.
-    confidence: u8,
+    /// How long the worker may poll in vain.
+    credit: Duration,
+    /// The worker has polled since it went idle.
+    polls: bool,
     /// The longest recent gap, in nanoseconds. A driver that learns of many completions at once submits many requests in a
     /// row, and then none for a while. An average would be shorter than that while.
     longest_gap: u64,
@@ -56,9 +60,9 @@ impl BusyPolling {
     /// `permitted`: the longest window, whatever interrupts cost.
     pub(super) fn new(permitted: Duration) -> Self {
         let gap = permitted.min(LONGEST).as_nanos() as u64;
-        let (interrupt_cost, idle_since) = (Duration::ZERO, Instant::now());
-        let (longest_gap, usual_gap) = (gap, gap);
-        Self { permitted, interrupt_cost, confidence: 0, longest_gap, usual_gap, idle_since }
+        let (longest_gap, usual_gap, idle_since) = (gap, gap, Instant::now());
+        let (interrupt_cost, credit, polls) = (Duration::ZERO, Duration::ZERO, false);
+        Self { permitted, interrupt_cost, credit, polls, longest_gap, usual_gap, idle_since }
     }
 
     /// The longest window. It has to be longer than what a driver does between a completion and its next request.
@@ -81,9 +85,9 @@ impl BusyPolling {
 
     /// There is nothing to do at `now`. Returns the end of the polling window, when polling pays.
     pub(super) fn idle(&mut self, now: Instant) -> Option<Instant> {
-        self.idle_since = now;
         let window = Duration::from_nanos(self.longest_gap * 2).max(SHORTEST).min(self.longest());
-        (self.confidence >= CONFIDENCE_TO_POLL).then(|| now + window)
+        (self.idle_since, self.polls) = (now, !window.is_zero() && self.credit >= window);
+        self.polls.then(|| now + window)
     }
 
     /// The time by which a driver that has more requests would have submitted one.
@@ -95,10 +99,9 @@ impl BusyPolling {
     pub(super) fn work(&mut self, now: Instant) {
         waypoint!();
         let gap = now.saturating_duration_since(self.idle_since);
-        if gap > self.longest() {
-            self.confidence = 0;
-        } else {
-            self.confidence = MAX_CONFIDENCE.min(self.confidence + 1);
+        if gap <= self.longest() {
+            let earned = self.longest() / if self.polls { FOUND_DIVISOR } else { WOKEN_DIVISOR };
+            self.credit = (self.credit + earned).min(self.longest() * MAX_CREDIT);
             let gap = gap.as_nanos() as u64;
             // A long gap loses its effect over a few dozen shorter ones.
             self.longest_gap = gap.max(self.longest_gap - self.longest_gap / 32);
@@ -106,9 +109,10 @@ impl BusyPolling {
         }
     }
 
-    /// A window has passed without work.
-    pub(super) fn in_vain(&mut self) {
-        self.confidence = self.confidence.saturating_sub(IDLE_WINDOW_COST);
+    /// The window has ended at `now` without work, and the worker goes to sleep.
+    pub(super) fn in_vain(&mut self, now: Instant) {
+        let polled = now.saturating_duration_since(self.idle_since);
+        (self.credit, self.polls) = (self.credit.saturating_sub(polled), false);
     }
 }
 
@@ -152,17 +156,21 @@ mod tests {
         end.map(|end| end - now)
     }
 
+    /// How many rounds of work that wakes the worker until it polls.
+    fn rounds_until_it_polls(polling: &mut BusyPolling, gap: Duration) -> usize {
+        (0..1000).find(|_| round(polling, gap).is_some()).expect("it never polls")
+    }
+
     #[test]
     fn a_busy_disk_is_waited_for_and_an_idle_one_is_not() {
         let mut polling = new();
-        let waits: Vec<bool> = (0..6).map(|_| round(&mut polling, SHORTEST).is_some()).collect();
-        assert_eq!(waits, [false, false, false, false, true, true]);
-        assert!(
-            round(&mut polling, LONGEST * 2).is_some(),
-            "the end of the load cannot be known in advance"
-        );
-        assert_eq!(round(&mut polling, LONGEST * 2), None);
-        assert_eq!(round(&mut polling, SHORTEST), None);
+        let polls = rounds_until_it_polls(&mut polling, SHORTEST / 4);
+        assert!((4..50).contains(&polls), "{polls}");
+        for _ in 0..100 {
+            assert!(round(&mut polling, SHORTEST / 4).is_some());
+        }
+        let mut idle = new();
+        assert!((0..100).all(|_| round(&mut idle, LONGEST * 2).is_none()));
     }
 
     #[test]
@@ -182,25 +190,45 @@ mod tests {
         assert!(waits.all(|wait| wait.unwrap() > Duration::from_micros(300)));
     }
 
+    /// As `round`, but while the worker polls no work comes: the driver needs its CPU. Returns how long it polled.
+    fn contended_round(polling: &mut BusyPolling) -> Duration {
+        let now = Instant::now();
+        let end = polling.idle(now).unwrap_or(now);
+        if end > now {
+            polling.in_vain(end);
+        }
+        polling.work(end + SHORTEST / 4);
+        end - now
+    }
+
     #[test]
-    fn waits_in_vain_do_not_go_on() {
+    fn polling_in_vain_costs_no_more_than_it_saves() {
         let mut polling = new();
-        for _ in 0..CONFIDENCE_TO_POLL {
-            round(&mut polling, SHORTEST);
+        let rounds = 10_000;
+        let polled: Duration = (0..rounds).map(|_| contended_round(&mut polling)).sum();
+        assert!(polled > Duration::ZERO, "polling is never tried");
+        assert!(polled <= LONGEST / WOKEN_DIVISOR * rounds, "{polled:?}");
+    }
+
+    #[test]
+    fn the_end_of_a_long_load_costs_two_of_the_longest_windows() {
+        let mut polling = new();
+        for _ in 0..1000 {
+            round(&mut polling, SHORTEST / 4);
         }
-        assert!(polling.idle(Instant::now()).is_some());
-        polling.in_vain();
-        assert_eq!(polling.idle(Instant::now()), None);
-        for _ in 0..100 {
-            round(&mut polling, SHORTEST);
+        let mut polled = Duration::ZERO;
+        loop {
+            let now = Instant::now();
+            let Some(end) = polling.idle(now) else { break };
+            polling.in_vain(end);
+            polled += end - now;
         }
-        let waits = std::iter::from_fn(|| polling.idle(Instant::now()).map(|_| polling.in_vain()));
-        assert_eq!(waits.count(), 3);
+        assert!(polled > LONGEST && polled <= LONGEST * MAX_CREDIT, "{polled:?}");
     }
 
     #[test]
     fn a_worker_may_be_told_not_to() {
         let mut polling = BusyPolling::new(Duration::ZERO);
-        assert!((0..10).all(|_| round(&mut polling, SHORTEST).is_none()));
+        assert!((0..1000).all(|_| round(&mut polling, Duration::ZERO).is_none()));
     }
 }

@@ -408,7 +408,7 @@ impl Worker {
             }
             now = Instant::now();
             if now >= end || self.dispatcher.turn_is_over() {
-                self.busy_polling.in_vain();
+                self.busy_polling.in_vain(now);
                 return false;
             }
             std::hint::spin_loop();
