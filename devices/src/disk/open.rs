@@ -1,6 +1,6 @@
-//! From `--disk`'s options to a disk: picks the backend for the image's format and the engine that serves it, and
-//! refuses combinations that cannot work. The VM calls it before it creates anything, so opening never creates, changes
-//! or waits for anything.
+//! Opens a disk as the options of `--disk` say: chooses the backend for the image's format and the parts of its engines, and
+//! refuses combinations that cannot work. The VM calls this before it makes anything else. Opening creates nothing, changes
+//! nothing and waits for nothing.
 
 use std::io;
 use std::sync::Arc;
@@ -25,19 +25,20 @@ use super::{
 /// Opens an image as a disk.
 ///
 /// # Errors
-/// One line for the user. Nothing has been created or changed then.
+/// Says in one line what is wrong. Nothing has been created or changed then.
 pub fn open(options: &OpenOptions) -> Result<Arc<dyn Disk>, OpenError> {
     let refused = |reason| OpenError { path: options.path.clone(), reason };
-    let backend = match (options.format.unwrap_or_default(), options.snapshot && !options.read_only)
-    {
-        _ if options.detect_zeroes == DetectZeroes::Unmap
-            && options.discard == DiscardMode::Ignore =>
-        {
-            return Err(refused(OpenReason::UnmapWithoutDiscard));
-        }
-        (Format::Raw, false) => open_raw(options).map_err(refused)?,
-        _ if options.scsi => return Err(refused(OpenReason::NotScsi)),
-        (_, snapshot) => Backend::Qcow2(Box::new(Qcow2Image::open(options, snapshot)?)),
+    if options.detect_zeroes == DetectZeroes::Unmap && options.discard == DiscardMode::Ignore {
+        return Err(refused(OpenReason::UnmapWithoutDiscard));
+    }
+    // With snapshot=on, the writes of the guest go to a temporary qcow2 image over the one that the user named.
+    let overlay = options.snapshot && !options.read_only;
+    let backend = if options.format.unwrap_or_default() == Format::Raw && !overlay {
+        open_raw(options).map_err(refused)?
+    } else if options.scsi {
+        return Err(refused(OpenReason::NotScsi));
+    } else {
+        Backend::Qcow2(Box::new(Qcow2Image::open(options, overlay)?))
     };
     let ring =
         options.aio == Aio::IoUring && matches!(backend, Backend::Raw(..)) && uring::available();
@@ -61,7 +62,7 @@ fn open_raw(options: &OpenOptions) -> Result<Backend, OpenReason> {
     Ok(raw_image(file, options.discard == DiscardMode::Unmap)?)
 }
 
-/// A raw image that `file` is. `discard`: the guest's discards reach it.
+/// The raw image in `file`. `discard`: the guest's discards reach the file.
 pub(super) fn raw_image(file: HostFile, discard: bool) -> io::Result<Backend> {
     let (limits, lifetime) = match file.kind {
         FileKind::Regular => (file.limits(discard), None),
