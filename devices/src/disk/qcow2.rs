@@ -1,14 +1,14 @@
-//! qcow2 images and `snapshot=on`: what a disk asks of an image that the imago crate translates.
+//! qcow2 images and `snapshot=on`. The crate imago translates offsets of the disk into clusters of the file.
 //!
 //! imago finds, allocates and copies clusters. Its calls block, so engines make them on the pool's threads. Below imago,
-//! [`ordered`] keeps the image sound on the medium at every moment, and its guest out of the image's metadata. Here is what
-//! lies between a disk and the two:
+//! [`ordered`] keeps the image on the medium sound at every moment, and refuses writes of the guest to the image's metadata.
+//! This file is between a disk and imago. Its rules:
 //!
-//! - Data goes through the calling thread's bounce buffer. imago would make Rust slices of guest memory otherwise, which the
-//!   guest may write to at any time.
-//! - A write to allocated clusters goes to the file, beside others. A change of the mapping is made in turn with other changes
-//!   and with flushes (`allocating`), since a publication needs tables that agree with each other.
-//! - What gives clusters back excludes all transfers (`top`, exclusively): one under way may still use them.
+//! - Data is copied through the calling thread's bounce buffer. Otherwise imago would make Rust slices of guest memory, which
+//!   the guest may write to at any time.
+//! - Writes to allocated clusters go to the file, several at a time. A change of the mapping excludes other changes and flushes
+//!   (the lock `allocating`), since a publication needs tables that agree with each other.
+//! - An operation that frees clusters excludes all transfers (the lock `top`), because a transfer in flight may still use them.
 //! - Zeroes without deallocation zero the file in place, so that they need no metadata.
 //!
 //! | file | what it does |
