@@ -12,7 +12,7 @@
 /// # Errors
 /// What is wrong with the parent's limits.
 pub(crate) fn reset() -> Result<(), &'static str> {
-    unblock_signals();
+    set_signals();
     hide_new_files_from_others();
     raise_limit(libc::RLIMIT_NOFILE, u64::MAX);
     if raise_limit(libc::RLIMIT_STACK, STACK) < STACK {
@@ -49,10 +49,12 @@ fn raise_limit(resource: libc::__rlimit_resource_t, wanted: u64) -> u64 {
     limit.rlim_cur
 }
 
-#[expect(unsafe_code, reason = "sigprocmask has no safe wrapper")]
-fn unblock_signals() {
-    // SAFETY: all-zero bytes are a valid sigset_t, which sigemptyset initializes; no other thread exists yet.
+/// Unblocks all. A write beyond RLIMIT_FSIZE becomes an error of that write (EFBIG) instead of the end of minivmm.
+#[expect(unsafe_code, reason = "sigprocmask and signal have no safe wrappers")]
+fn set_signals() {
+    // SAFETY: all-zero bytes are a valid sigset_t, which sigemptyset initializes; no other thread exists yet, and no handler is set.
     unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
         let mut none = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());

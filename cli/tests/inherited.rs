@@ -116,6 +116,16 @@ fn a_stack_that_is_too_small_is_said_in_one_line() {
     }
 }
 
+/// A limit on the size of files holds for what a command prints, too.
+#[test]
+fn output_beyond_the_limit_on_files_is_an_error() {
+    let directory = tempdir().unwrap();
+    let mut command =
+        child_of("ulimit -f 1; exec \"$1\" --help >out", directory.path(), Program::Exit);
+    let ended = Session::start(&mut command).wait(BOUND).must_be(1);
+    assert_eq!(ended.errors, "minivmm: standard output: File too large (os error 27)\n");
+}
+
 #[test]
 fn new_files_are_private_with_every_umask() {
     if !kvm_is_usable() {

@@ -30,7 +30,7 @@ impl Signals {
     ///
     /// # Errors
     /// When the host has no descriptor left.
-    #[expect(unsafe_code, reason = "signal and signalfd have no safe wrappers")]
+    #[expect(unsafe_code, reason = "signalfd has no safe wrapper")]
     pub fn block() -> Result<Self, Error> {
         let failed = |error| Error::host("watch for signals")(error);
         // `nohup` ignores SIGHUP for us, which a blocked signal would undo.
@@ -41,11 +41,8 @@ impl Signals {
         signals.iter().for_each(|signal| drop(block_signal(*signal)));
         let set = create_sigset(&signals).map_err(|error| failed(error.into()))?;
         // SAFETY: signalfd reads `set` alone.
-        let fd = unsafe {
-            // A write beyond RLIMIT_FSIZE becomes an error of that write (EFBIG) instead of the end of minivmm.
-            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
-            libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
-        };
+        let fd =
+            unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
         if fd < 0 {
             return Err(failed(io::Error::last_os_error()));
         }
