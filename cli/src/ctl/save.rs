@@ -24,7 +24,7 @@ fn check_target(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Saves the VM and waits until that is done. A VM that ran goes on, unless it is to `quit`; `in_background` it does so at once. An increment
+/// Saves the VM and waits until that is done. A VM that ran goes on, unless it is to `quit` and is saved; `in_background` it does so at once. An increment
 /// (`is_incremental`) does not replace its base.
 ///
 /// The file is opened here and handed over, since the VM is confined: it opens none. It gets its name when it is whole.
@@ -60,15 +60,14 @@ pub(super) fn save(
         // Each change of the status is an event.
         vm.receive()?.ok_or(CtlError::Ended)?;
     }
-    if is_incremental {
-        let refused = |error| CtlError::Save(vmm::WithCauses(&error).to_string());
-        vmm::check_new_increment(&file).map_err(refused)?;
-    }
-    file.publish().map_err(fails)?;
-    if quit {
+    let refused = |error| CtlError::Save(vmm::WithCauses(&error).to_string());
+    let checked =
+        if is_incremental { vmm::check_new_increment(&file).map_err(refused) } else { Ok(()) };
+    let published = checked.and_then(|()| file.publish().map_err(fails));
+    if quit && published.is_ok() {
         vm.execute("quit", json!({}))?;
     } else if before["running"] == Value::Bool(true) && !in_background {
         vm.execute("cont", json!({}))?;
     }
-    Ok(())
+    published
 }

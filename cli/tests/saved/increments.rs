@@ -47,6 +47,11 @@ fn refused(directory: &Path, target: &str, expected: &str) {
     let ended = ctl(directory, &["save", target, "--incremental"]).wait(BOUND).must_be(1);
     assert!(ended.errors.lines().count() == 1 && ended.errors.contains(expected), "{ended}");
     assert_eq!(names(directory), before, "something is left of the save");
+    let state = Qmp::connect(&directory.join("qmp")).query("query-status");
+    assert!(
+        ["running", "paused", "prelaunch"].contains(&state["status"].as_str().unwrap()),
+        "{state}"
+    );
 }
 
 /// RAM of a saved machine that is no increment, without the page of its VM generation ID.
@@ -140,7 +145,16 @@ fn a_guest_with_a_disk_goes_on_from_increments() {
         }
         session.wait(BOUND).must_be(0);
     }
-    start(directory.path(), "5,paths=saved", &[]).wait(BOUND).must_be(SUCCESS);
+    // A save of all of the machine may take a base's name.
+    let session = start(directory.path(), "5,paths=saved,map=on", &["--save-directory", "."]);
+    let mut qmp = Qmp::connect(&at("qmp"));
+    let events = json!([{ "capability": "events", "state": true }]);
+    qmp.execute("migrate-set-capabilities", json!({ "capabilities": events })).unwrap();
+    qmp.execute("migrate", json!({ "uri": format!("file:{}", at("0").display()) })).unwrap();
+    assert_eq!(statuses(&mut qmp).last().unwrap(), "completed");
+    qmp.query("quit");
+    session.wait(BOUND).must_be(0);
+    start(directory.path(), "0,paths=saved", &[]).wait(BOUND).must_be(SUCCESS);
     assert_complete(directory.path());
 }
 
@@ -206,7 +220,7 @@ fn a_machine_without_a_base_is_saved_whole_only() {
     fs::rename(at("base"), at("moved")).unwrap();
     refused(directory.path(), "increment", "has been renamed or replaced since");
     fs::rename(at("moved"), at("base")).unwrap();
-    refused(directory.path(), "base", "base is one of its bases; give another path");
+    refused(directory.path(), "base", "base is a base of the increment; give another path");
     ctl(directory.path(), &["save", "increment", "--incremental"]).wait(BOUND).must_be(0);
     // This waits until the machine has copied its memory.
     drop(fs::File::options().write(true).open(at("base")).unwrap());

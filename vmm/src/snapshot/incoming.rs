@@ -11,7 +11,7 @@
 //! each page costs an exit through two hypervisors).
 
 use std::fs::File;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -111,10 +111,9 @@ impl Incoming {
         }
         let failed = |error: SnapshotError| Error::incoming(error).of_file(&options.path);
         let (core, saved) = Self::read(&options.path).map_err(failed)?;
-        let file = core.file.metadata().map_err(|error| failed(error.into()))?;
         let chain =
             Chain::open(&options.path, core, &saved, options.trust_paths).map_err(failed)?;
-        let _ = RESTORED_FROM.set((file.dev(), file.ino()));
+        let _ = RESTORED_FROM.set(chain.ids().to_vec());
         saved.disks.iter().try_for_each(SavedDisk::check_kept).map_err(failed)?;
         if saved.config.nested && !config.nested {
             return Err(failed(SnapshotError::Nested));

@@ -76,6 +76,8 @@ pub(super) struct Chain {
     path: PathBuf,
     /// The newest first.
     bases: Vec<(PathBuf, CoreFile)>,
+    /// Device and inode of each file.
+    ids: Vec<(u64, u64)>,
 }
 
 impl Chain {
@@ -89,8 +91,8 @@ impl Chain {
         saved: &SavedMachine,
         trust_paths: bool,
     ) -> Result<Self, SnapshotError> {
-        let mut chain = Self { top, path: path.to_owned(), bases: Vec::new() };
-        let mut seen = vec![id(&chain.top.file.metadata()?)];
+        let ids = vec![id(&top.file.metadata()?)];
+        let mut chain = Self { top, path: path.to_owned(), bases: Vec::new(), ids };
         let mut next = saved.base.clone();
         while let Some(base) = next {
             if chain.bases.len() == BASES_MAX {
@@ -100,10 +102,10 @@ impl Chain {
             let (path, file) = base.find(above, trust_paths)?;
             let name = printable(path.display());
             let file_id = id(&file.metadata()?);
-            if seen.contains(&file_id) {
+            if chain.ids.contains(&file_id) {
                 return Err(SnapshotError::BasesInACircle(name));
             }
-            seen.push(file_id);
+            chain.ids.push(file_id);
             let (core, below) = base.read(file).map_err(|error| error.below(&path))?;
             let ranges = |core: &CoreFile| -> Vec<_> {
                 core.segments.iter().map(|range| (range.address, range.length)).collect()
@@ -115,6 +117,11 @@ impl Chain {
             next = below;
         }
         Ok(chain)
+    }
+
+    /// Device and inode of each file.
+    pub(super) fn ids(&self) -> &[(u64, u64)] {
+        &self.ids
     }
 
     fn files(&self) -> impl Iterator<Item = &CoreFile> {
@@ -256,11 +263,9 @@ pub fn check_new_increment(new: &NewFile) -> Result<(), Error> {
         let core = CoreFile::read(new.file().try_clone()?)?;
         let saved = parse(&core.machine)?;
         let chain = Chain::open(new.path(), core, &saved, true)?;
-        let Ok(replaced) = fs::metadata(new.path()) else { return Ok(()) };
-        for (path, core) in &chain.bases {
-            if id(&core.file.metadata()?) == id(&replaced) {
-                return Err(SnapshotError::ReplacesBase(path.clone()));
-            }
+        let replaced = fs::metadata(new.path()).ok().map(|file| id(&file));
+        if replaced.is_some_and(|file| chain.ids.contains(&file)) {
+            return Err(SnapshotError::ReplacesBase(new.path().to_owned()));
         }
         Ok(())
     };

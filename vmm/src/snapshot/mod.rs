@@ -114,7 +114,7 @@ pub(crate) enum SnapshotError {
     BaseMoved(PathBuf),
     #[error("the machine came from an increment on {0} other files; save all of it")]
     DeepIncrement(usize),
-    #[error("{} is one of its bases; give another path", .0.display())]
+    #[error("{} is a base of the increment; give another path", .0.display())]
     ReplacesBase(PathBuf),
     #[error("the host does not tell which pages have changed; save all of the machine")]
     NoPageMap(#[source] io::Error),

@@ -92,9 +92,9 @@ fn save_error(path: &Path, source: io::Error) -> Error {
     Error::Save(SnapshotError::Target { path: path.to_owned(), source }.into())
 }
 
-/// Device and inode of the file that this machine was restored from. A save may replace it by a new file of the same name, because the
-/// machine keeps the old file mapped; but not by an increment.
-pub(super) static RESTORED_FROM: OnceLock<(u64, u64)> = OnceLock::new();
+/// Device and inode of the file that this machine was restored from, and of its bases. A save of all of the machine may replace one by a
+/// new file of the same name, because the machine keeps the old file mapped. An increment may not.
+pub(super) static RESTORED_FROM: OnceLock<Vec<(u64, u64)>> = OnceLock::new();
 
 /// Refuses a target that is no regular file, or is a file of the machine: one that a reset would read, or one that this process has
 /// open, such as a backing file or an increment's base. `given`: the descriptor of the target itself, if a client has passed it.
@@ -112,7 +112,8 @@ fn check_target(
     let id = (target.dev(), target.ino());
     let same = |other: Metadata| (other.dev(), other.ino()) == id;
     let files = disks.chain([&config.kernel]).chain(&config.initrd);
-    let is_replaced = given.is_none() && !is_increment && RESTORED_FROM.get() == Some(&id);
+    let is_origin = RESTORED_FROM.get().is_some_and(|files| files.contains(&id));
+    let is_replaced = given.is_none() && !is_increment && is_origin;
     let open = !is_replaced && open_files(given).any(|file| file == id);
     if open || files.filter_map(|file| fs::metadata(file).ok()).any(same) {
         return Err(io::Error::other("the machine uses it; give another path"));

@@ -53,7 +53,12 @@ pub(super) fn chain(files: &[CoreFile]) -> Chain {
     let reopened = |core: &CoreFile| CoreFile::read(core.file.try_clone().unwrap()).unwrap();
     let mut files = files.iter().map(reopened);
     let top = files.next().unwrap();
-    Chain { top, path: "none".into(), bases: files.map(|core| ("none".into(), core)).collect() }
+    Chain {
+        top,
+        path: "none".into(),
+        bases: files.map(|core| ("none".into(), core)).collect(),
+        ids: Vec::new(),
+    }
 }
 
 pub(super) fn content(memory: &GuestMemory, pages: usize) -> Vec<u8> {
