@@ -153,6 +153,29 @@ fn a_canceled_background_save_leaves_nothing() {
     guest.quit();
 }
 
+/// The child is in a write that no signal ends. The next save finds it ended.
+#[test]
+fn a_save_to_a_disk_that_does_not_answer_is_canceled_nevertheless() {
+    let Some(mut guest) = Counting::start(&ALLOWED) else { return };
+    guest.begin();
+    let child = guest.child();
+    guest.qmp.query("migrate_cancel");
+    assert_eq!(statuses_until(&mut guest.qmp, "cancelled"), ["cancelling", "cancelled"]);
+    guest.goes_on();
+    guest.disk.serve();
+    // `pid (name) state parent`: a zombie.
+    let path = format!("/proc/{}/stat", child.as_raw_pid());
+    let deadline = std::time::Instant::now() + BOUND;
+    while fs::read_to_string(&path).is_ok_and(|stat| !stat.contains(") Z ")) {
+        assert!(std::time::Instant::now() < deadline, "the child lives on");
+        std::thread::yield_now();
+    }
+    guest.begin();
+    guest.disk.serve();
+    assert_eq!(statuses_until(&mut guest.qmp, "completed"), ["completed"]);
+    guest.quit();
+}
+
 /// The child has the file's pages as they are then, until it reads them.
 #[test]
 fn a_writer_of_the_file_behind_memory_ends_a_background_save() {

@@ -351,12 +351,15 @@ fn save() -> Vec<Allowed> {
         call!(SYS_wait4),
     ])
     .collect();
-    // What fork(2) is: no thread, no namespace, no other stack.
-    let fork = vec![(0, Test::Is(libc::SIGCHLD as u64)), (1, Test::Is(0))];
+    // What fork(2) is: no thread, no namespace, no other stack. Beside that, a descriptor of the child.
+    let flags = libc::SIGCHLD | libc::CLONE_PIDFD;
+    let fork = vec![(0, Test::Is(flags as u64)), (1, Test::Is(0))];
     let dies_with_parent =
         vec![(0, Test::Is(libc::PR_SET_PDEATHSIG as u64)), (1, Test::Is(libc::SIGKILL as u64))];
     calls.extend([
         when(call!(SYS_clone), "as fork(2)", [fork]),
+        // The thread has pidfds of its own children only.
+        when(call!(SYS_pidfd_send_signal), "SIGKILL", [vec![(1, Test::Is(libc::SIGKILL as u64))]]),
         when(call!(SYS_prctl), "PR_SET_PDEATHSIG", [dies_with_parent]),
     ]);
     calls

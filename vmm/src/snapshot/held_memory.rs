@@ -6,8 +6,9 @@
 //! The child closes every descriptor except for the file and a pipe (close_range(2), Linux 5.9). It writes RAM to its place in the file,
 //! reports each block through the pipe, and ends. It allocates nothing and takes no lock, because another thread may have held one at
 //! the fork. It has the seccomp filter of the thread that forked (`sandbox::Kind::Save`), which does not allow it to open anything. If this
-//! process ends, the kernel kills the child. To cancel a save, this process closes the pipe: the child then ends after its present block.
-//! This process writes headers and notes, and gives the file its name.
+//! process ends, the kernel kills the child. If the pipe has no reader, the child ends after its present block. If the save is canceled or fails,
+//! this process kills the child. A child in a write that the host does not complete ends later, but does not hold up the end of the save: its
+//! file gets no name. This process writes headers and notes, and gives the file its name.
 //!
 //! The disks go on, too. So [`check`] refuses a machine whose guest would write to its disks meanwhile.
 
@@ -15,14 +16,15 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use devices::spawn::Spawn;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, WaitOptions, waitpid};
+use rustix::process::{Pid, Signal, WaitOptions, pidfd_send_signal, waitpid};
 use vm_memory::GuestMemoryBackend;
 
 use super::checksum::BLOCK;
@@ -34,6 +36,7 @@ use crate::GuestMemory;
 use crate::background::{Answer, BackgroundThread};
 use crate::error::Error;
 use crate::events::EventSender;
+use crate::lock;
 use crate::machine::{Machine, RunState};
 
 /// The thread that may start a child process.
@@ -68,9 +71,13 @@ impl Rest {
     }
 }
 
-/// How long the end of the process waits for a canceled save. The child ends after its present block, unless the file's disk does not
+/// How long the end of the process waits for a canceled save. The child is killed, and ends at once unless the file's disk does not
 /// answer.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long the end of a save waits for the child.
+const CHILD_TIMEOUT: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
+/// How often a save looks whether it was canceled, while no message of the child comes.
+const CANCEL_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 
 /// Saves `machine` as of the next standstill, after which it goes on. Returns the number of the `Done` event, which comes when it goes on,
 /// and the rest of the save.
@@ -118,9 +125,7 @@ pub(crate) fn begin_in_background(
 /// free huge pages for the copies.
 fn check(machine: &Machine) -> Result<(), Error> {
     let hardware = &machine.hardware;
-    if hardware.memory.iter().any(|region| region.flags() & libc::MAP_HUGETLB != 0) {
-        return Err(Error::Save(SnapshotError::HugePages.into()));
-    }
+    check_pages(&hardware.memory).map_err(|error| Error::Save(error.into()))?;
     let mut written = hardware.disks.iter().filter(|disk| !disk.image.read_only());
     match written.next() {
         Some(disk) if machine.state() == RunState::Running => {
@@ -128,6 +133,12 @@ fn check(machine: &Machine) -> Result<(), Error> {
         }
         _ => Ok(()),
     }
+}
+
+/// The host copies huge pages only while its pool has any, and kills the process that finds none.
+fn check_pages(memory: &GuestMemory) -> Result<(), SnapshotError> {
+    let is_huge = memory.iter().any(|region| region.flags() & libc::MAP_HUGETLB != 0);
+    if is_huge { Err(SnapshotError::HugePages) } else { Ok(()) }
 }
 
 const DISK_GOES_ON: &str = "the guest would go on writing to it; send `stop` before the save, copy the image when the save is active, then send `cont`";
@@ -142,6 +153,7 @@ fn write(ram: &RamSave<'_>, held: impl FnOnce()) -> io::Result<Vec<u64>> {
     let blocks: Vec<Block> = ram.blocks().collect();
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
     let (mut reader, writer) = (File::from(reader), File::from(writer));
+    Child::reap_former();
     // SAFETY: the child calls nothing that allocates or takes a lock, and never returns.
     let child = match unsafe { fork() }? {
         Some(child) => child,
@@ -152,14 +164,45 @@ fn write(ram: &RamSave<'_>, held: impl FnOnce()) -> io::Result<Vec<u64>> {
     let result = follow(ram, &blocks, &mut reader);
     // If the child still writes, it finds that the pipe has no reader, and ends.
     drop(reader);
-    while let Err(rustix::io::Errno::INTR) = waitpid(Some(child), WaitOptions::empty()) {}
+    child.end(result.is_err());
     result
+}
+
+struct Child {
+    id: Pid,
+    /// A pidfd. `None`: the kernel is older than Linux 5.2.
+    descriptor: Option<OwnedFd>,
+}
+
+/// Children that are not reaped yet.
+static FORMER: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
+
+impl Child {
+    /// Waits until the child has ended, for [`CHILD_TIMEOUT`] at most. `is_needless`: kills it before.
+    fn end(self, is_needless: bool) {
+        if let Some(descriptor) = &self.descriptor {
+            if is_needless {
+                // It may have ended.
+                let _ = pidfd_send_signal(descriptor, Signal::KILL);
+            }
+            let _ = poll(&mut [PollFd::new(descriptor, PollFlags::IN)], Some(&CHILD_TIMEOUT));
+        }
+        lock(&FORMER).push(self.id);
+        Self::reap_former();
+    }
+
+    /// Reaps former children that have ended.
+    fn reap_former() {
+        lock(&FORMER)
+            .retain(|child| matches!(waitpid(Some(*child), WaitOptions::NOHANG), Ok(None)));
+    }
 }
 
 /// Reads the child's messages until all blocks are written. Returns the checksums.
 fn follow(ram: &RamSave<'_>, blocks: &[Block], reader: &mut File) -> io::Result<Vec<u64>> {
     let mut checksums = Vec::with_capacity(blocks.len());
     for block in blocks {
+        wait_until_readable(reader, ram)?;
         let mut message = [[0; 8]; 2];
         reader.read_exact(message.as_flattened_mut()).map_err(|error| match error.kind() {
             io::ErrorKind::UnexpectedEof => {
@@ -182,14 +225,27 @@ fn follow(ram: &RamSave<'_>, blocks: &[Block], reader: &mut File) -> io::Result<
     Ok(checksums)
 }
 
+/// # Errors
+/// The save is canceled before.
+fn wait_until_readable(reader: &File, ram: &RamSave<'_>) -> io::Result<()> {
+    while let Ok(0) | Err(rustix::io::Errno::INTR) =
+        poll(&mut [PollFd::new(reader, PollFlags::IN)], Some(&CANCEL_INTERVAL))
+    {
+        ram.check_cancel()?;
+    }
+    Ok(())
+}
+
 /// fork(2) as a direct system call, because libc's function runs handlers, and the seccomp filter of the calling thread allows only these
-/// arguments. `None`: this is the child.
+/// arguments. The kernel also makes a descriptor of the child (CLONE_PIDFD). `None`: this is the child.
 ///
 /// # Safety
 /// The child may make system calls and read and write memory. It must not allocate, take a lock or return to code that does.
-unsafe fn fork() -> io::Result<Option<Pid>> {
-    // SAFETY: without a stack of its own the child goes on here, on a copy of this one.
-    let id = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
+unsafe fn fork() -> io::Result<Option<Child>> {
+    let flags = libc::SIGCHLD | libc::CLONE_PIDFD;
+    let mut descriptor: RawFd = -1;
+    // SAFETY: without a stack of its own the child goes on here, on a copy of this one. The kernel writes one descriptor.
+    let id = unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut descriptor, 0, 0) };
     match id {
         -1 => {
             let error = io::Error::last_os_error();
@@ -198,7 +254,11 @@ unsafe fn fork() -> io::Result<Option<Pid>> {
             );
             Err(io::Error::new(error.kind(), why))
         }
-        id => Ok(Pid::from_raw(id as i32)),
+        id => Ok(Pid::from_raw(id as i32).map(|id| {
+            // SAFETY: the kernel has just made it for this process.
+            let descriptor = (descriptor >= 0).then(|| unsafe { OwnedFd::from_raw_fd(descriptor) });
+            Child { id, descriptor }
+        })),
     }
 }
 
@@ -256,5 +316,27 @@ fn close_all_but(one: RawFd, other: RawFd) -> Result<(), i32> {
     match done {
         true => Ok(()),
         false => Err(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use arch::machine_layout::{MachineLayout, MachineSpec};
+
+    use super::*;
+    use crate::memory;
+
+    /// Without a reservation the mapping needs no pages of the pool.
+    #[test]
+    fn huge_pages_are_refused() {
+        let memory = 32 << 20;
+        let spec = MachineSpec { memory, cpus: 1, serial: [true, false], acpi: true, disks: 0 };
+        let map = |flags| memory::map(&MachineLayout::new(spec), libc::MAP_NORESERVE | flags);
+        assert!(check_pages(&map(0).unwrap()).is_ok());
+        let Ok(huge) = map(libc::MAP_HUGETLB) else {
+            return eprintln!("skipped: the host has no huge pages");
+        };
+        let refused = check_pages(&huge).unwrap_err().to_string();
+        assert!(refused.contains("save it without background-snapshot"), "{refused}");
     }
 }

@@ -114,6 +114,12 @@ impl RamSave<'_> {
         self.progress.written.fetch_add(written.bytes, Ordering::Relaxed);
         self.progress.zero.fetch_add(length.saturating_sub(written.bytes), Ordering::Relaxed);
         self.progress.remaining.fetch_sub(length, Ordering::Relaxed);
+        self.check_cancel()
+    }
+
+    /// # Errors
+    /// The save is canceled.
+    pub(super) fn check_cancel(&self) -> io::Result<()> {
         match self.cancel.load(Ordering::Relaxed) {
             true => Err(io::Error::new(io::ErrorKind::Interrupted, "it was canceled")),
             false => Ok(()),
