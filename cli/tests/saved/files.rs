@@ -1,5 +1,7 @@
 //! What people and other programs do with the file of a saved machine.
 
+use minivmm_tests::image;
+
 use super::*;
 
 /// A command about a file, such as `show`.
@@ -159,6 +161,47 @@ fn a_save_replaces_no_file_that_the_machine_uses() {
     }
     session.signal(Signal::TERM);
     session.wait(BOUND).must_be(0);
+}
+
+/// A process that lives, here or in another PID namespace, has a lock on its file.
+#[test]
+fn what_a_killed_save_has_left_is_removed_at_the_next_start() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    fs::write(at("guest.elf"), image::pvh(Program::Fill)).unwrap();
+    let mut command = minivmm(["--kernel", "guest.elf", "--memory", "256M", "--qmp", "unix:qmp"]);
+    command.args(["--save-directory", "."]).current_dir(directory.path());
+    let session = Session::start(&mut command);
+    session.output.expect_bytes(1, BOUND).unwrap();
+    let mut qmp = Qmp::connect(&at("qmp"));
+    let uri = format!("file:{}", at("saved").display());
+    qmp.execute("migrate", json!({ "uri": uri })).unwrap();
+    let hidden = format!(".saved.{}.saving", session.id());
+    session.signal(Signal::KILL);
+    let ended = session.id();
+    session.wait(BOUND).must_be(128 + 9);
+    // The save may have been faster.
+    fs::write(at(&hidden), "unfinished").unwrap();
+    let [alive, locked, other] =
+        [std::process::id(), ended, ended].map(|pid| format!(".saved.{pid}.saving"));
+    let (locked, other) = (locked.replace("saved", "locked"), other.replace(".saving", ""));
+    for name in [&alive, &locked, &other] {
+        fs::write(at(name), "in use").unwrap();
+    }
+    let file = fs::File::open(at(&locked)).unwrap();
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    fs::create_dir(at(&hidden.replace("saved", "directory"))).unwrap();
+    fs::remove_file(at("qmp")).unwrap();
+    let mut expected = names(directory.path());
+    expected.remove(std::ffi::OsStr::new(&hidden));
+    let session = Session::start(&mut command);
+    session.output.expect_bytes(1, BOUND).unwrap();
+    ctl(directory.path(), &["quit"]).wait(BOUND).must_be(0);
+    session.wait(BOUND).must_be(0);
+    assert_eq!(names(directory.path()), expected);
 }
 
 /// The file that the machine came from may be replaced by its next save, mapped or not.

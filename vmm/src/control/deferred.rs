@@ -22,7 +22,7 @@ use crate::chardev;
 use crate::config::VmConfig;
 use crate::error::Error;
 use crate::signals::Signals;
-use crate::snapshot::{Incoming, IncomingConfig, SavedConfig};
+use crate::snapshot::{Incoming, IncomingConfig, SavedConfig, remove_unfinished};
 
 /// What ended the wait.
 #[derive(Debug)]
@@ -108,6 +108,8 @@ pub fn wait(
 
 /// Listens for clients of a machine of that configuration.
 pub(crate) fn listen(path: &Path, config: &VmConfig) -> Result<ControlServer, Error> {
+    // Before the process is confined.
+    config.save_directory.iter().for_each(|directory| remove_unfinished(directory));
     let migration = migration::Migration::new(SavedConfig::of(config));
     chardev::add("compat_monitor0", format!("unix:{},server=on", path.display()));
     ControlServer::bind(path, migration).map_err(|source| {

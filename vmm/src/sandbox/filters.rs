@@ -146,7 +146,7 @@ fn ioctl(condition: &'static str, requests: impl IntoIterator<Item = u64>) -> Al
 }
 
 /// With `--save-directory`: makes the file of a save, on the main thread.
-const SAVE_OPENS: &[Call] = &[call!(SYS_openat), call!(SYS_fchmod)];
+const SAVE_OPENS: &[Call] = &[call!(SYS_openat), call!(SYS_fchmod), call!(SYS_flock)];
 /// With `--save-directory`: gives that file its name, on a thread that waits for it.
 const SAVE_ENDS: &[Call] = &[call!(SYS_renameat), call!(SYS_renameat2), call!(SYS_unlinkat)];
 

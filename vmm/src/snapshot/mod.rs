@@ -46,6 +46,7 @@ pub(crate) use held_memory::{Background, Rest, begin_in_background};
 pub use incoming::{ClockMode, Incoming, IncomingConfig, MapMode};
 pub use increments::check_new_increment;
 pub use new_file::NewFile;
+pub(crate) use new_file::remove_unfinished;
 pub(crate) use page_map::open_page_map;
 pub(crate) use panic_dump::PanicDump;
 pub(crate) use save::{Destination, Progress, begin};

@@ -1,16 +1,20 @@
 //! A file that gets its name only when it is whole.
 //!
 //! Until then it has no name, or a hidden one beside the target. Whatever happens, the target is absent, the one of before, or
-//! whole.
+//! whole. A process that is killed may leave a file with a hidden name, which [`remove_unfinished`] finds: a process that lives has a lock on
+//! its own.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, openat, renameat, unlinkat};
+use rustix::fs::{
+    AtFlags, CWD, FlockOperation, Mode, OFlags, flock, linkat, openat, renameat, unlinkat,
+};
+use rustix::process::{Pid, test_kill_process};
 
 use crate::sandbox;
 
@@ -50,6 +54,8 @@ impl NewFile {
             Err(error) => return Err(error.into()),
         };
         let file = File::from(file);
+        // On a file system without locks, the number of the process protects the file.
+        let _ = flock(&file, FlockOperation::NonBlockingLockExclusive);
         // Whatever the umask says: guest memory may hold secrets.
         file.set_permissions(fs::Permissions::from_mode(0o600))?;
         Ok(Self { path, directory, file, hidden })
@@ -96,10 +102,34 @@ impl Drop for NewFile {
     }
 }
 
-/// `.NAME.PID` beside the target. One process saves one machine at a time.
+const SUFFIX: &str = ".saving";
+
+/// `.NAME.PID.saving` beside the target. One process saves one machine at a time.
 fn hidden_name(path: &Path) -> io::Result<OsString> {
     let mut hidden = OsString::from(".");
     hidden.push(path.file_name().ok_or(io::ErrorKind::IsADirectory)?);
-    hidden.push(format!(".{}", std::process::id()));
+    hidden.push(format!(".{}{SUFFIX}", std::process::id()));
     Ok(hidden)
+}
+
+/// The process that has made a file of this name.
+fn maker(name: &OsStr) -> Option<Pid> {
+    let name = name.to_str()?.strip_prefix('.')?.strip_suffix(SUFFIX)?;
+    Pid::from_raw(name.rsplit_once('.')?.1.parse().ok()?)
+}
+
+/// Removes what processes that were killed in a save have left in `directory`. What cannot be removed stays.
+pub(crate) fn remove_unfinished(directory: &Path) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let has_ended = |maker| matches!(test_kill_process(maker), Err(rustix::io::Errno::SRCH));
+        let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
+        if is_file && maker(&entry.file_name()).is_some_and(has_ended) {
+            // A process with this number may live in another PID namespace.
+            let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(entry.path());
+            let lock = |file| flock(file, FlockOperation::NonBlockingLockExclusive);
+            if file.is_ok_and(|file| lock(file).is_ok()) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
 }
