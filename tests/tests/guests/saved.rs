@@ -13,6 +13,9 @@ use rustix::fs::{Advice, fadvise};
 use serde_json::json;
 
 const SOCKET: &str = "control.sock";
+const SAVED: &str = "saved";
+/// A file that has [`SAVED`] as its base.
+const INCREMENT: &str = "increment";
 /// It has a driver for the VM generation ID.
 const PLAIN: System = System { kernel: "linux-amd64/vmlinux", initrd: "initrd-amd64.cpio" };
 
@@ -45,9 +48,13 @@ fn restore(guest: &Guest, options: &str) -> Session {
 }
 
 fn restore_at(guest: &Guest, options: &str, socket: &str) -> Session {
+    restore_from(guest, SAVED, options, socket)
+}
+
+fn restore_from(guest: &Guest, file: &str, options: &str, socket: &str) -> Session {
     let mut command = minivmm([
         "--incoming",
-        &format!("file:saved,paths=saved{options}"),
+        &format!("file:{file},paths=saved{options}"),
         "--save-directory",
         ".",
         "--qmp",
@@ -58,11 +65,19 @@ fn restore_at(guest: &Guest, options: &str, socket: &str) -> Session {
 
 /// Saves the guest and ends its process. What it printed is returned.
 fn save(guest: &Guest, session: Session) -> String {
-    let saved = format!("file:{}", guest.path("saved").display());
+    save_to(guest, session, SAVED)
+}
+
+/// To [`INCREMENT`] what has changed only, to another file all.
+fn save_to(guest: &Guest, session: Session, file: &str) -> String {
+    let saved = format!("file:{}", guest.path(file).display());
     let mut qmp = Qmp::connect(&guest.path(SOCKET));
     qmp.set_bound(BOOT_BOUND);
-    let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
-    qmp.execute("migrate-set-capabilities", events).unwrap();
+    let capabilities = json!([
+        { "capability": "events", "state": true },
+        { "capability": "x-minivmm-incremental", "state": file == INCREMENT },
+    ]);
+    qmp.execute("migrate-set-capabilities", json!({ "capabilities": capabilities })).unwrap();
     qmp.execute("migrate", json!({ "uri": saved })).unwrap();
     loop {
         let state = qmp.query("query-migrate");
@@ -194,12 +209,16 @@ fn save_and_restore(cpus: u32, rounds: u32) {
             session.expect("fact: tick ", BOOT_BOUND);
         }
         thread::sleep(Duration::from_millis(moment % 3000));
-        text += &save(&guest, session);
-        let options = ["", ",map=off", ",map=on", ",clock=host"][round as usize % 4];
-        println!("round {round}: restored with `{options}`");
+        let kind = round as usize % 4;
+        let file = [SAVED, SAVED, SAVED, INCREMENT][kind];
+        text += &save_to(&guest, session, file);
+        let options = ["", ",map=off", ",map=on", ",map=on,clock=host"][kind];
+        println!("round {round}: {file} is restored with `{options}`");
         // A page that the host has to read first makes the guest's task wait for an asynchronous page fault. In tmpfs all pages stay.
-        fadvise(File::open(guest.path("saved")).unwrap(), 0, None, Advice::DontNeed).unwrap();
-        session = restore(&guest, options);
+        for file in [SAVED, file] {
+            fadvise(File::open(guest.path(file)).unwrap(), 0, None, Advice::DontNeed).unwrap();
+        }
+        session = restore_from(&guest, file, options, SOCKET);
     }
     session.expect("fact: tick ", BOOT_BOUND);
     session.send("hello\n");
