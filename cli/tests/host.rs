@@ -215,6 +215,24 @@ fn threads_stay_on_their_processors() {
     }
 }
 
+/// Whatever this host's KVM can: a guest whose HLT runs without exits, or the line that says it cannot.
+#[test]
+fn an_idle_vcpu_may_stay_in_the_guest() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let mut command = small_guest(directory.path(), Program::PowerOff);
+    command.args(["--overcommit", "cpu-pm=on"]);
+    let ended = Session::start(&mut command).wait(BOUND);
+    let refusal = "minivmm: --overcommit cpu-pm=on: this host's KVM does not let a guest's HLT run without exits \
+                   (KVM_CAP_X86_DISABLE_EXITS); leave the option out\n";
+    match ended.code() {
+        0 => assert!(unexpected_lines(&ended.errors).is_empty(), "{ended}"),
+        code => assert_eq!((code, ended.errors.as_str()), (2, refusal), "{ended}"),
+    }
+}
+
 /// Whatever this host has: a guest on huge pages, or the command that makes them.
 #[test]
 fn huge_pages() {

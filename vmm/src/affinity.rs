@@ -4,8 +4,11 @@
 //! thread inherits the affinity of the thread that creates it, so that the threads of a disk's engines are pinned with it.
 //! The main thread gets its own affinity back.
 
+mod cpu_pm;
+
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
+pub(crate) use self::cpu_pm::{hints, keep_idle_in_guest};
 use crate::error::Error;
 
 /// Checks that this process may use the `processors` that `option` names.

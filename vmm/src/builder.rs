@@ -96,6 +96,7 @@ pub fn build(
     let kvm_fd = kvm::open()?;
     check_cpus(&kvm_fd, config.cpus)?;
     let vm = Arc::new(kvm::create_vm(&kvm_fd)?);
+    affinity::keep_idle_in_guest(config, &kvm_fd, &vm)?;
     kvm::register_memory(&vm, &memory)?;
     tracing::info!(target: "boot", "VM and memory");
 
@@ -115,7 +116,7 @@ pub fn build(
     let events = Arc::new(events);
     let (mut port_io, mut mmio) = (Bus::default(), Bus::default());
     let trap_registers = config.trap_registers || !kvm::has_read_only_memory(&kvm_fd);
-    let poll = polling_window();
+    let poll = host_cpu::polling_window();
     let disks = affinity::start_on(&config.io_affinity, || {
         attach_disks(
             &vm,
@@ -160,6 +161,7 @@ pub fn build(
         count: config.cpus,
         legacy_pic: !config.acpi,
         nested: config.nested,
+        hints: affinity::hints(config),
         port_io,
         mmio,
         events: Arc::clone(&events),
@@ -247,18 +249,6 @@ fn open_images(disks: &[DiskConfig]) -> Result<Vec<Arc<dyn Disk>>, Error> {
 fn check_cpus(kvm: &Kvm, wanted: u32) -> Result<(), Error> {
     let max = u32::try_from(kvm.get_max_vcpus()).unwrap_or(u32::MAX).min(layout::CPUS_MAX);
     if wanted > max { Err(Error::TooManyCpus { wanted, max }) } else { Ok(()) }
-}
-
-/// The longest that a worker polls for the guest's next request, however much interrupts cost. If no request comes, 20 ms of a
-/// CPU are lost.
-const MAX_POLLING: Duration = Duration::from_millis(20);
-
-/// How long a disk's worker may poll before it sleeps. On a host with one CPU it must not poll: the guest needs the CPU.
-fn polling_window() -> Duration {
-    match std::thread::available_parallelism().map_or(1, usize::from) {
-        1 => Duration::ZERO,
-        _ => MAX_POLLING,
-    }
 }
 
 /// Makes each disk's device and threads, and attaches it to the MMIO bus at the address that the layout gives it.

@@ -32,6 +32,8 @@ pub struct VmConfig {
     pub vcpu_affinity: Vec<usize>,
     /// The host CPUs of the disks' threads. Empty: any.
     pub io_affinity: Vec<usize>,
+    /// An idle vCPU stays in the guest: its HLT and PAUSE cause no exits.
+    pub cpu_pm: bool,
     /// The guest is given ACPI tables; otherwise an MPTable and command line arguments.
     pub acpi: bool,
     /// Offer the CPU's virtualization (VMX or SVM) to the guest, for guests of its own.

@@ -1,15 +1,17 @@
-//! What the host's processor can do, as its kernel tells in /proc/cpuinfo.
+//! What the host's processors can do, as its kernel tells in /proc/cpuinfo, and whether there are several.
 //!
-//! A capability: KVM works without it. `cli` warns of a processor without hardware virtualization, and the builder copies the
-//! kernel where the host is itself a guest.
+//! A capability: KVM works without it. `cli` warns of a processor without hardware virtualization, the builder copies the
+//! kernel where the host is itself a guest, and gives the disks' workers the time that they may poll.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::sync::LazyLock;
+use std::time::Duration;
 
 /// A warning when KVM is there but the processor has no hardware virtualization: that KVM interprets every guest
 /// instruction and delivers no interrupts, so that Linux does not boot on it.
 pub fn missing_hardware_support() -> Option<&'static str> {
-    let flags = Flags::read()?;
+    let flags = FLAGS.as_ref()?;
     if flags.has_virtualization() {
         return None;
     }
@@ -21,11 +23,26 @@ pub fn missing_hardware_support() -> Option<&'static str> {
 
 /// Whether this host is itself a guest, whose own guests exit through both hypervisors.
 pub(crate) fn is_nested() -> bool {
-    Flags::read().is_some_and(|flags| flags.has_virtualization() && flags.contain("hypervisor"))
+    FLAGS.as_ref().is_some_and(|flags| flags.has_virtualization() && flags.contain("hypervisor"))
+}
+
+/// The longest that a worker polls for the guest's next request, however much interrupts cost. If no request comes, 20 ms of a
+/// CPU are lost.
+const MAX_POLLING: Duration = Duration::from_millis(20);
+
+/// How long a disk's worker may poll before it sleeps. On a host with one CPU it must not poll: the guest needs the CPU.
+pub(crate) fn polling_window() -> Duration {
+    match std::thread::available_parallelism().map_or(1, usize::from) {
+        1 => Duration::ZERO,
+        _ => MAX_POLLING,
+    }
 }
 
 /// The processor's features, as the host's kernel names them.
 struct Flags(String);
+
+/// Read once: a host with many CPUs takes milliseconds for the file.
+static FLAGS: LazyLock<Option<Flags>> = LazyLock::new(Flags::read);
 
 impl Flags {
     fn read() -> Option<Self> {

@@ -21,6 +21,8 @@ pub struct Vcpu {
     /// The guest may run guests of its own (VMX or SVM). Without, KVM refuses the instructions and the MSRs for that, too:
     /// it goes by these leaves.
     pub nested: bool,
+    /// What the guest may rely on: bits of `KVM_HINTS_*` (Documentation/virt/kvm/x86/cpuid.rst).
+    pub hints: u32,
 }
 
 /// Leaf 1 (SDM 2A `CPUID`, tables 3-10 and 3-11).
@@ -131,6 +133,7 @@ fn adjust(leaf: &mut kvm_cpuid_entry2, vcpu: &Vcpu, vendor: Vendor) {
         // Intel's performance counters: none. Each guest access to one costs an exit, and a kernel that finds them
         // runs its watchdog on them.
         0xa => (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0),
+        0x4000_0001 => leaf.edx |= vcpu.hints,
         0x8000_0001 => {
             if vendor == Vendor::Amd {
                 set(&mut leaf.ecx, ECX_CMP_LEGACY, count > 1);
@@ -208,7 +211,8 @@ fn frequency(leaves: &mut Vec<kvm_cpuid_entry2>, khz: u32) {
 mod tests {
     use super::*;
 
-    const PLAIN: Vcpu = Vcpu { id: 0, count: 1, tsc_khz: None, tsc_deadline: false, nested: false };
+    const PLAIN: Vcpu =
+        Vcpu { id: 0, count: 1, tsc_khz: None, tsc_deadline: false, nested: false, hints: 0 };
 
     fn leaf(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
         kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
@@ -371,5 +375,12 @@ mod tests {
         let counters = find(&leaves, 0xa, 0);
         assert_eq!((counters.eax, counters.ebx, counters.ecx, counters.edx), (0, 0, 0, 0));
         assert_eq!(find(&leaves, 0x4000_0001, 0), find(&intel(), 0x4000_0001, 0));
+    }
+
+    #[test]
+    fn the_guest_is_told_what_it_may_rely_on() {
+        let leaves = for_vcpu(&intel(), &Vcpu { hints: 1, ..PLAIN });
+        let told = kvm_cpuid_entry2 { edx: 1, ..find(&intel(), 0x4000_0001, 0) };
+        assert_eq!(find(&leaves, 0x4000_0001, 0), told);
     }
 }

@@ -118,6 +118,13 @@ struct MachineOptions {
     #[arg(long, value_name = "LIST", allow_hyphen_values = true, value_parser = text(cpu_list))]
     io_affinity: Option<CpuList>,
 
+    /// Whether an idle virtual CPU stays in the guest: cpu-pm=on|off.
+    ///
+    /// The host's CPU is then busy all the time, and the guest wakes up without the host's help. For virtual CPUs that have CPUs to
+    /// themselves; with --vcpu-affinity the guest is told so, and spins where it would sleep.
+    #[arg(long, value_name = "cpu-pm=on|off", default_value = "cpu-pm=off", value_parser = text(value::overcommit), action = clap::ArgAction::Set)]
+    overcommit: bool,
+
     /// Describe the machine by ACPI tables; `off` gives an MPTable and virtio_mmio.device= words instead.
     ///
     /// `off` is for kernels without ACPI. The guest then cannot power off by itself.
@@ -328,12 +335,9 @@ impl Arguments {
         if control.paused && control.qmp.is_none() && control.gdb.is_none() {
             return Err(UsageError::PausedForEver);
         }
-        let cpus_known = guest.incoming.is_none();
-        if cpus_known && !vcpu_affinity.is_empty() && vcpu_affinity.len() != machine.cpus as usize {
-            return Err(UsageError::AffinityCount {
-                named: vcpu_affinity.len(),
-                cpus: machine.cpus,
-            });
+        let (named, cpus) = (vcpu_affinity.len(), machine.cpus);
+        if guest.incoming.is_none() && named != 0 && named != cpus as usize {
+            return Err(UsageError::AffinityCount { named, cpus });
         }
         let disks = guest.disks.into_iter().enumerate();
         let disks = disks.map(|(index, disk)| disk.into_config(index, context));
@@ -356,6 +360,7 @@ impl Arguments {
             cpus: machine.cpus,
             vcpu_affinity: vcpu_affinity.to_vec(),
             io_affinity: machine.io_affinity.unwrap_or_default().to_vec(),
+            cpu_pm: machine.overcommit,
             acpi: machine.acpi,
             nested: machine.nested,
             disks,

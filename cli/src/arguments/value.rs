@@ -177,6 +177,14 @@ pub(crate) fn switch(text: &str) -> Result<bool, ValueError> {
     }
 }
 
+/// Whether idle vCPUs stay in the guest: the one key of QEMU's option that means something here.
+pub(crate) fn overcommit(text: &str) -> Result<bool, ValueError> {
+    let value = text.strip_prefix("cpu-pm=").ok_or(ValueError::Write(OVERCOMMIT))?;
+    switch(value).map_err(|_| ValueError::Write(OVERCOMMIT))
+}
+
+const OVERCOMMIT: &str = "write cpu-pm=on or cpu-pm=off";
+
 /// The mode, and whether the process may start a child process.
 pub(crate) fn sandbox(text: &str) -> Result<(SandboxMode, bool), ValueError> {
     let (mode, spawn) = match text.split_once(',') {

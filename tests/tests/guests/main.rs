@@ -4,6 +4,7 @@
 mod boot;
 mod container;
 mod control;
+mod cpu_pm;
 mod debian;
 mod demo;
 mod disk;

@@ -51,6 +51,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("disks in QMP", &["vmm/src/control/disk_commands.rs", "vmm/src/control/metrics.rs"]),
     ("control (QMP)", &["vmm/src/control"]),
     ("ctl", &["cli/src/ctl"]),
+    ("CPUs of their own", &["vmm/src/affinity/cpu_pm.rs"]),
     ("debug exit", &["devices/src/legacy/debug_exit.rs"]),
     ("detected zeroes", &["devices/src/disk/detect_zeroes.rs"]),
     ("direct I/O", &["devices/src/disk/bounce.rs", "devices/src/disk/direct.rs"]),

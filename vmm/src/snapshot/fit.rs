@@ -41,6 +41,7 @@ pub(super) fn check(kvm: &Kvm, vcpus: &[SavedVcpu], nested: bool) -> Result<(), 
             count,
             tsc_khz: Some(saved.tsc_khz),
             tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
+            hints: 0,
             nested,
         };
         let present = cpuid::for_vcpu(supported.as_slice(), &vcpu);

@@ -44,13 +44,24 @@ fn machine() -> Option<(Kvm, Arc<VmFd>, Vcpu)> {
     kvm::create_irq_chips(&vm).unwrap();
     let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
     let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-    let leaves = cpuid::Vcpu { id: 0, count: 1, tsc_khz: None, tsc_deadline, nested: false };
+    let leaves =
+        cpuid::Vcpu { id: 0, count: 1, tsc_khz: None, tsc_deadline, nested: false, hints: 0 };
     let leaves = cpuid::for_vcpu(supported.as_slice(), &leaves);
     let (events, _) = event_channel().unwrap();
     let (port_io, mmio) = <(Arc<Bus>, Arc<Bus>)>::default();
     let events = Arc::new(events);
     let (count, legacy_pic, nested) = (1, false, false);
-    let setup = VcpuSetup { kvm: &kvm, vm: &vm, count, legacy_pic, nested, port_io, mmio, events };
+    let setup = VcpuSetup {
+        kvm: &kvm,
+        vm: &vm,
+        count,
+        legacy_pic,
+        nested,
+        hints: 0,
+        port_io,
+        mmio,
+        events,
+    };
     let vcpu = setup.create(0, &VcpuStart::Restore(vec![leaves])).unwrap();
     Some((kvm, vm, vcpu))
 }

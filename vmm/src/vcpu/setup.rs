@@ -49,6 +49,7 @@ pub(crate) struct VcpuSetup<'a> {
     pub legacy_pic: bool,
     /// The guest may run guests of its own.
     pub nested: bool,
+    pub hints: u32,
     pub port_io: Arc<Bus>,
     pub mmio: Arc<Bus>,
     /// Where exits that end the VM are reported.
@@ -123,6 +124,7 @@ impl VcpuSetup<'_> {
             tsc_khz,
             tsc_deadline,
             nested: self.nested,
+            hints: self.hints,
         };
         Ok(cpu::cpuid::for_vcpu(supported.as_slice(), &vcpu))
     }
