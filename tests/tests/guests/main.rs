@@ -18,6 +18,7 @@ mod lab;
 mod many_disks;
 mod nested;
 mod network_storage;
+mod polled_queue;
 mod powercut;
 mod powercut_sound;
 mod saved;
