@@ -44,5 +44,5 @@ fn an_idle_vcpu_stays_in_the_guest() {
     let [Some(without), Some(with)] = counts[..] else {
         return skip("no statistics of KVM in /sys/kernel/debug");
     };
-    assert!(without > 100 && with == 0, "{without} halts, and {with} with the option");
+    assert!(without > 0 && with == 0, "{without} halts, and {with} with the option");
 }
