@@ -7,8 +7,9 @@ use std::time::Instant;
 
 use minivmm_tests::files::sparse;
 use minivmm_tests::guest::{self, Program};
-use minivmm_tests::qmp::start;
-use minivmm_tests::{BOUND, kvm_is_usable};
+use minivmm_tests::qmp::{Qmp, SOCKET, start};
+use minivmm_tests::session::Session;
+use minivmm_tests::{BOUND, kvm_is_usable, minivmm};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::tempdir;
@@ -72,6 +73,67 @@ fn limits_and_histograms() {
     assert_eq!(qmp.query("query-blockstats")[0]["stats"].get("wr_latency_histogram"), None);
     let bad = json!({"id": "vda", "boundaries-write": [2, 1]});
     assert_eq!(qmp.execute("block-latency-histogram-set", bad).unwrap_err().0, "GenericError");
+    qmp.query("quit");
+    session.wait(BOUND).must_be(0);
+}
+
+/// QEMU's docs/throttle.txt, "Applying I/O limits to groups of disks"; and a saved machine knows the group.
+#[test]
+fn disks_of_a_group_have_one_set_of_limits() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let group = ",throttling.bps-write=1,throttling.group=slow";
+    let mut options = Vec::new();
+    for (name, keys) in [("a", group), ("b", group), ("c", "")] {
+        sparse(&directory.path().join(name), PLENTY);
+        options.extend(["--disk".to_owned(), format!("{name},id={name}{keys}")]);
+    }
+    let options: Vec<_> = options.iter().map(String::as_str).collect();
+    let shown = |qmp: &mut Qmp| {
+        let disks = qmp.query("query-block");
+        [0, 1, 2].map(|disk| {
+            let disk = &disks[disk]["inserted"];
+            (disk["bps_wr"].as_u64().unwrap(), disk["group"].as_str().map(str::to_owned))
+        })
+    };
+    let set = |qmp: &mut Qmp, disk: &str, bytes: u64, group: Option<&str>| {
+        let mut limits = write_limit(bytes);
+        limits["device"] = disk.into();
+        group.inspect(|group| limits["group"] = (*group).into());
+        qmp.execute("block_set_io_throttle", limits).unwrap();
+    };
+    let of = |bytes, group: &str| (bytes, Some(group.to_owned()));
+    let (session, mut qmp) = start(directory.path(), Program::DiskLoad, &options);
+    assert_eq!(shown(&mut qmp), [of(1, "slow"), of(1, "slow"), (0, None)]);
+    session.output.expect_bytes(1, BOUND).unwrap();
+    // New limits of one member are those of all, and let go what the guest's disk, another member, made wait.
+    set(&mut qmp, "b", 1 << 40, None);
+    session.output.expect_bytes(100, BOUND).unwrap();
+    assert_eq!(shown(&mut qmp), [of(1 << 40, "slow"), of(1 << 40, "slow"), (0, None)]);
+    // A disk moves, with limits for the new group only, and another joins it.
+    set(&mut qmp, "b", 7, Some("other"));
+    set(&mut qmp, "c", 8, Some("other"));
+    assert_eq!(shown(&mut qmp), [of(1 << 40, "slow"), of(8, "other"), of(8, "other")]);
+    // Without limits it leaves, whatever group is named; the others stay limited.
+    set(&mut qmp, "b", 0, Some("other"));
+    assert_eq!(shown(&mut qmp), [of(1 << 40, "slow"), (0, None), of(8, "other")]);
+    // The default name of a group is the disk's.
+    set(&mut qmp, "b", 5, None);
+    set(&mut qmp, "a", 1, Some("b"));
+    assert_eq!(shown(&mut qmp), [of(1, "b"), of(1, "b"), of(8, "other")]);
+    let mut save = minivmm(["ctl", SOCKET, "save", "saved", "--quit"]);
+    Session::start(save.current_dir(directory.path())).wait(BOUND).must_be(0);
+    session.wait(BOUND).must_be(0);
+    let disks = ["--disk", "a,id=a", "--disk", "b,id=b", "--disk", "c,id=c"];
+    let mut command =
+        minivmm(["--incoming", "file:saved", "--qmp", "unix:qmp"].iter().chain(&disks));
+    let session = Session::start(command.current_dir(directory.path()));
+    let mut qmp = Qmp::connect(&directory.path().join("qmp"));
+    assert_eq!(shown(&mut qmp), [of(1, "b"), of(1, "b"), of(8, "other")]);
+    set(&mut qmp, "b", 2, None);
+    assert_eq!(shown(&mut qmp), [of(2, "b"), of(2, "b"), of(8, "other")]);
     qmp.query("quit");
     session.wait(BOUND).must_be(0);
 }

@@ -71,6 +71,7 @@ async def main(path):
         await execute("block_set_io_throttle", id="data", **{**limits, "iops": 5000, "iops_max": 10000})
         (disk,) = await execute("query-block")
         assert disk["inserted"]["iops"] == 5000 and disk["inserted"]["iops_max"] == 10000
+        assert disk["inserted"]["group"] == "data"
         await execute("block_set_io_throttle", device="data", **limits)
 
         await execute("block-set-write-threshold", node__name="data", write__threshold=512)

@@ -13,7 +13,7 @@ use arch::Structure;
 use arch::cmdline::{self, Root};
 use arch::layout;
 use arch::machine_layout::{MachineLayout, MachineSpec};
-use devices::block::{BlockDevice, BlockOptions};
+use devices::block::{self, BlockDevice, BlockOptions};
 use devices::bus::Bus;
 use devices::disk::{self, Disk};
 use devices::spawn::{DiskThreads, Spawn};
@@ -292,6 +292,7 @@ fn attach_disks(
             )?,
         });
     }
+    block::share_limits(disks.iter().map(|disk| &disk.handle));
     Ok(disks)
 }
 

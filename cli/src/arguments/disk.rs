@@ -39,6 +39,7 @@ pub(crate) const HELP: &str = "Disk keys, with QEMU's names:
   throttling.bps-total=, throttling.iops-total=N    limits per second, also -read and -write; each with -max=N for a
                                 burst and -max-length=SECONDS for its duration [none]
   throttling.iops-size=BYTES    a longer request counts as several operations [off]
+  throttling.group=NAME         disks with the same NAME share one set of limits [the disk's id]
   cyls=, heads=, secs=N         the geometry; all three or none
 A comma in PATH or TEXT is written twice.";
 
@@ -108,7 +109,11 @@ impl DiskOption {
         device.num_queues =
             num_queues.unwrap_or_else(|| u16::try_from(context.cpus).unwrap_or(u16::MAX));
         device.write_cache = image.cache.writeback();
-        Ok(DiskConfig { id: id.unwrap_or_else(|| device.name.clone()), image, device })
+        let id = id.unwrap_or_else(|| device.name.clone());
+        if !device.throttling.is_off() {
+            device.throttling.group.get_or_insert_with(|| id.clone());
+        }
+        Ok(DiskConfig { id, image, device })
     }
 }
 
@@ -343,7 +348,7 @@ mod tests {
         ] {
             assert!(keys().any(|known| known == key), "{key}");
         }
-        assert_eq!(keys().count(), 28);
+        assert_eq!(keys().count(), 29);
     }
 
     #[test]

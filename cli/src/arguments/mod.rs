@@ -342,7 +342,7 @@ impl Arguments {
         let disks = guest.disks.into_iter().enumerate();
         let disks = disks.map(|(index, disk)| disk.into_config(index, context));
         let disks = disks.collect::<Result<Vec<_>, _>>()?;
-        check_ids(&disks)?;
+        check_disks(&disks)?;
         let consoles = consoles::choose(control.consoles, control.exec.is_some())?;
         if control.exec.is_some() {
             consoles::check_exec(&guest.cmdline, disks.is_empty(), control.debug_exit)?;
@@ -385,14 +385,14 @@ impl Arguments {
     }
 }
 
-fn check_ids(disks: &[DiskConfig]) -> Result<(), UsageError> {
+fn check_disks(disks: &[DiskConfig]) -> Result<(), UsageError> {
     for (index, disk) in disks.iter().enumerate() {
         if disks[..index].iter().any(|other| other.id == disk.id) {
             let (path, id) = (disk.image.path.clone(), disk.id.clone());
             return Err(UsageError::DuplicateId { path, id });
         }
     }
-    Ok(())
+    throttling::check_groups(disks)
 }
 
 #[cfg(test)]

@@ -2,7 +2,9 @@
 //! seconds that the burst may last. `devices` checks what the limits mean together.
 
 use devices::block::{Limit, Throttling};
+use vmm::DiskConfig;
 
+use super::usage_error::UsageError;
 use super::value::{ValueError, bytes, number};
 
 /// The endings of a limit's keys: its average, the rate of a burst, the length of a burst.
@@ -17,10 +19,36 @@ pub(super) fn keys() -> impl Iterator<Item = String> {
 /// Sets the limit that `key` names. Returns whether that key exists.
 pub(super) fn set(throttling: &mut Throttling, key: &str, value: &str) -> Result<bool, ValueError> {
     let Some(key) = key.strip_prefix("throttling.") else { return Ok(false) };
-    if key == "iops-size" {
-        throttling.operation_size = bytes(value)?;
-        return Ok(true);
+    match key {
+        "group" if value.is_empty() => return Err(ValueError::Write("write a name")),
+        "group" => throttling.group = Some(value.to_owned()),
+        "iops-size" => throttling.operation_size = bytes(value)?,
+        _ => return set_rate(throttling, key, value),
     }
+    Ok(true)
+}
+
+/// A group has one set of limits, so that its disks may not name different ones.
+///
+/// # Errors
+/// Two disks that do.
+pub(super) fn check_groups(disks: &[DiskConfig]) -> Result<(), UsageError> {
+    for (count, disk) in disks.iter().enumerate() {
+        let limits = &disk.device.throttling;
+        let Some(group) = &limits.group else { continue };
+        let conflict = disks[..count].iter().find(|earlier| {
+            let earlier = &earlier.device.throttling;
+            earlier.group.as_ref() == Some(group) && earlier != limits
+        });
+        if let Some(other) = conflict {
+            let (path, group, id) = (disk.image.path.clone(), group.clone(), other.id.clone());
+            return Err(UsageError::GroupLimits { path, group, id });
+        }
+    }
+    Ok(())
+}
+
+fn set_rate(throttling: &mut Throttling, key: &str, value: &str) -> Result<bool, ValueError> {
     for (limit, rate) in Limit::ALL.into_iter().zip(&mut throttling.rates) {
         let parse = if key.starts_with("bps") { bytes } else { number };
         match key.strip_prefix(limit.option()) {

@@ -20,6 +20,8 @@ pub(crate) enum UsageError {
     LogsNoScsi { path: PathBuf },
     #[error("--disk {}: id={id} is the name of another disk; give each its own id=", path.display())]
     DuplicateId { path: PathBuf, id: String },
+    #[error("--disk {}: throttling.group={group} has other limits than disk {id} of the same group; write the same for both", path.display())]
+    GroupLimits { path: PathBuf, group: String, id: String },
     #[error("--console: given {0} times; a guest has two serial ports: give it once or twice")]
     Consoles(usize),
     #[error("--console stdio: given twice; write another place for one of them, such as file:PATH")]

@@ -78,11 +78,11 @@ enum Command {
         #[arg(long)]
         shrink: bool,
     },
-    /// Limit a disk's speed. Limits that are not given are removed.
+    /// Limit the speed of a disk, or of its throttle group. Limits that are not given are removed.
     Throttle {
         /// The disk's name, such as vda.
         disk: String,
-        /// bps, bps_rd, bps_wr, iops, iops_rd or iops_wr=N per second; also with _max and _max_length, and iops_size.
+        /// bps, bps_rd, bps_wr, iops, iops_rd or iops_wr=N per second; also with _max and _max_length, iops_size, and group=NAME.
         #[arg(value_name = "LIMIT=N")]
         limits: Vec<String>,
     },
@@ -323,6 +323,10 @@ fn throttle(disk: &str, limits: &[String]) -> Result<Value, CtlError> {
         let Some((name, value)) = limit.split_once('=') else {
             return Err(CtlError::LimitWithoutValue(limit.clone()));
         };
+        if name == "group" {
+            arguments.insert(name.to_owned(), value.into());
+            continue;
+        }
         let value = value::bytes::<u64>(value)
             .map_err(|source| CtlError::Limit { limit: limit.clone(), source })?;
         arguments.insert(name.replace('-', "_"), value.into());

@@ -21,7 +21,7 @@ use super::request::segments::Segments;
 use super::scsi::ScsiCommands;
 use super::shared::Shared;
 use super::stats::IoStatus;
-use super::throttle::Throttle;
+use super::throttle_group::Throttle;
 use super::worker::Negotiated;
 use super::worker_thread::{Loop, WorkerThread};
 use crate::GuestMemory;
@@ -71,8 +71,8 @@ impl BlockDevice {
     ) -> Result<Self, BlockError> {
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let count = usize::from(options.num_queues).clamp(1, cpus);
-        options.throttling.check()?;
-        let throttle = Arc::new(Throttle::new(options.throttling, Instant::now()));
+        let limits = options.throttling.clone();
+        let throttle = Arc::new(Throttle::new(limits, &options.name, Instant::now()));
         let types = request_types(&options, &*disk);
         let limiter = Arc::clone(&throttle) as Arc<dyn Limiter>;
         let geometry = geometry::rule(options.geometry, &*disk);

@@ -18,7 +18,7 @@
 //! - `config_space` is what the driver reads before its first request;
 //! - `busy_poll` decides whether a worker polls, and `error_policy` what becomes of a request that the host failed.
 //!
-//! `throttle`, `scsi`, `geometry`, and the requests that are no read, write or flush are capabilities. `device` plugs them
+//! `throttle_group`, `scsi`, `geometry`, and the requests that are no read, write or flush are capabilities. `device` plugs them
 //! in. The path knows them only as the traits in `admission` and `request`, and as a function type in `config_space`.
 
 mod admission;
@@ -41,6 +41,7 @@ mod scsi;
 mod shared;
 mod stats;
 mod throttle;
+mod throttle_group;
 mod worker;
 mod worker_thread;
 
@@ -50,7 +51,7 @@ mod tests;
 pub use device::{BlockDevice, BlockHandle};
 pub use events::{BlockEvent, ErrorAction, EventSink};
 pub use histogram::Histogram;
-pub use operator::{BlockStats, KindStats};
+pub use operator::{BlockStats, KindStats, share_limits};
 pub use options::{BlockError, BlockOptions, ErrorPolicy, Geometry};
 pub use stats::{IoStatus, Kind};
 pub use throttle::{Limit, Rate, Throttling, ThrottlingError};

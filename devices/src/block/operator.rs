@@ -77,22 +77,44 @@ impl BlockHandle {
             .for_each(|counters| counters.set_histogram(kind, histogram.cloned()));
     }
 
-    /// The limits.
+    /// The limits. Their group is named, unless nothing is limited.
     pub fn throttling(&self) -> Throttling {
-        self.throttle.options()
+        self.throttle.limits()
     }
 
-    /// Sets other limits, also for the requests that the present ones delay.
+    /// Sets other limits, also for the requests that the present ones delay: for the disk's group, or for the one that they name, to
+    /// which the disk moves. `disks` are all of the machine, `default` the name of a new group that the limits do not name.
     ///
     /// # Errors
     /// What does not go together; nothing has changed then.
-    pub fn set_throttling(&self, throttling: Throttling) -> Result<(), ThrottlingError> {
-        throttling.check()?;
-        self.throttle.set(throttling, Instant::now());
+    pub fn set_throttling<'a>(
+        &self,
+        mut limits: Throttling,
+        default: &str,
+        disks: impl Iterator<Item = &'a Self> + Clone,
+    ) -> Result<(), ThrottlingError> {
+        // As in QEMU: the disk leaves its group then, whichever is named.
+        limits.group.take_if(|_| limits.rates.iter().all(|rate| rate.average == 0));
+        limits.check()?;
+        let name = limits.group.clone().or_else(|| self.throttle.group());
+        let name = name.unwrap_or_else(|| default.to_owned());
+        let in_group = |disk: &&Self| disk.throttle.group().as_ref() == Some(&name);
+        if !limits.is_off()
+            && let Some(member) = disks.clone().find(in_group)
+        {
+            self.throttle.join(&member.throttle);
+        }
+        self.throttle.set(limits, &name, Instant::now());
+        // This disk, too, which may have left its group.
+        self.release_waiting();
+        disks.filter(in_group).for_each(Self::release_waiting);
+        Ok(())
+    }
+
+    fn release_waiting(&self) {
         for worker in &*self.workers {
             worker.send(|thread, _| thread.release());
         }
-        Ok(())
     }
 
     /// The offset past which a change is reported, in bytes.
@@ -108,6 +130,19 @@ impl BlockHandle {
     /// Whether completed writes may be volatile: as configured, or as the driver chose.
     pub fn write_cache(&self) -> bool {
         self.shared.writeback.load(Ordering::Relaxed)
+    }
+}
+
+/// Has the disks of a new machine that name the same throttle group share the limits of the first one.
+pub fn share_limits<'a>(disks: impl Iterator<Item = &'a BlockHandle> + Clone) {
+    for (count, disk) in disks.clone().enumerate() {
+        let group = disk.throttle.group();
+        let mut earlier = disks.clone().take(count);
+        if group.is_some()
+            && let Some(first) = earlier.find(|earlier| earlier.throttle.group() == group)
+        {
+            disk.throttle.join(&first.throttle);
+        }
     }
 }
 

@@ -20,6 +20,7 @@ impl BlockOptions {
     /// # Errors
     /// `BlockError::Option` for the first option that does not work.
     pub(super) fn check(&self, limits: &Limits) -> Result<BlockSizes, BlockError> {
+        self.throttling.check()?;
         let sizes = self.check_sizes(limits)?;
         let in_range = (1..=QUEUES_MAX).contains(&self.num_queues);
         require(in_range, "num-queues", self.num_queues, "must be from 1 to 1024")?;

@@ -2,17 +2,14 @@
 //!
 //! Each limit is a bucket whose level falls at the permitted rate. A request may start while the level of each bucket that
 //! concerns it is within the bucket's capacity, and then adds its whole size or count. So a large request needs no special
-//! case: it only makes the next one wait longer.
+//! case: it only makes the next one wait longer. Here are the values; `throttle_group` shares them between workers and disks.
 
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::admission::{Direction, Limiter};
+use super::admission::Direction;
 use crate::clock::Instant;
-use crate::lock;
 
 /// The six limits of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,13 +80,16 @@ impl Default for Rate {
     }
 }
 
-/// The limits of a disk.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// The limits of a disk, or of a group of disks together.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Throttling {
     /// In the order of [`Limit::ALL`].
     pub rates: [Rate; 6],
     /// `iops-size`: a request longer than this, in bytes, counts as several operations; 0 for never.
     pub operation_size: u64,
+    /// `group`: disks with the same name here share one set of limits. `None`: the disk's own name.
+    #[serde(default)]
+    pub group: Option<String>,
 }
 
 /// Highest rate that is taken; QEMU's.
@@ -110,6 +110,11 @@ pub enum ThrottlingError {
     /// A burst that is no faster than the long run.
     #[error("throttling.{0}-max needs {0}, and must not be below it")]
     BurstBelowAverage(&'static str),
+    /// A group without limits that its disks could share.
+    #[error(
+        "throttling.group needs a limit, such as throttling.iops-total=N; give each disk of the group the same limits"
+    )]
+    GroupAlone,
     /// A burst whose length is out of range.
     #[error("throttling.{0}-max-length must be at least 1, needs {0}-max, and has its limits")]
     BurstLength(&'static str),
@@ -136,6 +141,9 @@ impl Throttling {
         if self.operation_size > 0 && self.rates[3..].iter().all(|rate| rate.average == 0) {
             return Err(ThrottlingError::SizeAlone);
         }
+        if self.group.is_some() && self.is_off() {
+            return Err(ThrottlingError::GroupAlone);
+        }
         for (limit, rate) in Limit::ALL.into_iter().zip(&self.rates) {
             let name = limit.option();
             let Rate { average, max, max_length } = *rate;
@@ -156,17 +164,10 @@ impl Throttling {
     }
 }
 
-/// The buckets of a disk, shared by its workers. One lock guards all six, since a request may have to fit several at
-/// once. `off` is read without it: a disk without limits pays one atomic load for each request.
+/// One bucket for each limit. A request may have to fit several at once.
 #[derive(Debug)]
-pub(super) struct Throttle {
-    buckets: Mutex<Buckets>,
-    off: AtomicBool,
-}
-
-#[derive(Debug)]
-struct Buckets {
-    options: Throttling,
+pub(super) struct Buckets {
+    pub(super) limits: Throttling,
     buckets: [Bucket; 6],
     /// Up to when they have leaked.
     leaked: Instant,
@@ -181,72 +182,20 @@ struct Bucket {
     burst_level: f64,
 }
 
-impl Throttle {
-    pub(super) fn new(options: Throttling, now: Instant) -> Self {
-        Self {
-            buckets: Mutex::new(Buckets::new(options, now)),
-            off: AtomicBool::new(options.is_off()),
-        }
-    }
-
-    /// Other limits from now on; the buckets are empty.
-    pub(super) fn set(&self, options: Throttling, now: Instant) {
-        *lock(&self.buckets) = Buckets::new(options, now);
-        self.off.store(options.is_off(), Ordering::Relaxed);
-    }
-
-    pub(super) fn options(&self) -> Throttling {
-        lock(&self.buckets).options
-    }
-}
-
-impl Limiter for Throttle {
-    fn is_off(&self) -> bool {
-        self.off.load(Ordering::Relaxed)
-    }
-
-    fn couples_directions(&self) -> bool {
-        let rates = self.options().rates;
-        [Limit::BytesTotal, Limit::OperationsTotal]
-            .iter()
-            .any(|limit| rates[*limit as usize].average > 0)
-    }
-
-    fn wait(&self, direction: Direction, now: Instant) -> Duration {
-        let mut buckets = lock(&self.buckets);
-        buckets.leak(now);
-        let concerned = Limit::ALL
-            .into_iter()
-            .zip(&buckets.buckets)
-            .filter(|(limit, _)| limit.concerns(direction));
-        let seconds = concerned.map(|(_, bucket)| bucket.wait()).fold(0.0, f64::max);
-        // No timer is finer than that, and the arithmetic is not exact.
-        if seconds < 1e-6 {
-            Duration::ZERO
-        } else {
-            Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
-        }
-    }
-
-    fn charge(&self, direction: Direction, bytes: u64) {
-        let mut buckets = lock(&self.buckets);
-        let size = buckets.options.operation_size;
-        let operations = if size > 0 && bytes > size { bytes as f64 / size as f64 } else { 1.0 };
-        for (limit, bucket) in Limit::ALL.into_iter().zip(&mut buckets.buckets) {
-            if limit.concerns(direction) {
-                bucket.pour(if limit.counts_bytes() { bytes as f64 } else { operations });
-            }
-        }
-    }
-}
-
 impl Buckets {
-    fn new(options: Throttling, now: Instant) -> Self {
+    /// Empty buckets.
+    pub(super) fn new(limits: Throttling, now: Instant) -> Self {
         Self {
-            options,
-            buckets: options.rates.map(|rate| Bucket { rate, ..Default::default() }),
+            buckets: limits.rates.map(|rate| Bucket { rate, ..Default::default() }),
+            limits,
             leaked: now,
         }
+    }
+
+    /// Whether reads and writes count for the same limit.
+    pub(super) fn couple_directions(&self) -> bool {
+        let total = [Limit::BytesTotal, Limit::OperationsTotal];
+        total.iter().any(|limit| self.limits.rates[*limit as usize].average > 0)
     }
 
     fn leak(&mut self, now: Instant) {
@@ -257,14 +206,47 @@ impl Buckets {
             bucket.burst_level = (bucket.burst_level - bucket.rate.max as f64 * elapsed).max(0.0);
         }
     }
+
+    /// How long a request has to wait at `now` before it may start; zero when it may.
+    pub(super) fn wait(&mut self, direction: Direction, now: Instant) -> Duration {
+        self.leak(now);
+        let concerned = Limit::ALL
+            .into_iter()
+            .zip(&self.buckets)
+            .filter(|(limit, _)| limit.concerns(direction));
+        let seconds = concerned.map(|(_, bucket)| bucket.wait()).fold(0.0, f64::max);
+        // No timer is finer than that, and the arithmetic is not exact.
+        if seconds < 1e-6 {
+            Duration::ZERO
+        } else {
+            Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+        }
+    }
+
+    /// A request of so many bytes starts. Returns the seconds that its share of the slowest bucket takes to leak.
+    pub(super) fn charge(&mut self, direction: Direction, bytes: u64) -> f64 {
+        let size = self.limits.operation_size;
+        let operations = if size > 0 && bytes > size { bytes as f64 / size as f64 } else { 1.0 };
+        let mut longest = 0.0_f64;
+        for (limit, bucket) in Limit::ALL.into_iter().zip(&mut self.buckets) {
+            if limit.concerns(direction) {
+                let units = if limit.counts_bytes() { bytes as f64 } else { operations };
+                longest = longest.max(bucket.pour(units));
+            }
+        }
+        longest
+    }
 }
 
 impl Bucket {
-    fn pour(&mut self, units: f64) {
-        if self.rate.average > 0 {
-            self.level += units;
-            self.burst_level += units;
+    /// Returns the seconds that these units take to leak.
+    fn pour(&mut self, units: f64) -> f64 {
+        if self.rate.average == 0 {
+            return 0.0;
         }
+        self.level += units;
+        self.burst_level += units;
+        units / self.rate.average as f64
     }
 
     /// Seconds until it is no longer over its rim. Without a burst that is a tenth of a second's worth, so that requests
@@ -295,7 +277,7 @@ mod tests {
 
     /// Starts requests one after the other as early as they may, for `seconds` of a clock of our own. Gives how many.
     fn run(
-        throttle: &Throttle,
+        buckets: &mut Buckets,
         start: Instant,
         direction: Direction,
         bytes: u64,
@@ -303,17 +285,17 @@ mod tests {
     ) -> u64 {
         let (mut now, mut started) = (start, 0);
         loop {
-            let wait = throttle.wait(direction, now);
+            let wait = buckets.wait(direction, now);
             now += wait;
             if (now - start).as_secs_f64() > seconds {
                 return started;
             }
             assert_eq!(
-                throttle.wait(direction, now),
+                buckets.wait(direction, now),
                 Duration::ZERO,
                 "it waited and has to wait again"
             );
-            throttle.charge(direction, bytes);
+            buckets.charge(direction, bytes);
             started += 1;
             // No request takes no time.
             now += Duration::from_nanos(100);
@@ -329,36 +311,36 @@ mod tests {
     fn the_average_holds() {
         let start = Instant::now();
         for direction in [Direction::Read, Direction::Write] {
-            let throttle = Throttle::new(limited(Limit::OperationsTotal, 1000, 0, 1), start);
-            within_a_percent(run(&throttle, start, direction, 4096, 100.0), 100_000);
-            let throttle = Throttle::new(limited(Limit::BytesTotal, 1 << 20, 0, 1), start);
-            within_a_percent(run(&throttle, start, direction, 4096, 100.0), 100 << 8);
+            let mut buckets = Buckets::new(limited(Limit::OperationsTotal, 1000, 0, 1), start);
+            within_a_percent(run(&mut buckets, start, direction, 4096, 100.0), 100_000);
+            let mut buckets = Buckets::new(limited(Limit::BytesTotal, 1 << 20, 0, 1), start);
+            within_a_percent(run(&mut buckets, start, direction, 4096, 100.0), 100 << 8);
         }
     }
 
     #[test]
     fn directions_are_apart() {
         let start = Instant::now();
-        let throttle = Throttle::new(limited(Limit::BytesWrite, 1000, 0, 1), start);
-        throttle.charge(Direction::Write, 100_000);
-        assert!(throttle.wait(Direction::Write, start) > Duration::from_secs(90));
-        assert_eq!(throttle.wait(Direction::Read, start), Duration::ZERO);
+        let mut buckets = Buckets::new(limited(Limit::BytesWrite, 1000, 0, 1), start);
+        buckets.charge(Direction::Write, 100_000);
+        assert!(buckets.wait(Direction::Write, start) > Duration::from_secs(90));
+        assert_eq!(buckets.wait(Direction::Read, start), Duration::ZERO);
     }
 
     #[test]
     fn a_burst_may_come_at_once_or_last() {
         let start = Instant::now();
-        let throttle = Throttle::new(limited(Limit::OperationsRead, 100, 1000, 1), start);
-        within_a_percent(run(&throttle, start, Direction::Read, 512, 0.01), 1002);
+        let mut buckets = Buckets::new(limited(Limit::OperationsRead, 100, 1000, 1), start);
+        within_a_percent(run(&mut buckets, start, Direction::Read, 512, 0.01), 1002);
         // Then only the average is left, and the next burst has to be saved up.
         let later = start + Duration::from_millis(10);
-        within_a_percent(run(&throttle, later, Direction::Read, 512, 10.0), 1000);
+        within_a_percent(run(&mut buckets, later, Direction::Read, 512, 10.0), 1000);
 
-        let throttle = Throttle::new(limited(Limit::OperationsRead, 100, 1000, 10), start);
-        within_a_percent(run(&throttle, start, Direction::Read, 512, 1.0), 1100);
+        let mut buckets = Buckets::new(limited(Limit::OperationsRead, 100, 1000, 10), start);
+        within_a_percent(run(&mut buckets, start, Direction::Read, 512, 1.0), 1100);
         let later = start + Duration::from_secs(1);
         // The rest of the burst: 10,000 in all, less what came, plus what leaked meanwhile.
-        let more = run(&throttle, later, Direction::Read, 512, 20.0);
+        let more = run(&mut buckets, later, Direction::Read, 512, 20.0);
         within_a_percent(more + 1100, 10_000 + 2100);
     }
 
@@ -367,11 +349,11 @@ mod tests {
         let start = Instant::now();
         let mut options = limited(Limit::OperationsTotal, 100, 0, 1);
         options.operation_size = 4096;
-        let throttle = Throttle::new(options, start);
-        within_a_percent(run(&throttle, start, Direction::Read, 16384, 40.0), 1000);
-        let throttle = Throttle::new(limited(Limit::BytesTotal, 1 << 20, 0, 1), start);
-        throttle.charge(Direction::Read, 10 << 20);
-        let wait = throttle.wait(Direction::Write, start).as_secs_f64();
+        let mut buckets = Buckets::new(options, start);
+        within_a_percent(run(&mut buckets, start, Direction::Read, 16384, 40.0), 1000);
+        let mut buckets = Buckets::new(limited(Limit::BytesTotal, 1 << 20, 0, 1), start);
+        buckets.charge(Direction::Read, 10 << 20);
+        let wait = buckets.wait(Direction::Write, start).as_secs_f64();
         assert!((9.8..10.0).contains(&wait), "{wait}");
     }
 
@@ -380,23 +362,19 @@ mod tests {
     #[test]
     fn no_debt_is_too_large() {
         let start = Instant::now();
-        let throttle = Throttle::new(limited(Limit::BytesTotal, 1, 0, 1), start);
-        (0..2).for_each(|_| throttle.charge(Direction::Write, u64::MAX));
-        assert_eq!(throttle.wait(Direction::Read, start), Duration::MAX);
+        let mut buckets = Buckets::new(limited(Limit::BytesTotal, 1, 0, 1), start);
+        buckets.charge(Direction::Write, u64::MAX);
+        buckets.charge(Direction::Write, u64::MAX);
+        assert_eq!(buckets.wait(Direction::Read, start), Duration::MAX);
     }
 
     #[test]
-    fn new_limits_count_at_once() {
+    fn a_clock_that_goes_back_leaks_nothing() {
         let start = Instant::now();
-        let throttle = Throttle::new(limited(Limit::BytesTotal, 1, 0, 1), start);
-        throttle.charge(Direction::Read, 1 << 30);
-        throttle.set(Throttling::default(), start);
-        assert_eq!(throttle.wait(Direction::Read, start), Duration::ZERO);
-        assert!(throttle.options().is_off());
-        // A clock that stands still, or goes back, leaks nothing and breaks nothing.
-        throttle.set(limited(Limit::BytesTotal, 1000, 0, 1), start + Duration::from_secs(1));
-        throttle.charge(Direction::Read, 1100);
-        assert!(throttle.wait(Direction::Read, start) >= Duration::from_millis(999));
+        let options = limited(Limit::BytesTotal, 1000, 0, 1);
+        let mut buckets = Buckets::new(options, start + Duration::from_secs(1));
+        buckets.charge(Direction::Read, 1100);
+        assert!(buckets.wait(Direction::Read, start) >= Duration::from_millis(999));
     }
 
     #[test]
@@ -430,5 +408,7 @@ mod tests {
         assert_eq!(sized.check(), Err(ThrottlingError::SizeAlone));
         sized.rates[OperationsRead as usize].average = 1;
         assert_eq!(sized.check(), Ok(()));
+        let alone = Throttling { group: Some("shared".to_owned()), ..Throttling::default() };
+        assert_eq!(alone.check(), Err(ThrottlingError::GroupAlone));
     }
 }

@@ -126,17 +126,13 @@ fn device_or_id<'a>(
     find(machine, name)
 }
 
-/// `block_set_io_throttle`: replaces all limits; those that are not named are lifted.
+/// `block_set_io_throttle`: replaces all limits of the disk's group, or of another one to which it moves; those that are not named
+/// are lifted. A disk without limits is in no group.
 pub(super) fn throttle(
     machine: &mut Machine,
     arguments: &Arguments<'_>,
 ) -> Result<Answer, Failure> {
     let disk = device_or_id(machine, arguments)?;
-    if arguments.text("group").is_some_and(|group| group != disk.config.id) {
-        return Err(Failure::generic(
-            "Parameter 'group' must be the disk's own name: disks do not share their limits",
-        ));
-    }
     let integer = |name: String| arguments.integer(&name);
     let rates = Limit::ALL.map(|limit| {
         let name = limit.qmp();
@@ -147,8 +143,11 @@ pub(super) fn throttle(
         }
     });
     let operation_size = arguments.integer("iops_size").unwrap_or_default();
+    let group = arguments.text("group").map(str::to_owned);
+    let limits = Throttling { rates, operation_size, group };
+    let disks = machine.hardware.disks.iter().map(|disk| &disk.handle);
     disk.handle
-        .set_throttling(Throttling { rates, operation_size })
+        .set_throttling(limits, &disk.config.id, disks)
         .map_err(|error| Failure::of(&error))?;
     Ok(Answer::empty())
 }
@@ -228,8 +227,8 @@ fn node_info(disk: &MachineDisk) -> Value {
     if throttling.operation_size > 0 {
         inserted["iops_size"] = throttling.operation_size.into();
     }
-    if throttling.rates.iter().any(|rate| rate.average > 0) {
-        inserted["group"] = config.id.as_str().into();
+    if let Some(group) = throttling.group {
+        inserted["group"] = group.into();
     }
     inserted
 }

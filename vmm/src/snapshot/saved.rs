@@ -311,6 +311,7 @@ impl SavedMachine {
 impl SavedDisk {
     fn read(disk: &MachineDisk, purpose: Purpose) -> Result<Self, Error> {
         let mut config = disk.config.clone();
+        config.device.throttling = disk.handle.throttling();
         let path = &config.image.path;
         let lost = match () {
             () if config.image.snapshot => {

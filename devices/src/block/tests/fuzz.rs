@@ -13,7 +13,8 @@ use super::driver::{BUFFERS, Buffer, INDIRECT, NEXT, WRITE};
 use super::rig::Rig;
 use crate::block::KindStats;
 use crate::block::admission::{Direction, Limiter};
-use crate::block::throttle::{Limit, Rate, Throttle, Throttling};
+use crate::block::throttle::{Limit, Rate, Throttling};
+use crate::block::throttle_group::Throttle;
 use crate::block::{ErrorPolicy, Kind};
 use crate::clock::Instant;
 use crate::disk::DiskError;
@@ -332,25 +333,34 @@ fn limits(input: &mut Input<'_>) -> Throttling {
     if limits.check().is_ok() { limits } else { Throttling::default() }
 }
 
-/// What has started by now is within each limit, however the requests came; and what waits starts when it was told to.
+/// What the disks of a group have started by now is within each limit, however the requests came. What waits starts when it was told
+/// to, or soon after that where another disk has its turn and does not use it.
 #[test]
 fn throttle() {
     minivmm_fuzz::run("devices/throttle", |input| {
         let limits = limits(input);
         let start = Instant::now();
-        let (throttle, mut now) = (Throttle::new(limits, start), start);
+        let members: Vec<_> =
+            (0..=input.below(3)).map(|_| Throttle::new(limits.clone(), "vda", start)).collect();
+        members[1..].iter().for_each(|member| member.join(&members[0]));
+        let mut now = start;
         let mut started = [0.0; 6];
         while !input.is_empty() {
             now += Duration::from_nanos(u64::from(input.u16()) << input.below(24));
             let direction = input.pick(&Direction::BOTH);
-            let wait = throttle.wait(direction, now);
-            if wait > Duration::ZERO {
-                if wait < Duration::from_secs(1 << 20) && input.bool() {
-                    now += wait + Duration::from_micros(1);
-                    assert_eq!(throttle.wait(direction, now), Duration::ZERO, "it waited in vain");
-                }
+            let throttle = &members[input.below(members.len() as u64) as usize];
+            let mut wait = throttle.wait(direction, now);
+            if wait > Duration::ZERO && (wait > Duration::from_secs(1 << 20) || input.bool()) {
                 continue;
             }
+            // A second look, and in a group more for as long as a turn may be unused.
+            for _ in 0..if members.len() > 1 { 100 } else { 1 } {
+                if wait > Duration::ZERO {
+                    now += wait + Duration::from_micros(1);
+                    wait = throttle.wait(direction, now);
+                }
+            }
+            assert_eq!(wait, Duration::ZERO, "it waited in vain");
             let elapsed = now.saturating_duration_since(start).as_secs_f64();
             let bytes = u64::from(input.u16()) << input.below(16);
             for (number, rate) in limits.rates.iter().enumerate() {

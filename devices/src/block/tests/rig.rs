@@ -7,7 +7,7 @@ use super::disk::TestDisk;
 use super::driver::{Buffer, Driver, MEMORY, Sent};
 use crate::block::device::request_types;
 use crate::block::shared::Shared;
-use crate::block::throttle::Throttle;
+use crate::block::throttle_group::Throttle;
 use crate::block::worker::{Negotiated, Worker};
 use crate::block::{BlockEvent, BlockOptions, BlockStats, EventSink, Throttling};
 use crate::disk::EngineSetup;
@@ -58,7 +58,8 @@ impl Rig {
         let Setup { disk, options, accepted, queues, ring_size, memory } = setup;
         let disk = Arc::new(disk);
         let (sink, events) = recorder();
-        let throttle = Arc::new(Throttle::new(options.throttling, Instant::now()));
+        let throttle =
+            Arc::new(Throttle::new(options.throttling.clone(), &options.name, Instant::now()));
         let commands = request_types(&options, &*disk);
         let sizes = options.check(&disk.limits).unwrap();
         let limiter = Arc::clone(&throttle);
@@ -130,7 +131,12 @@ impl Rig {
     }
 
     pub(super) fn set_throttling_at(&self, throttling: Throttling, now: Instant) {
-        self.throttle.set(throttling, now);
+        self.throttle.set(throttling, "vda", now);
+    }
+
+    /// Has this disk share the limits of `other`.
+    pub(super) fn join(&self, other: &Self) {
+        self.throttle.join(&other.throttle);
     }
 
     /// Lets the oldest `count` transfers that the disk holds finish.

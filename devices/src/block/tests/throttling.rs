@@ -12,7 +12,9 @@ use crate::block::{Kind, Limit, Rate, Throttling};
 /// So slow that of two requests the second one waits for longer than any test takes.
 fn slow(limit: Limit) -> Throttling {
     // A request of 512 bytes counts as 512 operations, or bytes.
-    let mut throttling = Throttling { operation_size: 1, ..Throttling::default() };
+    let counts_bytes = limit.option().starts_with("bps");
+    let mut throttling =
+        Throttling { operation_size: u64::from(!counts_bytes), ..Throttling::default() };
     throttling.rates[limit as usize] = Rate { average: 1, ..Default::default() };
     throttling
 }
@@ -167,50 +169,83 @@ fn what_waited_may_fail() {
     rig.assert_alive();
 }
 
-/// A driver that always has four reads and four writes waiting, for a minute of a clock of its own. Gives how many of each
-/// were answered.
-fn a_minute(rates: &[(Limit, u64)]) -> [u64; 2] {
-    let mut rig = Rig::with(|setup| {
-        // The driver uses descriptors in turn, and must not come round to those that still wait.
-        setup.ring_size = 256;
-    });
+/// A driver that always has as many reads and writes waiting as `depths` says.
+struct Load {
+    rig: Rig,
+    depths: [usize; 2],
+    waiting: Vec<(usize, Sent)>,
+    answered: [u64; 2],
+}
+
+impl Load {
+    fn new(depths: [usize; 2]) -> Self {
+        let rig = Rig::with(|setup| {
+            // The driver uses descriptors in turn, and must not come round to those that still wait.
+            setup.ring_size = 256;
+        });
+        Self { rig, depths, waiting: Vec::new(), answered: [0; 2] }
+    }
+
+    /// As soon as something is answered the driver sends the next, so that the queues of both directions never run dry.
+    fn refill(&mut self) {
+        while self.waiting.len() < self.depths[0] + self.depths[1] {
+            for direction in 0..2 {
+                while self.waiting.iter().filter(|(of, _)| *of == direction).count()
+                    < self.depths[direction]
+                {
+                    let driver = &mut self.rig.driver;
+                    let sent = match direction {
+                        0 => driver.send_read(0, 0, 512),
+                        _ => driver.send_write(0, 32, &[1; 512]),
+                    };
+                    self.waiting.push((direction, sent));
+                    self.rig.serve();
+                }
+            }
+            self.count();
+        }
+    }
+
+    fn count(&mut self) {
+        for (head, _) in self.rig.driver.used(0) {
+            let at = self.waiting.iter().position(|(_, sent)| sent.head == head).unwrap();
+            self.answered[self.waiting.remove(at).0] += 1;
+        }
+    }
+}
+
+/// Disks that share limits, for a minute of a clock of their own. Gives how many reads and writes of each were answered.
+fn minute<const N: usize>(rates: &[(Limit, u64)], depths: [[usize; 2]; N]) -> [[u64; 2]; N] {
+    let mut loads = depths.map(Load::new);
     let mut throttling = Throttling::default();
     for (limit, average) in rates {
         throttling.rates[*limit as usize] = Rate { average: *average, ..Default::default() };
     }
     // Requests come at the real time, which must never overtake this clock.
     let start = Instant::now() + Duration::from_secs(1 << 20);
-    rig.set_throttling_at(throttling, start);
-    let mut waiting: Vec<(usize, Sent)> = Vec::new();
-    let mut answered = [0; 2];
+    let [first, others @ ..] = &loads[..] else { panic!("no disks") };
+    first.rig.set_throttling_at(throttling, start);
+    others.iter().for_each(|other| other.rig.join(&first.rig));
     let mut now = start;
-    // As soon as something is answered the driver sends the next: the queues of both directions never run dry.
-    loop {
-        for direction in 0..2 {
-            while waiting.iter().filter(|(of, _)| *of == direction).count() < 4 {
-                let read = direction == 0;
-                let sent = if read {
-                    rig.driver.send_read(0, 0, 512)
-                } else {
-                    rig.driver.send_write(0, 32, &[1; 512])
-                };
-                waiting.push((direction, sent));
-                rig.serve();
-            }
+    let mut wake = [start; N];
+    while now <= start + Duration::from_secs(60) {
+        for (load, wake) in loads.iter_mut().zip(&mut wake).filter(|(_, wake)| **wake <= now) {
+            load.refill();
+            load.rig.worker().release(now);
+            load.count();
+            load.refill();
+            // One without requests sleeps on.
+            *wake = now + load.rig.worker().next_release(now).unwrap_or(Duration::MAX);
         }
-        for (head, _) in rig.driver.used(0) {
-            let at = waiting.iter().position(|(_, sent)| sent.head == head).unwrap();
-            answered[waiting.remove(at).0] += 1;
-        }
-        if waiting.len() < 8 {
-            continue;
-        }
-        now += rig.worker().next_release(now).unwrap();
-        if now > start + Duration::from_secs(60) {
-            return answered;
-        }
-        rig.worker().release(now);
+        now = wake.into_iter().min().unwrap().max(now + Duration::from_nanos(1));
     }
+    loads.map(|load| load.answered)
+}
+
+/// A driver that always has four reads and four writes waiting.
+fn a_minute(rates: &[(Limit, u64)]) -> [u64; 2] {
+    let [answered] = minute(rates, [[4, 4]]);
+    answered
 }
 
 /// The rate, and the tenth of a second's worth that may come at once in the beginning.
@@ -240,6 +275,20 @@ fn a_total_is_shared_evenly() {
         holds(reads + writes, 60);
         assert!(reads.abs_diff(writes) <= 8, "{reads} reads and {writes} writes");
     }
+}
+
+#[test]
+fn disks_of_a_group_share_evenly_however_many_requests_each_has() {
+    let [reader, writer, both] = minute(&[(Limit::OperationsTotal, 60)], [[1, 0], [0, 16], [4, 4]])
+        .map(|[reads, writes]| reads + writes);
+    holds(reader + writer + both, 60);
+    for one in [reader, writer, both] {
+        assert!(one.abs_diff(1202) <= 24, "{reader}, {writer} and {both}");
+    }
+    // What one does not use, the others have.
+    let [idle, busy] = minute(&[(Limit::OperationsTotal, 60)], [[0, 0], [8, 0]]);
+    assert_eq!(idle, [0, 0]);
+    holds(busy[0], 60);
 }
 
 #[test]

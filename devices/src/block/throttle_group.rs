@@ -1,0 +1,409 @@
+//! Who shares limits: the workers of a disk, and the disks of a throttle group (QEMU's `throttling.group`).
+//!
+//! Each disk has one [`Throttle`], which is the limiter that its workers ask. A disk with limits is a member of a group, mostly
+//! as its only one. The members of a group share its buckets. A disk without limits is in no group, and its requests cost one
+//! atomic load here.
+//!
+//! Members share evenly, however many requests each has waiting. A member's *start tag* says how much it has started, in seconds of the
+//! group's rate (start-time fair queueing). Of the members that wait for the same bucket, none starts a request while its start tag is
+//! [`LEAD`] or more ahead of another's. One that comes back after a while starts where the others are.
+//!
+//! A member that is due lets the others wait for [`ABSENCE`] at most: it may have been paused or reset meanwhile. It counts again
+//! from its next request on. What leaves the group counts no more.
+//!
+//! One lock guards a group, since a request may have to fit several buckets at once; it is never held during a transfer.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::admission::{Direction, Limiter};
+use super::throttle::{Buckets, Throttling};
+use crate::clock::Instant;
+use crate::lock;
+
+/// How far a member may be ahead of another one that waits, in seconds of the group's rate. It takes tens of microseconds until
+/// another thread runs: if members took turns for each request, a group could start no more than some 20,000 a second.
+const LEAD: f64 = 0.002;
+
+/// How long a member that is ahead sleeps before it looks again.
+const RETRY: Duration = Duration::from_millis(1);
+
+/// How long a member that could start a request lets others wait. Buckets without a burst have room for 100 ms, so that this costs no
+/// throughput.
+const ABSENCE: Duration = Duration::from_millis(20);
+
+/// A disk's limits: its membership in a group, shared by its workers.
+#[derive(Debug)]
+pub(super) struct Throttle {
+    membership: Mutex<Option<Membership>>,
+    /// There is no membership. Read without the lock.
+    off: AtomicBool,
+}
+
+#[derive(Clone, Debug)]
+struct Membership {
+    group: Arc<Group>,
+    /// Tells the group's members apart. No number is used twice.
+    number: u64,
+}
+
+#[derive(Debug)]
+struct Group {
+    name: String,
+    state: Mutex<GroupState>,
+}
+
+#[derive(Debug)]
+struct GroupState {
+    buckets: Buckets,
+    next_number: u64,
+    members: Vec<Member>,
+    /// The start tag of the last request that was started, by direction.
+    latest: [f64; 2],
+}
+
+#[derive(Debug)]
+struct Member {
+    number: u64,
+    /// By direction; only the first one counts while a limit couples the directions.
+    start_tags: [f64; 2],
+    /// In which directions it has requests that wait.
+    waits: [bool; 2],
+    /// Since when it lets others wait although it could start a request.
+    overdue: Option<Instant>,
+}
+
+impl Throttle {
+    /// Limits for a disk that is called `disk`. It is the only member of its group until it joins another.
+    pub(super) fn new(limits: Throttling, disk: &str, now: Instant) -> Self {
+        let throttle = Self { membership: Mutex::new(None), off: AtomicBool::new(true) };
+        let name = limits.group.clone().unwrap_or_else(|| disk.to_owned());
+        throttle.set(limits, &name, now);
+        throttle
+    }
+
+    /// Other limits from now on, for all members of the group `name`; the buckets are empty. The disk leaves any other group. If
+    /// nothing is limited, it leaves its group and the other members keep their limits.
+    pub(super) fn set(&self, limits: Throttling, name: &str, now: Instant) {
+        let membership = self.membership();
+        let present = membership.filter(|present| present.group.name == name);
+        match present {
+            _ if limits.is_off() => self.replace(None),
+            Some(present) => lock(&present.group.state).set(limits, now),
+            None => self.replace(Some(Group::new(name, limits, now).join())),
+        }
+    }
+
+    /// Joins the group of another disk, if it has one, and leaves its own.
+    pub(super) fn join(&self, other: &Self) {
+        let (own, other) = (self.membership(), other.membership());
+        if let Some(other) = other
+            && own.is_none_or(|own| !Arc::ptr_eq(&own.group, &other.group))
+        {
+            self.replace(Some(other.group.join()));
+        }
+    }
+
+    fn replace(&self, membership: Option<Membership>) {
+        self.off.store(membership.is_none(), Ordering::Relaxed);
+        let left = std::mem::replace(&mut *lock(&self.membership), membership);
+        if let Some(Membership { group, number }) = left {
+            lock(&group.state).members.retain(|member| member.number != number);
+        }
+    }
+
+    /// The limits, with the name of the group. Without limits there is no group.
+    pub(super) fn limits(&self) -> Throttling {
+        let Some(Membership { group, .. }) = self.membership() else {
+            return Throttling::default();
+        };
+        let limits = lock(&group.state).buckets.limits.clone();
+        Throttling { group: Some(group.name.clone()), ..limits }
+    }
+
+    /// The name of the group.
+    pub(super) fn group(&self) -> Option<String> {
+        self.membership().map(|membership| membership.group.name.clone())
+    }
+
+    /// A copy, so that no lock is held while the group's is taken.
+    fn membership(&self) -> Option<Membership> {
+        lock(&self.membership).clone()
+    }
+}
+
+impl Limiter for Throttle {
+    fn is_off(&self) -> bool {
+        self.off.load(Ordering::Relaxed)
+    }
+
+    fn couples_directions(&self) -> bool {
+        self.membership()
+            .is_some_and(|Membership { group, .. }| lock(&group.state).buckets.couple_directions())
+    }
+
+    fn wait(&self, direction: Direction, now: Instant) -> Duration {
+        self.membership().map_or(Duration::ZERO, |Membership { group, number }| {
+            lock(&group.state).wait(number, direction, now)
+        })
+    }
+
+    fn charge(&self, direction: Direction, bytes: u64) {
+        if let Some(Membership { group, number }) = self.membership() {
+            lock(&group.state).charge(number, direction, bytes);
+        }
+    }
+}
+
+impl Group {
+    fn new(name: &str, limits: Throttling, now: Instant) -> Arc<Self> {
+        let buckets = Buckets::new(limits, now);
+        let state = GroupState { buckets, next_number: 0, members: Vec::new(), latest: [0.0; 2] };
+        Arc::new(Self { name: name.to_owned(), state: Mutex::new(state) })
+    }
+
+    fn join(self: &Arc<Self>) -> Membership {
+        let mut state = lock(&self.state);
+        let number = state.next_number;
+        state.next_number += 1;
+        state.members.push(Member::new(number));
+        Membership { group: Arc::clone(self), number }
+    }
+}
+
+impl Member {
+    fn new(number: u64) -> Self {
+        Self { number, start_tags: [0.0; 2], waits: [false; 2], overdue: None }
+    }
+}
+
+impl GroupState {
+    fn set(&mut self, limits: Throttling, now: Instant) {
+        self.buckets = Buckets::new(limits, now);
+        self.latest = [0.0; 2];
+        self.members.iter_mut().for_each(|member| *member = Member::new(member.number));
+    }
+
+    /// The place of a direction's start tag.
+    fn tag_of(&self, direction: Direction) -> usize {
+        if self.buckets.couple_directions() { 0 } else { direction as usize }
+    }
+
+    fn find(&mut self, number: u64) -> Option<&mut Member> {
+        self.members.iter_mut().find(|member| member.number == number)
+    }
+
+    fn wait(&mut self, number: u64, direction: Direction, now: Instant) -> Duration {
+        let wait = self.buckets.wait(direction, now);
+        let tag = self.tag_of(direction);
+        let least = self.latest[tag] - LEAD;
+        // It has just left the group.
+        let Some(member) = self.find(number) else { return Duration::ZERO };
+        member.waits[direction as usize] = true;
+        member.start_tags[tag] = member.start_tags[tag].max(least);
+        let start_tag = member.start_tags[tag];
+        let is_ahead = self.is_ahead(number, start_tag, direction, now, wait.is_zero());
+        if is_ahead { wait.saturating_add(RETRY) } else { wait }
+    }
+
+    /// Whether another member waits for the same bucket and is behind by [`LEAD`]. `due`: requests in this direction may start by now,
+    /// so that another one counts only if it could start a request, too, and for [`ABSENCE`].
+    fn is_ahead(
+        &mut self,
+        number: u64,
+        start_tag: f64,
+        direction: Direction,
+        now: Instant,
+        due: bool,
+    ) -> bool {
+        if self.members.len() == 1 {
+            return false;
+        }
+        let tag = self.tag_of(direction);
+        let counts = Direction::BOTH
+            .map(|of| self.tag_of(of) == tag && (!due || self.buckets.wait(of, now).is_zero()));
+        let mut ahead = false;
+        for other in self.members.iter_mut().filter(|other| other.number != number) {
+            let waits = other.waits.iter().zip(counts).any(|(waits, counts)| *waits && counts);
+            if !waits || start_tag < other.start_tags[tag] + LEAD {
+                continue;
+            }
+            if due && now - *other.overdue.get_or_insert(now) >= ABSENCE {
+                (other.waits, other.overdue) = ([false; 2], None);
+            } else {
+                ahead = true;
+            }
+        }
+        ahead
+    }
+
+    fn charge(&mut self, number: u64, direction: Direction, bytes: u64) {
+        let seconds = self.buckets.charge(direction, bytes);
+        let tag = self.tag_of(direction);
+        let Some(member) = self.find(number) else { return };
+        (member.waits, member.overdue) = ([false; 2], None);
+        let start_tag = member.start_tags[tag];
+        member.start_tags[tag] += seconds;
+        self.latest[tag] = self.latest[tag].max(start_tag);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::throttle::{Limit, Rate};
+    use super::*;
+
+    const ON_TIME: Duration = Duration::ZERO;
+
+    fn limits(rates: &[(Limit, u64)]) -> Throttling {
+        let mut limits = Throttling::default();
+        for (limit, average) in rates {
+            limits.rates[*limit as usize] = Rate { average: *average, ..Rate::default() };
+        }
+        limits.check().unwrap();
+        limits
+    }
+
+    fn group<const N: usize>(rates: &[(Limit, u64)], start: Instant) -> [Throttle; N] {
+        let members = [(); N].map(|()| Throttle::new(limits(rates), "vda", start));
+        members[1..].iter().for_each(|member| member.join(&members[0]));
+        members
+    }
+
+    /// Members that always have a request of so many bytes, for `seconds` of a clock of our own. Each wakes up when it was told to, and
+    /// `slack` after that. Gives how many requests each has started.
+    fn run(
+        members: &[(&Throttle, Direction, u64)],
+        start: Instant,
+        seconds: u64,
+        slack: Duration,
+    ) -> Vec<u64> {
+        let end = start + Duration::from_secs(seconds);
+        let mut started = vec![0; members.len()];
+        let mut wake = vec![start; members.len()];
+        loop {
+            let first = (0..wake.len()).min_by_key(|member| wake[*member]).unwrap();
+            let now = wake[first];
+            if now > end {
+                return started;
+            }
+            let (throttle, direction, bytes) = members[first];
+            match throttle.wait(direction, now) {
+                Duration::ZERO => {
+                    throttle.charge(direction, bytes);
+                    started[first] += 1;
+                    // No request takes no time.
+                    wake[first] = now + Duration::from_nanos(100);
+                }
+                wait => wake[first] = now + wait + slack,
+            }
+        }
+    }
+
+    #[track_caller]
+    fn about(actual: u64, expected: u64) {
+        assert!(actual.abs_diff(expected) * 20 <= expected, "{actual}, not about {expected}");
+    }
+
+    #[test]
+    fn members_share_a_limit_evenly_whatever_they_ask_for() {
+        let start = Instant::now();
+        for rates in [[(Limit::OperationsTotal, 60)], [(Limit::BytesTotal, 60 << 9)]] {
+            let [a, b, c] = &group(&rates, start);
+            let members =
+                [(a, Direction::Read, 512), (b, Direction::Write, 512), (c, Direction::Read, 512)];
+            let started = run(&members, start, 60, ON_TIME);
+            about(started.iter().sum(), 3606);
+            started.iter().for_each(|of_member| about(*of_member, 1202));
+        }
+        // Bytes that are limited are what is shared, not requests.
+        let [a, b] = &group(&[(Limit::BytesRead, 100 << 20)], start);
+        let members = [(a, Direction::Read, 3 << 20), (b, Direction::Read, 1 << 20)];
+        let started = run(&members, start, 60, ON_TIME);
+        about(started[0] * 3, 3005);
+        about(started[1], 3005);
+    }
+
+    #[test]
+    fn a_group_is_as_fast_as_its_limit_although_its_threads_wake_up_late() {
+        let start = Instant::now();
+        let [a, b] = &group(&[(Limit::OperationsTotal, 100_000)], start);
+        let members = [(a, Direction::Read, 512), (b, Direction::Read, 512)];
+        let started = run(&members, start, 1, Duration::from_micros(70));
+        about(started.iter().sum(), 110_000);
+        started.iter().for_each(|of_member| about(*of_member, 55_000));
+    }
+
+    /// However long it was away: nothing is saved up.
+    #[test]
+    fn a_member_that_comes_back_gets_no_more_than_the_others() {
+        let start = Instant::now();
+        let [a, b] = &group(&[(Limit::OperationsTotal, 1000)], start);
+        run(&[(a, Direction::Read, 512)], start, 60, ON_TIME);
+        let later = start + Duration::from_secs(60);
+        let members = [(a, Direction::Read, 512), (b, Direction::Read, 512)];
+        let started = run(&members, later, 1, ON_TIME);
+        started.iter().for_each(|of_member| about(*of_member, 500));
+    }
+
+    #[test]
+    fn a_member_that_starts_nothing_costs_the_others_nothing() {
+        let start = Instant::now();
+        let [a, b, absent] = &group(&[(Limit::OperationsTotal, 60)], start);
+        (0..7).for_each(|_| a.charge(Direction::Read, 512));
+        // It waits, and is paused or reset then.
+        assert!(absent.wait(Direction::Read, start) > Duration::ZERO);
+        let members = [(a, Direction::Read, 512), (b, Direction::Read, 512)];
+        let started = run(&members, start, 60, ON_TIME);
+        about(started.iter().sum(), 3600);
+        started.iter().for_each(|of_member| about(*of_member, 1800));
+    }
+
+    #[test]
+    fn a_member_alone_has_the_whole_limit() {
+        let start = Instant::now();
+        let [a, _idle] = &group(&[(Limit::OperationsTotal, 60)], start);
+        about(run(&[(a, Direction::Write, 512)], start, 60, ON_TIME)[0], 3606);
+    }
+
+    #[test]
+    fn directions_without_a_common_limit_do_not_wait_for_each_other() {
+        let start = Instant::now();
+        let [a, b] = &group(&[(Limit::OperationsRead, 1), (Limit::OperationsWrite, 1000)], start);
+        a.charge(Direction::Read, 512);
+        a.charge(Direction::Read, 512);
+        assert!(a.wait(Direction::Read, start) > Duration::ZERO);
+        assert_eq!(b.wait(Direction::Write, start), Duration::ZERO);
+        // Nor does a member that cannot start a request yet let others wait.
+        let later = start + Duration::from_secs(10);
+        let [a, b] = &group(&[(Limit::OperationsTotal, 100), (Limit::BytesRead, 1000)], later);
+        a.charge(Direction::Read, 1 << 20);
+        assert!(a.wait(Direction::Read, later) > Duration::from_secs(1000));
+        assert_eq!(b.wait(Direction::Write, later), Duration::ZERO);
+    }
+
+    /// docs/throttle.txt, "Applying I/O limits to groups of disks".
+    #[test]
+    fn the_last_limits_win_and_a_member_without_limits_leaves() {
+        let start = Instant::now();
+        let [a, b] = &group(&[(Limit::OperationsTotal, 60)], start);
+        assert_eq!((a.group(), b.group()), (Some("vda".to_owned()), Some("vda".to_owned())));
+        let faster = limits(&[(Limit::BytesRead, 1000)]);
+        b.set(faster.clone(), "vda", start);
+        assert_eq!(a.limits(), Throttling { group: Some("vda".to_owned()), ..faster });
+        assert!(a.wait(Direction::Write, start).is_zero() && !a.couples_directions());
+        a.charge(Direction::Read, 1 << 20);
+        assert!(b.wait(Direction::Read, start) > Duration::from_secs(1000));
+        b.set(Throttling::default(), "vda", start);
+        assert!(b.is_off() && b.wait(Direction::Read, start).is_zero());
+        assert_eq!((b.group(), b.limits()), (None, Throttling::default()));
+        assert!(a.wait(Direction::Read, start) > Duration::from_secs(1000));
+        b.set(limits(&[(Limit::BytesRead, 1)]), "other", start);
+        assert_eq!((a.group(), b.group()), (Some("vda".to_owned()), Some("other".to_owned())));
+        // To join one's own group, or a disk without limits, changes nothing.
+        b.join(b);
+        a.join(&Throttle::new(Throttling::default(), "vdc", start));
+        assert!(!a.is_off() && !b.is_off());
+    }
+}
