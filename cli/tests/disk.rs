@@ -128,3 +128,69 @@ fn an_empty_qcow2_shrinks_without_a_word() {
     let ended = session.wait(BOUND).must_be(0);
     assert!(unexpected_lines(&ended.errors).is_empty(), "{ended}");
 }
+
+/// `query-block` names each image of a chain inside the one that builds on it, as QEMU does. `qemu-img info` says the same of each.
+#[test]
+fn clients_see_the_backing_chain() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let qemu_img = |arguments: &[&str]| {
+        let output =
+            Command::new("qemu-img").args(arguments).current_dir(directory.path()).output();
+        let output = output.inspect(|output| assert!(output.status.success(), "{output:?}"));
+        output.map(|output| output.stdout)
+    };
+    let Ok(_) = qemu_img(&["create", "-q", "base.raw", "8M"]) else {
+        return skip("no qemu-img here (Debian: qemu-utils)");
+    };
+    for (name, below, format) in [("mid", "base.raw", "raw"), ("top", "mid", "qcow2")] {
+        qemu_img(&["create", "-q", "-f", "qcow2", "-b", below, "-F", format, name]).unwrap();
+    }
+    let disks = [
+        "top",
+        "top,id=temporary,snapshot=on,locking=off",
+        "base.raw,format=raw,readonly=on,locking=off",
+    ];
+    let disks = disks.map(|disk| match disk.strip_prefix("top") {
+        Some(keys) => format!("top,format=qcow2,backing=on{keys}"),
+        None => disk.to_owned(),
+    });
+    let options: Vec<_> = disks.iter().flat_map(|disk| ["--disk", disk]).collect();
+    let (session, mut control) = qmp::start(directory.path(), Program::Spin, &options);
+    let disks = control.query("query-block");
+    let inserted = |disk: usize| &disks[disk]["inserted"];
+    let info = qemu_img(&["info", "--output=json", "--backing-chain", "-U", "top"]).unwrap();
+    let info: Vec<serde_json::Value> = serde_json::from_slice(&info).unwrap();
+    assert_eq!((info.len(), &inserted(0)["backing_file_depth"]), (3, &json!(2)));
+    let mut image = &inserted(0)["image"];
+    for of_qemu in &info {
+        for key in [
+            "filename",
+            "format",
+            "virtual-size",
+            "actual-size",
+            "dirty-flag",
+            "backing-filename",
+            "full-backing-filename",
+            "backing-filename-format",
+        ] {
+            assert_eq!(image.get(key), of_qemu.get(key), "{key} of {image} and {of_qemu}");
+        }
+        image = image.get("backing-image").unwrap_or(&serde_json::Value::Null);
+    }
+    assert_eq!(inserted(0)["backing_file"], "mid");
+    // As in QEMU, the overlay is an image more.
+    assert_eq!(
+        (&inserted(1)["backing_file_depth"], &inserted(1)["backing_file"]),
+        (&json!(3), &json!("top"))
+    );
+    assert_eq!(inserted(1)["image"]["backing-image"]["backing-image"]["filename"], "mid");
+    assert_eq!(
+        (&inserted(2)["backing_file_depth"], inserted(2).get("backing_file")),
+        (&json!(0), None)
+    );
+    control.query("quit");
+    session.wait(BOUND).must_be(0);
+}

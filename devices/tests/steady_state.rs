@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use devices::block::Kind;
 use devices::disk::{
-    self, Aio, Completion, DeviceCommand, Disk, DiskError, Engine, EngineSetup, GuestRange, Limits,
-    OpenOptions, Transfer,
+    self, Aio, BackingImage, Completion, DeviceCommand, Disk, DiskError, Engine, EngineSetup,
+    GuestRange, Lifetime, Limits, OpenOptions, Transfer,
 };
 
 mod support;
@@ -49,6 +49,22 @@ struct CountedEngine {
 }
 
 impl Disk for Counted {
+    fn lifetime(&self) -> Option<Lifetime> {
+        self.disk.lifetime()
+    }
+
+    fn first_sector(&self) -> Option<[u8; 512]> {
+        self.disk.first_sector()
+    }
+
+    fn allocated(&self) -> u64 {
+        self.disk.allocated()
+    }
+
+    fn backing_images(&self) -> &[BackingImage] {
+        self.disk.backing_images()
+    }
+
     fn capacity(&self) -> u64 {
         self.disk.capacity()
     }

@@ -71,8 +71,7 @@ impl BlockDevice {
     ) -> Result<Self, BlockError> {
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let count = usize::from(options.num_queues).clamp(1, cpus);
-        let limits = options.throttling.clone();
-        let throttle = Arc::new(Throttle::new(limits, &options.name, Instant::now()));
+        let throttle = Arc::new(Throttle::new(&options.throttling, &options.name, Instant::now()));
         let types = request_types(&options, &*disk);
         let limiter = Arc::clone(&throttle) as Arc<dyn Limiter>;
         let geometry = geometry::rule(options.geometry, &*disk);

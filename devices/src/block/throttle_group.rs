@@ -76,10 +76,10 @@ struct Member {
 
 impl Throttle {
     /// Limits for a disk that is called `disk`. It is the only member of its group until it joins another.
-    pub(super) fn new(limits: Throttling, disk: &str, now: Instant) -> Self {
+    pub(super) fn new(limits: &Throttling, disk: &str, now: Instant) -> Self {
         let throttle = Self { membership: Mutex::new(None), off: AtomicBool::new(true) };
         let name = limits.group.clone().unwrap_or_else(|| disk.to_owned());
-        throttle.set(limits, &name, now);
+        throttle.set(limits.clone(), &name, now);
         throttle
     }
 
@@ -266,7 +266,7 @@ mod tests {
     }
 
     fn group<const N: usize>(rates: &[(Limit, u64)], start: Instant) -> [Throttle; N] {
-        let members = [(); N].map(|()| Throttle::new(limits(rates), "vda", start));
+        let members = [(); N].map(|()| Throttle::new(&limits(rates), "vda", start));
         members[1..].iter().for_each(|member| member.join(&members[0]));
         members
     }
@@ -403,7 +403,7 @@ mod tests {
         assert_eq!((a.group(), b.group()), (Some("vda".to_owned()), Some("other".to_owned())));
         // To join one's own group, or a disk without limits, changes nothing.
         b.join(b);
-        a.join(&Throttle::new(Throttling::default(), "vdc", start));
+        a.join(&Throttle::new(&Throttling::default(), "vdc", start));
         assert!(!a.is_off() && !b.is_off());
     }
 }

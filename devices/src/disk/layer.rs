@@ -8,8 +8,8 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use super::{
-    Completion, Corruption, DeviceCommand, Disk, DiskError, Engine, EngineSetup, GuestRange,
-    Lifetime, Limits, Transfer,
+    BackingImage, Completion, Corruption, DeviceCommand, Disk, DiskError, Engine, EngineSetup,
+    GuestRange, Lifetime, Limits, Transfer,
 };
 use crate::GuestMemory;
 
@@ -105,8 +105,8 @@ impl<L: Layer> Disk for LayeredDisk<L> {
         self.disk.allocated()
     }
 
-    fn backing_files(&self) -> u32 {
-        self.disk.backing_files()
+    fn backing_images(&self) -> &[BackingImage] {
+        self.disk.backing_images()
     }
 
     fn take_corruption(&self) -> Option<Corruption> {

@@ -113,6 +113,19 @@ pub struct Completion {
     pub result: Result<(), DiskError>,
 }
 
+/// An image that another one builds on, as it was when it was opened. Its lock keeps other programs from writing to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackingImage {
+    /// The path that was opened.
+    pub path: std::path::PathBuf,
+    /// Its format.
+    pub format: Format,
+    /// Bytes of the disk that it holds.
+    pub capacity: u64,
+    /// Bytes that it occupies on the host.
+    pub allocated: u64,
+}
+
 /// Sizes that the disk announces to the guest, in bytes. They come from statx(2), statvfs(3) and the BLK* ioctls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -158,7 +171,8 @@ pub trait DeviceCommand: Any + Send + Sync {
     -> Result<(), DiskError>;
 }
 
-/// An opened image. The workers of all queues share it, and it keeps its locks until it is dropped.
+/// An opened image. The workers of all queues share it, and it keeps its locks until it is dropped. What the host knows of it has no
+/// default, so that no disk around a disk forgets to pass it on.
 pub trait Disk: Any + Send + Sync {
     /// The size in bytes now, a multiple of 512. `resize` and `refresh_capacity` change it at any moment.
     fn capacity(&self) -> u64;
@@ -170,14 +184,10 @@ pub trait Disk: Any + Send + Sync {
     fn limits(&self) -> Limits;
 
     /// How worn the medium was when the image was opened, if the host knows.
-    fn lifetime(&self) -> Option<Lifetime> {
-        None
-    }
+    fn lifetime(&self) -> Option<Lifetime>;
 
     /// The first 512 bytes, where a partition table may state the geometry. Read on the calling thread. `None`: unreadable.
-    fn first_sector(&self) -> Option<[u8; 512]> {
-        None
-    }
+    fn first_sector(&self) -> Option<[u8; 512]>;
 
     /// Whether engines take SCSI commands: the image is a SCSI disk of the host, and `scsi=on` allows the guest to send them.
     fn scsi(&self) -> bool {
@@ -198,14 +208,10 @@ pub trait Disk: Any + Send + Sync {
     fn resize(&self, bytes: u64) -> std::io::Result<()>;
 
     /// Bytes that the image occupies on the host. For a qcow2 chain, those of its first file. 0 if the host does not say.
-    fn allocated(&self) -> u64 {
-        0
-    }
+    fn allocated(&self) -> u64;
 
-    /// How many backing files the image has, each below the other. As in QEMU, the image below `snapshot=on` counts, too.
-    fn backing_files(&self) -> u32 {
-        0
-    }
+    /// The images of a chain that are below this one, the nearest first. As in QEMU, the base of `snapshot=on` is one of them.
+    fn backing_images(&self) -> &[BackingImage];
 
     /// Returns the damage that a transfer has found in the image, and then `None`. Does not wait for the host.
     fn take_corruption(&self) -> Option<Corruption> {

@@ -17,9 +17,9 @@ use super::raw::blocking::Blocking;
 use super::raw::{DirectIo, RawImage};
 use super::scsi::is_scsi_disk;
 use super::{
-    Aio, Corruption, DetectZeroes, DiscardMode, Disk, DiskError, Engine, EngineSetup, Format,
-    Lifetime, Limits, OpenError, OpenOptions, OpenReason, block_device, detect_zeroes, image_file,
-    other_formats,
+    Aio, BackingImage, Corruption, DetectZeroes, DiscardMode, Disk, DiskError, Engine, EngineSetup,
+    Format, Lifetime, Limits, OpenError, OpenOptions, OpenReason, block_device, detect_zeroes,
+    image_file, other_formats,
 };
 
 /// Opens an image as a disk.
@@ -112,8 +112,8 @@ impl Disk for OpenedDisk {
         }
     }
 
-    fn backing_files(&self) -> u32 {
-        if let Backend::Qcow2(image) = &self.backend { image.depth } else { 0 }
+    fn backing_images(&self) -> &[BackingImage] {
+        if let Backend::Qcow2(image) = &self.backend { &image.below } else { &[] }
     }
 
     fn take_corruption(&self) -> Option<Corruption> {

@@ -45,7 +45,8 @@ use super::bounce::Bounce;
 use super::image_file::check_length;
 use super::job::Job;
 use super::{
-    Corruption, DiscardMode, DiskError, Limits, OpenError, OpenOptions, Operation, SECTOR,
+    BackingImage, Corruption, DiscardMode, DiskError, Limits, OpenError, OpenOptions, Operation,
+    SECTOR,
 };
 use crate::lock;
 
@@ -72,8 +73,8 @@ pub(super) struct Qcow2Image {
     has_zero_clusters: bool,
     /// Bytes of the layer below; 0 without one.
     backing: u64,
-    /// How many images it builds on.
-    pub(super) depth: u32,
+    /// The images that it builds on.
+    pub(super) below: Vec<BackingImage>,
     limits: Limits,
     /// Discards reach the image (`discard=unmap`).
     discard: bool,
@@ -87,10 +88,9 @@ impl Qcow2Image {
         let refused = |reason| OpenError { path: options.path.clone(), reason };
         check_length(&options.path, opened.layer.size()).map_err(refused)?;
         if overlay {
-            let depth = opened.depth + 1;
-            opened = overlay::temporary_overlay(opened.layer, depth).map_err(refused)?;
+            opened = overlay::temporary_overlay(opened).map_err(refused)?;
         }
-        let Opened { layer, storage, header, backing, depth } = opened;
+        let Opened { layer, storage, header, backing, below, .. } = opened;
         let discard = options.discard == DiscardMode::Unmap;
         // In version 2 a discarded cluster would show what is below it.
         let discards = discard && (header.version >= 3 || backing == 0);
@@ -112,7 +112,7 @@ impl Qcow2Image {
             has_zero_clusters: header.version >= 3,
             header,
             backing,
-            depth,
+            below,
             limits,
             discard: discards,
         })

@@ -6,6 +6,7 @@
 use devices::block::{
     BlockHandle, ErrorPolicy, Histogram, IoStatus, Kind, KindStats, Limit, Rate, Throttling,
 };
+use devices::disk::BackingImage;
 use serde_json::{Value, json};
 
 use super::arguments::{Argument, ArgumentKind, Arguments, optional, required};
@@ -196,13 +197,13 @@ pub(super) fn query_nodes(machine: &Machine) -> Value {
 fn node_info(disk: &MachineDisk) -> Value {
     let MachineDisk { config, handle, image, .. } = disk;
     let path = config.image.path.to_string_lossy();
-    let cache = config.image.cache;
+    let (cache, below) = (config.image.cache, image.backing_images());
     let mut inserted = json!({
         "node-name": config.id,
         "file": path,
         "drv": config.image.format.unwrap_or_default().to_string(),
         "ro": image.read_only(),
-        "backing_file_depth": image.backing_files(),
+        "backing_file_depth": below.len(),
         "encrypted": false,
         "detect_zeroes": config.image.detect_zeroes.to_string(),
         "cache": { "writeback": handle.write_cache(), "direct": cache.direct(), "no-flush": cache.ignores_flush() },
@@ -215,6 +216,10 @@ fn node_info(disk: &MachineDisk) -> Value {
             "dirty-flag": false,
         },
     });
+    name_backing(&mut inserted["image"], below);
+    if let Some(nearest) = below.first() {
+        inserted["backing_file"] = nearest.path.to_string_lossy().into();
+    }
     let throttling = handle.throttling();
     for (limit, Rate { average, max, max_length }) in Limit::ALL.into_iter().zip(throttling.rates) {
         let name = limit.qmp();
@@ -231,6 +236,26 @@ fn node_info(disk: &MachineDisk) -> Value {
         inserted["group"] = group.into();
     }
     inserted
+}
+
+/// Adds the images `below` to the description of the one above them, each inside the one that builds on it. A chain is bounded when it
+/// is opened.
+fn name_backing(image: &mut Value, below: &[BackingImage]) {
+    let mut above = image;
+    for BackingImage { path, format, capacity, allocated } in below {
+        let path = path.to_string_lossy();
+        above["backing-filename"] = path.as_ref().into();
+        above["full-backing-filename"] = path.as_ref().into();
+        above["backing-filename-format"] = format.to_string().into();
+        above["backing-image"] = json!({
+            "filename": path,
+            "format": format.to_string(),
+            "virtual-size": capacity,
+            "actual-size": allocated,
+            "dirty-flag": false,
+        });
+        above = &mut above["backing-image"];
+    }
 }
 
 fn block_info(disk: &MachineDisk) -> Value {

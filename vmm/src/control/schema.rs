@@ -51,14 +51,18 @@ const OBJECTS: &[(&str, &str)] = &[
     ),
     (
         "BlockDeviceInfo",
-        "node-name:str file:str drv:str ro:bool backing_file_depth:int encrypted:bool detect_zeroes:str \
+        "node-name:str file:str drv:str ro:bool backing_file?:str backing_file_depth:int encrypted:bool detect_zeroes:str \
          cache:BlockdevCacheInfo write_threshold:int image:ImageInfo bps:int bps_rd:int bps_wr:int iops:int iops_rd:int \
          iops_wr:int bps_max?:int bps_rd_max?:int bps_wr_max?:int iops_max?:int iops_rd_max?:int iops_wr_max?:int \
          bps_max_length?:int bps_rd_max_length?:int bps_wr_max_length?:int iops_max_length?:int \
          iops_rd_max_length?:int iops_wr_max_length?:int iops_size?:int group?:str",
     ),
     ("BlockdevCacheInfo", "writeback:bool direct:bool no-flush:bool"),
-    ("ImageInfo", "filename:str format:str virtual-size:int actual-size:int dirty-flag:bool"),
+    (
+        "ImageInfo",
+        "filename:str format:str virtual-size:int actual-size:int dirty-flag:bool backing-filename?:str \
+         full-backing-filename?:str backing-filename-format?:str backing-image?:ImageInfo",
+    ),
     ("BlockStats", "device?:str node-name?:str qdev?:str stats:BlockDeviceStats"),
     (
         "BlockDeviceStats",

@@ -10,8 +10,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::GuestMemory;
 use crate::disk::{
-    Completion, DeviceCommand, Disk, DiskError, Engine, EngineSetup, GuestRange, Lifetime, Limits,
-    Operation, ScsiCommand, ScsiDirection, ScsiReply, Transfer,
+    BackingImage, Completion, DeviceCommand, Disk, DiskError, Engine, EngineSetup, GuestRange,
+    Lifetime, Limits, Operation, ScsiCommand, ScsiDirection, ScsiReply, Transfer,
 };
 
 /// A transfer as the engine got it.
@@ -225,6 +225,14 @@ impl State {
 }
 
 impl Disk for TestDisk {
+    fn allocated(&self) -> u64 {
+        0
+    }
+
+    fn backing_images(&self) -> &[BackingImage] {
+        &[]
+    }
+
     fn capacity(&self) -> u64 {
         self.capacity.load(Ordering::SeqCst)
     }

@@ -341,7 +341,7 @@ fn throttle() {
         let limits = limits(input);
         let start = Instant::now();
         let members: Vec<_> =
-            (0..=input.below(3)).map(|_| Throttle::new(limits.clone(), "vda", start)).collect();
+            (0..=input.below(3)).map(|_| Throttle::new(&limits, "vda", start)).collect();
         members[1..].iter().for_each(|member| member.join(&members[0]));
         let mut now = start;
         let mut started = [0.0; 6];

@@ -58,8 +58,7 @@ impl Rig {
         let Setup { disk, options, accepted, queues, ring_size, memory } = setup;
         let disk = Arc::new(disk);
         let (sink, events) = recorder();
-        let throttle =
-            Arc::new(Throttle::new(options.throttling.clone(), &options.name, Instant::now()));
+        let throttle = Arc::new(Throttle::new(&options.throttling, &options.name, Instant::now()));
         let commands = request_types(&options, &*disk);
         let sizes = options.check(&disk.limits).unwrap();
         let limiter = Arc::clone(&throttle);

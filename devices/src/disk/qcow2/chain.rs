@@ -13,7 +13,9 @@ use imago::raw::Raw;
 use super::header::{self, Header};
 use super::ordered::OrderedStorage;
 use super::storage::HostStorage;
-use crate::disk::{Format, OpenError, OpenOptions, OpenReason, image_file, other_formats};
+use crate::disk::{
+    BackingImage, Format, OpenError, OpenOptions, OpenReason, image_file, other_formats,
+};
 
 const MAX_CHAIN: usize = 64;
 
@@ -27,8 +29,17 @@ pub(super) struct Opened {
     pub(super) header: Header,
     /// Bytes of the layer below; 0 without one.
     pub(super) backing: u64,
-    /// How many images it builds on.
-    pub(super) depth: u32,
+    /// The images that it builds on, the nearest first.
+    pub(super) below: Vec<BackingImage>,
+    /// `None`: a temporary file without a name.
+    pub(super) itself: Option<BackingImage>,
+}
+
+impl Opened {
+    /// The images below one that builds on this one.
+    pub(super) fn with_below(&self) -> Vec<BackingImage> {
+        self.itself.iter().chain(&self.below).cloned().collect()
+    }
 }
 
 /// Opens the image that `options` name and, if it is one that builds on others, those too.
@@ -60,12 +71,18 @@ fn open_at_depth(
         Format::Qcow2 => header::check(&file, writable).map_err(refused)?,
     };
     HostStorage::check_calls(&file, writable).map_err(refused)?;
+    let blocks = rustix::fs::fstat(&file).map_or(0, |status| status.st_blocks as u64);
+    let itself = |layer: &Layer| {
+        let (path, capacity) = (path.to_owned(), layer.size());
+        Some(BackingImage { path, format, capacity, allocated: blocks * 512 })
+    };
     let file = HostStorage::new(path, &file, writable).map_err(|error| refused(error.into()))?;
     if format == Format::Raw {
         let storage = OrderedStorage::plain(file);
         let layer = Raw::open_image(storage.clone(), writable);
         let layer = FormatAccess::new(layer.map_err(|error| refused(error.into()))?);
-        return Ok(Opened { layer, storage, header, backing: 0, depth: 0 });
+        let itself = itself(&layer);
+        return Ok(Opened { layer, storage, header, backing: 0, below: Vec::new(), itself });
     }
     let barriers = !options.cache.ignores_flush();
     let storage = OrderedStorage::qcow2(file, header.version, writable, barriers);
@@ -79,11 +96,13 @@ fn open_at_depth(
         }
         None => None,
     };
-    let (backing, depth) =
-        below.as_ref().map_or((0, 0), |below| (below.layer.size(), below.depth + 1));
+    let backing = below.as_ref().map_or(0, |below| below.layer.size());
+    let images = below.as_ref().map(Opened::with_below).unwrap_or_default();
     image.set_data_file(None);
     image.set_backing(below.map(|below| below.layer));
-    Ok(Opened { layer: FormatAccess::new(image), storage, header, backing, depth })
+    let layer = FormatAccess::new(image);
+    let itself = itself(&layer);
+    Ok(Opened { layer, storage, header, backing, below: images, itself })
 }
 
 /// Where the backing file `name` of the image at `path` is.

@@ -7,15 +7,17 @@ use std::sync::Arc;
 use imago::qcow2::Qcow2;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder};
 
-use super::chain::{Layer, Opened};
+use super::chain::Opened;
 use super::header::Header;
 use super::ordered::OrderedStorage;
 use super::storage::HostStorage;
 use crate::disk::host_file::HostFile;
 use crate::disk::{OpenReason, SECTOR, temporary_file};
 
-/// A qcow2 image over `base`, which makes a chain of `depth` images below it.
-pub(super) fn temporary_overlay(base: Layer, depth: u32) -> Result<Opened, OpenReason> {
+/// A qcow2 image over `base`.
+pub(super) fn temporary_overlay(base: Opened) -> Result<Opened, OpenReason> {
+    let below = base.with_below();
+    let base = base.layer;
     let (directory, file) = temporary_file::create(std::env::var_os("TMPDIR"));
     let (backing, size) = (base.size(), base.size() - base.size() % SECTOR);
     let create = || -> io::Result<Opened> {
@@ -27,7 +29,7 @@ pub(super) fn temporary_overlay(base: Layer, depth: u32) -> Result<Opened, OpenR
                 Ok(Qcow2::builder(storage).backing(Some(base)))
             })?;
         let layer = FormatAccess::new(overlay);
-        Ok(Opened { layer, storage, header: Header::OF_OVERLAY, backing, depth })
+        Ok(Opened { layer, storage, header: Header::OF_OVERLAY, backing, below, itself: None })
     };
     create().map_err(|source| OpenReason::Overlay { directory, source })
 }

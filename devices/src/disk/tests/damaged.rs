@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::qcow2::{qcow2, qemu_img, qemu_img_ok, text};
 use super::rig::{Request, Rig, WRITE, refusal};
-use crate::disk::{DiscardMode, DiskError, OpenOptions, OpenReason, Operation, open};
+use crate::disk::{DiscardMode, DiskError, Format, OpenOptions, OpenReason, Operation, open};
 
 const CLUSTER: u64 = 64 << 10;
 
@@ -196,9 +196,14 @@ fn backing_files_are_named_by_a_path() {
     rig.ok(Request::plain(Operation::Read, 0, 0, 512));
     assert_eq!(rig.get(0, 512), [5; 512]);
     // As QEMU counts, for `query-block`.
-    for (snapshot, depth) in [(false, 1), (true, 2)] {
+    for (snapshot, names) in [(false, &["base"][..]), (true, &["image", "base"])] {
         let disk = open(&OpenOptions { snapshot, ..options.clone() }).unwrap();
-        assert_eq!(disk.backing_files(), depth);
+        let below: Vec<_> = disk.backing_images().iter().map(|image| image.path.clone()).collect();
+        let expected: Vec<_> = names.iter().map(|name| directory.path().join(name)).collect();
+        assert_eq!(below, expected);
+        let base = disk.backing_images().last().unwrap();
+        assert_eq!((base.format, base.capacity), (Format::Raw, 1 << 20));
+        assert!(base.allocated >= 1 << 20);
     }
     for name in
         [r#"json:{"driver":"raw","file.filename":"base"}"#, "nbd:localhost:1", "https://x/y"]
