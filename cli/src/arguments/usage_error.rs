@@ -76,14 +76,26 @@ const OPTION_HINTS: &[(&str, &str)] = &[
     ("vcpus", "--cpus N"),
 ];
 
-/// The first of `arguments` that another program would understand, and what to write here.
-fn foreign(arguments: &[OsString]) -> Option<(&str, &'static str)> {
+/// Options of QEMU for what is always so here.
+const NEEDLESS: &[(&str, &str)] = &[
+    ("-cpu", "the guest's CPU is the host's"),
+    ("-enable-kvm", "KVM is always used"),
+    ("-machine", "there is one kind of machine"),
+    ("-nographic", "the console is the terminal"),
+];
+
+/// The first of `arguments` that another program would understand, and what to do here.
+fn foreign(arguments: &[OsString]) -> Option<(&str, String)> {
     arguments.iter().filter_map(|argument| argument.to_str()).find_map(|argument| {
         let option = argument.split('=').next()?;
+        if let Some((_, why)) = NEEDLESS.iter().find(|(known, _)| *known == option) {
+            return Some((option, format!("{why}; leave it out")));
+        }
         let name = option.strip_prefix("--").or(option.strip_prefix('-'))?;
         let (_, hint) = OPTION_HINTS.iter().find(|(known, _)| *known == name)?;
         // `-kernel` is QEMU's, `--kernel` is not at fault.
-        (hint.split(' ').next() != Some(option)).then_some((option, *hint))
+        let is_known = hint.split(' ').next() == Some(option);
+        (!is_known).then(|| (option, format!("unknown option; write {hint}")))
     })
 }
 
@@ -99,9 +111,11 @@ pub(crate) fn describe(
     if help && arguments.iter().any(|argument| asked.iter().any(|option| argument == option)) {
         return None;
     }
-    if help || error.kind() == ErrorKind::UnknownArgument {
+    // clap takes `-machine` for `-m achine`.
+    use ErrorKind::{ArgumentConflict, UnknownArgument, ValueValidation};
+    if help || matches!(error.kind(), UnknownArgument | ValueValidation | ArgumentConflict) {
         match foreign(arguments) {
-            Some((option, hint)) => return Some(format!("{option}: unknown option; write {hint}")),
+            Some((option, hint)) => return Some(format!("{option}: {hint}")),
             None if help => return None,
             None => {}
         }
