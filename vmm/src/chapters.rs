@@ -15,6 +15,9 @@ pub mod control_of_a_running_machine {}
 #[doc = include_str!("../docs/minivmm-in-ci.md")]
 pub mod minivmm_in_ci {}
 
+#[doc = include_str!("../docs/many-machines.md")]
+pub mod many_machines {}
+
 #[doc = include_str!("../docs/refused-system-calls.md")]
 pub mod refused_system_calls {}
 

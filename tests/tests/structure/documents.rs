@@ -26,6 +26,7 @@ const DOCUMENTS: &[&str] = &[
     "vmm/docs/a-kernel-boots.md",
     "vmm/docs/control.md",
     "vmm/docs/kvm-in-one-page.md",
+    "vmm/docs/many-machines.md",
     "vmm/docs/minivmm-in-ci.md",
     "vmm/docs/refused-system-calls.md",
     "vmm/docs/sandbox.md",
