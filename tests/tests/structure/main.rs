@@ -111,6 +111,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
             "devices/src/disk/qcow2/publish.rs",
         ],
     ),
+    ("refused command lines", &["cli/src/arguments/usage_error.rs"]),
     ("replay", &["cli/src/replay"]),
     ("reset", &["vmm/src/irq_chips.rs", "vmm/src/machine/reset.rs", "vmm/src/memory/clear.rs"]),
     ("ranges of raw images", &["devices/src/disk/raw/ranges.rs"]),
