@@ -1,4 +1,4 @@
-//! The arguments of commands: how the tables describe them, and the check that a request's arguments are as described.
+//! The arguments of commands: how the tables describe them, and the check of a request's arguments against that description.
 
 use serde_json::{Map, Value};
 
@@ -52,14 +52,14 @@ pub(super) const fn optional(name: &'static str, kind: ArgumentKind) -> Argument
     Argument { name, kind, required: false }
 }
 
-/// The arguments of a request, which are as the command's table says.
+/// The arguments of a request, which were checked against the command's table.
 pub(super) struct Arguments<'a>(&'a Map<String, Value>);
 
 impl<'a> Arguments<'a> {
-    /// Checks what was `given` against what is `known`.
+    /// Checks the arguments `given` against those that the command knows.
     ///
     /// # Errors
-    /// An argument is unknown, missing, or of another type; QEMU's wording.
+    /// An argument is unknown, missing, or of another type. The message has QEMU's words.
     pub(super) fn check(
         known: &[Argument],
         given: &'a Map<String, Value>,

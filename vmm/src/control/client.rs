@@ -1,4 +1,4 @@
-//! One connection: what the client sent and has yet to read, and how far it is in the protocol.
+//! One connection: its input and output buffers, and its state in the protocol.
 
 use std::fs::File;
 use std::io::{ErrorKind, IoSliceMut, Write};
@@ -16,15 +16,15 @@ use super::migration::Migration;
 use super::protocol::{Answer, Failure, Request, answer, greeting};
 use crate::machine::{Machine, MachineEvent};
 
-/// Bytes of output above which a client's next command waits until it has read some.
+/// Bytes of output from which on a client's next command waits until the client has read some.
 const OUTPUT_ENOUGH: usize = 64 << 10;
-/// Bytes of unread events above which a client is disconnected. Answers do not count: each is bounded by what the machine has,
-/// and the next command waits until it has been read.
+/// Bytes of unread events above which a client is disconnected. Answers do not count. The number of disks and vCPUs bounds the
+/// size of one, and `OUTPUT_ENOUGH` bounds how many are unread.
 const EVENTS_MAX: usize = 1 << 20;
-/// Bytes taken from a client at a time, before other clients have their turn.
+/// Bytes that are read from one client before the next client's turn.
 const INPUT_CHUNK: usize = 4096;
 
-/// The client has closed the connection, or breaks the protocol's bounds: it is to be disconnected.
+/// The connection has failed, or the client has exceeded a limit: the server has to disconnect it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Gone;
 
@@ -34,8 +34,8 @@ struct Pending {
     answer: Result<Answer, Failure>,
 }
 
-/// A client of the control socket, from the greeting to the end of its connection. Its commands are executed in order,
-/// each after the answer to the one before. Nothing blocks, and both buffers are bounded.
+/// A client of the control socket, from the greeting to the end of its connection. Its commands are executed in order: each waits
+/// for the answer to the one before. No call blocks, and both buffers are bounded.
 #[derive(Debug)]
 pub(super) struct Client {
     stream: UnixStream,
@@ -43,21 +43,21 @@ pub(super) struct Client {
     output: Vec<u8>,
     /// Bytes of events since the output was last empty.
     events: usize,
-    /// It negotiated capabilities: it may send commands, and is sent events.
+    /// It has negotiated capabilities. Only then it may send commands and gets events.
     ready: bool,
     ended: bool,
-    /// Its next command waits until it has read some output.
+    /// Its next command waits until the client has read some output.
     stalled: bool,
-    /// The command that is executed and not yet answered.
+    /// The command that was executed and not yet answered.
     pending: Option<Pending>,
-    /// The file that came last, for `getfd`.
+    /// The descriptor that was received last (SCM_RIGHTS), for `getfd`.
     received: Option<File>,
-    /// When the client last sent something, by the server's count.
+    /// The server's count of activity when this client was last active.
     pub(super) last_active: u64,
 }
 
 impl Client {
-    /// Greets a client, whose socket does not block.
+    /// Greets a new client. `stream` is non-blocking.
     pub(super) fn new(stream: UnixStream) -> Self {
         let mut client = Self {
             stream,
@@ -75,7 +75,7 @@ impl Client {
         client
     }
 
-    /// Takes what the client sent, unless it is behind with reading.
+    /// Reads once from the client, unless it has to read output first or waits for an answer.
     pub(super) fn read(&mut self) -> Result<(), Gone> {
         let mut chunk = [0; INPUT_CHUNK];
         loop {
@@ -94,7 +94,7 @@ impl Client {
             };
             for message in control.drain() {
                 if let RecvAncillaryMessage::ScmRights(files) = message {
-                    // The kernel has closed those that found no space: one comes with one command.
+                    // The buffer has space for one descriptor, which is all that a command needs. The kernel closes any others.
                     self.received = files.last().map(File::from);
                 }
             }
@@ -104,7 +104,7 @@ impl Client {
         }
     }
 
-    /// The next command to execute, after answering what needs no machine. `None`: nothing more for now.
+    /// The next command to execute. Answers requests that need no machine first. `None`: no command can be executed now.
     pub(super) fn next_request(&mut self) -> Result<Option<Request>, Gone> {
         loop {
             self.stalled = self.output.len() >= OUTPUT_ENOUGH;
@@ -155,7 +155,7 @@ impl Client {
         Ok(json!({}))
     }
 
-    /// Executes the client's next command, if there is one. `answer` follows after the events that the command causes.
+    /// Executes the client's next command, if there is one. The server calls `answer` after the events that the command causes.
     pub(super) fn execute_next(
         &mut self,
         machine: &mut Machine,
@@ -170,7 +170,7 @@ impl Client {
         Ok(true)
     }
 
-    /// Answers the command that was executed, unless its job is not among those that `events` report as done.
+    /// Answers the command that was executed. If it began a job, it is answered when `events` report the job as done.
     pub(super) fn answer(&mut self, events: &[MachineEvent]) {
         let Some(Pending { id, answer }) = self.pending.take() else { return };
         let result = match answer {
@@ -231,17 +231,17 @@ impl Client {
         self.pending.is_none()
     }
 
-    /// The client sent all it wanted, and has all the answers.
+    /// Whether the client has closed its side, and every answer is sent.
     pub(super) fn is_done(&self) -> bool {
         self.ended && !self.wants_output() && self.pending.is_none()
     }
 
-    /// Whether to read from the client: none of its commands waits for anything.
+    /// Whether the server reads from the client: it has not closed its side, has little unread output, and waits for no answer.
     pub(super) fn wants_input(&self) -> bool {
         !self.ended && self.output.len() < OUTPUT_ENOUGH && self.pending.is_none()
     }
 
-    /// Whether output waits for the client, or a command waits until it has read.
+    /// Whether there is output to write, or a command waits until output was written.
     pub(super) fn wants_output(&self) -> bool {
         !self.output.is_empty() || self.stalled
     }

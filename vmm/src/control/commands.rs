@@ -1,4 +1,5 @@
-//! The table of commands, with QEMU's names, arguments and results, and those that are not about disks.
+//! The table of commands, with QEMU's names, arguments and results. The functions of commands about disks, faults and traces are in
+//! modules of their own, and the commands about saving in `migration`.
 
 use serde_json::{Map, Value, json};
 
@@ -27,7 +28,7 @@ const fn command(
     CommandRow { types: CommandTypes { name, arguments, returns }, run }
 }
 
-/// A command that only looks at the machine.
+/// A command that only reads the machine's state.
 macro_rules! query {
     ($name:literal, $arguments:expr, $returns:literal, $query:expr) => {
         command($name, $arguments, $returns, |machine, arguments| {
@@ -37,7 +38,7 @@ macro_rules! query {
     };
 }
 
-/// Every command but `qmp_capabilities`, which belongs to the connection.
+/// The commands, except for `qmp_capabilities` (which [`Client`](super::client::Client) executes) and those in `migration`.
 const COMMANDS: &[CommandRow] = &[
     query!("query-version", &[], "VersionInfo", |_, _| version()),
     query!("query-commands", &[], "[CommandInfo]", |_, _| names()),
@@ -62,7 +63,7 @@ const COMMANDS: &[CommandRow] = &[
         let bytes: u64 = machine.hardware.memory.iter().map(GuestMemoryRegion::len).sum();
         json!({ "base-memory": bytes, "plugged-memory": 0 })
     }),
-    // What clients of QEMU ask first, and is the same for every machine here.
+    // Queries that QEMU's clients send first. Their answers are the same for every machine.
     query!("query-name", &[], "NameInfo", |_, _| json!({})),
     query!("query-uuid", &[], "UuidInfo", |_, _| {
         json!({ "UUID": "00000000-0000-0000-0000-000000000000" })
@@ -116,7 +117,7 @@ pub(super) fn names() -> Value {
 /// Executes a command.
 ///
 /// # Errors
-/// There is no such command, its arguments are wrong, or it failed.
+/// There is no command of this name, its arguments are wrong, or it failed.
 pub(super) fn execute(
     machine: &mut Machine,
     migration: &mut Migration,

@@ -1,7 +1,7 @@
 //! `--incoming defer`: the control socket before there is a machine. A client names the file by `migrate-incoming`, and stays
 //! connected while the machine is built from it.
 //!
-//! `cli` calls [`wait`]. All clients are served, as those of a machine are, so that a silent one keeps no other from naming the file.
+//! `cli` calls [`wait`]. It serves all clients at once, so a client that sends nothing does not keep another from naming the file.
 
 use std::io;
 use std::mem;
@@ -27,20 +27,21 @@ use crate::snapshot::{Incoming, IncomingConfig, SavedConfig, remove_unfinished};
 /// What ended the wait.
 #[derive(Debug)]
 pub enum Awaited {
-    /// A client named a file that is sound; `config` is as the saved machine was.
+    /// A client named a saved machine, and the file was checked. `config` now has the saved configuration.
     Incoming(Box<Incoming>),
     /// A client sent `quit`.
     Quit,
     /// This signal came.
     Signal(i32),
-    /// The time of `--timeout` is over.
+    /// The time limit of `--timeout` is over.
     Timeout,
 }
 
-/// A client that cannot be accepted stays in the backlog, and would keep the loop awake.
+/// How long the loop sleeps when a connection cannot be accepted. The connection stays in the backlog, so poll(2) would return at
+/// once.
 const ACCEPT_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Who has something to be read, or may be written to.
+/// The descriptors that poll(2) reported as ready.
 struct Ready {
     signal: bool,
     listener: bool,
@@ -53,8 +54,8 @@ enum Step {
     End(Awaited),
 }
 
-/// Serves the control socket of `config` until a client names a saved machine, which is started as `options` say: their path
-/// is not used.
+/// Serves the control socket of `config` until a client names a saved machine. `options` are those of `--incoming defer`: the
+/// client's path replaces theirs.
 ///
 /// # Errors
 /// The socket cannot be made.
@@ -79,14 +80,14 @@ pub fn wait(
         {
             return Ok(Awaited::Signal(signal));
         }
-        // From the last one: a client that leaves moves those behind it.
+        // In reverse order: removing a client changes the indices after it.
         for index in ready.clients.into_iter().rev() {
             match serve(&mut clients[index], &mut server, config, options) {
                 Ok(Step::End(Awaited::Incoming(mut incoming))) => {
                     server.adopt(mem::take(&mut clients));
                     server.migration().set_config(SavedConfig::of(config));
                     incoming.control = Some(server);
-                    // The machine has what is left of the time.
+                    // The time limit counts from the start of the process.
                     config.timeout = left.or(config.timeout);
                     return Ok(Awaited::Incoming(incoming));
                 }
@@ -106,7 +107,7 @@ pub fn wait(
     }
 }
 
-/// Listens for clients of a machine of that configuration.
+/// Listens at `path` for clients of a machine that `config` describes.
 pub(crate) fn listen(path: &Path, config: &VmConfig) -> Result<ControlServer, Error> {
     // Before the process is confined.
     config.save_directory.iter().for_each(|directory| remove_unfinished(directory));
@@ -118,7 +119,7 @@ pub(crate) fn listen(path: &Path, config: &VmConfig) -> Result<ControlServer, Er
     })
 }
 
-/// Waits until one of them is ready, and for no longer than `left`.
+/// Waits until a descriptor is ready, for at most `left`.
 fn wait_for(
     signals: &Signals,
     server: &ControlServer,
@@ -142,7 +143,7 @@ fn wait_for(
     let left = left.and_then(|left| Timespec::try_from(left).ok());
     match poll(&mut fds, left.as_ref()) {
         Ok(_) => {}
-        // What the descriptors say is not set then.
+        // poll(2) has not set the events then.
         Err(rustix::io::Errno::INTR) => fds.iter_mut().for_each(PollFd::clear_revents),
         Err(error) => return Err(error.into()),
     }
@@ -180,7 +181,7 @@ fn serve(
         };
         client.reply(id, answer);
         if let Step::End(_) = step {
-            // What is not written here is written by the machine's server.
+            // The machine's server writes what the client does not take now.
             client.write()?;
             return Ok(step);
         }

@@ -1,7 +1,7 @@
-//! The QMP commands about disks: their arguments, to which the table in `commands` refers, and what each does.
+//! The QMP commands about disks: their arguments and functions. The table in `commands` refers to both.
 //!
-//! A command may name a disk by its `id=`, its path in QEMU's object tree, or the guest's name (`vda`). Limits,
-//! thresholds and histograms take effect at once; a resize is a job of the machine, and is answered when it is done.
+//! Limits, thresholds and histograms take effect at once. A resize is a job of the machine: the command is answered when the job is
+//! done.
 
 use devices::block::{
     BlockHandle, ErrorPolicy, Histogram, IoStatus, Kind, KindStats, Limit, Rate, Throttling,
@@ -69,19 +69,19 @@ pub(super) const THROTTLE: &[Argument] = &[
     optional("group", ArgumentKind::Text),
 ];
 
-/// The disk that `name` is the `id=` of, or the path of that in QEMU's object tree, or the guest's name (`vda`).
+/// Finds a disk by its `id=`, by the path of that id in QEMU's object tree (`/machine/peripheral/ID`), or by the guest's name (`vda`).
 pub(super) fn find<'a>(machine: &'a Machine, name: &str) -> Result<&'a MachineDisk, Failure> {
     let id = name.strip_prefix("/machine/peripheral/").unwrap_or(name);
     let disks = &machine.hardware.disks;
     let by_id = disks.iter().find(|disk| disk.config.id == id);
-    // Last, because `vda` may be the id of another disk.
+    // The guest's name comes last, because `vda` may be the id of another disk.
     let found = by_id.or_else(|| disks.iter().find(|disk| disk.handle.name() == name));
     found.ok_or_else(|| Failure::device_not_found(name))
 }
 
 /// `block_resize`: gives the disk another size, and tells the guest's driver.
 pub(super) fn resize(machine: &mut Machine, arguments: &Arguments<'_>) -> Result<Answer, Failure> {
-    // As in QEMU: of the two, the one that names a disk counts, and `device` before `node-name`.
+    // As in QEMU: `device` is tried first, and then `node-name`.
     let (device, node) = (arguments.text("device"), arguments.text("node-name"));
     let disk = match (device.map(|name| find(machine, name)), node.map(|name| find(machine, name)))
     {
@@ -94,7 +94,7 @@ pub(super) fn resize(machine: &mut Machine, arguments: &Arguments<'_>) -> Result
     machine.resize(&id, size).map(Answer::WhenDone).ok_or_else(|| Failure::device_not_found(&id))
 }
 
-/// `block-set-write-threshold`: one event when the guest next changes something past an offset; 0 for none.
+/// `block-set-write-threshold`: one event when the guest next changes the disk past this offset. 0 turns it off.
 pub(super) fn set_write_threshold(
     machine: &mut Machine,
     arguments: &Arguments<'_>,
@@ -105,7 +105,7 @@ pub(super) fn set_write_threshold(
     Ok(Answer::empty())
 }
 
-/// `eject` and `blockdev-change-medium`: as in QEMU, a virtio disk has no medium that could be taken out.
+/// `eject` and `blockdev-change-medium`: always refused. As in QEMU, a virtio disk has no removable medium.
 pub(super) fn change_medium(
     machine: &mut Machine,
     arguments: &Arguments<'_>,
@@ -127,8 +127,8 @@ fn device_or_id<'a>(
     find(machine, name)
 }
 
-/// `block_set_io_throttle`: replaces all limits of the disk's group, or of another one to which it moves; those that are not named
-/// are lifted. A disk without limits is in no group.
+/// `block_set_io_throttle`: replaces all limits of the disk's group, or of another group to which the disk moves. A limit that is not
+/// named is removed. A disk without limits is in no group.
 pub(super) fn throttle(
     machine: &mut Machine,
     arguments: &Arguments<'_>,
@@ -153,7 +153,8 @@ pub(super) fn throttle(
     Ok(Answer::empty())
 }
 
-/// `block-latency-histogram-set`: sets the bins of the kinds that are named, or of all; without boundaries, removes all.
+/// `block-latency-histogram-set`: `boundaries-KIND` sets the bins of one kind of request, and `boundaries` those of the other kinds.
+/// Without any boundaries, all histograms are removed.
 pub(super) fn set_histogram(
     machine: &mut Machine,
     arguments: &Arguments<'_>,
@@ -268,7 +269,7 @@ fn block_info(disk: &MachineDisk) -> Value {
         "locked": false,
         "inserted": node_info(disk),
     });
-    // As in QEMU: a disk whose errors never stop the VM has no such status.
+    // As in QEMU: a disk whose errors never stop the VM has no `io-status`.
     let stops = |policy| matches!(policy, ErrorPolicy::Stop | ErrorPolicy::Enospc);
     if stops(config.device.read_errors) || stops(config.device.write_errors) {
         info["io-status"] = match handle.io_status() {
@@ -281,7 +282,7 @@ fn block_info(disk: &MachineDisk) -> Value {
     info
 }
 
-/// `query-blockstats`: of the devices, or of the nodes behind them, which here count the same.
+/// `query-blockstats`, of devices or (`query-nodes`) of block nodes. Each disk is one node, so the numbers are the same.
 pub(super) fn query_blockstats(machine: &Machine, arguments: &Arguments<'_>) -> Value {
     let of_nodes = arguments.boolean("query-nodes").unwrap_or_default();
     let stats = |MachineDisk { config, handle, .. }: &MachineDisk| {
@@ -295,7 +296,7 @@ pub(super) fn query_blockstats(machine: &Machine, arguments: &Arguments<'_>) -> 
     machine.hardware.disks.iter().map(stats).collect()
 }
 
-/// QEMU's four kinds: write-zeroes are writes, and a secure erasure unmaps.
+/// QEMU counts four kinds of request: write-zeroes are writes, and secure erases are unmaps.
 fn device_stats(handle: &BlockHandle) -> Value {
     let stats = handle.stats();
     let sum = |kinds: &[Kind]| {

@@ -1,5 +1,5 @@
-//! Limits how often clients are told of a disk's I/O errors, as QEMU does: a guest can provoke any number of them, and a client
-//! that reads slowly would be disconnected for its unread output.
+//! Limits how many events clients get about a disk's I/O errors, as QEMU does. A guest can cause any number of errors, and a client
+//! with too many unread events is disconnected.
 
 use std::time::Duration;
 
@@ -10,13 +10,13 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::event_messages::message;
 use crate::machine::MachineEvent;
 
-/// A disk's errors are reported once in this time: the first at once, and the last of the others when the time is over.
+/// A disk's first error is reported at once and begins an interval. Of the errors within it, the last is reported when it is over.
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// The disks that reported an error in the last interval.
 pub(super) struct EventLimit {
     pub(super) timer: TimerFd,
-    /// By name, with the last message that was held back.
+    /// Each disk's name, and the last message that was held back.
     disks: Vec<(String, Option<Value>)>,
 }
 
@@ -43,7 +43,7 @@ impl EventLimit {
         Some(message)
     }
 
-    /// The interval is over: the messages that were held back.
+    /// Returns the messages that were held back, when the interval is over.
     pub(super) fn expire(&mut self) -> Vec<Value> {
         self.disks.retain(|(_, held)| held.is_some());
         if !self.disks.is_empty() {

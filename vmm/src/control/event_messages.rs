@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::machine::{MachineEvent, Outcome};
 
-/// QEMU's words for what is behind a shutdown or a reset.
+/// QEMU's names for the cause of a shutdown or a reset (`ShutdownCause`).
 pub(super) const REASONS: [&str; 8] = [
     "guest-shutdown",
     "guest-reset",
@@ -34,13 +34,13 @@ fn reason(outcome: Option<&Outcome>) -> &'static str {
     }
 }
 
-/// The message, with the present time. `None`: clients are not told of the event.
+/// The QMP message for an event, with the current time. `None`: there is none for this event.
 pub(super) fn message(event: &MachineEvent) -> Option<Value> {
     let (name, data) = name_and_data(event)?;
     Some(stamped(name, data))
 }
 
-/// An event of that name, with the present time.
+/// A message for the event `name`, with the current time.
 pub(super) fn stamped(name: &str, data: Value) -> Value {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut message = json!({
@@ -70,7 +70,7 @@ fn name_and_data(event: &MachineEvent) -> Option<(&'static str, Value)> {
             json!({
                 "device": device,
                 "node-name": device,
-                // Everything but a read may change the disk, and is under the policy for writes.
+                // Every other request may change the disk, and `werror` decides about it.
                 "operation": if *operation == Kind::Read { "read" } else { "write" },
                 "action": match action {
                     ErrorAction::Report => "report",
@@ -97,7 +97,7 @@ fn name_and_data(event: &MachineEvent) -> Option<(&'static str, Value)> {
                 "msg": message,
                 "offset": range.start,
                 "size": range.end - range.start,
-                // Not written to any more.
+                // minivmm writes nothing more to the image.
                 "fatal": true,
             }),
         ),

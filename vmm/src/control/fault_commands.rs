@@ -13,7 +13,7 @@ pub(super) const ADD: &[Argument] =
 pub(super) const REMOVE: &[Argument] =
     &[required("device", ArgumentKind::Text), optional("id", ArgumentKind::Integer)];
 
-/// `x-minivmm-fault-add`: adds a rule behind the others of the disk.
+/// `x-minivmm-fault-add`: adds a rule after the disk's other rules.
 pub(super) fn add(machine: &mut Machine, arguments: &Arguments<'_>) -> Result<Answer, Failure> {
     let rule = arguments.text("rule").unwrap_or_default();
     let rule: FaultRule = rule
@@ -25,7 +25,7 @@ pub(super) fn add(machine: &mut Machine, arguments: &Arguments<'_>) -> Result<An
     Ok(Answer::Now(json!({ "id": id })))
 }
 
-/// `x-minivmm-fault-remove`: removes a rule, or all of the disk. Requests that it holds back complete.
+/// `x-minivmm-fault-remove`: removes one rule of a disk, or all of them. Requests that a removed rule holds back complete.
 pub(super) fn remove(machine: &mut Machine, arguments: &Arguments<'_>) -> Result<Answer, Failure> {
     let id = arguments.integer("id");
     if faults(machine, arguments)?.remove(id) {
@@ -50,7 +50,7 @@ fn faults<'a>(machine: &'a Machine, arguments: &Arguments<'_>) -> Result<&'a Fau
     let name = arguments.text("device").unwrap_or_default();
     injected_faults::of(&*find(machine, name)?.image).ok_or_else(|| {
         Failure::generic(format!(
-            "Disk '{name}' takes no faults; start the VM with fault=none in its --disk"
+            "Disk '{name}' was started without fault injection; start the VM with fault=none in its --disk"
         ))
     })
 }

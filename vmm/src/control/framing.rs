@@ -1,25 +1,25 @@
-//! Cuts a client's bytes into JSON values. QMP puts nothing between them: a value ends where its brackets close.
+//! Cuts a client's bytes into JSON values. QMP has no separator between messages: a value ends where its brackets close.
 //!
-//! A client that wants a new start, whatever it or another has sent before, sends a byte that no JSON has, such as a control
-//! character or 0xff (QEMU, docs/interop/qmp-spec.rst, "Forcing the JSON parser into known-good state").
+//! A client that does not know what was sent before it resets this parser. For that it sends a byte that is never part of JSON, such
+//! as a control character or 0xff (QEMU, docs/interop/qmp-spec.rst, "Forcing the JSON parser into known-good state").
 
-/// Longest value in bytes. QMP's longest sensible command is a few hundred.
+/// Longest value in bytes. The longest useful QMP command has a few hundred.
 const LENGTH_MAX: usize = 1 << 20;
-/// Most brackets in brackets, as in QEMU.
+/// Deepest nesting of brackets, as in QEMU.
 const DEPTH_MAX: usize = 1024;
 
-/// A client's bytes that were not yet understood. Each byte is looked at once, however slowly they arrive.
+/// A client's bytes that were not returned as frames yet. Each byte is scanned once, however many reads deliver a frame.
 #[derive(Debug, Default)]
 pub(super) struct Framer {
     bytes: Vec<u8>,
-    /// First byte that belongs to no frame yet.
+    /// Index of the first byte that was not returned.
     start: usize,
-    /// First byte that was not looked at.
+    /// Index of the first byte that was not scanned.
     scanned: usize,
     depth: usize,
     quote: Option<u8>,
     escaped: bool,
-    /// There was garbage: what follows is part of it up to the end of the line, or to an opening bracket.
+    /// After garbage: bytes are skipped up to the end of the line or to an opening bracket.
     skipping: bool,
 }
 
@@ -27,9 +27,9 @@ pub(super) struct Framer {
 pub(super) enum Frame<'a> {
     /// From an opening bracket or quote to the one that closes it: probably a JSON value.
     Value(&'a [u8]),
-    /// Something else, now forgotten with all that was not complete before it.
+    /// Bytes that are no JSON. They were dropped, with an incomplete value before them.
     Garbage,
-    /// More than any value may have: the stream cannot be followed any further.
+    /// A value is longer than `LENGTH_MAX`. Where the next one begins is not known, so the client has to be disconnected.
     TooLong,
 }
 
@@ -49,7 +49,7 @@ impl Framer {
         self.bytes.extend_from_slice(bytes);
     }
 
-    /// The next piece, if it is there in full.
+    /// The next frame. `None`: it is not complete yet.
     pub(super) fn next(&mut self) -> Option<Frame<'_>> {
         while let Some(&byte) = self.bytes.get(self.scanned) {
             self.scanned += 1;
@@ -73,11 +73,11 @@ impl Framer {
         (self.scanned - self.start > LENGTH_MAX).then_some(Frame::TooLong)
     }
 
-    /// Follows the brackets and quotes.
+    /// Updates the nesting of brackets and quotes, and returns what the byte means.
     fn meaning(&mut self, byte: u8) -> Meaning {
         if let Some(quote) = self.quote {
             match byte {
-                // A string has these as escapes, or not at all.
+                // JSON has control characters only as escapes, and these two bytes are never part of UTF-8.
                 0..0x20 | 0xfe | 0xff => return Meaning::Garbage,
                 _ if self.escaped => self.escaped = false,
                 b'\\' => self.escaped = true,
@@ -142,14 +142,14 @@ mod tests {
             &["{\"a\":1}", "{\"b\":\"}\\\"{\"}", "[{}, [\"\\\\\"]]", "{'c': '\"}\\''}"],
         ),
         (b"\"a {\" {}", &["\"a {\"", "{}"]),
-        // Garbage takes nothing with it that may be a value, and is told of once a line.
+        // Garbage ends at an opening bracket or the end of the line, and is reported once a line.
         (
             b"GET / HTTP/1.1\r\n\r\n junk, 1 {} more\n{}",
             &["garbage", "garbage", "{}", "garbage", "{}"],
         ),
         (b"}]\n}{}", &["garbage", "garbage", "{}"]),
         (b"\xef\xbb\xbf{}\0{}", &["garbage", "{}", "garbage", "{}"]),
-        // What no JSON has begins anew, wherever it comes.
+        // A byte that is never part of JSON resets the parser, also within a string.
         (b"{\"a\n{}", &["garbage", "{}"]),
         (b"{\"a\\\xff{}", &["garbage", "{}"]),
         (b"[[[{\"a\": \x01\"{}", &["garbage", "{}"]),

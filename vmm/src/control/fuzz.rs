@@ -1,4 +1,4 @@
-//! A client that sends anything, in any pieces.
+//! Fuzz target: a client that sends any bytes, in any pieces.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -12,7 +12,7 @@ use super::commands;
 use super::framing::{Frame, Framer};
 use super::protocol::{Failure, Request, answer};
 
-/// What a target sends: its input with words of the protocol in it, cut into pieces.
+/// What the client sends: the fuzzer's input mixed with words of the protocol, cut into pieces.
 fn pieces(input: &mut Input<'_>) -> Vec<Vec<u8>> {
     let words: [&[u8]; 12] = [
         b"{\"execute\":\"",
@@ -63,7 +63,7 @@ fn frames(framer: &mut Framer) -> Vec<Seen> {
     frames
 }
 
-/// Where the pieces end changes nothing, and a client gets out of whatever was sent before.
+/// Checks that frames do not depend on where the pieces end, and that 0xff resets the parser after any input.
 fn check_framing(pieces: &[Vec<u8>]) -> Vec<Seen> {
     let (mut whole, mut cut) = (Framer::default(), Framer::default());
     whole.push(&pieces.concat());
@@ -78,7 +78,7 @@ fn check_framing(pieces: &[Vec<u8>]) -> Vec<Seen> {
     seen
 }
 
-/// Our JSON is serde_json's, but for single quotes and keys that come twice.
+/// Checks that [`super::json`] agrees with serde_json, except for single quotes and duplicate keys.
 fn check_json(bytes: &[u8]) {
     if bytes.contains(&b'\'') {
         return;
@@ -91,7 +91,7 @@ fn check_json(bytes: &[u8]) {
     }
 }
 
-/// As the server answers, without a machine.
+/// Answers as the server does, but without a machine.
 fn execute(request: &Request) -> Result<Value, Failure> {
     let Some(known) = commands::arguments_of(&request.command) else {
         return Err(Failure::command_not_found("there is no machine"));
@@ -115,7 +115,7 @@ fn qmp() {
         let (mut client, mut answers, mut asked) = (Client::new(ours), Vec::new(), 0);
         for piece in pieces.iter().filter(|piece| !piece.is_empty()) {
             theirs.write_all(piece).unwrap();
-            // Its answers wait until it reads, and more of its commands until it has read those.
+            // Answers wait until the client reads, and further commands wait until it has read those answers.
             let mut turns = 0..100;
             while turns.next().is_some() {
                 client.read().unwrap();
@@ -144,7 +144,7 @@ fn qmp() {
             let line: Value = serde_json::from_slice(line).unwrap();
             assert_ne!(line.get("return").is_some(), line.get("error").is_some(), "{line}");
         }
-        // What an answer repeats of the request is JSON again.
+        // The `id` of a request is valid JSON in the answer.
         let id = Some(json!({ "a": pieces.len() }));
         assert!(answer(id, Ok(json!({}))).to_string().contains("\"a\""));
     });

@@ -1,4 +1,4 @@
-//! JSON as QEMU reads it: strings may stand in single quotes, and no object has a key twice.
+//! JSON as QEMU reads it: strings may be in single quotes, and a duplicate key in an object is an error.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -9,12 +9,12 @@ use serde_json::{Map, Value};
 /// Reads one value.
 ///
 /// # Errors
-/// What is wrong with it, and where.
+/// It is not valid JSON. The error has the position.
 pub(super) fn parse(bytes: &[u8]) -> serde_json::Result<Value> {
     serde_json::from_slice(&in_double_quotes(bytes)).map(|Strict(value)| value)
 }
 
-/// Puts the strings in single quotes, which scripts for QEMU use, into double ones.
+/// Replaces single quotes around strings, which scripts for QEMU use, by double quotes.
 fn in_double_quotes(bytes: &[u8]) -> Cow<'_, [u8]> {
     if !bytes.contains(&b'\'') {
         return bytes.into();
@@ -45,7 +45,7 @@ fn in_double_quotes(bytes: &[u8]) -> Cow<'_, [u8]> {
     text.into()
 }
 
-/// A value whose objects have each key once: of two, the sender cannot know which one counts.
+/// A value without duplicate keys. Of two equal keys, readers of JSON disagree which one counts.
 struct Strict(Value);
 
 impl<'de> Deserialize<'de> for Strict {

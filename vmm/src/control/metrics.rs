@@ -1,6 +1,6 @@
 //! The machine's counters in Prometheus' text format (version 0.0.4), for `x-query-metrics`.
 //!
-//! A capability: a row of the table in `commands` is all that knows it.
+//! A capability: only the table in `commands` refers to it.
 
 use std::fmt::Write;
 
@@ -46,13 +46,13 @@ fn by_kind(page: &mut Page, disks: &[(String, &BlockHandle)]) {
     type Count = fn(&devices::block::KindStats) -> String;
     let families: [(&str, &str, Count); 6] = [
         ("operations", "requests that succeeded", |stats| stats.operations.to_string()),
-        ("bytes", "bytes of disk that those covered", |stats| stats.bytes.to_string()),
-        ("merged", "of those requests, how many travelled in another one's transfer", |stats| {
+        ("bytes", "bytes of disk in these requests", |stats| stats.bytes.to_string()),
+        ("merged", "of these requests, those merged into the transfer of another one", |stats| {
             stats.merged.to_string()
         }),
-        ("errors", "requests that the host failed", |stats| stats.errors.to_string()),
-        ("invalid", "requests that were refused", |stats| stats.invalid.to_string()),
-        ("seconds", "time from the ring to the answer", |stats| {
+        ("errors", "requests that failed with a host error", |stats| stats.errors.to_string()),
+        ("invalid", "requests that were refused as invalid", |stats| stats.invalid.to_string()),
+        ("seconds", "time from the available ring to the used ring", |stats| {
             stats.time.as_secs_f64().to_string()
         }),
     ];
@@ -88,10 +88,10 @@ fn by_disk(page: &mut Page, disks: &[(String, &BlockHandle)]) {
     }
 }
 
-/// Histograms, where `block-latency-histogram-set` asked for them. Each bin of the format includes the bins below it.
+/// The histograms that `block-latency-histogram-set` has set. In this format each bucket includes those below it.
 fn latencies(page: &mut Page, disks: &[(String, &BlockHandle)]) {
     const NAME: &str = "minivmm_disk_latency_seconds";
-    page.family(NAME, "histogram", "time from the ring to the answer, since the bins were set");
+    page.family(NAME, "histogram", "time from the available ring to the used ring, since the bins were set");
     for (disk, handle) in disks {
         for (kind, word) in &KINDS[..3] {
             let Some(histogram) = handle.histogram(*kind) else { continue };
@@ -107,7 +107,7 @@ fn latencies(page: &mut Page, disks: &[(String, &BlockHandle)]) {
     }
 }
 
-/// A label's value. The disk's name is the user's, and may have any characters.
+/// Escapes a label's value. The user chooses a disk's name, which may have any characters.
 fn label(text: &str) -> String {
     text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }

@@ -1,8 +1,8 @@
-//! Saving the machine in QMP's words (QEMU, qapi/migration.json): to QEMU a save is a migration to a file.
+//! The QMP commands that save the machine (QEMU, qapi/migration.json). In QEMU's terms, a save is a migration to a file.
 //!
-//! `server` has the one [`Migration`] and shows it every event of the machine. A save stops the guest, which stays stopped in the
-//! state `postmigrate` when it has succeeded; after a failure, or if it was canceled, the guest goes on. In a background save it goes
-//! on when the status becomes `active`.
+//! `server` has the one [`Migration`] and passes it every event of the machine. A save stops the guest. After a success the guest stays
+//! stopped, in the state `postmigrate`. After a failure or a cancel it goes on. During a background save, the guest goes on when the
+//! status becomes `active`.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -81,7 +81,7 @@ pub(super) const COMMANDS: &[MigrationCommand] = &[
         job.map(Answer::WhenDone).map_err(|error| Failure::of(&error))
     }),
     command("migrate-incoming", MIGRATE, "", |_, _, _| {
-        Err(Failure::generic("the machine exists; migrate-incoming needs --incoming defer"))
+        Err(Failure::generic("the machine exists already; migrate-incoming needs a VM that was started with --incoming defer"))
     }),
     command("migrate_cancel", &[], "", |migration, _, _| {
         migration.cancel();
@@ -149,42 +149,43 @@ fn target(arguments: &Arguments<'_>) -> Result<PathBuf, Failure> {
 
 /// The last save, or the one under way.
 struct Save {
-    /// Of the machine's `Done` event.
+    /// The number in the machine's `Done` event.
     job: u64,
     status: &'static str,
     progress: Progress,
     began: Instant,
     milliseconds: u64,
     error: Option<String>,
-    /// How long the guest stood still, in milliseconds, once it has gone on.
+    /// How long the guest stood still, in milliseconds. `None` until it goes on.
     downtime: Option<u64>,
-    /// Of a background save, even after it was canceled: its thread may still have a file to remove.
+    /// Only of a background save: its part that runs while the guest goes on. Kept after a cancel, because the save's thread may still
+    /// have to remove the file.
     rest: Option<Rest>,
 }
 
-/// What clients set up for saves, and how far the last one is.
+/// The settings for saves, and the state of the last save.
 pub(crate) struct Migration {
     config: SavedConfig,
     /// Send MIGRATION events (the capability `events`).
     events: bool,
     /// The guest goes on while it is saved (the capability `background-snapshot`).
     in_background: bool,
-    /// A save has only what changed (the capability `x-minivmm-incremental`).
+    /// A save has only the pages that changed since the base (the capability `x-minivmm-incremental`).
     is_incremental: bool,
-    /// `None`: the process may not start a child process.
+    /// The thread that starts child processes. `None`: the sandbox allows none.
     pub(super) background: Option<Background>,
     save: Option<Save>,
-    /// Not sent yet.
+    /// MIGRATION events that were not sent yet.
     messages: Vec<Value>,
-    /// What came with the command that is executed now.
+    /// The descriptor that came with the command that is being executed.
     pub(super) received: Option<File>,
     /// Files that clients handed over by `getfd`, by name.
     files: BTreeMap<String, File>,
 }
 
-const NO_CHILD: &str = "the VM is confined and starts no child process, which holds its memory still; start it with --sandbox on,spawn=allow, or save it without background-snapshot";
+const NO_CHILD: &str = "a background save needs a child process, which the sandbox of this VM does not allow; start it with --sandbox on,spawn=allow, or save it without background-snapshot";
 
-/// Files that clients can hand over before they use them.
+/// Most files that clients can pass by `getfd` before they use them.
 const FILES_MAX: usize = 16;
 
 impl Migration {
@@ -216,7 +217,7 @@ impl Migration {
         Some(checked.and_then(|arguments| (command.run)(self, machine, &arguments)))
     }
 
-    /// The machine is configured.
+    /// Sets the configuration, which `migrate-incoming` has completed.
     pub(super) fn set_config(&mut self, config: SavedConfig) {
         self.config = config;
     }
@@ -245,13 +246,13 @@ impl Migration {
         let file =
             file.ok_or_else(|| Failure::generic("No file descriptor supplied via SCM_RIGHTS"))?;
         if self.files.len() >= FILES_MAX && !self.files.contains_key(name) {
-            return Err(Failure::generic("too many files are handed over; use closefd"));
+            return Err(Failure::generic("too many files that were passed by getfd are unused; close one with closefd"));
         }
         self.files.insert(name.to_owned(), file);
         Ok(())
     }
 
-    /// Takes the file that was handed over under this name.
+    /// Takes the file that was passed by `getfd` under this name.
     fn given(&mut self, name: &str) -> Result<Destination, Failure> {
         let unknown = || Failure::generic(format!("File descriptor named '{name}' not found"));
         let file = self.files.remove(name).ok_or_else(unknown)?;
@@ -316,19 +317,19 @@ impl Migration {
         }
     }
 
-    /// The machine has ended, and with it a save.
+    /// Called when the machine has ended, which ends a save, too. Waits for a background save, which may have to remove its file.
     pub(super) fn end(&self) {
         if let Some(rest) = self.save.as_ref().and_then(|save| save.rest.as_ref()) {
             rest.wait();
         }
     }
 
-    /// Messages for all clients that commands have caused.
+    /// The MIGRATION events for all clients since the last call.
     pub(super) fn take_messages(&mut self) -> Vec<Value> {
         std::mem::take(&mut self.messages)
     }
 
-    /// Takes in what happened to the machine.
+    /// Updates the last save from the machine's events.
     pub(super) fn advance(&mut self, events: &[MachineEvent]) {
         for event in events {
             if let MachineEvent::Done(job, result) = event
@@ -336,7 +337,7 @@ impl Migration {
             {
                 save.downtime = Some(save.began.elapsed().as_millis() as u64);
                 match result {
-                    // What the guest was at this moment is written; it goes on.
+                    // A background save: the guest goes on, and its memory of this moment is being written.
                     Ok(()) if save.rest.is_some() => {
                         if save.status == SETUP {
                             self.set_status(ACTIVE);
@@ -358,7 +359,7 @@ impl Migration {
         let Some(save) = &mut self.save else { return };
         save.milliseconds = (save.began.elapsed().as_millis() as u64).max(1);
         save.error = result.as_ref().err().map(|error| WithCauses(error).to_string());
-        // Not if the machine has canceled it, because it ends or panics.
+        // Only a client's `migrate_cancel` sets this status. The machine itself cancels a save when it ends or the guest panics.
         let cancelled = save.status == CANCELLING;
         self.set_status(match result {
             Ok(()) => COMPLETED,
@@ -373,7 +374,7 @@ impl Migration {
         for entry in list.ok_or_else(|| Failure::generic(expected))? {
             match (entry["capability"].as_str(), entry["state"].as_bool()) {
                 (Some("events"), Some(state)) => self.events = state,
-                // RAM is at fixed places of the file in any case.
+                // Always on: every page of RAM has a fixed offset in the file.
                 (Some("mapped-ram"), Some(_)) => {}
                 (Some("background-snapshot"), Some(state)) => self.in_background = state,
                 (Some("x-minivmm-incremental"), Some(state)) => self.is_incremental = state,

@@ -1,14 +1,20 @@
 //! Control of a running machine over a Unix socket, in QEMU's Machine Protocol (QMP). The chapter is `vmm/docs/control.md`.
 //!
-//! This folder is a capability: the builder plugs [`ControlServer`] into the main loop as one of its sources, and nothing else
-//! imports it. Beside the notes of saved machines, it alone knows JSON. Bytes become JSON objects in [`framing`] and [`json`], requests in [`protocol`], and
-//! commands in [`commands`] (about disks: [`disk_commands`] and [`fault_commands`], traces: [`trace_commands`]), whose arguments [`arguments`] checks. [`client`] is one connection,
-//! [`server`] all of them. [`migration`] saves the machine, and [`deferred`] waits for one to restore. [`event_messages`] makes
-//! messages of the machine's events, [`event_limit`] holds back what a guest could flood clients with, and [`schema`] describes
-//! everything.
+//! This folder is a capability: the builder plugs [`ControlServer`] into the main loop as one of its sources. Apart from the notes of
+//! saved machines, only this folder knows JSON.
 //!
-//! Nothing here blocks, and no client can make the buffers grow beyond their bounds. A command that takes long answers when it
-//! is done ([`protocol::Answer::WhenDone`]); its client's next commands wait, other clients' do not.
+//! | file | what it has |
+//! |---|---|
+//! | [`server`], [`client`] | the socket with its connections, and one connection |
+//! | [`framing`], [`json`], [`protocol`] | bytes become JSON values, and JSON values requests |
+//! | [`commands`], [`arguments`] | the table of commands, and the check of their arguments |
+//! | [`disk_commands`], [`fault_commands`], [`trace_commands`], [`metrics`] | commands about disks, injected faults, traces and counters |
+//! | [`migration`], [`deferred`] | commands that save the machine; the socket before there is a machine to restore |
+//! | [`event_messages`], [`event_limit`] | the machine's events become messages; how many of them are sent |
+//! | [`schema`] | the description of all this for `query-qmp-schema` |
+//!
+//! No function here blocks, and every buffer has a limit. A command that takes long is answered when its job is done
+//! ([`protocol::Answer::WhenDone`]). Until then the next commands of its client wait, but not those of other clients.
 
 mod arguments;
 mod client;

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use crate::error::WithCauses;
 
-/// The version of QEMU whose schema the commands follow: clients decide by it what to send.
+/// The version of QEMU whose schema the commands follow. Clients decide by it which commands they send.
 pub(super) fn version() -> Value {
     json!({
         "qemu": { "major": 9, "minor": 0, "micro": 0 },
@@ -47,12 +47,12 @@ impl Failure {
     }
 }
 
-/// How a command that did not fail is answered: at once, or when the job that it began is done. Until then the client's
-/// next commands wait; those of other clients do not.
+/// The answer to a command that did not fail: at once, or when the job that it began is done. Until then the client's next
+/// commands wait, but not those of other clients.
 #[derive(Debug)]
 pub(super) enum Answer {
     Now(Value),
-    /// When the machine reports that this job is done.
+    /// Is answered when the machine reports that this job is done.
     WhenDone(u64),
 }
 
@@ -67,12 +67,12 @@ impl Answer {
 pub(super) struct Request {
     pub(super) command: String,
     pub(super) arguments: Map<String, Value>,
-    /// Comes back in the answer.
+    /// The answer has the same `id`.
     pub(super) id: Option<Value>,
 }
 
 impl Request {
-    /// Makes a request of a JSON value; or gives the `id` that the failure is to be answered with.
+    /// Parses a request. The error has the request's `id`, if it could be read, for the answer.
     pub(super) fn parse(bytes: &[u8]) -> Result<Self, (Option<Value>, Failure)> {
         let value = super::json::parse(bytes)
             .map_err(|error| (None, Failure::generic(format!("JSON parse error, {error}"))))?;
@@ -87,7 +87,7 @@ impl Request {
             None if members.keys().all(|member| member == "arguments") => {
                 return fail(id, "QMP input lacks member 'execute'".to_owned());
             }
-            // Such as `exec-oob`: the unexpected member says more than the missing one.
+            // For example `exec-oob`. The error below names this member, which helps more than that `execute` is missing.
             None => String::new(),
         };
         let arguments = match members.remove("arguments") {

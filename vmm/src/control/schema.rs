@@ -111,7 +111,7 @@ const RUN_STATES: &[&str] = &[
     "shutdown",
 ];
 
-/// Of a save.
+/// The statuses of a save, in QEMU's order.
 pub(super) const STATUSES: [&str; 7] =
     ["none", "setup", "active", "completed", "failed", "cancelling", "cancelled"];
 pub(super) const CAPABILITY_NAMES: [&str; 4] =
@@ -145,7 +145,7 @@ const EVENTS: &[(&str, &str)] = &[
 ];
 
 const CAPABILITIES: &str = "qmp_capabilities";
-/// The type of what has no members.
+/// The type of a command's arguments or result, or of an event's data, without members.
 const EMPTY: &str = "Empty";
 
 pub(super) fn command_names<'a>(commands: impl Iterator<Item = &'a CommandTypes>) -> Value {
@@ -238,7 +238,7 @@ pub(super) fn schema<'a>(commands: impl Iterator<Item = &'a CommandTypes>) -> Va
     Value::Array(all)
 }
 
-/// Each list type that something refers to.
+/// The list types to which members and results refer.
 fn lists(all: &[Value]) -> Vec<String> {
     let of_members = all
         .iter()

@@ -1,4 +1,4 @@
-//! The control socket as a source of the main loop: connections come and go, and each is served in turn.
+//! The control socket as a source of the main loop. It accepts connections and serves each in turn.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -23,18 +23,18 @@ use crate::sources::{Poller, Source};
 /// Connections at a time. One more takes the place of the client that has been silent longest.
 pub(super) const CLIENTS_MAX: usize = 16;
 
-// Numbers in the main loop. Those of the clients are their places.
+// The source's numbers for its descriptors. A client's number is its index in `clients`.
 const LISTENER: u8 = u8::MAX;
 const EVENT_LIMIT: u8 = u8::MAX - 1;
 
-/// The listening socket and its clients. A client's place in the array is also its number in the main loop's epoll set,
-/// and stays the same until the client leaves.
+/// The listening socket and its clients. A client's index is also its number in the main loop's epoll set, and stays the same until
+/// the client is disconnected.
 pub(crate) struct ControlServer {
     listener: Listener,
     clients: [Option<Client>; CLIENTS_MAX],
     event_limit: EventLimit,
     migration: Migration,
-    /// Counts what clients do, to tell who has been silent longest.
+    /// Counts activities of clients, to find the one that has been silent longest.
     activity: u64,
 }
 
@@ -53,12 +53,12 @@ impl ControlServer {
         })
     }
 
-    /// A client, before there is a machine.
+    /// Accepts a client before there is a machine.
     pub(super) fn accept_first(&self) -> Option<Client> {
         self.listener.accept().map(Client::new)
     }
 
-    /// Serves clients that are connected already.
+    /// Takes over clients that connected before there was a machine.
     pub(super) fn adopt(&mut self, clients: Vec<Client>) {
         self.clients.iter_mut().zip(clients).for_each(|(place, client)| *place = Some(client));
     }
@@ -71,7 +71,7 @@ impl ControlServer {
         &mut self.migration
     }
 
-    /// The source of a machine that is to be confined. `spawn` starts the thread of background saves.
+    /// Makes this a source of the main loop. If `config` allows child processes, `spawn` starts the thread of background saves.
     ///
     /// # Errors
     /// When the host has no thread left.
@@ -99,14 +99,14 @@ impl ControlServer {
         }
     }
 
-    /// A free place, or that of the client that has been silent longest. `None`: each waits for the answer to a command.
+    /// A free index, or that of the client that has been silent longest. `None`: every client waits for an answer.
     fn place_for_client(&self) -> Option<usize> {
         let silent = |place: &usize| self.clients[*place].as_ref().is_none_or(Client::is_idle);
         let last_active = |place: &usize| self.clients[*place].as_ref().map(|c| c.last_active);
         (0..CLIENTS_MAX).filter(silent).min_by_key(last_active)
     }
 
-    /// Polls a client for what it can use: a descriptor that is ready for something else would keep the loop awake.
+    /// Polls a client only for the directions that the server can use now. Readiness for another one would wake the loop without end.
     fn poll_client(&self, place: usize, poller: &mut Poller<'_, '_>) {
         let Some(client) = &self.clients[place] else { return };
         let mut events = EventSet::empty();
@@ -155,7 +155,8 @@ impl Source for ControlServer {
         }
     }
 
-    /// Sends the events, then the answers that they make possible, then executes at most one command of each client.
+    /// Sends the events first. Then, for each client, answers its command if the events report that as done, and executes at most one
+    /// more command.
     fn emit(
         &mut self,
         events: &[MachineEvent],
@@ -164,7 +165,7 @@ impl Source for ControlServer {
     ) -> bool {
         self.notify_of_migration();
         for event in events {
-            // The last chance of what is held back.
+            // Messages that were held back are sent before the last event.
             if matches!(event, MachineEvent::Shutdown(_)) {
                 self.event_limit.expire().iter().for_each(|message| self.notify(message));
             }

@@ -7,7 +7,7 @@ use super::protocol::{Answer, Failure};
 use crate::machine::Machine;
 use crate::{chardev, trace};
 
-/// In QEMU 9.0 `vcpu` is allowed, and ignored.
+/// `vcpu` is allowed and ignored, as in QEMU 9.0.
 pub(super) const GET_STATE: &[Argument] =
     &[required("name", ArgumentKind::Text), optional("vcpu", ArgumentKind::Integer)];
 pub(super) const SET_STATE: &[Argument] = &[
@@ -48,7 +48,7 @@ pub(super) fn set_state(_: &mut Machine, arguments: &Arguments<'_>) -> Result<An
     Ok(Answer::empty())
 }
 
-/// The events that the argument `name` matches. Only a pattern may match none.
+/// The events that the argument `name` matches. It is an error if a name without `*` matches none.
 fn find(arguments: &Arguments<'_>) -> Result<Vec<usize>, Failure> {
     let name = arguments.text("name").unwrap_or_default();
     let found: Vec<usize> = trace::matching(name).collect();
