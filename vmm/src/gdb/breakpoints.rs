@@ -1,11 +1,11 @@
-//! The debugger's breakpoints and watchpoints, what KVM has to know of them, and which of them a vCPU has met.
+//! The debugger's breakpoints and watchpoints: their encoding for KVM, and which of them a debug exit is about.
 //!
-//! A breakpoint or a watchpoint takes one of the four debug registers, the same on every vCPU. While a debugger uses them, the guest's
-//! own debug registers have no effect. If all four are taken, a breakpoint that may be software's is the instruction INT3 in guest
-//! memory, with KVM told to return when a vCPU executes one.
+//! Each breakpoint or watchpoint takes one of the four debug registers, the same one on every vCPU. While a debugger uses them, the
+//! guest's own debug registers have no effect. If all four are in use, a software breakpoint becomes the instruction INT3 in guest
+//! memory. KVM then exits when a vCPU executes an INT3.
 //!
-//! A debug register is better for every breakpoint: it is there before the kernel has loaded its code or mapped it, it survives a
-//! reset, and guest memory stays as it is. So a software breakpoint gives its register up only to what has to have one.
+//! A debug register is better than INT3: it works before the guest has loaded or mapped the code, it survives a reset, and it leaves
+//! guest memory as it is. So a software breakpoint gives up its register only if a hardware breakpoint or a watchpoint needs it.
 
 use gdbstub::target::ext::breakpoints::WatchKind;
 use kvm_bindings::{
@@ -13,20 +13,20 @@ use kvm_bindings::{
     KVM_GUESTDBG_USE_SW_BP, kvm_debug_exit_arch, kvm_guest_debug, kvm_guest_debug_arch,
 };
 
-/// The one-byte instruction that a software breakpoint is (SDM 2A, INT n).
+/// The one-byte instruction INT3, which a software breakpoint writes to guest memory (SDM 2A, INT n).
 pub(super) const INT3: u8 = 0xcc;
-/// #BP, what INT3 raises (SDM 3A §6.3.1).
+/// #BP, the exception that INT3 raises (SDM 3A §6.3.1).
 const BREAKPOINT_EXCEPTION: u32 = 3;
 /// DR6.BS: a single step (SDM 3B §17.2.3). Bits 0 to 3: the condition of that debug register was met.
 const DR6_BS: u64 = 1 << 14;
-/// The processor has four, and KVM no more.
+/// The processor and KVM have four.
 const DEBUG_REGISTERS: usize = 4;
 
-/// INT3 at a virtual address, and where that was in guest-physical memory.
+/// An INT3 at a virtual address. `physical` is the guest-physical address to which that was translated when the INT3 was written.
 pub(super) struct SoftwareBreakpoint {
     pub(super) address: u64,
     pub(super) physical: u64,
-    /// The byte that INT3 stands for.
+    /// The byte that INT3 has replaced.
     pub(super) original: u8,
 }
 
@@ -50,7 +50,7 @@ impl HardwareBreakpoint {
         Self { software: true, ..Self::execution(address) }
     }
 
-    /// `None`: the processor cannot watch that: reads alone, or other than 1, 2, 4 or 8 aligned bytes.
+    /// `None` if no debug register can watch that: reads alone, or a range other than 1, 2, 4 or 8 aligned bytes.
     pub(super) fn watch(address: u64, bytes: u64, kind: WatchKind) -> Option<Self> {
         let access = match kind {
             WatchKind::Write => 1,
@@ -68,7 +68,7 @@ impl HardwareBreakpoint {
     }
 }
 
-/// What a vCPU met.
+/// What has stopped a vCPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Met {
     Software,
@@ -78,7 +78,7 @@ pub(super) enum Met {
     Step,
     /// An instruction that KVM cannot emulate.
     NotEmulated,
-    /// An INT3 of the guest's own, which it has to get.
+    /// An INT3 of the guest's own code. The guest has to get its #BP.
     Foreign,
 }
 
@@ -98,20 +98,20 @@ impl Breakpoints {
         fits
     }
 
-    /// Takes a software breakpoint out of its debug register, if all registers are taken, and returns its address.
+    /// If all debug registers are in use, frees one that a software breakpoint has. Returns the address of that breakpoint.
     pub(super) fn give_up_register(&mut self) -> Option<u64> {
         let place = self.hardware.iter().position(|known| known.software)?;
         (self.hardware.len() == DEBUG_REGISTERS).then(|| self.hardware.swap_remove(place).address)
     }
 
-    /// Returns false if there is none.
+    /// Returns false if it was not set.
     pub(super) fn remove_hardware(&mut self, unwanted: HardwareBreakpoint) -> bool {
         let place = self.hardware.iter().position(|known| *known == unwanted);
         place.map(|place| self.hardware.remove(place)).is_some()
     }
 
-    /// What KVM has to know, for a vCPU that makes a single step or not. A step that lets no interrupt in (`blocks_interrupts`) stays
-    /// in the code that the user looks at.
+    /// The argument of KVM_SET_GUEST_DEBUG for a vCPU. `steps`: it makes a single step. `blocks_interrupts`: KVM delivers no interrupt
+    /// during the step, so that the step does not end in an interrupt handler.
     pub(super) fn guest_debug(&self, steps: bool, blocks_interrupts: bool) -> kvm_guest_debug {
         let mut control = 0;
         if !self.software.is_empty() {
@@ -136,12 +136,12 @@ impl Breakpoints {
         kvm_guest_debug { control, pad: 0, arch: kvm_guest_debug_arch { debugreg } }
     }
 
-    /// Whether the instruction at this address is an INT3 of ours.
+    /// Whether a software breakpoint is an INT3 at this address.
     pub(super) fn is_int3(&self, address: u64) -> bool {
         self.software.iter().any(|breakpoint| breakpoint.address == address)
     }
 
-    /// What a vCPU has met that left the guest with `exit`. `None`: a debug exception that is none of these.
+    /// Why a vCPU left the guest with the debug exit `exit`. `None`: none of the debugger's breakpoints and steps is the cause.
     pub(super) fn met(&self, exit: &kvm_debug_exit_arch) -> Option<Met> {
         if exit.exception == BREAKPOINT_EXCEPTION {
             return Some(if self.is_int3(exit.pc) { Met::Software } else { Met::Foreign });

@@ -1,4 +1,4 @@
-//! Where a debugger connects: a Unix socket that only this user can open, or a TCP port of this host alone.
+//! The socket to which a debugger connects: a Unix socket that only this user can open, or a TCP port of a loopback address.
 
 use std::fmt;
 use std::io;
@@ -20,13 +20,13 @@ pub(super) enum DebugListener {
 
 impl DebugListener {
     /// # Errors
-    /// The path or the port cannot be had.
+    /// The path or the port is in use, or the host refuses it.
     pub(super) fn bind(config: &GdbConfig) -> Result<Self, Error> {
         let bound = match config {
             GdbConfig::Unix(path) => Listener::bind(path).map(Self::Unix),
             GdbConfig::Tcp(address) => TcpListener::bind(address).and_then(|listener| {
                 listener.set_nonblocking(true)?;
-                // Clients inherit it: the protocol is small packets, each of which waits for the other side.
+                // Accepted sockets inherit this. Each side sends a small packet and waits for the other, which Nagle's algorithm delays.
                 sockopt::set_tcp_nodelay(&listener, true)?;
                 Ok(Self::Tcp(listener))
             }),

@@ -1,27 +1,28 @@
-//! Where a debugger's packets begin and end, and whether their checksums are right.
+//! Finds a debugger's packets in the bytes that it sends, and checks their checksums.
 //!
-//! gdbstub ends the connection at a packet whose checksum is wrong. GDB's protocol asks for the packet again, by `-`. So [`Packets`] lies
-//! before gdbstub, and [`server`](super::server) answers for the packets that it finds to be wrong. What is no packet goes on to
-//! gdbstub, which ends the connection: a web page can make a browser send packets to a port of the loopback interface, but
-//! only behind the lines of an HTTP request.
+//! If a checksum is wrong, GDB's protocol answers `-`, which asks for the packet again. gdbstub ends the connection instead. So
+//! [`Packets`] checks packets before gdbstub gets them, and [`server`](super::server) sends the `-`.
+//!
+//! Bytes outside of packets are passed on to gdbstub, which ends the connection. That keeps web pages out: a page can make a browser
+//! send packets to a port of the loopback interface, but only after the first lines of an HTTP request.
 
 use std::mem;
 
-/// Bytes of a packet at most; gdbstub ends the connection at a longer one.
+/// Most bytes of a packet. gdbstub ends the connection at a longer one.
 const LONGEST: usize = 4096;
 
-/// What a byte completes.
+/// The result of a further byte.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Piece {
-    /// Nothing yet.
+    /// The byte is part of a packet that is not complete.
     Incomplete,
-    /// What gdbstub gets: a packet, or a byte or more that are none.
+    /// Bytes for gdbstub: a packet, or bytes outside of packets.
     Whole(Vec<u8>),
     /// A packet with a wrong checksum.
     Damaged,
 }
 
-/// The beginning of a packet: from `$` on.
+/// The part of a packet that was received, from `$` on.
 #[derive(Debug, Default)]
 pub(super) struct Packets(Vec<u8>);
 

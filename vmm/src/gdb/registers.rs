@@ -7,7 +7,7 @@ use crate::error::Error;
 use crate::vcpu::Vcpu;
 
 /// # Errors
-/// KVM does not give them.
+/// KVM refuses to read them.
 pub(super) fn read(vcpu: &Vcpu) -> Result<X86_64CoreRegs, Error> {
     let failed = || Error::kvm("read a vCPU's registers");
     let regs = vcpu.fd.get_regs().map_err(failed())?;
@@ -39,10 +39,11 @@ pub(super) fn read(vcpu: &Vcpu) -> Result<X86_64CoreRegs, Error> {
     })
 }
 
-/// Returns false, and changes nothing, if a segment register is to get another value: that is no single register of the processor.
+/// Returns false, and changes nothing, if a segment register has another value than now. GDB sends only its selector, and KVM would
+/// also need its base, limit and attributes.
 ///
 /// # Errors
-/// KVM does not take them.
+/// KVM refuses to write them.
 pub(super) fn write(vcpu: &Vcpu, wanted: &X86_64CoreRegs) -> Result<bool, Error> {
     if read(vcpu)?.segments != wanted.segments {
         return Ok(false);

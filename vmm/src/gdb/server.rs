@@ -1,17 +1,17 @@
-//! The debugger's connection as a source of the main loop: its bytes in and out, and the machine's starts and stops.
+//! The debugger's connection as a source of the main loop. It reads and writes, and stops and resumes the machine.
 //!
-//! One debugger at a time; a second one finds its connection closed. Each row is a client's state:
+//! There is one debugger at a time. A second connection is closed at once. The states of a connection:
 //!
 //! | state | event | next state |
 //! |---|---|---|
 //! | none | a client connects: the machine is stopped | `Attaching` |
-//! | `Attaching` | the machine stands still | `Attached`: its requests are read from now on |
-//! | `Attached` | detach, or the connection is lost | none, once breakpoints are gone from a machine that stands still |
+//! | `Attaching` | the machine stands still | `Attached`: requests are read from now on |
+//! | `Attached` | detach, or the connection is lost | none. Breakpoints are removed when the machine stands still |
 //! | any | kill | the machine ends |
 //!
-//! Within `Attached` the protocol is idle (the machine stands still) or running. A stop for any reason, a client of the control
-//! socket included, is reported to a debugger that waits for one. Replies that the client does not take are kept, and nothing
-//! more is read from it meanwhile, so that they are bounded by one read.
+//! In the state `Attached`, the protocol is idle (the machine stands still) or running. Every stop, also one by a client of the control
+//! socket, is reported to a debugger that waits for a stop. Replies that the client has not read are kept, and nothing more is read
+//! from it meanwhile. So the buffer has at most the replies to one read.
 
 use std::io;
 use std::mem;
@@ -41,14 +41,14 @@ use crate::sources::{Poller, Source};
 const LISTENER: u8 = 0;
 const CLIENT: u8 = 1;
 
-/// Bytes that are read at once: as long as the longest packet.
+/// Bytes of one read: the length of the longest packet.
 const READ_SIZE: usize = 4096;
 
 type Protocol = GdbStubStateMachine<'static, Target, Replies>;
-/// Of the protocol, or of KVM.
+/// An error of the protocol or of KVM.
 type Failure = Box<dyn std::error::Error>;
 
-/// Replies that the client has not taken yet.
+/// Replies that were not written to the socket yet.
 #[derive(Default)]
 pub(super) struct Replies(Vec<u8>);
 
@@ -67,7 +67,7 @@ impl Connection for Replies {
 
 struct Client {
     socket: OwnedFd,
-    /// `None`: attaching, or within a call.
+    /// `None` while attaching, and during a call that changes it.
     protocol: Option<Protocol>,
     packets: Packets,
     /// The debugger asked for a stop.
@@ -75,14 +75,14 @@ struct Client {
 }
 
 impl Client {
-    /// Whether the other end is closed. What it sent before that may still be unread.
+    /// Whether the client has closed the connection. Bytes that it sent before may still be unread.
     fn has_gone(&self) -> bool {
         let mut descriptors = [PollFd::new(&self.socket, PollFlags::RDHUP)];
         poll(&mut descriptors, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     }
 }
 
-/// Of messages that a debugger, or any user of the host at a TCP port, can cause without end.
+/// Limits the rate of messages. A debugger, or with TCP any user of the host, can cause any number of them.
 #[derive(Default)]
 struct Limits {
     turned_away: LogLimit,
@@ -96,19 +96,19 @@ pub(crate) struct Gdb {
     limits: Limits,
     target: Target,
     client: Option<Client>,
-    /// A debugger has gone away and left breakpoints behind. `Some(true)`: the machine goes on without them.
+    /// A debugger has disconnected, and its breakpoints are still set. `Some(true)`: the machine goes on when they are removed.
     leaving: Option<bool>,
-    /// The machine is to go on as soon as it can.
+    /// The machine has to be resumed as soon as that is possible.
     resuming: bool,
-    /// The stop that the client waits for.
+    /// The number of the stop that the client waits for.
     stop: Option<u64>,
 }
 
 impl Gdb {
-    /// Listens for a debugger, before the process confines itself. Without `config`: none.
+    /// Listens for a debugger, before the process is confined. Without `config`, there is no source.
     ///
     /// # Errors
-    /// The address cannot be had, or KVM cannot debug guests.
+    /// The address is in use or refused, or KVM cannot debug guests.
     pub(crate) fn listen(
         config: Option<&GdbConfig>,
         vm: &VmFd,
@@ -178,7 +178,7 @@ impl Gdb {
         }
     }
 
-    /// Gives the protocol what the client sent.
+    /// Passes the client's bytes to the protocol.
     fn feed(&mut self, bytes: &[u8]) -> Result<(), Failure> {
         let Some(client) = &mut self.client else { return Ok(()) };
         let Some(mut protocol) = client.protocol.take() else { return Ok(()) };
@@ -208,7 +208,7 @@ impl Gdb {
         Ok(())
     }
 
-    /// Acts on what the protocol has come to.
+    /// Acts on the protocol's new state: sends replies, resumes the machine, or ends the connection.
     fn after(
         &mut self,
         result: Result<(), Failure>,
@@ -233,7 +233,7 @@ impl Gdb {
         }
     }
 
-    /// Sends replies, and polls for the client's next request once it has taken them all: returns whether it has.
+    /// Sends replies. If all are sent, polls for the client's next request and returns true.
     fn send(&mut self, poller: &mut Poller<'_, '_>, machine: &mut Machine) -> bool {
         let Some(client) = &mut self.client else { return false };
         let Some(protocol) = &mut client.protocol else { return false };
@@ -259,7 +259,7 @@ impl Gdb {
         all
     }
 
-    /// The connection is gone, and the debugger did not say whether the guest is to go on: it stays as it is.
+    /// The connection was lost without a detach. The guest goes on if it runs, and otherwise stays stopped.
     fn lost(&mut self, poller: &mut Poller<'_, '_>, machine: &mut Machine) {
         let runs = machine.state() == RunState::Running;
         if !runs
@@ -274,7 +274,7 @@ impl Gdb {
         self.leave(runs, poller, machine);
     }
 
-    /// Closes the connection. The breakpoints go once the machine stands still.
+    /// Closes the connection. When the machine stands still, the breakpoints are removed, and with `goes_on` the guest goes on.
     fn leave(&mut self, goes_on: bool, poller: &mut Poller<'_, '_>, machine: &mut Machine) {
         if let Some(client) = self.client.take() {
             poller.remove(client.socket.as_raw_fd());
@@ -283,9 +283,10 @@ impl Gdb {
         }
     }
 
-    /// Lets the machine go on if the debugger wants that, and stops it if the debugger has changed its mind.
+    /// Resumes the machine if the debugger has asked for that, and stops it again if the debugger has interrupted it since. Returns
+    /// whether it was resumed.
     fn resume(&mut self, machine: &mut Machine) -> bool {
-        // During a standstill it cannot: the machine's next event tries again.
+        // While the machine is still stopping, this fails. The next event tries again.
         let resumed = self.resuming && machine.resume().is_ok();
         self.resuming &= !resumed;
         let interrupted = self.client.as_ref().is_some_and(|client| client.interrupted);
@@ -295,7 +296,7 @@ impl Gdb {
         resumed
     }
 
-    /// The machine stands still. Returns whether it goes on.
+    /// Called when the machine stands still. Returns whether it goes on.
     fn stopped(&mut self, poller: &mut Poller<'_, '_>, machine: &mut Machine) -> bool {
         if let Some(goes_on) = self.leaving.take() {
             if let Err(error) = self.with_vcpus(machine, |gdb| gdb.target.clear()) {
@@ -323,7 +324,7 @@ impl Gdb {
         self.resume(machine)
     }
 
-    /// Tells the debugger why the machine has stopped. An INT3 of the guest's own is no reason: the machine goes on.
+    /// Reports to the debugger why the machine has stopped. An INT3 of the guest's own code is not reported: the machine goes on.
     fn report(&mut self, state: RunState) -> Result<(), Failure> {
         let Some(client) = &mut self.client else { return Ok(()) };
         let (met, delivered) = self.target.take_reason()?;
@@ -350,7 +351,7 @@ impl Gdb {
         Ok(())
     }
 
-    /// The machine ends. A debugger that waits for a stop learns of it.
+    /// Called when the machine ends. Reports the end to a debugger that waits for a stop.
     fn ended(
         &mut self,
         outcome: Option<&Outcome>,
@@ -388,7 +389,7 @@ fn replies(protocol: &mut Protocol) -> &mut Replies {
     }
 }
 
-/// Whether no vCPU is in the guest, and nothing but a client lets one in.
+/// Whether no vCPU is in the guest, and none enters it until a client resumes the machine.
 fn stands_still(machine: &Machine) -> bool {
     match machine.state() {
         RunState::Prelaunch

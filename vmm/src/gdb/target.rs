@@ -1,7 +1,8 @@
-//! What the debugger's requests act on: vCPUs that stand still, and guest memory as they see it.
+//! Carries out the debugger's requests on vCPUs that stand still, and on guest memory at their virtual addresses.
 //!
-//! The machine owns its vCPUs. For the length of a call the server moves them in here, so that the protocol's state may outlive
-//! the call. Starting and stopping is the server's: a request to go on only prepares the vCPUs and sets [`Target::goes_on`].
+//! The machine owns its vCPUs. The server moves them into [`Target`] for each call: the protocol's state outlives a call, so it cannot
+//! borrow them. The server also stops and resumes the machine. A request to go on only prepares the vCPUs and sets
+//! [`Target::goes_on`].
 
 use std::mem;
 
@@ -32,26 +33,26 @@ use crate::vcpu::{Vcpu, VcpuThread};
 
 const PAGE_SIZE: u64 = 0x1000;
 
-/// Bytes of memory that a packet may ask for: their digits fill the longest reply. `gdbstub` has no limit, so that a short request
-/// would take twice as much memory of the host as the guest has, and hold the main loop for as long.
+/// Most bytes of memory that one packet may read: in hexadecimal they fill the longest reply. `gdbstub` has no limit. Without this one,
+/// a short request for all of guest memory would need twice as much host memory, and would block the main loop.
 const READ_MAX: usize = 2048;
 
-/// More than a person sets, and few enough to search at each stop.
+/// More than a user sets, and few enough to search through at each stop.
 const SOFTWARE_BREAKPOINTS_MAX: usize = 1024;
 
 pub(super) type Reason = MultiThreadStopReason<u64>;
 
-/// What the debugger wants of a vCPU when the machine goes on.
+/// What a vCPU does when the machine goes on.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Action {
-    /// What it wants of all: to go on, or to stay, if it locks the scheduler.
+    /// The debugger has named no action for it: it goes on, or stays stopped if the scheduler is locked.
     Default,
     Continue,
     Step,
 }
 
 pub(super) struct Target {
-    /// The machine's during a call, none otherwise.
+    /// The machine's vCPUs during a call, and empty otherwise.
     pub(super) vcpus: Vec<VcpuThread>,
     memory: GuestMemory,
     breakpoints: Breakpoints,
@@ -60,15 +61,15 @@ pub(super) struct Target {
     locked: bool,
     /// The debugger wants the machine to go on, and the vCPUs are prepared.
     pub(super) goes_on: bool,
-    /// The vCPU of the last stop: it translates addresses that come without a thread.
+    /// The vCPU of the last stop. Its page tables translate addresses that come without a thread.
     current: usize,
-    /// KVM can keep interrupts away from a single step.
+    /// KVM can block interrupts during a single step (KVM_GUESTDBG_BLOCKIRQ).
     blocks_interrupts: bool,
-    /// Bytes of memory that the packet at hand has asked for.
+    /// Bytes of memory that the current packet has read.
     pub(super) read: usize,
 }
 
-/// The thread of a vCPU: numbers begin with 1.
+/// The thread number of a vCPU. GDB's numbers begin with 1.
 fn thread(vcpu: usize) -> Tid {
     Tid::MIN.saturating_add(vcpu)
 }
@@ -88,21 +89,22 @@ impl Target {
         }
     }
 
-    /// The machine is reset: its memory has no INT3 of ours any more.
+    /// Called at a reset of the machine: its new memory has none of the INT3s.
     pub(super) fn forget_software_breakpoints(&mut self) {
         self.breakpoints.software.clear();
     }
 
-    /// The vCPU of the last stop has got this signal.
+    /// The stop reason for a signal to the vCPU of the last stop.
     pub(super) fn signal(&self, signal: Signal) -> Reason {
         Reason::SignalWithThread { tid: thread(self.current), signal }
     }
 
-    /// Why the vCPUs have stopped. `None`: no vCPU met anything of the debugger's; a guest's own INT3 is delivered to it when it goes
-    /// on, which [`Self::prepare`] has to come before. A second vCPU that met a breakpoint will meet it again.
+    /// Returns why the vCPUs have stopped (`None`: not because of the debugger), and whether KVM will deliver the #BP of a guest's own
+    /// INT3. After the latter, [`Self::prepare`] has to be called before the guest goes on. If several vCPUs have met a breakpoint, only
+    /// the first is reported. The others will meet theirs again.
     ///
     /// # Errors
-    /// KVM refuses to deliver.
+    /// KVM refuses to deliver a #BP.
     pub(super) fn take_reason(&mut self) -> Result<(Option<Reason>, bool), Error> {
         let (mut reason, mut delivered) = (None, false);
         for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
@@ -136,7 +138,7 @@ impl Target {
         Ok((reason, delivered))
     }
 
-    /// The debugger goes away: nothing of it is left in the guest.
+    /// Removes breakpoints, steps and locks, because the debugger has disconnected.
     ///
     /// # Errors
     /// KVM or guest memory refuses.
@@ -155,11 +157,11 @@ impl Target {
                 Ok(())
             })?;
         }
-        // An exit that no debugger saw.
+        // An exit that was not reported to a debugger may be a guest's own INT3, which has to be delivered.
         self.take_reason().map(drop)
     }
 
-    /// Tells KVM what each vCPU is to stop for.
+    /// Sets in KVM what each vCPU stops for, and which vCPUs stay out of the guest.
     ///
     /// # Errors
     /// KVM refuses.
@@ -177,7 +179,7 @@ impl Target {
         Ok(())
     }
 
-    /// Runs `act` on the vCPU of a thread. A vCPU that is in the guest is an error that the debugger survives.
+    /// Runs `act` on a vCPU. If the vCPU is in the guest or `act` fails, only this request of the debugger fails.
     fn with_vcpu<T>(
         &self,
         vcpu: usize,
@@ -190,7 +192,7 @@ impl Target {
         })
     }
 
-    /// The guest-physical address of a virtual one, and how many bytes its page has from there.
+    /// The guest-physical address of a virtual one, and the number of bytes from there to the end of the page.
     fn translate(&self, vcpu: usize, address: u64) -> TargetResult<(GuestAddress, usize), Self> {
         let found = self.with_vcpu(vcpu, |vcpu| {
             vcpu.fd.translate_gva(address).map_err(Error::kvm("translate an address"))
@@ -218,7 +220,7 @@ impl Target {
         Ok(true)
     }
 
-    /// For what has to have a debug register. Returns false if none is left.
+    /// Puts a hardware breakpoint or a watchpoint into a debug register. Returns false if none is free.
     fn add_register(&mut self, wanted: HardwareBreakpoint) -> TargetResult<bool, Self> {
         if let Some(address) = self.breakpoints.give_up_register()
             && !matches!(self.insert_int3(address), Ok(true))
@@ -228,7 +230,7 @@ impl Target {
         Ok(self.breakpoints.add_hardware(wanted))
     }
 
-    /// Writes the byte that INT3 stands for, unless the guest has written something else over it.
+    /// Writes back the byte that INT3 has replaced, unless the guest has overwritten the INT3.
     fn put_back(&self, breakpoint: &SoftwareBreakpoint) {
         let address = GuestAddress(breakpoint.physical);
         if matches!(self.memory.read_obj(address), Ok(INT3)) {
@@ -243,14 +245,14 @@ impl Target {
     }
 }
 
-/// Why a vCPU left the guest, if that is a debugger's business.
+/// Why a vCPU left the guest, for the exits that a debugger handles.
 enum Exit {
     Debug(kvm_debug_exit_arch),
-    /// KVM cannot emulate the instruction at this address. That may be INT3, where KVM has no hardware.
+    /// KVM cannot emulate the instruction at this address. On a KVM without hardware virtualization, that may be an INT3.
     NotEmulated(u64),
 }
 
-/// Tells each exit once.
+/// Takes the reason of the last exit out of `kvm_run`, so that each exit is reported once.
 #[expect(unsafe_code, reason = "the exit's details lie in a union of the kvm_run mapping")]
 fn take_exit(vcpu: &mut Vcpu) -> Option<Exit> {
     let run = vcpu.fd.get_kvm_run();
@@ -266,7 +268,7 @@ fn take_exit(vcpu: &mut Vcpu) -> Option<Exit> {
     }
 }
 
-/// Lets the guest have the #BP of its own INT3, which KVM gave to us (`api.rst` 4.87 KVM_SET_GUEST_DEBUG).
+/// Injects the #BP of the guest's own INT3, which KVM reported to minivmm instead (`api.rst` 4.87 KVM_SET_GUEST_DEBUG).
 fn deliver_breakpoint(vcpu: &mut Vcpu) -> Result<(), Error> {
     let control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_SW_BP | KVM_GUESTDBG_INJECT_BP;
     let debug = kvm_bindings::kvm_guest_debug { control, ..Default::default() };
@@ -299,7 +301,8 @@ impl MultiThreadBase for Target {
         }
     }
 
-    /// Reads up to the first page that is not mapped. A request for more than a packet takes comes here in several calls, and fails.
+    /// Reads up to the first page that is not mapped. `gdbstub` splits a long request into several calls, which together may read
+    /// [`READ_MAX`] bytes.
     fn read_addrs(&mut self, start: u64, data: &mut [u8], tid: Tid) -> TargetResult<usize, Self> {
         self.read = self.read.saturating_add(data.len());
         if self.read > READ_MAX {
@@ -406,7 +409,7 @@ impl ext::SwBreakpoint for Target {
             let breakpoint = software.swap_remove(place);
             self.put_back(&breakpoint);
         } else {
-            // One that a reset has removed is gone already.
+            // After a reset, an INT3 is no longer in the list.
             self.breakpoints.remove_hardware(HardwareBreakpoint::software(address));
         }
         Ok(true)

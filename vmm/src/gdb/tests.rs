@@ -1,4 +1,4 @@
-//! What a client sends is untrusted: no packet makes the protocol panic, or its replies grow without bound.
+//! Any bytes may come from a client: no packet makes the protocol panic, or its replies grow without bound.
 
 use gdbstub::stub::GdbStub;
 use gdbstub::stub::state_machine::GdbStubStateMachine;
@@ -71,7 +71,7 @@ const PIECES: [&str; 16] = [
     "zz",
 ];
 
-/// As the server does, but nothing is started or stopped, and each vCPU is in the guest.
+/// Feeds the protocol as the server does, but with a target that has no vCPUs, so that every request about one fails.
 fn feed(bytes: &[u8], numbers: &mut Numbers) {
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
     let mut target = Target::new(memory, 2, true);
