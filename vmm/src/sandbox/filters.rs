@@ -1,8 +1,8 @@
-//! Which system calls each kind of thread may make, and the seccomp filters that hold it to them.
+//! Which system calls each kind of thread may make, and the seccomp filters that enforce it.
 //!
-//! A filter sees a system call's number and its arguments, but nothing that an argument points to. So calls that take a path are
-//! absent where they can be, and Landlock (`privileges`) refuses paths to those that remain. [`allowed`] is the only list: the
-//! filters are compiled from it, and a test compares it with `vmm/docs/sandbox.md`.
+//! A filter sees the number and the arguments of a system call, but not the memory to which an argument points. So few calls that take
+//! a path are allowed, and Landlock (`privileges`) refuses their paths. [`allowed`] is the only list: the filters are compiled from it,
+//! and a test compares it with `vmm/docs/sandbox.md`.
 
 use std::collections::BTreeMap;
 
@@ -43,7 +43,7 @@ impl Kind {
         Self::Save,
     ];
 
-    /// As documents and messages call it.
+    /// The kind's name in documents and messages.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Main => "main",
@@ -57,14 +57,14 @@ impl Kind {
     }
 }
 
-/// What the lists depend on.
+/// The options on which the lists depend.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Needs {
-    /// This process.
+    /// This process's ID.
     pub(super) process: u32,
     /// A disk takes SCSI commands.
     pub(super) scsi: bool,
-    /// The machine may be saved to a directory, beyond which Landlock lets nothing be opened.
+    /// The machine may be saved to a directory (`--save-directory`), the only one in which Landlock lets it open files.
     pub(super) saves: bool,
     /// A debugger may connect.
     pub(super) debugs: bool,
@@ -80,8 +80,8 @@ pub(super) enum Test {
     Set(u64),
 }
 
-/// A system call, and when it is allowed: if all conditions of any of `when` hold, each on the argument of its index, or always
-/// if `when` is empty.
+/// A system call that is allowed if all conditions in one of the lists in `when` hold, or always if `when` is empty. A condition is the
+/// index of an argument, and a test of it.
 #[derive(Clone, Debug)]
 pub(super) struct Allowed {
     pub(super) number: libc::c_long,
@@ -93,7 +93,7 @@ pub(super) struct Allowed {
 
 #[cfg(test)]
 impl Allowed {
-    /// Whether it allows the call with these arguments, of which a filter sees the low halves.
+    /// Whether it allows the call with these arguments. A filter compares only their low 32 bits.
     pub(super) fn allows(&self, arguments: [u64; 6]) -> bool {
         let holds = |(index, test): &(u8, Test)| {
             let argument = arguments[usize::from(*index)] & u64::from(u32::MAX);
@@ -145,13 +145,13 @@ fn ioctl(condition: &'static str, requests: impl IntoIterator<Item = u64>) -> Al
     )
 }
 
-/// With `--save-directory`: makes the file of a save, on the main thread.
+/// With `--save-directory`, calls of the main thread that make the file of a save.
 const SAVE_OPENS: &[Call] = &[call!(SYS_openat), call!(SYS_fchmod), call!(SYS_flock)];
-/// With `--save-directory`: gives that file its name, on a thread that waits for it.
+/// With `--save-directory`, calls that give that file its name or remove it.
 const SAVE_ENDS: &[Call] = &[call!(SYS_renameat), call!(SYS_renameat2), call!(SYS_unlinkat)];
 
-/// What every thread may do: wait for and wake others, use memory that holds no code, write to what is open, get and return
-/// from signals, end. `process` is this process.
+/// What every thread may do: wait for and wake others, use memory that is not executable, read and write open files, handle signals,
+/// and end. `process` is this process's ID.
 fn common(process: u32) -> Vec<Allowed> {
     const NO_CODE: (u8, Test) = (2, Test::Clear(libc::PROT_EXEC as u64));
     let mut calls: Vec<_> = always(&[
@@ -169,7 +169,7 @@ fn common(process: u32) -> Vec<Allowed> {
         call!(SYS_poll),
         call!(SYS_ppoll),
         call!(SYS_read),
-        // After SIGSTOP and SIGCONT in a wait with a timeout.
+        // The kernel has the thread make it after SIGSTOP and SIGCONT in a wait with a timeout.
         call!(SYS_restart_syscall),
         call!(SYS_rt_sigprocmask),
         call!(SYS_rt_sigreturn),
@@ -180,9 +180,9 @@ fn common(process: u32) -> Vec<Allowed> {
     .collect();
     let terminal = |request| vec![(0, Test::Is(0)), (1, Test::Is(request))];
     calls.extend([
-        // Debug builds of std look at each descriptor before they close it.
+        // Debug builds of std check each descriptor before they close it.
         when(call!(SYS_fcntl), "F_GETFD", [vec![(1, Test::Is(libc::F_GETFD as u64))]]),
-        // A handler of a fatal signal puts the terminal back, unless minivmm is in its background.
+        // A handler of a fatal signal restores the terminal, unless minivmm is in the background.
         when(
             call!(SYS_ioctl),
             "TCSETS and TIOCGPGRP of standard input",
@@ -232,10 +232,10 @@ fn disk_io(scsi: bool) -> Vec<Allowed> {
     calls
 }
 
-/// Beside those, what only threads that wait for an image do.
+/// The calls of `disk_io`, and those that only threads make which may wait for an image.
 fn waiting_disk_io(scsi: bool) -> Vec<Allowed> {
     let mut calls = disk_io(scsi);
-    // A save notes the length and time of each image, by its path.
+    // A save reads each image's size and time of modification, by its path.
     calls.extend(always(&[call!(SYS_statx)]));
     let (note, requests) = match scsi {
         false => ("BLKDISCARD, BLKSECDISCARD; with scsi=on also SG_IO", ioctls::DISCARD.to_vec()),
@@ -340,7 +340,7 @@ fn main() -> Vec<Allowed> {
 
 fn save() -> Vec<Allowed> {
     let mut calls: Vec<_> = always(&[
-        // In the child, which leaves itself the file and a pipe.
+        // The child closes all descriptors but the file and a pipe.
         call!(SYS_close_range),
         call!(SYS_fsync),
         call!(SYS_ftruncate),
@@ -351,7 +351,7 @@ fn save() -> Vec<Allowed> {
         call!(SYS_wait4),
     ])
     .collect();
-    // What fork(2) is: no thread, no namespace, no other stack. Beside that, a descriptor of the child.
+    // The arguments of fork(2), and a descriptor of the child: no flag that makes a thread or a namespace, and no stack.
     let flags = libc::SIGCHLD | libc::CLONE_PIDFD;
     let fork = vec![(0, Test::Is(flags as u64)), (1, Test::Is(0))];
     let dies_with_parent =
@@ -365,7 +365,7 @@ fn save() -> Vec<Allowed> {
     calls
 }
 
-/// Compiles the filter of `kind`. What it does not allow ends in `otherwise`.
+/// Compiles the filter of `kind`. `otherwise` is its action for calls that are not allowed.
 ///
 /// # Errors
 /// A mistake in the list.
@@ -394,7 +394,7 @@ pub(super) fn compile(
         let filter = SeccompFilter::new(rules, otherwise.clone(), allow, TargetArch::x86_64)?;
         BpfProgram::try_from(filter)
     };
-    // Without a rule that is the check of the architecture, and an answer.
+    // A filter without rules checks the architecture and then returns an action. The action is removed here.
     let mut program = filter(BTreeMap::new())?;
     program.pop();
     // The system call's number (`struct seccomp_data`, include/uapi/linux/seccomp.h).
@@ -416,21 +416,22 @@ pub(super) fn compile(
     Ok(program)
 }
 
-/// How many system calls of a filter are compared one after the other.
+/// Most system calls that a filter compares one after the other.
 ///
-/// Seccompiler compares with all. The kernel translates each new filter, and runs it once for every system call that it has, to
-/// learn which need no filter: with 40 calls in one chain a filter cost 0.2 ms, for each thread, and half of it so.
+/// Seccompiler's own filters compare with all calls in one chain. The kernel compiles each new filter, and runs it once for every
+/// system call number to find those that are always allowed. With 40 calls in one chain this cost 0.2 ms for each thread. A binary
+/// search between short chains halves it.
 const CHAIN: usize = 4;
 
-/// A part of a filter, and the lowest number that it decides on.
+/// The lowest system call number that a part of a filter decides on, and the part.
 type Part = (u32, BpfProgram);
 
-/// `jumps`: how many instructions to skip if a comparison holds, and if not.
+/// `jumps`: how many instructions are skipped if a comparison holds, and if it does not.
 fn instruction(code: u32, jumps: (u8, u8), k: u32) -> sock_filter {
     sock_filter { code: code as u16, jt: jumps.0, jf: jumps.1, k }
 }
 
-/// Allows these system calls. `None`: there are none.
+/// The part of a filter that allows these system calls. `None` if there are none.
 fn part(numbers: &[u32], otherwise: &SeccompAction) -> Option<Part> {
     let is = |(number, over): (&u32, u8)| {
         instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, (over, 0), *number)
@@ -442,7 +443,7 @@ fn part(numbers: &[u32], otherwise: &SeccompAction) -> Option<Part> {
     Some((*numbers.first()?, comparisons.chain(answers).collect()))
 }
 
-/// Puts parts together, which are in the order of their numbers, by a binary search.
+/// Joins parts by a binary search. They are in ascending order of their numbers.
 fn search(parts: &[Part]) -> BpfProgram {
     let (low, high) = match parts {
         [] => return BpfProgram::new(),
@@ -451,12 +452,12 @@ fn search(parts: &[Part]) -> BpfProgram {
     };
     let (first, low, high) = (high[0].0, search(low), search(high));
     let is_low = instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, (0, 1), first);
-    // The distance of a conditional jump has 8 bits, this one's 32.
+    // The distance of a conditional jump has 8 bits, and that of this jump 32.
     let over = instruction(libc::BPF_JMP | libc::BPF_JA, (0, 0), low.len() as u32);
     [vec![is_low, over], low, high].concat()
 }
 
-/// The name of a system call that a filter is likely to have refused. Allocates nothing: a signal handler asks.
+/// The name of a system call that a filter is likely to refuse. Allocates nothing, because a signal handler calls it.
 pub(super) fn name(number: libc::c_long) -> &'static str {
     const LIKELY: [Call; 30] = [
         call!(SYS_openat),

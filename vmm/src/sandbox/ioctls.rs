@@ -50,13 +50,13 @@ pub(super) const SG_IO: u64 = 0x2285;
 /// linux/io_uring.h.
 pub(super) const IORING_REGISTER_ENABLE_RINGS: u64 = 12;
 
-/// What a debugger needs beside that.
+/// The ioctls that a debugger needs in addition.
 pub(super) const DEBUG: [u64; 2] = [
     set::<kvm_guest_debug>(0x9b),      // KVM_SET_GUEST_DEBUG
     exchange::<kvm_translation>(0x85), // KVM_TRANSLATE
 ];
 
-/// What reads and writes the state of a machine that stands still, and what sockets and the terminal need.
+/// The ioctls that read and write the state of a machine that stands still, and one that sockets and the terminal need.
 pub(super) fn main() -> Vec<u64> {
     vec![
         KVM_IRQ_LINE,

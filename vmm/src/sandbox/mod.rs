@@ -1,16 +1,18 @@
-//! Confinement: after the start, a guest that takes over a thread of minivmm can do with it little more than that thread does.
+//! Confinement: a guest that takes over a thread of minivmm can do little more with it than the thread does itself.
 //!
-//! Before the guest's first instruction every thread gives up, for good:
+//! Before the guest's first instruction, every thread gives up these rights for good:
 //!
-//! - privileges: it gets none by execve(2), and has no capability (`privileges`); with `--user` it is that user's;
-//! - paths: Landlock lets it open, create and look into nothing, and connect to nothing. All that the machine uses is open by
-//!   then. Two things are left: removing files where the machine's own sockets are, and files in `--save-directory`;
-//! - system calls: a seccomp filter for each kind of thread (`filters`). A call that is not on its list ends the VM (`violation`);
-//! - being looked into by other processes of the same user: the process is not dumpable.
+//! - Privileges: it has no capability and gains nothing by execve(2) (`privileges`). With `--user` it runs as that user.
+//! - Paths: Landlock does not let it open, create or list any file, or connect to anything. All that the machine uses is open by then.
+//!   There are two exceptions: it may remove files in the directories of the machine's own sockets, and save to `--save-directory`.
+//! - System calls: each kind of thread has a seccomp filter (`filters`). A call that is not on the list ends the VM (`violation`).
+//! - Inspection: other processes of the same user cannot read its memory, because the process is not dumpable.
 //!
-//! The builder plugs this in, and no other module knows it. Threads are started by the functions of [`Sandbox::spawn`], which
-//! confine the thread before its body. The main loop's last act before the guest runs is to watch [`Sandbox::source`], which
-//! waits until all of them have, and then confines the main thread. What a host lacks is said in one line, and the rest is used.
+//! The builder plugs this in. Two other modules ask it something: `snapshot::new_file` where it may save ([`check_save`]), and
+//! `explain` for the lists ([`system_calls`]). Threads are started by the functions that [`Sandbox::spawn`] returns, which confine the
+//! new thread before its body runs. The last source that the main loop begins to watch before the guest runs is [`Sandbox::source`]. It
+//! waits until all other threads are confined, and then confines the main thread. If the host lacks a part of this, one warning names
+//! it, and the other parts are used.
 
 mod filters;
 mod ioctls;
@@ -42,10 +44,10 @@ use crate::sources::Source;
 /// The directory that a confined process may save to. Not set: the process is not confined.
 static SAVE: OnceLock<Option<PathBuf>> = OnceLock::new();
 
-/// Whether the process is confined, if it may save to `directory`.
+/// Checks that the process may save to `directory`. Returns whether it is confined.
 ///
 /// # Errors
-/// It is confined, and may not.
+/// It is confined and may not save there.
 pub(crate) fn check_save(directory: &Path) -> io::Result<bool> {
     let Some(allowed) = SAVE.get() else { return Ok(false) };
     let refused = |why| Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
@@ -61,7 +63,7 @@ pub(crate) fn check_save(directory: &Path) -> io::Result<bool> {
     }
 }
 
-/// The system calls of each kind of thread, for people. `None`: none is refused.
+/// The system calls that each kind of thread may make, for `--explain`. `None`: none is refused.
 pub(crate) fn system_calls(config: &VmConfig) -> Option<Vec<(&'static str, Vec<String>)>> {
     let calls = |kind: Kind| {
         let calls = filters::allowed(kind, needs(config)).into_iter();
@@ -85,7 +87,7 @@ fn needs(config: &VmConfig) -> Needs {
     }
 }
 
-/// Finds out in a thread whether the process may become the user. What the host refuses later is only a warning.
+/// Tries on a thread of its own whether the process may become the user, and fails if not. A refusal later is only a warning.
 fn try_user(user: (u32, u32)) -> Result<(), Error> {
     let thread = std::thread::Builder::new().spawn(move || privileges::become_user(user));
     let tried = thread.map_err(Error::host("start a thread"))?.join();
@@ -119,18 +121,18 @@ struct Rules {
     filters: Vec<BpfProgram>,
     ruleset: Option<OwnedFd>,
     user: Option<(u32, u32)>,
-    /// Threads that are started and not confined yet.
+    /// Number of threads that were started and are not confined yet.
     unconfined: Mutex<usize>,
     confined: Condvar,
-    /// The pieces of confinement that this host lacks, which have been said.
+    /// The parts of the confinement that this host lacks, of which a warning was printed.
     lacking: Mutex<Vec<&'static str>>,
 }
 
 impl Sandbox {
-    /// Prepares the confinement that `config` asks for. There is only one thread yet.
+    /// Prepares the confinement that `config` asks for. Called before there is a second thread.
     ///
     /// # Errors
-    /// A mistake in the filters.
+    /// `--user` or `--save-directory` cannot be used, the host is short of memory or descriptors, or a filter has a mistake.
     pub(crate) fn prepare(config: &VmConfig) -> Result<Self, Error> {
         let otherwise = match config.sandbox {
             SandboxMode::Off => return Ok(Self(None)),
@@ -180,7 +182,7 @@ impl Sandbox {
         }))))
     }
 
-    /// What starts threads of this kind.
+    /// The function that starts threads of this kind.
     pub(crate) fn spawn(&self, kind: Kind) -> Spawn {
         let plain = spawn::plain();
         let Some(rules) = self.0.clone() else { return plain };
@@ -197,8 +199,8 @@ impl Sandbox {
         })
     }
 
-    /// The last row of the main loop. When the loop begins to watch it, the main thread is confined; it ends the machine when a
-    /// thread made a forbidden system call.
+    /// The last source of the main loop. When the loop begins to watch it, it confines the main thread. When a thread has made a
+    /// forbidden system call, it ends the machine.
     ///
     /// # Errors
     /// When the host has no descriptor left.
@@ -219,13 +221,13 @@ impl Rules {
         if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
             self.warn("the process stays dumpable", &error);
         }
-        // The terminal's handlers may have come after.
+        // `cli` may have installed its handlers for the terminal since, one of them for SIGSYS.
         violation::install_handler();
         self.confine(Kind::Main);
         tracing::debug!("all threads are confined");
     }
 
-    /// Takes everything from the calling thread that its kind does not need.
+    /// Gives up all rights of the calling thread that its kind does not need.
     fn confine(&self, kind: Kind) {
         violation::name_thread(kind);
         if let Some(Err(error)) = self.user.map(privileges::become_user) {
@@ -244,7 +246,7 @@ impl Rules {
         }
     }
 
-    /// Says once what this host lacks: the other threads lack the same.
+    /// Prints a warning once: what this host refuses to one thread, it refuses to all.
     fn warn(&self, what: &'static str, error: &dyn std::fmt::Display) {
         let mut lacking = lock(&self.lacking);
         if !lacking.contains(&what) {

@@ -1,4 +1,4 @@
-//! What a thread gives up beside system calls: privileges by execve(2), capabilities, and every path.
+//! What a thread gives up besides system calls: its user, capabilities, privileges by execve(2), and every path.
 
 #![expect(unsafe_code, reason = "mallopt and landlock_restrict_self")]
 
@@ -18,11 +18,11 @@ use rustix::thread::{
     set_thread_res_gid, set_thread_res_uid,
 };
 
-/// The newest Landlock that this asks for. A host with an older one gives what it has.
+/// The newest version of Landlock whose restrictions are requested. A host with an older version applies those that it has.
 const LANDLOCK: ABI = ABI::V6;
 
-/// A ruleset that allows nothing but to remove files from the directories of `sockets`, and to save to `save`. `None`: this host
-/// has no Landlock.
+/// Makes a ruleset that allows only to remove files from the directories of `sockets`, and to save to `save`. `None`: this host has no
+/// Landlock.
 ///
 /// # Errors
 /// The host refuses one.
@@ -37,7 +37,7 @@ pub(super) fn no_paths(
         .create()?;
     for socket in sockets {
         let directory = socket.parent().filter(|path| !path.as_os_str().is_empty());
-        // A directory that cannot be opened keeps its socket's file.
+        // If the directory cannot be opened, the socket's file remains when the VM ends.
         if let Ok(directory) = PathFd::new(directory.unwrap_or(Path::new("."))) {
             ruleset = ruleset.add_rule(PathBeneath::new(directory, AccessFs::RemoveFile))?;
         }
@@ -50,7 +50,7 @@ pub(super) fn no_paths(
     Ok(ruleset.into())
 }
 
-/// The host's error, if it is only short of something.
+/// The error among the causes that says that the host is short of descriptors or memory, if there is one.
 pub(super) fn shortage(error: &(dyn StdError + 'static)) -> Option<io::Error> {
     let mut causes = std::iter::successors(Some(error), |error| (**error).source());
     let errno = causes.find_map(|cause| cause.downcast_ref::<io::Error>()?.raw_os_error())?;
@@ -64,7 +64,7 @@ pub(super) fn shortage(error: &(dyn StdError + 'static)) -> Option<io::Error> {
 /// # Errors
 /// The host refuses.
 pub(super) fn restrict(ruleset: &OwnedFd) -> io::Result<()> {
-    // Directly: the crate would need another descriptor for each thread.
+    // As a direct system call: the crate would need another descriptor for each thread.
     // SAFETY: no argument is a pointer.
     match unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) } {
         0 => Ok(()),
@@ -72,11 +72,11 @@ pub(super) fn restrict(ruleset: &OwnedFd) -> io::Result<()> {
     }
 }
 
-/// Makes the calling thread another user's, without further groups. Other threads stay what they are: a call of libc's would change
-/// all at once, by a signal that the filters do not know.
+/// Makes the calling thread run as another user and group, without supplementary groups. Other threads are not changed. libc's
+/// functions would change all of them, by a signal whose handler makes system calls that the filters forbid.
 ///
 /// # Errors
-/// The process may not: it is not root's.
+/// The process is not root's.
 pub(super) fn become_user((user, group): (u32, u32)) -> Result<(), Errno> {
     let (user, group) = (Uid::from_raw(user), Gid::from_raw(group));
     set_thread_groups(&[])?;
@@ -84,7 +84,8 @@ pub(super) fn become_user((user, group): (u32, u32)) -> Result<(), Errno> {
     set_thread_res_uid(user, user, user)
 }
 
-/// The calling thread gets no privileges by execve(2) any more, and loses its capabilities. Those of other threads stay.
+/// Takes the capabilities from the calling thread, and sets `no_new_privs`, after which execve(2) gives no privileges. Other threads
+/// are not changed.
 ///
 /// # Errors
 /// The host refuses.
@@ -94,9 +95,9 @@ pub(super) fn drop_privileges() -> Result<(), Errno> {
     set_no_new_privs(true).and(set_capabilities(None, none))
 }
 
-/// One heap for all threads. glibc's heaps of other threads look at files now and then (`arena_get2` and `shrink_heap` in
-/// malloc/), which a confined thread must not; and what runs in a steady state allocates nothing, so that the threads do not
-/// get into each other's way. To be called before there is a second thread.
+/// Makes all threads share one heap. For a heap of another thread, glibc sometimes opens files (`arena_get2` and `shrink_heap` in
+/// malloc/), which a confined thread must not do. Sharing costs little, because serving the guest allocates nothing.
+/// Called before there is a second thread.
 pub(super) fn use_one_heap() {
     #[cfg(target_env = "gnu")]
     // SAFETY: no argument is a pointer.

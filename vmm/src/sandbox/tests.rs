@@ -1,6 +1,6 @@
-//! The filters from inside: a child process takes a kind's filter on and tries what an attacker would try.
+//! Tests of the filters: a child process applies the filter of a kind and makes the system calls that an attacker would make.
 //!
-//! The child is this test program again, with one test and an environment variable that says what to try.
+//! The child is this test program again, with one test and an environment variable that names what to try.
 
 #![expect(unsafe_code, reason = "system calls that have to fail")]
 
@@ -37,8 +37,8 @@ fn in_child(what: &str) -> Output {
     child.wait_with_output().unwrap()
 }
 
-/// No child of this process starts meanwhile. For a moment a new child has copies of all descriptors: who counts on a file or socket
-/// being closed must not meet one.
+/// While the guard is held, no test starts a child. Until a new child calls execve(2), it has copies of all descriptors. A test that
+/// waits until a file or socket is closed must not run at that moment.
 pub(crate) fn without_forks() -> MutexGuard<'static, ()> {
     static FORKS: Mutex<()> = Mutex::new(());
     FORKS.lock().unwrap_or_else(PoisonError::into_inner)
@@ -78,7 +78,7 @@ fn attack(name: &str) {
     }
 }
 
-/// Not a test by itself: what the other tests run in a process of its own.
+/// Not a test by itself: the other tests run it in a child process.
 #[test]
 fn child() {
     let Ok(what) = std::env::var(TRY) else { return };

@@ -1,9 +1,10 @@
-//! What happens when a thread makes a system call that its filter forbids: the kernel sends SIGSYS to that thread, before the
-//! call, and the handler here says so in one line. The thread then does nothing more. The main loop ends the machine as it does
-//! for any failure of the host, so that disks are flushed as far as they can be, and the exit status is 1.
+//! What happens when a thread makes a system call that its filter forbids: the kernel sends SIGSYS to the thread instead of making the
+//! call, and the handler in this file prints one line. The thread then does nothing more. The main loop ends the machine as after any
+//! failure of the host: disks are flushed if they answer, and the exit status is 1.
 //!
-//! A thread that is stopped in the middle may hold a lock, and the main thread itself may be the one. So whatever the main loop
-//! does, the process ends after [`END_TIMEOUT`]. The handler makes async-signal-safe calls only, which every filter allows.
+//! The thread may hold a lock for which the main loop waits. So the process ends after [`END_TIMEOUT`] in any case. If the main thread
+//! itself made the call, the process ends at once, without a flush. The handler makes only async-signal-safe calls, which every filter
+//! allows.
 
 #![expect(unsafe_code, reason = "a signal handler and its siginfo_t")]
 
@@ -33,12 +34,12 @@ thread_local! {
     static KIND: Cell<Option<Kind>> = const { Cell::new(None) };
 }
 
-/// Sets what puts the user's terminal back, from a signal handler: `restore` may make async-signal-safe calls only.
+/// Sets the function that restores the user's terminal. A signal handler calls it, so it may make only async-signal-safe calls.
 pub fn on_violation(restore: fn()) {
     let _ = RESTORE.set(restore);
 }
 
-/// The calling thread is of this kind, for messages.
+/// Sets the kind of the calling thread, for messages.
 pub(super) fn name_thread(kind: Kind) {
     KIND.set(Some(kind));
 }
