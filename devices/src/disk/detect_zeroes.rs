@@ -1,6 +1,6 @@
 //! `detect-zeroes=`: a write of nothing but zeroes becomes a write-zeroes operation, which moves no data.
 //!
-//! A capability: a layer over a disk, which `open` adds where the option asks for it.
+//! A capability: a layer over a disk, which `open` adds if the option is given.
 
 use std::io;
 use std::sync::Arc;
@@ -11,19 +11,19 @@ use super::layer::{EngineLayer, Layer, LayeredDisk};
 use super::{Completion, DetectZeroes, Disk, Engine, GuestRange, Operation, Transfer};
 use crate::GuestMemory;
 
-/// The layer; `unmap`: the blocks of zeroes are deallocated.
+/// The layer. With `unmap`, blocks of zeroes are deallocated.
 #[derive(Clone)]
 struct ZeroDetection {
     unmap: bool,
 }
 
-/// What the layer is for one worker.
+/// The layer's part in one worker's engine.
 struct EngineZeroDetection {
     unmap: bool,
     memory: GuestMemory,
 }
 
-/// `disk`, with writes of zeroes detected as `mode` says.
+/// Adds the layer to `disk`, unless `mode` is off.
 pub(super) fn over(disk: Arc<dyn Disk>, mode: DetectZeroes) -> Arc<dyn Disk> {
     match mode {
         DetectZeroes::Off => disk,
@@ -57,7 +57,7 @@ impl EngineLayer for EngineZeroDetection {
     fn complete(&mut self, _: &mut Vec<Completion>, _: usize) {}
 }
 
-/// Whether there is nothing but zeroes in `ranges`. If the guest writes meanwhile, either value may count.
+/// Whether all bytes in `ranges` are zero. If the guest writes to them meanwhile, the result is that of the old or the new bytes.
 fn is_zero(memory: &GuestMemory, ranges: &[GuestRange]) -> bool {
     const ZEROES: [u8; 4096] = [0; 4096];
     let mut copy = [0; ZEROES.len()];
@@ -65,7 +65,7 @@ fn is_zero(memory: &GuestMemory, ranges: &[GuestRange]) -> bool {
         (0..range.length).step_by(copy.len()).all(|at| {
             let copy = &mut copy[..((range.length - at) as usize).min(ZEROES.len())];
             let address = GuestAddress(range.address.0 + u64::from(at));
-            // Memory that is not there is for the engine to refuse.
+            // The engine refuses ranges outside of guest memory.
             memory.read_slice(copy, address).is_ok() && *copy == ZEROES[..copy.len()]
         })
     })

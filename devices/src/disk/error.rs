@@ -10,7 +10,7 @@ use rustix::io::Errno;
 /// Why a transfer failed. Virtio has one status for most of these; the error policy tells them apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DiskError {
-    /// The host reports this errno. For a file that was cut short behind our back it is EIO.
+    /// The host reports this errno. It is EIO if another program has truncated the file.
     #[error("host I/O error: {}", std::io::Error::from_raw_os_error(*.0))]
     Host(i32),
     /// The host has no space left (ENOSPC, EDQUOT): an error of its own, because the error policy `enospc` waits for space.
@@ -47,7 +47,7 @@ impl From<io::Error> for DiskError {
             (Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY), _)
             | (None, io::ErrorKind::Unsupported) => Self::Unsupported,
             (Some(errno), _) => Self::Host(errno),
-            // The file ended early: it was cut short behind our back.
+            // Another program has truncated the file.
             (None, _) => Self::Host(libc::EIO),
         }
     }

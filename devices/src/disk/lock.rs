@@ -1,10 +1,10 @@
-//! Image locks that QEMU understands: any number of readers, or one writer, counting both programs.
+//! Image locks that are compatible with QEMU's: an image has any number of readers or one writer, of both programs together.
 //!
-//! QEMU (block/file-posix.c) locks single bytes of the image with open-file-description locks, and only ever shared ones. For
-//! each permission that a program *uses*, it locks byte 100 + n; for each permission that it *forbids others*, byte 200 + n.
-//! Then it asks for conflicts: whether an exclusive lock would fail on a byte that stands for forbidding what it uses, or
-//! for using what it forbids. The kernel releases the locks with the last descriptor of the open file, however the
-//! process ends.
+//! The scheme is QEMU's (block/file-posix.c). A program takes shared open-file-description locks on single bytes of the image. For each
+//! permission n that it *uses*, it locks byte 100 + n. For each permission n that it *forbids to others*, it locks byte 200 + n. Then it
+//! checks for conflicts: on byte 200 + n of each permission that it uses, and on byte 100 + n of each that it forbids, no other lock may
+//! prevent an exclusive one. The kernel releases the locks when the last descriptor of the open file is closed, also if the process is
+//! killed.
 
 #![expect(unsafe_code, reason = "fcntl(2) with struct flock")]
 
@@ -22,9 +22,9 @@ const WRITE: i64 = 1;
 
 #[derive(Debug)]
 pub(super) enum LockError {
-    /// Another program holds a lock that excludes ours.
+    /// Another program has a lock that conflicts with this one.
     Held,
-    /// The file system has no such locks, or none left.
+    /// The file system does not support these locks, or has none left.
     Host(io::Error),
 }
 
@@ -44,7 +44,7 @@ impl From<io::Error> for LockError {
 /// After an error some of the bytes may be locked until the description is closed.
 pub(super) fn lock(image: impl AsFd, writable: bool) -> Result<(), LockError> {
     let used: &[i64] = if writable { &[CONSISTENT_READ, WRITE] } else { &[CONSISTENT_READ] };
-    // Locking comes before asking: if two programs start at once, at least one of them sees the other.
+    // The locks are taken before the check, so that of two programs that start at once, at least one sees the other.
     for byte in used.iter().map(|n| USED + n).chain([FORBIDDEN + WRITE]) {
         fcntl(&image, libc::F_OFD_SETLK, libc::F_RDLCK, byte)?;
     }
@@ -56,7 +56,7 @@ pub(super) fn lock(image: impl AsFd, writable: bool) -> Result<(), LockError> {
     Ok(())
 }
 
-/// One fcntl on the lock of one byte; returns the lock type it leaves in `struct flock`.
+/// Calls fcntl for the lock of one byte. Returns the lock type in `struct flock` afterwards.
 fn fcntl(image: impl AsFd, command: i32, lock_type: i32, byte: i64) -> io::Result<i32> {
     // SAFETY: all-zero is a valid `flock`; an OFD lock wants l_pid 0.
     let mut flock: libc::flock = unsafe { std::mem::zeroed() };

@@ -53,23 +53,23 @@ use crate::lock;
 /// The top layer with no transfer under way.
 type ExclusiveLayer<'a> = RwLockWriteGuard<'a, Layer>;
 
-/// Bytes of metadata that may wait for publication, for which a flush is not waited for.
+/// Most bytes of metadata that wait for a flush. Above that, the next change publishes them first.
 const MAX_HELD: usize = 32 << 20;
-/// How often a change is repeated that met a cluster which is not free on the medium yet. A publication frees all; one change
-/// can give a table back and need its clusters, but only once.
+/// How often a change is repeated if a cluster is not free on the medium yet. A publication makes all freed clusters free on the medium.
+/// A change can itself free a table and then need its cluster, but only once.
 const MAX_PUBLICATIONS: usize = 3;
 
 /// A qcow2 image, or any image below a temporary qcow2 overlay.
 pub(super) struct Qcow2Image {
     path: PathBuf,
-    /// Shared for transfers, exclusive for what gives clusters back. Taken before `allocating`.
+    /// Transfers hold it shared, and operations that free clusters exclusively. Taken before `allocating`.
     top: RwLock<Layer>,
-    /// Held while the mapping is changed or published, so that one thread at a time does that.
+    /// Held while the mapping is changed or published.
     allocating: Mutex<()>,
     storage: OrderedStorage,
     capacity: AtomicU64,
     header: Header,
-    /// Clusters can read as zeroes whatever the layer below says (version 3).
+    /// A cluster can be marked as zeroes, so that the layer below does not show (version 3).
     has_zero_clusters: bool,
     /// Bytes of the layer below; 0 without one.
     backing: u64,
@@ -144,7 +144,7 @@ impl Qcow2Image {
         Ok(())
     }
 
-    /// To be called before each change of the image.
+    /// Called before each change of the image.
     fn begin_change(&self) -> io::Result<()> {
         if self.storage.order().map_or(Ok(false), Order::begin_change)? {
             tracing::warn!(
@@ -155,7 +155,7 @@ impl Qcow2Image {
         Ok(())
     }
 
-    /// Writes `data`: to the clusters that are there for it, or to new ones.
+    /// Writes `data` to the clusters that are allocated for it, or allocates new ones.
     fn put<L>(&self, top: &mut L, mut data: &[u8], mut offset: u64) -> io::Result<()>
     where
         L: Deref<Target = Layer>,
@@ -180,8 +180,8 @@ impl Qcow2Image {
         Ok(())
     }
 
-    /// Makes a change that may allocate clusters or give some back, in turn with other changes. `change` is repeated where
-    /// it is refused because a cluster is not free on the medium yet, so it must be able to start again.
+    /// Makes a change that may allocate or free clusters. Other changes wait. If `change` is refused because a cluster is not free on
+    /// the medium yet, this publishes and calls `change` again, so it must be repeatable.
     fn change<L: Deref<Target = Layer>, R>(
         &self,
         top: &mut L,
@@ -207,14 +207,14 @@ impl Qcow2Image {
         }
     }
 
-    /// Hands imago's tables to the storage, and has it write them in order. The caller is alone in changing the mapping.
-    /// Returns what [`Order::publish`] does.
+    /// Writes imago's cached tables to the storage below it, which publishes them in order. The caller excludes other changes of the
+    /// mapping. Returns the result of [`Order::publish`].
     fn publish(&self, top: &Layer) -> io::Result<bool> {
         top.flush()?;
         self.storage.order().map_or(Ok(false), Order::publish)
     }
 
-    /// Zeroes that keep their clusters, or give them back.
+    /// Zeroes a range. With `unmap` its clusters are freed, and otherwise stay allocated.
     fn write_zeroes(&self, job: &Job, unmap: bool, bounce: &mut Bounce) -> io::Result<()> {
         let whole = self.whole_clusters(job.offset..job.end());
         self.write_plain_zeroes(job.offset..whole.start, bounce)?;
@@ -228,8 +228,8 @@ impl Qcow2Image {
         self.write_plain_zeroes(whole.end..job.end(), bounce)
     }
 
-    /// The clusters that lie in `range` as a whole. imago 0.2.6 miscalculates zeroing a part of the image's last cluster, so
-    /// it is only asked for whole ones, of which the last may be cut short by the end of the disk.
+    /// The part of `range` that consists of whole clusters. The last one may be cut short by the end of the disk. imago 0.2.6 zeroes a
+    /// wrong range if it is asked for a part of the last cluster, so it is asked only for whole ones.
     fn whole_clusters(&self, range: Range<u64>) -> Range<u64> {
         let start = range.start.next_multiple_of(self.header.cluster).min(range.end);
         let end = match range.end == self.capacity() {
@@ -239,7 +239,7 @@ impl Qcow2Image {
         start..end.max(start)
     }
 
-    /// Zeroes the first clusters of `range` that are mapped alike, and returns where those end.
+    /// Zeroes the clusters at the start of `range` that are all mapped in the same way. Returns their end.
     fn zero_run(&self, range: Range<u64>, bounce: &mut Bounce) -> io::Result<u64> {
         let mut top = self.shared();
         let (mapping, length) = top.get_shallow_mapping(range.start, range.end - range.start)?;
@@ -261,8 +261,8 @@ impl Qcow2Image {
         Ok(end)
     }
 
-    /// Gives back the first clusters of `range` that are mapped alike, and returns where those end. They read as zeroes
-    /// then, except, if `zero` does not ask for that, those that were not allocated.
+    /// Frees the clusters at the start of `range` that are all mapped in the same way. Returns their end. They read as zeroes then.
+    /// Without `zero`, clusters that were not allocated stay as they are.
     fn deallocate(&self, range: Range<u64>, zero: bool) -> io::Result<u64> {
         let mut top = self.exclusive();
         let (mapping, length) = top.get_shallow_mapping(range.start, range.end - range.start)?;
@@ -290,7 +290,7 @@ impl Qcow2Image {
         Ok(())
     }
 
-    /// A hint: what cannot be given back stays.
+    /// A discard is a hint: clusters that cannot be freed stay.
     fn discard(&self, job: &Job) -> io::Result<()> {
         let Range { start: mut at, end } = self.whole_clusters(job.offset..job.end());
         while at < end && self.discard {
@@ -299,7 +299,7 @@ impl Qcow2Image {
         Ok(())
     }
 
-    /// Metadata that imago still holds goes to the file, and the file to the medium.
+    /// Publishes imago's metadata, and flushes the file to the medium.
     fn flush(&self) -> io::Result<()> {
         let top = self.shared();
         let turn = lock(&self.allocating);
@@ -314,7 +314,7 @@ impl Qcow2Image {
         }
     }
 
-    /// The new part reads as zeroes on the medium before it belongs to the disk.
+    /// Makes the disk larger. The new part reads as zeroes on the medium before it becomes part of the disk.
     fn grow(&self, top: &mut ExclusiveLayer<'_>, bytes: u64) -> io::Result<()> {
         let old = top.size();
         let below = self.backing.min(bytes);
@@ -334,7 +334,8 @@ impl Qcow2Image {
         result
     }
 
-    /// Hides what may be in the new part of the disk: in the cluster in which the disk ended, and `below` it.
+    /// Makes the new part of the disk read as zeroes. Old data may be in the cluster in which the disk ended, and in the images below,
+    /// which end at byte `below`.
     fn hide(&self, top: &mut ExclusiveLayer<'_>, new: Range<u64>, below: u64) -> io::Result<()> {
         let mut at = new.start.next_multiple_of(self.header.cluster).min(new.end);
         if at > new.start
@@ -353,7 +354,8 @@ impl Qcow2Image {
         Ok(())
     }
 
-    /// What is cut off no longer belongs to the disk on the medium before it is given back: in between it may read as anything.
+    /// Makes the disk smaller. The new size is on the medium before clusters beyond it are freed: a freed cluster may read as anything, so it
+    /// must not be part of the disk any more.
     fn shrink(&self, top: &mut ExclusiveLayer<'_>, bytes: u64) -> io::Result<()> {
         self.set(|metadata| metadata.size_limit = bytes);
         let result = self.publish(top).and_then(|_| self.cut_off(top, bytes));
@@ -374,8 +376,8 @@ impl Qcow2Image {
             }
             at += length.max(SECTOR);
         }
-        // imago would make an L2 table for each place that has none, only to find nothing there to give back. It goes on
-        // where it cannot, and logs that the new, empty table is lost.
+        // To free a range without an L2 table, imago would allocate an empty one. If it cannot, it goes on, and logs that the new table
+        // is lost: `NoSubscriber` drops this message.
         self.set(|metadata| metadata.no_new_tables = true);
         let silent = tracing::subscriber::NoSubscriber::default();
         let result = tracing::subscriber::with_default(silent, || {
@@ -388,7 +390,7 @@ impl Qcow2Image {
 
 /// Allocates clusters for the start of `data`, writes it there and maps them. Returns how much that was.
 fn allocate(storage: &OrderedStorage, top: &Layer, data: &[u8], offset: u64) -> io::Result<u64> {
-    // Another write may have come first.
+    // Another write may have allocated them meanwhile.
     if let (ShallowMapping::Raw { writable: true, offset, .. }, length) =
         top.get_shallow_mapping(offset, data.len() as u64)?
     {
@@ -402,7 +404,7 @@ fn allocate(storage: &OrderedStorage, top: &Layer, data: &[u8], offset: u64) -> 
     Ok(length)
 }
 
-/// Room for the next part of `job`.
+/// The buffer for the next part of `job`.
 fn piece<'a>(bounce: &'a mut Bounce, job: &Job) -> &'a mut [u8] {
     let buffer = bounce.buffer();
     let length = job.length.min(buffer.len() as u64) as usize;

@@ -1,8 +1,8 @@
 //! SCSI commands to a disk of the host (`scsi=on`), by the SG_IO ioctl (scsi/sg.h, version 3 of its header).
 //!
 //! A capability beside the core: `block/scsi.rs` makes a [`ScsiCommand`] from a guest's request, an engine carries it to a pool
-//! thread as a [`DeviceCommand`], and `open.rs` asks [`is_scsi_disk`] whether the device may be addressed at all. What a
-//! command says is between the guest, the host kernel's filter and the device.
+//! thread as a [`DeviceCommand`], and `open.rs` asks [`is_scsi_disk`] whether the device may be addressed at all. minivmm does not interpret a
+//! command. The host kernel's filter decides whether the device gets it.
 
 #![expect(
     unsafe_code,
@@ -103,8 +103,7 @@ impl ScsiCommand {
 }
 
 impl DeviceCommand for ScsiCommand {
-    /// Refused is what the kernel's filter lets no unprivileged user send: all but commands that read and, on a device open
-    /// for writing, write.
+    /// The kernel's filter refuses all commands but those that read and, if the device is open for writing, those that write.
     unsafe fn execute(
         &self,
         device: BorrowedFd<'_>,

@@ -1,4 +1,4 @@
-//! Wakes a worker for requests that a fault holds back, beside the engine inside.
+//! Wakes a worker when a request that a fault holds back may complete, or when the inner engine has completions.
 //!
 //! A worker watches one descriptor of its engine. With faults that is an epoll instance, which is readable when the engine's own
 //! descriptor, a timer or an eventfd is. So no thread waits for a delay, and other requests of the worker go on.
@@ -17,13 +17,13 @@ use crate::log_limit::LogLimit;
 pub(super) struct Alarm {
     epoll: Epoll,
     timer: TimerFd,
-    /// Written to when what is held back may go.
+    /// Written to when the rules change, so that held requests may have to complete.
     pub(super) wake: Arc<EventFd>,
     limit: LogLimit,
 }
 
 impl Alarm {
-    /// `engine`: the descriptor of the engine inside. None of the descriptors is ever read: each new event is an edge.
+    /// `engine` is the descriptor of the inner engine. No descriptor is ever read: epoll reports each new event as an edge.
     pub(super) fn new(engine: Option<RawFd>) -> io::Result<Self> {
         let epoll = Epoll::new()?;
         let timer = TimerFd::new().map_err(io::Error::from)?;
@@ -35,7 +35,7 @@ impl Alarm {
         Ok(Self { epoll, timer, wake, limit: LogLimit::new() })
     }
 
-    /// Wakes the worker after `wait`, and not when it was to be woken before.
+    /// Wakes the worker after `wait`. An earlier call no longer has an effect.
     pub(super) fn set(&mut self, wait: Duration) {
         // A timer set to zero never expires.
         if let Err(error) = self.timer.reset(wait.max(Duration::from_micros(1)), None)

@@ -20,21 +20,21 @@ pub struct Faults {
 struct State {
     rules: Vec<CountedRule>,
     last_id: u64,
-    /// Delays are over at once.
+    /// The machine stands still or is about to: all delays are over.
     is_hurried: bool,
-    /// Of each worker.
+    /// The eventfd of each worker.
     wakes: Vec<Arc<EventFd>>,
 }
 
-/// Most rules of a disk with those that clients add: each request looks at all of them.
+/// Most rules of a disk, with those that clients add. Each request is compared with all of them.
 pub const RULES_MAX: usize = 64;
 
 /// A rule, and how often it was hit.
 #[derive(Clone, Debug)]
 pub struct CountedRule {
-    /// Its number, which no other rule of the disk ever has.
+    /// The rule's number. No other rule of the disk ever gets it.
     pub id: u64,
-    /// As it was given.
+    /// The rule as the user wrote it.
     pub rule: FaultRule,
     /// Requests that it concerned.
     pub seen: u64,
@@ -45,7 +45,7 @@ pub struct CountedRule {
 /// A fault that hits a request.
 pub(super) struct Hit {
     pub(super) kind: FaultKind,
-    /// Of the hits of its rule, from 1 on.
+    /// The number of this hit among those of its rule, from 1 on.
     pub(super) number: u64,
     pub(super) rule: u64,
 }
@@ -59,13 +59,13 @@ impl Faults {
         faults
     }
 
-    /// Adds a rule behind those that there are, and returns its number. `None`: the disk has [`RULES_MAX`].
+    /// Appends a rule, and returns its number. `None`: the disk has [`RULES_MAX`] already.
     pub fn add(&self, rule: FaultRule) -> Option<u64> {
         let mut state = lock(&self.state);
         (state.rules.len() < RULES_MAX).then(|| state.push(rule))
     }
 
-    /// Removes the rule of this number, or all, and lets go the requests that they hold back. `false`: there is no such rule.
+    /// Removes the rule of this number, or all rules. Requests that they held back complete. `false`: no rule has this number.
     pub fn remove(&self, id: Option<u64>) -> bool {
         let mut state = lock(&self.state);
         let before = state.rules.len();
@@ -79,7 +79,7 @@ impl Faults {
         lock(&self.state).rules.clone()
     }
 
-    /// The machine is to stand still, or goes on: no delay holds that up.
+    /// Called when the machine begins to stand still (true), so that no delay holds it up, and when it goes on (false).
     pub fn hurry(&self, is_hurried: bool) {
         let mut state = lock(&self.state);
         if std::mem::replace(&mut state.is_hurried, is_hurried) != is_hurried {
@@ -87,7 +87,7 @@ impl Faults {
         }
     }
 
-    /// Whether a rule holds requests back: until a moment, or for ever.
+    /// Whether rule `id` still holds back a request: until the time `until`, or as long as the rule exists.
     pub(super) fn holds(&self, id: u64, until: Option<Instant>, now: Instant) -> bool {
         let state = lock(&self.state);
         let is_over = until.is_some_and(|until| until <= now || state.is_hurried);
@@ -98,7 +98,7 @@ impl Faults {
         lock(&self.state).wakes.push(wake);
     }
 
-    /// The fault that hits a request: of the first rule that does.
+    /// The fault of the first rule that hits a request.
     pub(super) fn hit(&self, transfer: &Transfer<'_>) -> Option<Hit> {
         let hit = {
             let rules = &mut lock(&self.state).rules;
@@ -132,7 +132,7 @@ impl State {
         self.last_id
     }
 
-    /// Has the workers look at what they hold back.
+    /// Wakes the workers, so that they check which requests they still hold back.
     fn wake(&self) {
         for wake in &self.wakes {
             if let Err(error) = wake.write(1) {

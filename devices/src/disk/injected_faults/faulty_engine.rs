@@ -1,4 +1,4 @@
-//! Makes the faults of one worker's engine.
+//! Applies faults to the requests of one worker's engine.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -16,32 +16,32 @@ use crate::disk::{Completion, Disk, DiskError, Engine, GuestRange, SECTOR, Trans
 
 pub(super) struct FaultyEngine {
     memory: GuestMemory,
-    /// For its capacity.
+    /// The disk, whose capacity limits misdirected writes.
     disk: Arc<dyn Disk>,
     faults: Arc<Faults>,
     alarm: Alarm,
-    /// Requests that the engine inside did not see.
+    /// Completions of requests that the inner engine did not get.
     done: Vec<Completion>,
-    /// By tag.
+    /// What to do when a request completes, by its tag.
     pending: Vec<Pending>,
-    /// Requests that the engine inside has completed, and that are held back.
+    /// Requests that the inner engine has completed and that are held back.
     held: Vec<(Hold, Completion)>,
-    /// The ranges of a torn write.
+    /// A buffer for the guest memory of a torn write.
     torn: Vec<GuestRange>,
 }
 
-/// What is to happen when a request is complete.
+/// What to do when a request completes.
 #[derive(Clone, Copy, Default)]
 struct Pending {
-    /// In this byte of guest memory a bit flips.
+    /// Flip a bit in this byte of guest memory.
     flip: Option<GuestAddress>,
     hold: Option<Hold>,
 }
 
-/// For how long a request is held back.
+/// How long a request is held back.
 #[derive(Clone, Copy)]
 struct Hold {
-    /// Not longer than this rule stands.
+    /// At most as long as this rule exists.
     rule: u64,
     until: Option<Instant>,
 }
@@ -79,7 +79,7 @@ impl FaultyEngine {
         engine.submit(Transfer { length, ranges: &self.torn, ..transfer });
     }
 
-    /// The byte of a read that is to be wrong.
+    /// The address of the byte in which a read gets a wrong bit.
     fn byte(transfer: &Transfer<'_>, number: u64) -> Option<GuestAddress> {
         let mut at = mix(transfer.offset, number) % transfer.length.max(1);
         for range in transfer.ranges {
@@ -91,19 +91,19 @@ impl FaultyEngine {
         None
     }
 
-    /// Does what was pending until this completion, and returns how long it is to be held back.
+    /// Applies the fault that was pending for this completion. Returns how long to hold it back.
     fn settle(&mut self, completion: &Completion) -> Option<Hold> {
         let pending = std::mem::take(self.pending.get_mut(completion.tag as usize)?);
         if let Some(address) = pending.flip
             && let Ok(byte) = self.memory.read_obj::<u8>(address)
         {
-            // The address was read to just now.
+            // A failure is not expected: the read has just written to this address.
             let _ = self.memory.write_obj(byte ^ 1, address);
         }
         pending.hold
     }
 
-    /// Lets go what is not to be held back any longer, and sets the alarm for the next one.
+    /// Completes requests that are no longer held back, and sets the alarm for the next one.
     fn release(&mut self, done: &mut Vec<Completion>) {
         if self.held.is_empty() {
             return;
@@ -161,7 +161,8 @@ impl EngineLayer for FaultyEngine {
         self.release(done);
     }
 
-    /// Rules count the guest's requests. And a merged transfer that fails is tried again request by request: the next would not be hit.
+    /// Requests are not merged. Rules count the guest's requests. And if a merged transfer fails, its requests are tried again one by one,
+    /// which the rule would no longer hit.
     fn merges(&self) -> bool {
         false
     }

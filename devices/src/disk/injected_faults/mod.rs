@@ -1,19 +1,18 @@
-//! `fault=`: a disk that fails when its user says so.
+//! `fault=`: injects faults into the requests of a disk, for tests of guests.
 //!
 //! A capability. It hooks in as a [`Disk`] around the one that [`open`](super::open()) made: [`over`] is called by the builder, and
-//! its engine decides about each [`Transfer`](super::Transfer) before the engine inside sees it. It goes around a log of writes
-//! ([`log_writes`](super::log_writes)), so that the log has what reached the disk, and not what the guest was told.
+//! its engine decides about each [`Transfer`](super::Transfer) before the inner engine gets it. It is outside of a log of writes
+//! ([`log_writes`](super::log_writes)), so the log has what reached the disk, and not what the guest was told.
 //!
 //! | file | what it does |
 //! |---|---|
-//! | `rule` | a fault as its user writes it, and which requests it concerns |
-//! | `faults` | the rules of a disk, which a control client may change while the guest runs, and their counts |
-//! | `faulty_engine` | does what the fault is |
+//! | `rule` | parses a fault as the user writes it, and decides which requests it concerns |
+//! | `faults` | has the rules of a disk with their counts. A control client may change them while the guest runs |
+//! | `faulty_engine` | applies faults to the requests of a worker |
 //! | `alarm` | wakes a worker for requests that are held back |
 //!
-//! No thread waits for a delay: the request is done at once, and its completion is held back. A standstill of
-//! the machine ends delays ([`Faults::hurry`]). To the rest of the machine a disk with `hang` is one that the host does not answer,
-//! with the same deadlines.
+//! No thread waits for a delay: the request is executed at once, and its completion is held back. A standstill of the machine ends all
+//! delays ([`Faults::hurry`]). For the rest of the machine, a disk with `hang` is one whose host does not answer, with the same deadlines.
 
 mod alarm;
 mod faults;
@@ -31,19 +30,19 @@ use super::layer::{Layer, LayeredDisk};
 use super::{Disk, Engine};
 use crate::GuestMemory;
 
-/// Makes a disk fail.
+/// The layer that injects faults.
 struct FaultLayer {
     disk: Arc<dyn Disk>,
     faults: Arc<Faults>,
 }
 
-/// `disk` with faults. The first of `rules` that hits a request counts.
+/// Adds fault injection to `disk`. The first of `rules` that hits a request decides about it.
 pub fn over(disk: Arc<dyn Disk>, rules: Vec<FaultRule>) -> Arc<dyn Disk> {
     let layer = FaultLayer { disk: Arc::clone(&disk), faults: Arc::new(Faults::new(rules)) };
     Arc::new(LayeredDisk { disk, layer })
 }
 
-/// The rules of a disk that [`over`] made.
+/// The rules of a disk that [`over`] made. `None`: the disk has no fault injection.
 pub fn of(disk: &dyn Disk) -> Option<&Faults> {
     let disk: &dyn Any = disk;
     disk.downcast_ref::<LayeredDisk<FaultLayer>>().map(|disk| &*disk.layer.faults)

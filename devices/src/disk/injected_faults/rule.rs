@@ -1,4 +1,4 @@
-//! A fault as the user writes it, `KIND[:WORD]...`, and which requests it concerns.
+//! Parses a fault as the user writes it, `KIND[:WORD]...`, and decides which requests it concerns.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::disk::{Operation, SECTOR, Transfer};
 
-/// The most sectors of a rule with `until-written`, which keeps each of them: 32 MiB of a disk.
+/// Most sectors of a rule with `until-written`, which has a list of them: 32 MiB of a disk.
 const HEALING_MAX: u64 = 65_536;
 
 /// What goes wrong.
@@ -22,15 +22,15 @@ pub(super) enum FaultKind {
     Lost,
     /// A read succeeds with one bit wrong.
     Flip,
-    /// The request completes so much after it was submitted, or later.
+    /// The request completes at least this long after it was submitted.
     Delay(Duration),
-    /// The request does not complete as long as the rule stands.
+    /// The request does not complete as long as the rule exists.
     Hang,
-    /// A write succeeds, and its data is at this sector.
+    /// A write succeeds, but its data is written to this sector.
     Misdirected(u64),
 }
 
-/// A kind of requests.
+/// The operation of the requests that a rule concerns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Target {
     Read,
@@ -40,7 +40,8 @@ enum Target {
     Discard,
 }
 
-/// A fault, and the requests that it hits: those of its target that touch its sectors, all of them or as the other words say.
+/// A fault, and the requests that it hits. It concerns requests of its target that touch its sectors. It hits all of these, or those that
+/// the other words select.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FaultRule {
     /// As the user wrote it.
@@ -48,9 +49,9 @@ pub struct FaultRule {
     pub(super) kind: FaultKind,
     target: Target,
     sectors: Option<RangeInclusive<u64>>,
-    /// Only this one of those requests, from 1 on.
+    /// `n=`: it hits only this one of the requests that it concerns, from 1 on.
     pub(super) number: Option<u64>,
-    /// One of so many on average.
+    /// `one-in=`: it hits one of this many requests on average.
     pub(super) one_in: u64,
     pub(super) seed: u64,
     pub(super) once: bool,
@@ -59,7 +60,7 @@ pub struct FaultRule {
     bad: BTreeSet<u64>,
 }
 
-/// A fault that is none.
+/// Why a text is no valid fault, and what to write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct BadFault(&'static str);
@@ -111,7 +112,7 @@ impl fmt::Display for FaultRule {
 }
 
 impl FaultRule {
-    /// `None`: no such word, or a number that is none.
+    /// Applies one word. `None`: the word is unknown, or its number is not valid.
     fn set(&mut self, word: &str) -> Option<()> {
         let positive = |value: &str| value.parse().ok().filter(|number| *number > 0);
         match word.split_once('=').unwrap_or((word, "")) {
@@ -145,7 +146,7 @@ impl FaultRule {
         Some(())
     }
 
-    /// Whether the words go together.
+    /// Checks that the words can be combined.
     fn check(&self) -> Result<(), &'static str> {
         let is_short =
             |sectors: &RangeInclusive<u64>| sectors.end() - sectors.start() < HEALING_MAX;
@@ -182,7 +183,7 @@ impl FaultRule {
         }
     }
 
-    /// Whether the transfer is one that the rule counts.
+    /// Whether the rule concerns the transfer.
     pub(super) fn concerns(&self, transfer: &Transfer<'_>) -> bool {
         let target = match transfer.operation {
             Operation::Read => Target::Read,
@@ -200,7 +201,7 @@ impl FaultRule {
             && !(self.until_written && self.bad.range(start..end).next().is_none())
     }
 
-    /// The request is done: the sectors that it writes are no longer bad.
+    /// Called for a request that is executed: the sectors that it writes are no longer bad.
     pub(super) fn heal(&mut self, transfer: &Transfer<'_>) {
         if let Operation::Write { .. } | Operation::WriteZeroes { .. } = transfer.operation {
             while let Some(sector) = self.bad.range(sectors(transfer)).next().copied() {
@@ -215,7 +216,7 @@ fn sectors(transfer: &Transfer<'_>) -> Range<u64> {
     transfer.offset / SECTOR..(transfer.offset + transfer.length).div_ceil(SECTOR)
 }
 
-/// A number that looks random and is the same in every run (the last step of SplitMix64).
+/// A pseudo-random number, the same in every run (the last step of SplitMix64).
 pub(super) fn mix(seed: u64, number: u64) -> u64 {
     let mut bits = seed.wrapping_add(number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

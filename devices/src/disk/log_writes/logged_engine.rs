@@ -10,14 +10,14 @@ use crate::GuestMemory;
 use crate::disk::layer::EngineLayer;
 use crate::disk::{Completion, Engine, Operation, SECTOR, Transfer};
 
-/// A buffer that is larger than this is given back when its write is complete.
+/// A larger buffer is freed when its write completes.
 const KEPT_BUFFER: usize = 256 << 10;
 
 pub(super) struct LoggedEngine {
     memory: GuestMemory,
     log: Arc<WriteLog>,
     ignores_flush: bool,
-    /// By tag.
+    /// The change of each transfer in flight, by its tag.
     changes: Vec<ChangeInFlight>,
 }
 
@@ -27,7 +27,7 @@ struct ChangeInFlight {
     /// `None`: a read, or no transfer.
     operation: Option<Operation>,
     entry: Entry,
-    /// Of a write: a sector for the entry, and the data.
+    /// Only of a write: a sector for the entry, and the data.
     buffer: Vec<u8>,
     flush: FlushPlace,
 }
@@ -43,7 +43,7 @@ impl LoggedEngine {
         Self { memory, log, ignores_flush, changes }
     }
 
-    /// Notes what is about to be submitted.
+    /// Copies the change of a transfer that is about to be submitted.
     fn begin(&mut self, transfer: &Transfer<'_>) {
         let Some(change) = self.changes.get_mut(transfer.tag as usize) else { return };
         change.operation = Some(transfer.operation).filter(|kind| *kind != Operation::Read);
@@ -59,7 +59,7 @@ impl LoggedEngine {
                 let mut rest = &mut change.buffer[SECTOR_BYTES..];
                 for range in transfer.ranges {
                     let (part, others) = rest.split_at_mut(rest.len().min(range.length as usize));
-                    // Outside of guest memory: the engine inside refuses the transfer.
+                    // The range is outside of guest memory, so the inner engine refuses the transfer.
                     let _ = self.memory.read_slice(part, range.address);
                     rest = others;
                 }
@@ -79,7 +79,7 @@ impl LoggedEngine {
         };
     }
 
-    /// Logs what is complete.
+    /// Logs the change of a transfer that has completed.
     fn end(&mut self, completions: &[Completion]) {
         for Completion { tag, result } in completions {
             let Some(change) = self.changes.get_mut(*tag as usize) else { continue };

@@ -1,7 +1,7 @@
 //! Opens an image and what it builds on.
 //!
-//! An image that names a backing file chooses a file of the host, so the user has to allow that (`backing=on`), and formats
-//! are never guessed: the image has to name that of its backing file. Nothing is created or changed here.
+//! An image that names a backing file chooses a file of the host, so the user has to allow that (`backing=on`). Formats are never
+//! guessed: the image has to name the format of its backing file. Nothing is created or changed here.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

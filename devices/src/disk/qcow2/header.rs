@@ -1,8 +1,8 @@
 //! Checks the header of a qcow2 image before imago sees it, and says what cannot be used and why.
 //!
-//! imago believes the header: it allocates as much memory for tables as the header asks for, searches for free clusters
-//! without end where the refcount table counts nothing, and panics at a table of feature names that ends within an entry. So sizes are
-//! checked here, with the limits of QEMU's block/qcow2.h, and features that imago does not have are refused by name. The fields are those of QEMU's docs/interop/qcow2.txt.
+//! imago trusts the header. It allocates as much memory for tables as the header asks for. If the refcount table counts nothing, it searches
+//! for free clusters without end. If a table of feature names ends within an entry, it panics. So this file checks sizes, with the limits of
+//! QEMU's block/qcow2.h, and refuses features that imago lacks by name. The fields are those of QEMU's docs/interop/qcow2.txt.
 
 use std::io;
 
@@ -11,7 +11,7 @@ use crate::disk::host_file::HostFile;
 use crate::disk::{OpenReason, SECTOR};
 
 const MAGIC: [u8; 4] = *b"QFI\xfb";
-/// Bytes of a version 2 header. Only these does imago change after opening, whatever the version.
+/// Bytes of a version 2 header. In any version, imago changes only these after it has opened the image.
 pub(super) const HEADER_SIZE: usize = 72;
 /// Where version 3's feature bits are, and where the fixed part of its header ends.
 pub(super) const INCOMPATIBLE: u64 = 72;
@@ -29,12 +29,12 @@ const FEATURE_NAME: usize = 48;
 /// Incompatible feature bits: closed without writing the refcounts; found corrupt.
 pub(super) const DIRTY: u64 = 1;
 pub(super) const CORRUPT: u64 = 2;
-/// Incompatible features of which no repair rids an image.
+/// Incompatible features that no repair removes.
 const DATA_FILE: u64 = 1 << 2;
 const COMPRESSION_TYPE: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
 
-/// What the users of an image have to know of its header.
+/// The fields of the header that other files of this module need.
 #[derive(Clone, Debug)]
 pub(super) struct Header {
     pub(super) version: u64,
@@ -46,7 +46,7 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// A raw image, which can only be below an overlay: then nothing here is looked at.
+    /// Stands for a raw image, which can only be below an overlay. Then no field is used.
     pub(super) const OF_RAW: Self =
         Self { version: 3, cluster: SECTOR, has_snapshots: false, backing_format: None };
     /// What imago creates.
@@ -60,7 +60,7 @@ pub(super) fn check(file: &HostFile, writable: bool) -> Result<Header, OpenReaso
         let mut bytes = Vec::new();
         let result =
             bounce.read(file, file.unit(), offset, length, |data| bytes.extend_from_slice(data));
-        // Where the file ends early, what there is.
+        // If the file ends early, its bytes up to the end.
         result.or_else(|error| {
             if error.kind() == io::ErrorKind::UnexpectedEof { Ok(()) } else { Err(error) }
         })?;
@@ -75,7 +75,7 @@ pub(super) fn check(file: &HostFile, writable: bool) -> Result<Header, OpenReaso
         return Err(OpenReason::Qcow2(damaged("its clusters have an impossible size")));
     };
     check_tables(&header, cluster_bits).map_err(OpenReason::Qcow2)?;
-    // The first entry is for the clusters from the header's on.
+    // The first entry of the refcount table is for the first clusters of the file, which have the header.
     let offset = long(&header, 48);
     if offset > i64::MAX as u64 - SECTOR || read(offset, 8)?.iter().all(|byte| *byte == 0) {
         return Err(OpenReason::Qcow2(damaged("its refcount table does not count the header")));
@@ -130,7 +130,7 @@ fn check_tables(header: &[u8], cluster_bits: u64) -> io::Result<()> {
     let mapped_by_l2 = 1 << (2 * cluster_bits - 3);
     let (entries, needed) = (word(header, 36), long(header, 24).div_ceil(mapped_by_l2));
     if entries.max(needed) > L1_MAX {
-        return Err(damaged("its L1 table is larger than 32 MiB, or should be"));
+        return Err(damaged("its L1 table is larger than 32 MiB, or would have to be for its size"));
     }
     if entries < needed {
         return Err(damaged("its L1 table is too small for its size"));

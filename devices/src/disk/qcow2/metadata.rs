@@ -1,13 +1,13 @@
-//! Where the metadata of a writable qcow2 image lies, and what of it is newer in memory than in the file.
+//! Where the metadata of a writable qcow2 image lies, and which of its clusters are newer in memory than in the file.
 //!
 //! [`OrderedStorage`](super::ordered::OrderedStorage) asks three questions here. Is a host cluster metadata, and of which
-//! kind? Does the file, as it is on the medium, still refer to a cluster? What has to be written at the next publication?
-//! The answers follow imago's own writes: an entry of the L1 table that changes makes its target an L2 table, an entry of
-//! the refcount table makes its target a refcount block, and the header moves the two tables themselves.
+//! kind? May the file, as it is on the medium, still refer to a cluster? What has to be written at the next publication?
+//! The answers follow imago's own writes. A changed entry of the L1 table makes its target an L2 table, and one of the refcount table
+//! makes its target a refcount block. A changed header moves these two tables.
 //!
-//! Invariant: no cluster has two kinds, and no cluster of metadata has a refcount of zero. Opening an image checks both for
-//! all tables, and each L2 table that is loaded is checked entry by entry ([`Metadata::check_l2`]). So a guest's data, even
-//! with a crafted image, never lies where metadata is, and metadata is never allocated a second time.
+//! Invariant: no cluster has two kinds, and no cluster of metadata has a refcount of zero. When an image is opened, both are checked
+//! for all tables. When an L2 table is loaded, each entry is checked ([`Metadata::check_l2`]). So even in a crafted image, a guest's
+//! data is never in a cluster of metadata, and metadata is never allocated a second time.
 //!
 //! The fields are those of QEMU's docs/interop/qcow2.txt.
 
@@ -24,20 +24,20 @@ use super::storage::HostStorage;
 
 /// Where the header has the disk's size.
 pub(super) const SIZE: Range<usize> = 24..32;
-/// Where the header says where the refcount table is, and its size. Both lie in one sector, as the whole header does, so
-/// that a torn write cannot part them.
+/// Where the header has the refcount table's offset and size. The whole header lies in one sector, so a torn write cannot change only
+/// one of the two.
 pub(super) const TABLE_POINTER: Range<usize> = 48..60;
 pub(super) const SECTOR: usize = 512;
-/// Most sectors of counts that are kept in memory: 32 MiB.
+/// Most sectors of refcount blocks that are cached in memory: 32 MiB.
 const MAX_COUNTS: usize = 64 << 10;
 /// The host offset in an entry of any table.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const COMPRESSED: u64 = 1 << 62;
 
-/// Most clusters of metadata that are kept track of: the largest tables that QEMU allows have fewer.
+/// Most clusters of metadata. The largest tables that QEMU allows have fewer.
 const MAX_CLUSTERS: usize = 8 << 20;
-/// Most clusters of the snapshot table and of the L1 tables that it names. They take no room in the file if it ends before them, but
-/// some 40 MiB of memory here. A terabyte in clusters of 4 KiB can have 1,000 snapshots.
+/// Most clusters of the snapshot table and of the L1 tables that it names. A crafted file can end before them, but here they take some
+/// 40 MiB of memory. With this limit, an image of a terabyte in clusters of 4 KiB can have 1,000 snapshots.
 const MAX_SNAPSHOT_CLUSTERS: u64 = 1 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,19 +66,19 @@ pub(super) struct Metadata {
     kinds: HashMap<u64, Kind>,
     /// Clusters whose content is newer than the file's.
     pub(super) held: BTreeMap<u64, Arc<Vec<u8>>>,
-    /// Sectors of refcount blocks as they are in the file, by their number in it.
+    /// Sectors of refcount blocks as they are in the file, by their sector number.
     counts: HashMap<u64, Vec<u8>>,
-    /// Nothing was given back since the last publication: a counted cluster that is written to is in use.
+    /// Since the last publication, no change may have freed a cluster. So imago allocates only clusters to which the file does not refer.
     pub(super) settled: bool,
-    /// The last write was refused because it came too early: it will succeed after a publication.
+    /// A write was refused because its cluster is not free on the medium yet. It will succeed after a publication.
     pub(super) refused: bool,
-    /// imago may make no new tables: it only gives back what there is.
+    /// imago must not allocate tables: the operation under way only frees clusters.
     pub(super) no_new_tables: bool,
-    /// The disk is at most this large in the file, whatever imago writes to the header.
+    /// Most bytes of disk that a publication writes to the header, whatever imago wrote there.
     pub(super) size_limit: u64,
     /// The header has feature bits (version 3).
     pub(super) has_features: bool,
-    /// The header's autoclear bits vouch for something that the first change outdates.
+    /// The header has autoclear bits set. They vouch for data that the first change makes out of date.
     pub(super) vouched: bool,
     pub(super) is_corrupt: bool,
 }
@@ -136,7 +136,7 @@ impl Metadata {
         self.kinds.get(&cluster).copied()
     }
 
-    /// Notes that a cluster is metadata now.
+    /// Records that a cluster is metadata now.
     fn add(&mut self, cluster: u64, kind: Kind) -> io::Result<()> {
         if self.kinds.len() > MAX_CLUSTERS {
             return Err(damaged("its metadata is larger than any image needs"));
@@ -153,7 +153,7 @@ impl Metadata {
         self.clusters(offset, length).try_for_each(|cluster| self.add(cluster, kind))
     }
 
-    /// What was metadata is no longer; what was to be written there is not.
+    /// Records that a cluster is no longer metadata, and drops what was to be written to it.
     fn remove(&mut self, cluster: u64) {
         self.kinds.remove(&cluster);
         self.held.remove(&cluster);
@@ -167,7 +167,7 @@ impl Metadata {
         }
     }
 
-    /// Takes over where the header says that the L1 table and the refcount table are.
+    /// Reads from the header where the L1 table and the refcount table are, and records their clusters.
     fn follow_header(&mut self, file: &HostStorage) -> io::Result<()> {
         let (entries, offset) = (header::word(&self.header, 36), header::long(&self.header, 40));
         if offset != self.l1_offset {
@@ -193,7 +193,8 @@ impl Metadata {
         if length == 0 { Ok(()) } else { self.add_range(offset, length, kind) }
     }
 
-    /// Takes over entries of the L1 table or the refcount table, which start at `index`.
+    /// Records the L2 tables or refcount blocks to which new entries of the L1 table or the refcount table refer. The first entry is
+    /// that of `index`.
     fn follow_entries(&mut self, table: Kind, index: usize, entries: &[u64]) -> io::Result<()> {
         for (index, entry) in (index..).zip(entries) {
             let (list, kind) = match table {
@@ -219,7 +220,7 @@ impl Metadata {
         Ok(())
     }
 
-    /// Takes a write to a cluster of `kind`, which is published later.
+    /// Holds a write to a cluster of `kind` until the next publication, and records the tables to which it refers.
     pub(super) fn take_write(
         &mut self,
         file: &HostStorage,
@@ -248,7 +249,7 @@ impl Metadata {
         Ok(entries(&bytes))
     }
 
-    /// The snapshot table, which has no length of its own, and the L1 tables that it names.
+    /// Records the clusters of the snapshot table, whose length follows only from its entries, and of the L1 tables that it names.
     fn add_snapshots(&mut self, file: &HostStorage) -> io::Result<()> {
         let (count, start) = (header::word(&self.header, 60), header::long(&self.header, 64));
         if count > 65536 {
@@ -278,7 +279,7 @@ impl Metadata {
         if count > 0 { self.add_range(start, at - start, Kind::Snapshot) } else { Ok(()) }
     }
 
-    /// Whether the file has a refcount for `cluster`. While it has, something in the file may refer to the cluster.
+    /// Whether the refcount of `cluster` in the file is above zero. If it is, the file may refer to the cluster.
     pub(super) fn is_counted(&mut self, file: &HostStorage, cluster: u64) -> io::Result<bool> {
         let in_block = 1_u64 << (self.cluster_bits + 3 - self.refcount_order);
         let block = self.refcount_table.get((cluster / in_block) as usize).filter(|at| **at != 0);
@@ -299,7 +300,7 @@ impl Metadata {
         })
     }
 
-    /// The refcount block in `cluster` was changed in the file.
+    /// Drops cached sectors of the refcount block in `cluster`, which was changed in the file from `before` to `after`.
     pub(super) fn forget_counts(&mut self, cluster: u64, before: &[u8], after: &[u8]) {
         let first = (cluster << self.cluster_bits) / SECTOR as u64;
         for (sector, (before, after)) in (first..).zip(sectors(before, after)) {
@@ -314,7 +315,7 @@ impl Metadata {
         if self.is_corrupt { Err(io::Error::from_raw_os_error(libc::EIO)) } else { Ok(()) }
     }
 
-    /// A refcount block with the larger of two counts for each cluster.
+    /// A refcount block that has, for each cluster, the larger of the counts in two blocks.
     pub(super) fn larger_counts(&self, one: &[u8], other: &[u8]) -> Vec<u8> {
         let mut larger = one.to_vec();
         for ((one, other), larger) in sectors(one, other).zip(larger.chunks_mut(SECTOR)) {
@@ -329,7 +330,7 @@ impl Metadata {
                         });
                     }
                 }
-                // They are big-endian: the order of the bytes is that of the numbers.
+                // Counts are big-endian, so comparing their bytes compares the numbers.
                 order => {
                     let size = 1 << (order - 3);
                     let pairs = one.chunks(size).zip(other.chunks(size));
@@ -342,8 +343,8 @@ impl Metadata {
         larger
     }
 
-    /// Refuses an L2 table, just loaded from the file, that refers to metadata or to clusters that are not counted. With the
-    /// first a guest would write metadata, and the second would be allocated a second time.
+    /// Refuses an L2 table from the file that refers to metadata, which a guest could then write, or to clusters that are not counted,
+    /// which would be allocated a second time.
     pub(super) fn check_l2(&mut self, file: &HostStorage, table: &[u8]) -> io::Result<()> {
         for entry in entries(table) {
             let clusters = match entry {
@@ -365,7 +366,7 @@ impl Metadata {
         Ok(())
     }
 
-    /// Puts `data` into the clusters that wait for publication.
+    /// Writes `data` to the clusters in memory that wait for publication.
     fn hold(&mut self, file: &HostStorage, mut offset: u64, mut data: &[u8]) -> io::Result<()> {
         while !data.is_empty() {
             let (cluster, size) = (self.cluster(offset), self.cluster_size());
@@ -398,7 +399,7 @@ fn entries(table: &[u8]) -> Vec<u64> {
     table.as_chunks().0.iter().map(|entry| u64::from_be_bytes(*entry)).collect()
 }
 
-/// Reads from the file; what is past its end is zero.
+/// Reads from the file. Bytes past its end are zero.
 pub(super) fn read(file: &HostStorage, offset: u64, length: usize) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; length];
     file.read(&mut bytes[..], offset)?;

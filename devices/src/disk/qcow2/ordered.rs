@@ -1,13 +1,16 @@
 //! The storage that imago gets: the order of a qcow2 image's writes on the medium.
 //!
-//! After a power cut the medium holds what the last completed fdatasync covered and any part of what was written later, in
-//! any order, torn at sectors. imago 0.2.6 writes its tables in the right order, but with no fdatasync between them, with two
-//! gaps (a new L2 table or refcount block is referred to before it is counted), and it reuses a cluster at once after giving
-//! it back, while the file still refers to it. So after a cut a cluster could be in use and not counted, and the next start
-//! gave it away a second time.
+//! After a power cut, the medium has everything that the last completed fdatasync covered, and any part of later writes, in any order,
+//! torn at sectors. Three properties of imago 0.2.6 are unsafe then:
 //!
-//! This layer below imago closes all of that with one idea: **what imago writes to metadata stays in memory until it is
-//! published, in an order in which each step refers only to what is durable**. Data goes straight to the file.
+//! - It writes its tables in the right order, but makes no fdatasync between them.
+//! - In two places it refers to a new L2 table or refcount block before that is counted.
+//! - It reuses a freed cluster at once, while the file still refers to it.
+//!
+//! So after a power cut a cluster could be in use without being counted, and after the next start it was allocated a second time.
+//!
+//! This layer lies below imago. Its rule: **imago's writes to metadata stay in memory until they are published. The order of a
+//! publication is such that each step refers only to data that is durable**. Guest data goes to the file at once.
 //!
 //! | step of `Order::publish` writes | fdatasync |
 //! |---|---|
@@ -17,25 +20,27 @@
 //! | 4. if the header changed (a resize, a moved L1 table): the header | before it |
 //! | 5. refcount blocks in which counts go down | before them |
 //!
-//! The caller's fdatasync ends a flush, so one that publishes new clusters costs two of them, as QEMU's does, and one that
-//! publishes nothing costs one. Each table is one cluster or a sequence of entries, and each entry is valid in its old and in
-//! its new form at every step, so a torn or missing write of a step does no harm. What is lost at worst is a count that is too
-//! high: a leaked cluster, as in QEMU.
+//! The caller ends a flush with an fdatasync of its own. So a flush that publishes new clusters costs two, as in QEMU, and one that
+//! publishes nothing costs one. Each entry of a table is valid in its old and in its new form at every step, so a torn or missing
+//! write of a step does no harm. At worst a count stays too high and a cluster leaks, as in QEMU.
 //!
-//! **Reuse.** A cluster that the file counts may still be referred to by the file, so a write to it is refused unless it is
-//! known to be in use. The caller publishes, which makes the references go, and repeats what it did.
+//! **Reuse.** While the file counts a freed cluster, it may still refer to it. So new data for the cluster is refused. The caller then
+//! publishes, which removes the references, and repeats its change.
 //!
-//! **Metadata and guests.** A guest's write never reaches a cluster of metadata: see [`metadata`](super::metadata). An image
-//! in which it would is marked corrupt, as by QEMU, and no longer written to.
+//! **Metadata and guests.** A guest's write never reaches a cluster of metadata: see [`metadata`](super::metadata). If the tables of an
+//! image lead a write there, the image is marked corrupt, as by QEMU, and no longer written to.
 //!
-//! Why not otherwise: the dirty bit with refcounts rebuilt at the next start does not exist in version 2 images and does not
-//! help against reuse; a barrier before each of imago's own writes leaves the two gaps, whose writes imago would have to make
-//! in another order; a patched copy of imago would have to follow its releases. All of this needs imago only to write metadata
-//! through its `Storage`.
+//! Other ways were rejected:
 //!
-//! Who calls: imago, through `Storage`, and [`Qcow2Image`](super::Qcow2Image) for guest data, which knows whether the target
-//! is in use. Calls that allocate or publish come from one thread at a time. Layers that are only read have no metadata here,
-//! nor has a temporary overlay, which does not outlive the process: their calls go to the file as they are.
+//! - The dirty bit, with refcounts rebuilt at the next start: version 2 images have none, and it does not help against reuse.
+//! - An fdatasync before each of imago's own writes: the two places with the wrong order remain.
+//! - A patched copy of imago: it would have to follow imago's releases.
+//!
+//! This layer only requires that imago writes metadata through its `Storage`.
+//!
+//! imago calls it through `Storage`, and [`Qcow2Image`](super::Qcow2Image) for guest data, because it knows whether the target is in
+//! use. Calls that allocate or publish come from one thread at a time. Layers that are only read have no metadata here. A temporary
+//! overlay has none either, because it does not outlive the process. Calls for both go to the file unchanged.
 
 #![expect(unsafe_code, reason = "imago declares the calls of `Storage` unsafe")]
 
@@ -55,39 +60,39 @@ use super::storage::HostStorage;
 use crate::disk::Corruption;
 use crate::lock;
 
-/// See the module.
+/// The [`Storage`] that imago gets for one file: see the module's documentation.
 #[derive(Clone, Debug)]
 pub(super) struct OrderedStorage(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
     file: Arc<HostStorage>,
-    /// imago refuses images with unknown incompatible bits, and clears autoclear bits when it opens an image for writing.
-    /// Neither suits: a dirty or corrupt image can be read, and nothing is written before the guest writes.
+    /// Hides the dirty and corrupt bits and the autoclear bits from imago. imago would refuse to open a dirty or corrupt image, which
+    /// can still be read. And it would clear autoclear bits when it opens an image, where nothing is written before the guest writes.
     hides_features: bool,
     order: Option<Order>,
     helper: CommonStorageHelper,
 }
 
-/// What there is of an image that is written to.
+/// The state of an image that is written to.
 #[derive(Debug)]
 pub(super) struct Order {
     pub(super) file: Arc<HostStorage>,
     metadata: Mutex<Metadata>,
-    /// How the image was found to be corrupt, until that is reported. Not in `metadata`, which is locked while the host is waited
-    /// for: the main loop asks.
+    /// The corruption that was found, until the main loop reports it. It has a lock of its own, because `metadata` is locked during
+    /// host I/O, for which the main loop must not wait.
     pub(super) corruption: Mutex<Option<Corruption>>,
-    /// Publishing makes each step durable before the next (not with `cache=unsafe`).
+    /// A publication makes each step durable before the next. False with `cache=unsafe`.
     pub(super) barriers: bool,
 }
 
 impl OrderedStorage {
-    /// A file that is written as imago says, or only read.
+    /// A file without an order: it is only read, or imago's writes go to it unchanged.
     pub(super) fn plain(file: HostStorage) -> Self {
         Self::new(Arc::new(file), false, None)
     }
 
-    /// A qcow2 image whose header has been checked, to be read, or to be written to in order.
+    /// A qcow2 image whose header has been checked. If it is `writable`, its writes are ordered.
     pub(super) fn qcow2(
         file: HostStorage,
         version: u64,
@@ -107,18 +112,18 @@ impl OrderedStorage {
         Self(Arc::new(Shared { file, hides_features, order, helper: Default::default() }))
     }
 
-    /// What keeps the order; `None` if nothing does.
+    /// The state of the ordering. `None` if the file has no order.
     pub(super) fn order(&self) -> Option<&Order> {
         self.0.order.as_ref()
     }
 
-    /// Writes guest data to clusters that an L2 table refers to, or (`new`) that have just been allocated for it.
+    /// Writes guest data to clusters to which an L2 table refers, or (`new`) which have just been allocated for it.
     pub(super) fn write_data(&self, data: &[u8], offset: u64, new: bool) -> io::Result<()> {
         self.check_data(offset, data.len() as u64, new)?;
         self.0.file.write(data, offset)
     }
 
-    /// Zeroes guest data in clusters that an L2 table refers to, and leaves them allocated.
+    /// Zeroes guest data in clusters to which an L2 table refers. They stay allocated.
     pub(super) fn zero_data(&self, offset: u64, length: u64) -> io::Result<()> {
         self.check_data(offset, length, false)?;
         self.0.file.write_allocated_zeroes(offset, length)
@@ -156,8 +161,8 @@ impl Order {
         if self.barriers { self.file.sync() } else { Ok(()) }
     }
 
-    /// To be called before each change: refuses it once the image is corrupt, and before the first withdraws what the
-    /// autoclear bits vouch for. Returns whether it has done that.
+    /// Called before each change. Refuses it if the image is corrupt. Before the first change it clears the autoclear bits, because the
+    /// change makes the data for which they vouch out of date. Returns whether it has cleared them.
     pub(super) fn begin_change(&self) -> io::Result<bool> {
         let mut metadata = self.metadata();
         metadata.check_usable()?;
@@ -168,7 +173,7 @@ impl Order {
         Ok(std::mem::take(&mut metadata.vouched))
     }
 
-    /// Refuses guest data where metadata is, and new data where the file may still refer to something else.
+    /// Refuses guest data in a cluster of metadata, and new data in a cluster to which the file may still refer.
     fn check_data(&self, offset: u64, length: u64, new: bool) -> io::Result<()> {
         let mut metadata = self.metadata();
         metadata.check_usable()?;
@@ -185,8 +190,8 @@ impl Order {
         Ok(())
     }
 
-    /// The error for the guest of an access to `range`. If it says that the image is damaged, the image is marked corrupt, where
-    /// its header has room for that.
+    /// The error that the guest gets for an access to `range` of the file. If `error` says that the image is damaged, the image is not
+    /// written to any more, and is marked corrupt. Only the header of version 3 has a bit for that.
     fn judge(
         &self,
         mut metadata: MutexGuard<'_, Metadata>,
@@ -233,7 +238,7 @@ impl Order {
         taken.map_err(|error| self.judge(metadata, error, range))
     }
 
-    /// A read by imago: what is held wins over the file, and L2 tables are checked.
+    /// A read by imago. A held cluster is returned in place of the file's content. An L2 table from the file is checked.
     fn read(&self, mut buffers: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
         let metadata = self.metadata();
         let (cluster, size) = (metadata.cluster(offset), metadata.cluster_size());
@@ -264,7 +269,7 @@ impl fmt::Display for OrderedStorage {
     }
 }
 
-// Requests need no alignment here: the file below has its own, and pads requests to it.
+// Requests need no alignment here. The file below has one, and pads requests to it.
 impl Storage for OrderedStorage {
     fn size(&self) -> io::Result<u64> {
         self.0.file.size()
@@ -313,7 +318,7 @@ impl Storage for OrderedStorage {
     }
 }
 
-/// What the tests take out, for images that their thread opens, to see that the power-cut rig finds it.
+/// Switches that turn parts of the order off for images that a test's thread opens. The power-cut rig then has to find a fault.
 #[cfg(test)]
 pub(in crate::disk) mod without {
     use std::cell::Cell;

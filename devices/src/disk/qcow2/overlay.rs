@@ -1,5 +1,5 @@
-//! `snapshot=on`: a temporary qcow2 image over the one that the user named, in a file that has no name, so that it goes when it
-//! is closed, however that happens.
+//! `snapshot=on`: a temporary qcow2 image over the one that the user named. Its file has no name, so the kernel frees it when it is
+//! closed, even if minivmm is killed.
 
 use std::io;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use super::storage::HostStorage;
 use crate::disk::host_file::HostFile;
 use crate::disk::{OpenReason, SECTOR, temporary_file};
 
-/// A qcow2 image over `base`.
+/// Makes an empty qcow2 image over `base`.
 pub(super) fn temporary_overlay(base: Opened) -> Result<Opened, OpenReason> {
     let below = base.with_below();
     let base = base.layer;

@@ -1,4 +1,4 @@
-//! The publication: what [`Order`] holds is written to the file, in the order that its module describes.
+//! The publication: writes the metadata that [`Order`] holds to the file, in the order that the module of `Order` describes.
 
 use std::io;
 use std::sync::Arc;
@@ -9,10 +9,10 @@ use super::header;
 use super::metadata::{Kind, Metadata, SECTOR, SIZE, TABLE_POINTER, read, sectors};
 use super::ordered::Order;
 
-/// A cluster, and what it shall contain.
+/// The number of a cluster, and its new content.
 type Table = (u64, Arc<Vec<u8>>);
 
-/// What a publication writes, taken at one moment.
+/// What a publication writes, as of the moment when it begins.
 #[derive(Default)]
 struct Plan {
     header: Option<Vec<u8>>,
@@ -22,12 +22,12 @@ struct Plan {
 }
 
 impl Order {
-    /// Writes what is held to the file, in order. imago's caches must have been flushed, and nothing may be allocated
-    /// meanwhile. Returns whether all data written before, and all that refers to it, is
-    /// durable already. Counts that went down need not be: they are at worst too high, and a cluster leaks.
+    /// Writes the held metadata to the file, in order. imago's caches must have been flushed, and nothing may be allocated meanwhile.
+    /// Returns whether all data that was written before, with all tables that refer to it, is durable already. Counts that went down
+    /// need not be durable: if they stay too high, clusters leak.
     ///
     /// # Errors
-    /// What was not written stays held, so a later call may succeed.
+    /// The host's. Everything stays held, so a later call may succeed.
     pub(super) fn publish(&self) -> io::Result<bool> {
         let plan = plan(&self.metadata());
         self.metadata().check_usable()?;

@@ -1,7 +1,7 @@
-//! The host file of a layer as imago sees it: its own kind of file, but with what the host says of direct I/O.
+//! The host file of a layer as imago sees it: imago's own file, with the alignment that the host requires for direct I/O.
 //!
-//! imago 0.2.6 finds that out by reading single bytes, which succeeds where a file has a hole: it would then hand the host
-//! buffers that only suit holes.
+//! imago 0.2.6 tests the alignment by reading single bytes. In a hole of the file such reads succeed, and imago would then send requests
+//! that the host refuses elsewhere.
 
 #![expect(unsafe_code, reason = "imago's own file is called as imago calls this one")]
 
@@ -23,7 +23,7 @@ use crate::disk::host_file::HostFile;
 use crate::disk::positioned_io::{Direction, READ, WRITE};
 use crate::disk::{Change, OpenReason};
 
-/// A host file, and what it asks of a transfer.
+/// imago's view of a host file, with the alignment of its transfers.
 #[derive(Debug)]
 pub(super) struct HostStorage {
     /// For messages.
@@ -33,24 +33,24 @@ pub(super) struct HostStorage {
 }
 
 impl HostStorage {
-    /// A view of `host`, which messages call `path`, with which a writable image may be written.
+    /// A view of `host`, whose name in messages is `path`.
     pub(super) fn new(path: &Path, host: &Arc<HostFile>, writable: bool) -> io::Result<Self> {
         let direct = host.direct.is_some();
-        // Without `write`, imago does not try writing to find out what direct I/O wants.
+        // Without `write`, imago does not test the alignment by writing.
         let options = StorageOpenOptions::new().direct(direct).write(writable && !direct);
         let file = File::from_open_file(host.file.try_clone()?, options)?;
         Ok(Self { path: path.to_owned(), file, host: Arc::clone(host) })
     }
 
-    /// Checks that the host allows the calls that imago makes for `host`, and for which it has no other: otherwise the guest would
-    /// see I/O errors.
+    /// Checks that the host allows preadv(2) and, if `writable`, pwritev(2). imago makes these calls and has no others to fall back to,
+    /// so the guest would see I/O errors.
     ///
     /// # Errors
-    /// The one that is refused.
+    /// The call that is refused.
     pub(super) fn check_calls(host: &HostFile, writable: bool) -> Result<(), OpenReason> {
         let (fd, none) = (host.file.as_raw_fd(), ptr::null::<libc::iovec>());
         let check = |name, [_, call, _]: Direction| {
-            // SAFETY: no buffer at all, so that nothing is read or written.
+            // SAFETY: there is no buffer, so nothing is read or written.
             match unsafe { libc::syscall(call, fd, none, 0_usize, 0_u64, 0_u64) } {
                 0.. => Ok(()),
                 _ => Err(OpenReason::Refused(name, io::Error::last_os_error())),
@@ -60,7 +60,7 @@ impl HostStorage {
         if writable { check("pwritev", WRITE) } else { Ok(()) }
     }
 
-    /// What transfers, zeroes and discards may start and end on, if imago's file asks for `own`.
+    /// The alignment of transfers, zeroes and discards: `own` is that of imago's file.
     fn unit(&self, own: usize) -> usize {
         own.max(self.host.unit() as usize)
     }
@@ -145,7 +145,7 @@ impl Storage for HostStorage {
     }
 }
 
-/// imago writes the zeroes itself where the host does not support another way; a seccomp filter's answer counts as that.
+/// If the host or its seccomp filter does not allow to zero a range, reports that as unsupported: imago then writes zeroes.
 fn unsupported(error: io::Error) -> io::Error {
     if is_refusal(&error) { io::ErrorKind::Unsupported.into() } else { error }
 }
