@@ -1,6 +1,7 @@
-//! A port whose written byte becomes the exit status of the monitor: what a job that runs inside a guest wants.
+//! The debug-exit port: the byte that the guest writes to it becomes the exit status of minivmm. So a job inside a guest can report its
+//! result.
 //!
-//! A capability: `vmm/src/attach.rs` puts it on the bus, and nothing else knows it.
+//! A capability: `vmm/src/attach.rs` puts it on the bus, and no other module refers to it.
 
 use super::{EventSink, GuestEvent};
 use crate::bus::BusDevice;

@@ -1,6 +1,6 @@
-//! The PS/2 controller, of which only the CPU reset command is there: what Linux falls back to without ACPI.
+//! The PS/2 controller, of which only the command that resets the CPU is implemented. Linux reboots by it if there is no ACPI.
 //!
-//! A capability: `vmm/src/attach.rs` puts it on the bus, and nothing else knows it.
+//! A capability: `vmm/src/attach.rs` puts it on the bus, and no other module refers to it.
 
 use std::convert::Infallible;
 
@@ -43,10 +43,9 @@ impl I8042 {
 
 impl BusDevice for I8042 {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        // The output buffer never empties: Linux's probe reads 16 bytes, says "No controller found" and moves on,
-        // where an idle but silent controller would cost it half a second of timeouts (i8042_flush in
-        // drivers/input/serio/i8042.c). The input buffer stays empty, which is all that its reset path waits for
-        // (kb_wait in arch/x86/kernel/reboot.c).
+        // The output buffer is always full. So Linux's probe reads 16 bytes, logs "No controller found" and goes on (i8042_flush in
+        // drivers/input/serio/i8042.c). With an empty buffer it would wait for answers for half a second. The input buffer is always
+        // empty, which is all that Linux waits for before a reset (kb_wait in arch/x86/kernel/reboot.c).
         data.fill(if offset == STATUS { OUTPUT_BUFFER_FULL } else { 0 });
     }
 

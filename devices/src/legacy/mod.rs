@@ -1,6 +1,7 @@
-//! The few devices of a PC that a Linux guest expects: the console UART, and the registers by which it ends.
+//! The few devices of a PC that a Linux guest expects: the UART of its console, and the registers by which it powers off, resets and
+//! reports a panic.
 //!
-//! They know offsets, never absolute addresses: the machine's owner decides where on the bus each one sits.
+//! They see offsets and never absolute addresses: the owner of the machine decides where on the bus each device is.
 
 use std::sync::Arc;
 
@@ -16,23 +17,23 @@ pub use power::{ResetRegister, SleepRegisters};
 pub use pvpanic::Pvpanic;
 pub use serial::{SerialDevice, SerialState};
 
-/// What the guest tells us by one of these devices. The machine's owner decides what follows.
+/// An event that the guest reports by one of these devices. The owner of the machine decides what follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GuestEvent {
-    /// The machine is to start again.
+    /// The guest asks for a reset of the machine.
     Reset,
-    /// The machine is to switch itself off.
+    /// The guest asks to power the machine off.
     PowerOff,
-    /// The guest's kernel panicked and nothing will handle it.
+    /// The guest's kernel panicked, and no crash kernel takes over.
     Panicked,
     /// The guest's kernel panicked and its crash kernel takes over.
     CrashLoaded,
-    /// The guest ended a job with this exit status.
+    /// The guest wrote this exit status to the debug-exit port.
     DebugExit(u8),
 }
 
-/// Where guest events go. Called on a vCPU thread, from inside the device: it must hand the event over and return, and
-/// a hostile guest may call it any number of times before its vCPUs are stopped.
+/// Receives guest events. A device calls it on a vCPU's thread, so it must pass the event on and return. A hostile guest can cause any
+/// number of calls before its vCPUs are stopped.
 pub type EventSink = Arc<dyn Fn(GuestEvent) + Send + Sync>;
 
 #[cfg(test)]
@@ -42,7 +43,7 @@ mod tests {
     use super::*;
     use crate::bus::BusDevice;
 
-    /// A sink that remembers, and what it remembers.
+    /// A sink that records events, and its record.
     pub(super) fn recorder() -> (EventSink, Arc<Mutex<Vec<GuestEvent>>>) {
         let events = Arc::new(Mutex::new(Vec::new()));
         let recorded = Arc::clone(&events);

@@ -1,12 +1,12 @@
-//! Switching off and resetting: the byte-wide registers that the FADT of a hardware-reduced machine names (ACPI 6.4
-//! §4.8.3.6, §4.8.3.7).
+//! The registers by which the guest powers the machine off and resets it. The FADT of a hardware-reduced machine names them (ACPI 6.4
+//! §4.8.3.6, §4.8.3.7). Each is one byte wide.
 //!
-//! A capability: `vmm/src/attach.rs` puts them on the bus, and nothing else knows them.
+//! A capability: `vmm/src/attach.rs` puts them on the bus, and no other module refers to them.
 
 use super::{EventSink, GuestEvent};
 use crate::bus::BusDevice;
 
-/// Offset of SLEEP_CONTROL_REG. SLEEP_STATUS_REG follows: it never shows WAK_STS, since nothing here wakes up.
+/// Offset of SLEEP_CONTROL_REG. SLEEP_STATUS_REG follows, and always reads as 0: the machine never sleeps, so it never wakes up.
 const SLEEP_CONTROL: u64 = 0;
 /// SLP_EN of the sleep control register: enter the sleep state now.
 const SLEEP_ENABLE: u8 = 1 << 5;

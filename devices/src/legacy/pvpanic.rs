@@ -1,12 +1,12 @@
-//! The port by which a panicking guest says so (QEMU, docs/specs/pvpanic): reading gives the events that the machine
-//! takes, writing reports some of them.
+//! The pvpanic port, by which a guest reports that its kernel panicked (QEMU, docs/specs/pvpanic). A read returns the events that the
+//! port supports. A write reports events.
 //!
-//! A capability: `vmm/src/attach.rs` puts it on the bus, and nothing else knows it.
+//! A capability: `vmm/src/attach.rs` puts it on the bus, and no other module refers to it.
 
 use super::{EventSink, GuestEvent};
 use crate::bus::BusDevice;
 
-/// The guest's kernel panicked and nothing will handle it.
+/// The guest's kernel panicked, and no crash kernel takes over.
 const PANICKED: u8 = 1;
 /// The guest's kernel panicked and its crash kernel takes over.
 const CRASH_LOADED: u8 = 2;
@@ -21,7 +21,7 @@ impl Pvpanic {
     /// Bytes of address space.
     pub const SIZE: u64 = 1;
 
-    /// A port that reports to `sink`, each kind of event once.
+    /// A port that reports to `sink`. Until a reset, it reports each kind of event once.
     pub fn new(sink: EventSink) -> Self {
         Self { sink, reported: 0 }
     }

@@ -1,15 +1,15 @@
-//! COM1: a 16550A on top of vm-superio's, with what it leaves to its user: input of any length through a 64-byte FIFO.
+//! A serial port (16550A). vm-superio implements the registers. This module adds input of any length through the 64-byte FIFO.
 //!
-//! The guest's output goes to a writer that must not block, byte by byte on the vCPU's thread. The console offers input, and
-//! is told by an eventfd when there is room again.
+//! Each byte of the guest's output goes to a writer on the vCPU's thread, which must not block. The console passes input, and an eventfd
+//! tells it when there is room again.
 //!
-//! Quirks of vm-superio 0.8, with what is done about them:
-//! - A receive interrupt is over with the first byte that is read: `interrupt_identification` reports it while there is data.
-//! - A receive and a transmit interrupt that are pending together read as IIR 6, "line status", and reading clears both.
-//!   Left as it is: Linux looks only at IIR's "nothing pending" bit and then serves whatever LSR shows, receiver and
-//!   transmitter alike (serial8250_handle_irq in drivers/tty/serial/8250/8250_port.c), so it loses nothing.
-//! - The FIFO control register is ignored. Left as it is: a driver that clears the receive FIFO still gets what was typed
-//!   before.
+//! vm-superio 0.8 differs from a 16550A in three ways:
+//!
+//! - It clears a receive interrupt when the first byte is read. So `interrupt_identification` reports one as long as there is data.
+//! - If a receive and a transmit interrupt are pending together, IIR reads as 6 ("line status"), and the read clears both. That does no
+//!   harm: Linux looks only at the bit "nothing pending" of IIR, and then serves receiver and transmitter by LSR
+//!   (serial8250_handle_irq in drivers/tty/serial/8250/8250_port.c).
+//! - It ignores the FIFO control register. So a driver that clears the receive FIFO still gets the input from before.
 
 #[cfg(test)]
 mod fuzz;
@@ -38,16 +38,16 @@ const INTERRUPT_IDENTIFICATION: u8 = 2;
 const NO_INTERRUPT: u8 = 1;
 /// Interrupt identification: the receiver has data.
 const DATA_AVAILABLE: u8 = 1 << 2;
-/// Interrupt enable bit of the same.
+/// Interrupt enable bit for received data.
 const ENABLE_DATA_AVAILABLE: u8 = 1;
 /// Offset of the line status register.
 const LINE_STATUS: u8 = 5;
-/// This many reads of the line status in a row are a driver that waits for input: it never has to wait for output, the
+/// After this many reads of the line status in a row, the driver is taken to poll for input. It cannot wait for output, because the
 /// transmitter is always ready.
 const POLLS_FOR_INPUT: u8 = 8;
 /// Offset of the modem control register.
 const MODEM_CONTROL: u8 = 4;
-/// Modem control bit: the transmitter feeds the receiver, and the line is cut off.
+/// Modem control bit: the transmitter is connected to the receiver, and the line is disconnected.
 const LOOPBACK: u8 = 1 << 4;
 
 /// The UART.
@@ -55,7 +55,7 @@ pub struct SerialDevice {
     uart: Uart,
     interrupt: Arc<dyn InterruptLine>,
     on_input_drained: EventFd,
-    /// The console found no room, and waits for `on_input_drained`.
+    /// The console has found no room, and waits for `on_input_drained`.
     input_blocked: bool,
     /// Reads of the line status in a row, up to `POLLS_FOR_INPUT`.
     polls: u8,
@@ -64,7 +64,7 @@ pub struct SerialDevice {
 
 type Uart = Serial<UartInterrupt, NoEvents, Box<dyn Write + Send>>;
 
-/// IRQ 4 as the trigger that vm-superio expects.
+/// The port's interrupt line as the trigger that vm-superio expects.
 struct UartInterrupt(Arc<dyn InterruptLine>);
 
 impl vm_superio::Trigger for UartInterrupt {
@@ -79,9 +79,9 @@ impl SerialDevice {
     /// Bytes of address space.
     pub const SIZE: u64 = 8;
 
-    /// A UART after reset. It asserts `interrupt`, an edge each time, and writes what the guest sends to `output`, byte
-    /// by byte on the vCPU's thread: `output` must never block. `on_input_drained` is written once the guest can take
-    /// input again after `input_room` or `enqueue` had to refuse some.
+    /// A UART after reset. Each interrupt is an edge on `interrupt`. Each byte that the guest sends is written to `output` on the vCPU's
+    /// thread, so `output` must never block. If `input_room` or `enqueue` had no room, `on_input_drained` is written when there is room
+    /// again.
     pub fn new(
         interrupt: Arc<dyn InterruptLine>,
         output: Box<dyn Write + Send>,
@@ -97,18 +97,18 @@ impl SerialDevice {
         }
     }
 
-    /// How many bytes `enqueue` would accept now. When that is 0, `on_input_drained` tells when to ask again.
+    /// How many bytes `enqueue` would accept now. If it is 0, `on_input_drained` is written when that changes.
     pub fn input_room(&mut self) -> usize {
         let room = if self.takes_input() { self.uart.fifo_capacity() } else { 0 };
         self.input_blocked |= room == 0;
         room
     }
 
-    /// Passes typed bytes to the guest and returns how many of them it took. Keep the rest, and offer it again after
-    /// `on_input_drained`.
+    /// Passes input to the guest, and returns how many bytes were accepted. The caller keeps the rest until `on_input_drained` is
+    /// written.
     pub fn enqueue(&mut self, bytes: &[u8]) -> usize {
         let accepted = bytes.len().min(self.input_room());
-        // It fails only on a full FIFO, which the line above excludes, or at raising the interrupt.
+        // It fails if the FIFO is full, which the line above excludes, or if the interrupt cannot be raised.
         if let Err(error) = self.uart.enqueue_raw_bytes(&bytes[..accepted]) {
             self.report(&error);
         }
@@ -116,8 +116,8 @@ impl SerialDevice {
         accepted
     }
 
-    /// The reason for the interrupt. On the chip a receive interrupt is pending as long as there is data. Linux reads 256
-    /// bytes at most, then looks here whether there is more: if a paste goes on meanwhile, the rest must still be announced.
+    /// The interrupt identification register. On the real chip, a receive interrupt is pending as long as there is data. Linux reads at
+    /// most 256 bytes and then reads this register again. If input has arrived meanwhile, the interrupt must still be pending.
     fn interrupt_identification(&mut self) -> u8 {
         let identification = self.uart.read(INTERRUPT_IDENTIFICATION);
         let data = self.uart.fifo_capacity() < FIFO_SIZE;
@@ -128,22 +128,22 @@ impl SerialDevice {
         }
     }
 
-    /// Input has to wait until the guest listens: until its driver enables the receive interrupt, or polls. Linux
-    /// throws away what it finds in the FIFO before that (serial8250_do_startup), which would cost a script on our
-    /// standard input its first bytes. It waits also while the guest tests its UART in loopback, which cuts the line
-    /// off.
+    /// Whether the guest takes input now: its driver has enabled the receive interrupt, or polls. Before that, Linux discards what is in
+    /// the FIFO (serial8250_do_startup), and a script on minivmm's standard input would lose its first bytes. Input also waits while
+    /// the guest tests its UART in loopback mode.
     fn takes_input(&mut self) -> bool {
         (self.data_interrupt_enabled() || self.polls == POLLS_FOR_INPUT)
             && self.uart.read(MODEM_CONTROL) & LOOPBACK == 0
     }
 
-    /// Read from the saved state, since the register's offset leads elsewhere while the divisor latch is open.
+    /// Whether the guest has enabled the receive interrupt. Taken from vm-superio's state: while the divisor latch is open, the
+    /// register's offset reads another register.
     fn data_interrupt_enabled(&self) -> bool {
         self.uart.state().interrupt_enable & ENABLE_DATA_AVAILABLE != 0
     }
 
-    /// After each access of the guest: it may have made room. Room is announced when the FIFO is empty, so that 64 bytes cost
-    /// one wake-up.
+    /// Called after each access of the guest, which may have made room. The console is woken only when the FIFO is empty, once for 64
+    /// bytes.
     fn after_access(&mut self, polled: bool) {
         self.polls = if polled { POLLS_FOR_INPUT.min(self.polls + 1) } else { 0 };
         if self.input_blocked && self.uart.fifo_capacity() == FIFO_SIZE && self.takes_input() {
@@ -182,7 +182,7 @@ impl BusDevice for SerialDevice {
         }
     }
 
-    /// What was typed and not read is lost. A console that waits for room is told when the next driver listens.
+    /// Drops input that the guest has not read. A console that waits for room is woken when the guest's next driver takes input.
     fn reset(&mut self) {
         let output = std::mem::replace(self.uart.writer_mut(), Box::new(io::sink()));
         self.uart = Serial::new(UartInterrupt(Arc::clone(&self.interrupt)), output);

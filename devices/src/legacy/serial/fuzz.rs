@@ -1,4 +1,4 @@
-//! A guest and a console at the UART, beside a model of a chip that loses nothing.
+//! Fuzz target: a guest and a console use the UART, and a model of a chip that loses nothing is compared with it.
 
 use std::collections::VecDeque;
 
@@ -97,7 +97,7 @@ fn serial() {
             }
             check(&mut machine, &model);
         }
-        // A driver that listens gets everything, and is told that there is room again.
+        // A driver that takes input gets all of it, and the console is told that there is room again.
         for (offset, value) in [(LINE_CONTROL, 3), (MODEM_CONTROL.into(), 0), (INTERRUPT_ENABLE, 1)]
         {
             machine.serial.write(offset, &[value]);

@@ -1,10 +1,10 @@
 //! The serial port as a value, to be saved while the machine stands still and put back into a new one.
 //!
-//! A capability: the device does without it. It hooks in as a child of the device's module, and adds
+//! A capability: the device does not need it. It hooks in as a child of the device's module, and adds
 //! [`SerialDevice::save`] and [`SerialDevice::restore`].
 //!
-//! vm-superio restores a UART without its interrupt if the first byte in the FIFO was read before the save: `restore` pulses
-//! the line.
+//! If the guest has read the first byte in the FIFO before the save, vm-superio restores the UART without a pending interrupt. So
+//! `restore` pulses the line.
 
 use std::io;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ pub struct SerialState {
 }
 
 impl SerialDevice {
-    /// The registers and the receive FIFO. A save takes them while no vCPU runs.
+    /// Reads the registers and the receive FIFO. Called while no vCPU runs.
     pub fn save(&self) -> SerialState {
         let uart = self.uart.state();
         SerialState {
@@ -44,8 +44,8 @@ impl SerialDevice {
         }
     }
 
-    /// Puts a saved state back. If the guest has something to serve it gets one interrupt, whether or not it got one for
-    /// that before: a handler that finds nothing returns.
+    /// Restores a saved state. If the guest has an interrupt condition to serve, it gets one interrupt, even if it got one before the
+    /// save: a handler that finds nothing to do returns.
     ///
     /// # Errors
     /// When the state has more input than the FIFO holds.
