@@ -198,7 +198,7 @@ fn a_made_up_base_is_refused() {
         ("/base/path", json!("/dev/zero"), "its base zero is not beside it, and there is no"),
         ("/base/path", json!("/a\u{1b}/.."), "its base /a\u{fffd}/.. is not beside it"),
         ("/base/path", json!(""), "is not beside it"),
-        ("/base/identity", json!([1, 1]), "it is not the file of the save"),
+        ("/base/identity", json!([1, 1]), "it is not the file on which the increment was saved"),
         ("/base", Value::Null, "it is damaged: its base"),
         ("/format/needs", json!(["base", "x"]), "it needs x, which"),
         ("/config/memory", json!(64 << 20), "the size of memory"),

@@ -40,7 +40,7 @@ fn a_guest_that_panics_leaves_its_memory() {
         if !keys.is_empty() {
             let mut restore = minivmm(["--incoming", "file:dump,paths=saved"]);
             let refused = Session::start(restore.current_dir(directory.path())).wait(BOUND);
-            assert_refused(&refused, "it is a dump, for gdb and crash: of disk vda, snapshot=on");
+            assert_refused(&refused, "it is a dump that cannot be restored (disk vda: snapshot=on");
         }
     }
 }

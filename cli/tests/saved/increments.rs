@@ -246,7 +246,7 @@ fn a_base_that_is_gone_or_another_one_is_refused() {
     fs::write(at("base"), "something else").unwrap();
     assert_refused(&incoming("third"), "base: it is not a saved machine");
     fs::copy(at("second"), at("base")).unwrap();
-    assert_refused(&incoming("third"), "base: it is not the file of the save; put that one there");
+    assert_refused(&incoming("third"), "base: it is not the file on which the increment was saved; put that one there");
     // A copy of the base is as good as the base.
     fs::remove_file(at("base")).unwrap();
     fs::copy(at("kept"), at("base")).unwrap();
@@ -304,7 +304,7 @@ fn increments_have_at_most_16_bases() {
         save_and_quit(directory.path(), session, &from);
     }
     let session = paused(&from);
-    refused(directory.path(), "17", "the machine came from an increment on 16 other files");
+    refused(directory.path(), "17", "the machine was restored from an increment on 16 other files");
     // A save of all of it begins anew.
     ctl(directory.path(), &["save", "base", "--quit"]).wait(BOUND).must_be(0);
     session.wait(BOUND).must_be(0);

@@ -1,4 +1,4 @@
-//! Checksums of a file's description and of its RAM, which find damage, and do not withstand forgery.
+//! Checksums of a file's description and of its RAM. They detect damage, but not forgery.
 
 use arch::layout::PAGE_SIZE;
 
@@ -7,14 +7,14 @@ const PAGE: usize = PAGE_SIZE as usize;
 /// Bytes of RAM that have one checksum.
 pub(super) const BLOCK: u64 = 2 << 20;
 
-/// Whether a page has nothing but zeroes.
+/// Whether all bytes of a page are zero.
 pub(super) fn is_zero(page: &[u8]) -> bool {
     let (words, _) = page.as_chunks::<16>();
     words.iter().all(|word| u128::from_ne_bytes(*word) == 0)
 }
 
-/// A checksum of bytes: four sums side by side, in each of which any change of one word changes the result, since every step is
-/// invertible.
+/// A checksum of bytes. It has four sums, each over every fourth word. Every step of a sum is invertible, so a change of one word always
+/// changes the result.
 pub(super) fn checksum(bytes: &[u8]) -> u64 {
     const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
     let mut sums = [1_u64, 2, 3, 4];
@@ -33,7 +33,7 @@ pub(super) fn checksum(bytes: &[u8]) -> u64 {
     sums.iter().fold(tail, |sum, lane| step(sum, lane.to_le_bytes()))
 }
 
-/// The checksum of a block of RAM: of its pages that are not zero, with their places. A block of zeroes has 0.
+/// The checksum of a block of RAM, over its pages that are not zero and their positions. A block of zeroes has the checksum 0.
 pub(super) fn block_checksum(block: &[u8]) -> u64 {
     block.chunks(PAGE).enumerate().filter(|(_, page)| !is_zero(page)).fold(0, |sum, (at, page)| {
         (sum ^ checksum(page)).wrapping_mul(2 * at as u64 + 3).wrapping_add(1)

@@ -11,12 +11,12 @@
 //! 2 MiB k      PT_LOAD  a range of RAM: its guest-physical address as p_paddr; holes where it is zero
 //! ```
 //!
-//! An increment (`increments`) has the same ranges. Pages of its base are holes: debuggers see zeroes there.
+//! An increment (`increments`) has the same ranges. Pages that come from its base are holes, so debuggers see zeroes there.
 //!
-//! The types of our notes are above 0x1000, because `readelf` shows type 1 of any owner as NT_PRSTATUS.
+//! The types of minivmm's notes are above 0x1000, because `readelf` shows type 1 of any owner as NT_PRSTATUS.
 //!
-//! Reading trusts nothing: every offset and length is checked against the file, and the checksum over headers and notes before
-//! anything in them is used.
+//! A reader trusts nothing in the file. Every offset and length is compared with the file's size, and the checksum of headers and notes
+//! is compared before anything in them is used.
 
 use std::fs::File;
 use std::io;
@@ -222,14 +222,15 @@ pub(super) struct CoreFile {
     pub(super) machine: Vec<u8>,
     pub(super) segments: Vec<RamSegment>,
     pub(super) ram_checksums: Vec<u64>,
-    /// Of an increment: the pages that it has. The others are those of its base.
+    /// Only of an increment: the pages that it has. The other pages come from its base.
     pub(super) pages: Option<PageSet>,
-    /// Bytes of the file, and the checksum of its headers and notes, which have the checksums of RAM. Both tell it from any other file.
+    /// The size of the file, and the checksum of its headers and notes, which include the checksums of RAM. An increment names its base by
+    /// these two.
     pub(super) identity: (u64, u64),
 }
 
 impl CoreFile {
-    /// Whether this page of RAM is not the base's.
+    /// Whether this file has this page of RAM. Otherwise it comes from the base.
     pub(super) fn has(&self, page: usize) -> bool {
         self.pages.as_ref().is_none_or(|pages| pages.contains(page))
     }
@@ -294,7 +295,7 @@ impl CoreFile {
     }
 }
 
-/// A file that ends within `buffer` is none of ours.
+/// Reads `buffer`. A file that ends before is no saved machine.
 fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> Result<(), SnapshotError> {
     file.read_exact_at(buffer, offset).map_err(|error| match error.kind() {
         io::ErrorKind::UnexpectedEof => SnapshotError::NotOurs,

@@ -1,7 +1,8 @@
-//! Whether the CPU that a guest was saved on is one that this host can go on with.
+//! Whether this host's CPU can go on with a guest that was saved on another one.
 //!
-//! A guest looks at CPUID once, when it boots, and uses what it found. A feature that is missing after a restore is an illegal
-//! instruction at some later time, so it is refused by name. More features than were saved do no harm: the guest keeps its leaves.
+//! A guest reads CPUID once, when it boots, and uses the features that it finds. If one is missing after a restore, the guest gets an
+//! illegal instruction some time later. So the restore is refused, and the error names the feature. Additional features do no harm: the
+//! guest keeps its CPUID leaves.
 
 use arch::cpu::cpuid;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
@@ -11,12 +12,12 @@ use super::SnapshotError;
 use super::vcpu::SavedVcpu;
 use crate::error::Error;
 
-/// A TSC of another frequency is refused; crystals of one model differ by less than this (Linux accepts the same for
-/// migrations: `tsc_tolerance_ppm`).
+/// Largest difference in the frequency of the TSC. Crystals of one model differ by less. It is KVM's default, too
+/// (`tsc_tolerance_ppm`).
 const TSC_TOLERANCE_PPM: u64 = 250;
 
-/// Registers whose bits are features, all of which a guest may use when they are set: function, index, and which of EAX, EBX,
-/// ECX, EDX (SDM 2A `CPUID`, APM 3 appendix E, Documentation/virt/kvm/x86/cpuid.rst).
+/// The CPUID registers whose bits are features: function, index, and which of EAX, EBX, ECX, EDX (SDM 2A `CPUID`, APM 3 appendix E,
+/// Documentation/virt/kvm/x86/cpuid.rst).
 const FEATURES: [(u32, u32, &[usize]); 8] = [
     (0x1, 0, &[2, 3]),
     (0x7, 0, &[1, 2, 3]),
@@ -29,7 +30,7 @@ const FEATURES: [(u32, u32, &[usize]); 8] = [
 ];
 const NAMES: [&str; 4] = ["EAX", "EBX", "ECX", "EDX"];
 
-/// Compares each saved vCPU's CPUID with what this host would give a new one, whose TSC has `tsc_khz`.
+/// Compares each saved vCPU's CPUID with the one that this host would give a new vCPU.
 pub(super) fn check(kvm: &Kvm, vcpus: &[SavedVcpu], nested: bool) -> Result<(), Error> {
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -53,7 +54,7 @@ pub(super) fn check(kvm: &Kvm, vcpus: &[SavedVcpu], nested: bool) -> Result<(), 
     Ok(())
 }
 
-/// Whether a guest that counts on `saved` kHz can go on with `present`.
+/// Checks that a guest whose TSC had `saved` kHz can go on with `present` kHz.
 pub(super) fn check_tsc(saved: u32, present: u32) -> Result<(), SnapshotError> {
     let tolerance = u64::from(saved) * TSC_TOLERANCE_PPM / 1_000_000;
     let known = saved != 0 && present != 0;

@@ -1,4 +1,4 @@
-//! Saved machines that are anything but: the file around the description, and the description.
+//! Fuzz targets: files that are no valid saved machines. One damages the file around the description, and one the description.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -33,7 +33,7 @@ fn assert_sound(core: &CoreFile, length: u64) {
     }
 }
 
-/// The file's checksum is right again, so that what it covers is read.
+/// Corrects the file's checksum, so that the damaged parts that it covers are read.
 fn seal(head: &mut [u8]) {
     if let Some(end) = head.len().checked_sub(8) {
         let sum = checksum(&head[..end]).to_le_bytes();
@@ -48,7 +48,7 @@ fn core_files() {
         let ranges = &ranges[..1 + input.below(3) as usize];
         let machine = input.sized().to_vec();
         let total = ranges.iter().map(|(_, length)| length / 4096).sum::<u64>() as usize;
-        // A description that begins with an odd number is an increment's, by which the corpus keeps its meaning.
+        // An input that begins with an odd number is the description of an increment. Older inputs in the corpus keep their meaning.
         let is_increment = machine.first().is_some_and(|first| first % 2 == 1);
         let mut set = PageSet::default();
         (0..total).for_each(|page| set.push(page % 5 == 0));
@@ -78,7 +78,7 @@ fn core_files() {
     });
 }
 
-/// Descriptions that are read are written as they were read, and only those that fit their file pass the check.
+/// A description that can be parsed is written as it was read, and only one that fits its file passes the check.
 #[test]
 fn descriptions() {
     minivmm_fuzz::run("vmm/descriptions", |input| {

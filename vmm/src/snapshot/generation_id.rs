@@ -1,10 +1,10 @@
-//! The VM generation ID (Microsoft, "Virtual Machine Generation ID"): it tells a guest that its memory is no longer the only one
-//! of its kind. A restored guest, which may be one of many clones, finds another ID and is interrupted; Linux then draws new
-//! random numbers before user space runs.
+//! The VM generation ID (Microsoft, "Virtual Machine Generation ID"). By it a guest notices that it was restored, and may be one of several
+//! clones. A restored guest finds another ID and gets an interrupt. Linux then reseeds its random number generator before user space
+//! runs.
 //!
-//! The builder draws an ID for each machine that it makes, and the boot image has it among its structures, so that a reset brings back the
-//! same. A restored machine gets it instead of the saved one. `arch/src/tables/generation_id.rs` describes the device to the
-//! guest. The ID is not part of the saved description: nothing needs the old one.
+//! The builder draws an ID for each machine that it makes. The ID is one of the structures of the boot image, so a reset restores it. A
+//! restored machine gets its new ID in place of the saved one. `arch/src/tables/generation_id.rs` describes the device to the guest. The
+//! saved description has no ID, because the old one is not needed.
 
 use std::sync::Arc;
 
@@ -22,7 +22,7 @@ use crate::memory::into_io;
 const SIZE: usize = 16;
 const NAME: &str = "VM generation ID";
 
-/// An ID that no other machine has, in its place. `None`: without ACPI a guest cannot find it.
+/// Draws a random ID. `None`: without ACPI a guest cannot find it.
 ///
 /// # Errors
 /// The host has no random numbers.
@@ -31,19 +31,19 @@ pub(crate) fn draw(acpi: bool) -> Result<Option<Structure>, Error> {
         return Ok(None);
     }
     let mut bytes = vec![0; SIZE];
-    // As few as these come whole (getrandom(2)).
+    // getrandom(2) returns so few bytes in one call.
     getrandom(&mut bytes, GetRandomFlags::empty())
         .map_err(|error| Error::host("draw the VM generation ID")(error.into()))?;
     Ok(Some(Structure { name: NAME, address: layout::GENERATION_ID, bytes }))
 }
 
-/// Puts `id` in the place of the one that guest memory has.
+/// Writes `id` over the one in guest memory.
 pub(super) fn replace(memory: &GuestMemory, id: Option<&Structure>) -> Result<(), Error> {
     let write = |id: &Structure| memory.write_slice(&id.bytes, id.address).map_err(into_io);
     id.map_or(Ok(()), write).map_err(Error::host(NAME))
 }
 
-/// Tells the guest that its ID has changed. It hears of that once its vCPUs run, whose state is in place.
+/// Raises the interrupt that tells the guest of its new ID. The state of vCPUs and interrupt controllers has been restored before.
 pub(super) fn notify(vm: &Arc<VmFd>) -> Result<(), Error> {
     attach::line(vm, layout::GENERATION_ID_GSI)
         .pulse()

@@ -83,7 +83,7 @@ const CANCEL_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 /// and the rest of the save.
 ///
 /// # Errors
-/// The target cannot be made, the machine is busy, or it cannot be held still. Nothing has changed then.
+/// The target cannot be made, the machine is busy, or it cannot be saved in the background. Nothing has changed then.
 pub(crate) fn begin_in_background(
     machine: &mut Machine,
     config: SavedConfig,
@@ -206,7 +206,7 @@ fn follow(ram: &RamSave<'_>, blocks: &[Block], reader: &mut File) -> io::Result<
         let mut message = [[0; 8]; 2];
         reader.read_exact(message.as_flattened_mut()).map_err(|error| match error.kind() {
             io::ErrorKind::UnexpectedEof => {
-                io::Error::other("the process that writes it was killed")
+                io::Error::other("the process that writes it was killed; save again")
             }
             _ => error,
         })?;

@@ -7,8 +7,9 @@
 //!
 //! If the host gives a lease on the file, RAM is *mapped* from it: the host reads a page when the guest touches it, and all machines from
 //! the same file share pages. A program that opens the file for writing waits until each machine has copied its pages. RAM is *copied*,
-//! and compared with its checksums, in three cases: there is no lease, guest memory is huge pages, or the host is a guest itself (where
-//! each page costs an exit through two hypervisors).
+//! and compared with its checksums, in five cases: there is no lease, the host would take the lease away before `--stop-timeout`, a chain
+//! of files has too many pieces, guest memory is huge pages, or the host is a guest itself (where each page costs an exit through two
+//! hypervisors).
 
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
@@ -68,7 +69,8 @@ pub struct IncomingConfig {
     pub clock: ClockMode,
     /// `disks=checked`: refuse an image that was changed after the save.
     pub check_disks: bool,
-    /// `paths=saved`: open the images, the kernel and the initrd that the file names, where the user names none, and the base where it was.
+    /// `paths=saved`: open the images, the kernel and the initrd that the file names, if the user names none. Also look for an increment's
+    /// base at its old path.
     pub trust_paths: bool,
 }
 

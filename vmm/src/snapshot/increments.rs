@@ -1,15 +1,17 @@
 //! Increments: a saved machine that has only what changed since another one, its *base*.
 //!
-//! A capability. A save becomes one with [`Purpose::Increment`](super::Purpose), and [`Chain`] is what a restore reads.
+//! A capability. A save with [`Purpose::Increment`](super::Purpose) writes an increment. A restore reads a [`Chain`] of files.
 //!
-//! A machine whose RAM is mapped from a file (`incoming`) keeps a record of what changes, at no cost while it runs: the host's kernel copies a page
-//! of the private mapping before it changes, and the page map shows which pages are copies ([`PageMap::changed`]). So an increment's
-//! base is always the file that its machine came from, which may be an increment, too: a *chain* of up to [`BASES_MAX`] bases below the
-//! newest file.
+//! Nothing is recorded while the machine runs. Its RAM is a private mapping of the file from which it was restored (`incoming`). The host's
+//! kernel copies a page before the page changes, and the page map shows which pages are copies ([`PageMap::changed`]). So the base of an
+//! increment is always the file from which its machine was restored. That may be an increment, too: then there is a *chain* of up to
+//! [`BASES_MAX`] bases below the newest file.
 //!
-//! A base is known by its size and the checksum of its notes, which have the checksums of its RAM, and for an increment the identity of its own
-//! base. So a chain is whole or refused. The author of a file may be anyone: a base is looked for in the directory of the file above it, and at the
-//! path that this file names only if the user trusts its paths. What is found there has to be a regular file.
+//! An increment names its base by size and checksum. The checksum covers the base's notes. These have the checksums of its RAM and, if
+//! the base is an increment, the identity of its own base. So a chain is either as it was saved, or refused.
+//!
+//! Anyone may be the author of a file. So a base is searched in the directory of the file above it, and at the path that this file names
+//! only if the user trusts its paths. It has to be a regular file.
 
 use std::fs::{self, File, Metadata};
 use std::io;
@@ -31,18 +33,18 @@ use crate::GuestMemory;
 use crate::error::Error;
 use crate::{kernel_pages, lock};
 
-/// Files below the newest one: each is open, under a lease, and may add mappings.
+/// Most files below the newest one. Each one is open, under a lease, and may add mappings.
 const BASES_MAX: usize = 16;
 
-/// What this process's machine may be saved on: the file that its RAM is mapped from.
+/// The base of this process's machine: the file from which its RAM is mapped.
 #[derive(Clone)]
 pub(super) struct Base {
     pub(super) saved: SavedBase,
     /// Device and inode.
     id: (u64, u64),
-    /// Bases that the file has itself.
+    /// Number of bases that the file has itself.
     depth: usize,
-    /// Where files were mapped when RAM was as in the file.
+    /// This process's file mappings at the restore, when RAM was as in the file.
     pub(super) mapped: Vec<FileMapping>,
 }
 
@@ -56,7 +58,7 @@ impl Base {
     /// The base of this process's machine.
     ///
     /// # Errors
-    /// It has none, or a restore would not find it.
+    /// It has no base, the base was renamed or replaced, or the chain is as long as allowed.
     pub(super) fn of_machine() -> Result<Self, SnapshotError> {
         let base = lock(&BASE).clone().ok_or(SnapshotError::NoBase)?;
         let path = &base.saved.path;
@@ -81,10 +83,10 @@ pub(super) struct Chain {
 }
 
 impl Chain {
-    /// Opens and checks all of the files but RAM. With `trust_paths` a base may be where the file above it says.
+    /// Opens and checks all files of the chain, except for RAM. With `trust_paths`, a base may be at the path that the file above it names.
     ///
     /// # Errors
-    /// A file cannot be read, is not whole, or is not the one that the file above it is based on.
+    /// A file cannot be read, is damaged, or is not the one on which the file above it is based.
     pub(super) fn open(
         path: &Path,
         top: CoreFile,
@@ -128,7 +130,8 @@ impl Chain {
         std::iter::once(&self.top).chain(self.bases.iter().map(|(_, core)| core))
     }
 
-    /// Copies what the files have into RAM, all of which is zero, and checks all of it.
+    /// Copies the content of the files into RAM, which is all zero, and compares it with the checksums. Without `memory` it only
+    /// compares.
     ///
     /// # Errors
     /// The host cannot read a file, or one is damaged; RAM has some of the data then.
@@ -144,8 +147,8 @@ impl Chain {
         Ok(())
     }
 
-    /// Maps what the files have into RAM, which is new, and makes the newest file the base of later increments. `None`: the host gives no
-    /// lease on one of them, or they are in too many pieces; some of RAM may be mapped then.
+    /// Maps the content of the files into RAM, which is new, and makes the newest file the base of later increments. `None`: the host gives
+    /// no lease on a file, or the chain has too many pieces to map. Then a part of RAM may be mapped.
     ///
     /// # Errors
     /// The host refuses.
@@ -154,7 +157,7 @@ impl Chain {
         for core in self.files() {
             let end = core.segments.last().map_or(0, |last| last.offset + last.length);
             let file = core.file.try_clone()?;
-            // The lease comes first: what was checked before may have been cut off since.
+            // The length is compared under the lease: before it, another program may have truncated the file.
             let is_leased = kernel_pages::lease(&file) && file.metadata()?.len() == end;
             files.0.push((file, Vec::new()));
             if !is_leased {
@@ -172,7 +175,7 @@ impl Chain {
         Ok(Some(files))
     }
 
-    /// `None`: the file has no path by which a restore finds it, or the host does not tell what is mapped.
+    /// `None`: the file has no path at which a restore could find it, or the host does not show this process's mappings.
     fn as_base(&self) -> Option<Base> {
         page_map::open_page_map();
         let path = self.path.canonicalize().ok()?;
@@ -184,17 +187,17 @@ impl Chain {
 }
 
 impl SavedBase {
-    /// The file: beside the one that is `above` it, or at the path that this one names.
+    /// Finds the base in the directory of the file `above` it or, with `trust_path`, at the path that this file names.
     fn find(&self, above: &Path, trust_path: bool) -> Result<(PathBuf, File), SnapshotError> {
         let beside = self.path.file_name().map(|name| above.with_file_name(name));
         let named =
             Some(self.path.clone()).filter(|path| trust_path && Some(path) != beside.as_ref());
         let candidates = beside.into_iter().chain(named);
-        // A device is not opened: that alone may have an effect.
+        // Only regular files are opened: to open a device may have an effect.
         let mut candidates = candidates
             .filter(|path| fs::metadata(path).is_ok_and(|file| file.is_file()))
             .peekable();
-        // If both are there, the right one is taken.
+        // If both files exist, the one with the right identity is taken.
         while let Some(path) = candidates.next() {
             let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path);
             let file = file.map_err(|error| SnapshotError::from(error).below(&path))?;
@@ -222,17 +225,17 @@ impl SavedBase {
     }
 }
 
-/// The files that RAM is mapped from, each under a lease, and which parts of it. Dropped without [`Self::copy`], their leases end.
+/// The files from which RAM is mapped, each under a lease, with the mapped parts. When it is dropped, the leases end.
 pub(super) struct MappedFiles(Vec<(File, Vec<FileRange>)>);
 
 impl MappedFiles {
-    /// Gives the guest copies of the pages, and lets writers of the files go on. Neither the guest nor a device uses `memory`
-    /// meanwhile.
+    /// Replaces the mapped pages by copies, and ends the leases, so that programs which wait to write to the files go on. Neither the
+    /// guest nor a device uses `memory` meanwhile.
     ///
     /// # Errors
-    /// The host has no memory left, or a file was cut off; the guest has lost memory.
+    /// The host has no memory left, or a file was truncated. The guest has lost memory then.
     pub(super) fn copy(self, memory: &GuestMemory) -> Result<(), Error> {
-        // A base that changes is none.
+        // A file that is about to change can no longer be a base.
         *lock(&BASE) = None;
         let mut parts = self.0.iter().flat_map(|(_, parts)| parts);
         parts
@@ -248,16 +251,16 @@ impl Drop for MappedFiles {
 }
 
 impl SnapshotError {
-    /// Of a file below the one that the user named.
+    /// Names the base at `path`, below the file that the user named, in an error about it.
     fn below(self, path: &Path) -> Self {
         Self::Base { path: printable(path.display()), source: Box::new(self) }
     }
 }
 
-/// Whether the file that gets this name would take it from one of its own bases.
+/// Checks that an increment which gets the name of `new` does not replace one of its own bases.
 ///
 /// # Errors
-/// It would, or one of its bases cannot be found from there.
+/// It would replace one, or a restore from this name would not find one of its bases.
 pub fn check_new_increment(new: &NewFile) -> Result<(), Error> {
     let check = || {
         let core = CoreFile::read(new.file().try_clone()?)?;

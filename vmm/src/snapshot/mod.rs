@@ -60,7 +60,7 @@ pub(crate) enum SnapshotError {
     #[error("disk {disk}: {why}")]
     Unsaveable { disk: String, why: &'static str },
     #[error(
-        "huge pages cannot be held still while the guest goes on; save it without background-snapshot"
+        "a machine with huge pages cannot be saved while its guest goes on; save it without background-snapshot"
     )]
     HugePages,
     #[error(transparent)]
@@ -75,7 +75,7 @@ pub(crate) enum SnapshotError {
     Format(u32, u32),
     #[error("it needs {0}, which this minivmm does not know; use the minivmm that saved it")]
     Needs(String),
-    #[error("map=on: the host gives no lease on it; give map=auto")]
+    #[error("map=on: it cannot be mapped (the host gives no lease, or there are too many pieces); give map=auto")]
     NoLease,
     #[error(
         "the saved CPU has features that this host's lacks: {0}; restore on the host that saved it"
@@ -89,7 +89,7 @@ pub(crate) enum SnapshotError {
         "the images of its disks are not given; add {0}, or the key paths=saved to open what the file names"
     )]
     DisksNotGiven(String),
-    #[error("it is a dump, for gdb and crash: of disk {disk}, {why}")]
+    #[error("it is a dump that cannot be restored (disk {disk}: {why}); open it with gdb or crash")]
     Dump { disk: String, why: String },
     #[error("its guest may run guests of its own; add --nested on to allow that")]
     Nested,
@@ -106,18 +106,18 @@ pub(crate) enum SnapshotError {
     #[error("disk {0}: a saved queue does not fit the device; use another copy")]
     Queue(String),
     #[error(
-        "the machine's memory is not mapped from a saved machine, so nothing tells what has changed; save all of it"
+        "the machine has no base: its memory is not mapped from a saved machine; save the whole machine"
     )]
     NoBase,
     #[error(
-        "{} has been renamed or replaced since the machine came from it; save all of the machine", .0.display()
+        "{} has been renamed or replaced since the machine was restored from it; save the whole machine", .0.display()
     )]
     BaseMoved(PathBuf),
-    #[error("the machine came from an increment on {0} other files; save all of it")]
+    #[error("the machine was restored from an increment on {0} other files; save the whole machine")]
     DeepIncrement(usize),
     #[error("{} is a base of the increment; give another path", .0.display())]
     ReplacesBase(PathBuf),
-    #[error("the host does not tell which pages have changed; save all of the machine")]
+    #[error("the host does not show which pages have changed; save the whole machine")]
     NoPageMap(#[source] io::Error),
     #[error("its base {path}")]
     Base { path: String, source: Box<SnapshotError> },
@@ -125,9 +125,9 @@ pub(crate) enum SnapshotError {
         "its base {name} is not beside it; put it there, or add the key paths=saved to take {path}"
     )]
     BaseNotBeside { name: String, path: String },
-    #[error("its base {name} is not beside it, and there is no {path}; put it there")]
+    #[error("its base {name} is not beside it, and there is no {path}; put the base in one of these places")]
     BaseMissing { name: String, path: String },
-    #[error("it is not the file of the save; put that one there")]
+    #[error("it is not the file on which the increment was saved; put that one there")]
     BaseChanged,
     #[error("its base {0} is based on it; use another copy")]
     BasesInACircle(String),

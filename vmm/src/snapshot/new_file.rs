@@ -1,8 +1,8 @@
-//! A file that gets its name only when it is whole.
+//! A file that gets its name only when it is complete.
 //!
-//! Until then it has no name, or a hidden one beside the target. Whatever happens, the target is absent, the one of before, or
-//! whole. A process that is killed may leave a file with a hidden name, which [`remove_unfinished`] finds: a process that lives has a lock on
-//! its own.
+//! Until then it has no name, or a hidden one in the target's directory. So at every moment there is no file at the target's path, the old
+//! file, or a complete new one. A process that is killed may leave a file with a hidden name. [`remove_unfinished`] removes such files: it
+//! tells them by their locks, because a process that lives has a lock on its own file.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -18,12 +18,12 @@ use rustix::process::{Pid, test_kill_process};
 
 use crate::sandbox;
 
-/// The file to be. Dropped before [`NewFile::publish`], nothing is left of it.
+/// A new file without its final name. If it is dropped before [`NewFile::publish`], nothing remains of it.
 pub struct NewFile {
     path: PathBuf,
     directory: File,
     file: File,
-    /// Its name beside the target, if it has one.
+    /// Its hidden name in the target's directory, if it has one.
     hidden: Option<OsString>,
 }
 
@@ -40,7 +40,7 @@ impl NewFile {
         let mode = Mode::RUSR | Mode::WUSR;
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
         let mut hidden = None;
-        // A confined process cannot give a file without a name one later.
+        // A confined process could not give a name to a nameless file later.
         let nameless = match confined {
             true => Err(rustix::io::Errno::OPNOTSUPP),
             false => openat(&directory, ".", flags | OFlags::TMPFILE, mode),
@@ -54,9 +54,9 @@ impl NewFile {
             Err(error) => return Err(error.into()),
         };
         let file = File::from(file);
-        // On a file system without locks, the number of the process protects the file.
+        // On a file system without locks, the number of the process in the name protects the file.
         let _ = flock(&file, FlockOperation::NonBlockingLockExclusive);
-        // Whatever the umask says: guest memory may hold secrets.
+        // The mode does not depend on the umask, because guest memory may hold secrets.
         file.set_permissions(fs::Permissions::from_mode(0o600))?;
         Ok(Self { path, directory, file, hidden })
     }
@@ -71,7 +71,7 @@ impl NewFile {
         &self.path
     }
 
-    /// Gives the file its name, in place of one that has it now. Its data is to be synced before.
+    /// Gives the file its name, and replaces a file that has it now. The caller has synced its data before.
     ///
     /// # Errors
     /// The host's, from giving the name or from writing the directory to the medium.

@@ -1,12 +1,12 @@
-//! What the host's kernel tells about this process's pages (Documentation/admin-guide/mm/pagemap.rst).
+//! The host's page map of this process: which pages hold data, and which have changed (Documentation/admin-guide/mm/pagemap.rst).
 //!
-//! A save asks which pages may hold data: those that are present or swapped out. That is not enough where a *file* is mapped, such as the guest's
-//! kernel or the snapshot that it was restored from: a page of those that was not touched has the file's content. So every page of a file
-//! mapping counts as data.
+//! A save needs to know which pages of RAM may hold data. These are the pages that are present or swapped out, and every page of a file
+//! mapping. A page of a mapped file (the guest's kernel, or a saved machine) that was never touched is not present, but has the file's
+//! content.
 //!
-//! An increment asks which pages have changed. Where a page is still mapped from the file that the machine came from, it is as in that file until
-//! it is written to: then it is anonymous, whether the guest wrote, io_uring or read(2). A page that was written has changed even if it is
-//! zero now, since the file may have something else there.
+//! An increment needs to know which pages have changed since the restore. A page that is still mapped from the base is as in that file until
+//! the guest, io_uring or read(2) writes to it. The write makes it anonymous. A written page counts as changed even if it is zero now,
+//! because the base may have other content there.
 
 use std::fs::File;
 use std::io;
@@ -21,15 +21,15 @@ use super::checksum::BLOCK;
 use super::page_set::PageSet;
 use crate::GuestMemory;
 
-/// Bits of a page map's entry: the page is present, or swapped out.
+/// Two bits of a page map's entry: the page is present (63), or swapped out (62).
 const IN_USE: u64 = 0b11 << 62;
-/// Of a page that the process has: it is a page of a file.
+/// Bit of a page map's entry: the page belongs to a file (or is shared anonymous memory).
 const OF_FILE: u64 = 1 << 61;
 
 /// `/proc/self/maps` and `/proc/self/pagemap`, for all saves of this process.
 static PROC_FILES: OnceLock<io::Result<(File, File)>> = OnceLock::new();
 
-/// Opens what the host tells about this process's pages. A confined process could not: this comes before.
+/// Opens the page map and the list of mappings. Called before the process is confined, after which it could not open them.
 pub(crate) fn open_page_map() {
     let open = |name| File::open(format!("/proc/self/{name}"));
     PROC_FILES.get_or_init(|| Ok((open("maps")?, open("pagemap")?)));
@@ -40,7 +40,7 @@ pub(crate) fn open_page_map() {
 pub(super) struct FileMapping {
     addresses: Range<u64>,
     offset: u64,
-    /// As /proc/PID/maps has them: some file systems show other numbers in stat(2).
+    /// The device as in /proc/PID/maps. Some file systems report another one by stat(2).
     device: String,
     inode: u64,
 }
@@ -52,7 +52,7 @@ pub(super) struct PageMap {
 }
 
 impl PageMap {
-    /// `None`: the host does not tell, and all pages have to be looked at.
+    /// `None`: the host does not show them. Then every page counts as data.
     pub(super) fn read() -> Option<Self> {
         let (maps, entries) = PROC_FILES.get()?.as_ref().ok()?;
         let mut text = Vec::new();
@@ -66,7 +66,7 @@ impl PageMap {
         Some(Self { entries, files: file_mappings(std::str::from_utf8(&text).ok()?)? })
     }
 
-    /// The entries of these pages.
+    /// The page map's entries for these host addresses.
     fn entries(&self, addresses: &Range<u64>) -> io::Result<Vec<u64>> {
         let pages = (addresses.end - addresses.start) / PAGE_SIZE;
         let mut entries = vec![0; pages as usize * 8];
@@ -87,10 +87,10 @@ impl PageMap {
         data
     }
 
-    /// The pages of `memory` that may differ from what they were when it was new and had only these `files` in it.
+    /// The pages of `memory` that may have changed since it was new, with nothing but the mappings `files` in it.
     ///
     /// # Errors
-    /// The host does not tell.
+    /// The host does not show the page map.
     pub(super) fn changed(
         &self,
         memory: &GuestMemory,
@@ -104,7 +104,7 @@ impl PageMap {
                 let addresses = host + at..host + region.len().min(at + BLOCK);
                 let entries = self.entries(&addresses)?;
                 let mut changed: Vec<_> = entries.iter().copied().map(is_in_use).collect();
-                // A reset has taken a file's pages away, or mapped the kernel's.
+                // Where a file was mapped then or is mapped now, and not the same one: a reset has replaced it.
                 for pages in overlaps(files, &addresses).chain(overlaps(&self.files, &addresses)) {
                     changed[pages].fill(true);
                 }
@@ -118,17 +118,17 @@ impl PageMap {
     }
 }
 
-/// Whether a page map's entry is of a page that the process has, in memory or in swap.
+/// Whether the page of this entry is present or swapped out.
 fn is_in_use(entry: u64) -> bool {
     entry & IN_USE != 0
 }
 
-/// Whether a page map's entry is of a page that the process has for itself, although a file is mapped there.
+/// Whether the page of this entry, in a private mapping of a file, is a copy that the process has made by a write.
 fn is_anonymous(entry: u64) -> bool {
     is_in_use(entry) && entry & OF_FILE == 0
 }
 
-/// Which pages of `addresses` the mappings have, which are in ascending order: counted from the first page of `addresses`.
+/// The pages of `addresses` that lie in one of the `mappings`, as indices from the first page on. The mappings are in ascending order.
 fn overlaps(
     mappings: &[FileMapping],
     addresses: &Range<u64>,
@@ -142,7 +142,7 @@ fn overlaps(
     })
 }
 
-/// Where both have the same part of the same file. Both are in ascending order.
+/// The address ranges at which both lists map the same part of the same file. Both are in ascending order.
 fn common_parts(one: &[FileMapping], other: &[FileMapping]) -> Vec<FileMapping> {
     let mut common = Vec::new();
     let (mut ones, mut others) = (one.iter().peekable(), other.iter().peekable());
@@ -168,7 +168,7 @@ fn common_parts(one: &[FileMapping], other: &[FileMapping]) -> Vec<FileMapping> 
     common
 }
 
-/// Where files are mapped, from the text of /proc/PID/maps: `start-end mode offset device inode path`.
+/// Parses the file mappings in the text of /proc/PID/maps. A line is `start-end mode offset device inode path`.
 fn file_mappings(maps: &str) -> Option<Vec<FileMapping>> {
     let number = |text: &str| u64::from_str_radix(text, 16).ok();
     let mapping = |line: &str| {

@@ -9,7 +9,7 @@ pub(super) struct PageSet {
 }
 
 impl PageSet {
-    /// The set that a file has in `bits`. `None`: they are not of this many pages.
+    /// The set that a saved machine has in `bits`. `None` if they are not for this number of pages.
     pub(super) fn from_bits(bits: &[u8], pages: usize) -> Option<Self> {
         let unused = pages.next_multiple_of(8) - pages;
         let rest = bits.last().map_or(0, |last| last.leading_zeros() as usize);
@@ -21,7 +21,7 @@ impl PageSet {
         &self.bits
     }
 
-    /// Decides about the next page.
+    /// Appends a page, which is in the set or not.
     pub(super) fn push(&mut self, is_member: bool) {
         if self.pages.is_multiple_of(8) {
             self.bits.push(0);

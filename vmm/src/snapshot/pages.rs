@@ -1,9 +1,10 @@
-//! Guest RAM: which pages hold data, how they get into a file, and how they come back.
+//! Writes guest RAM to a file, and reads or maps it from a file.
 //!
-//! A page that was never touched is zero, and a hole in the file: [`PageMap`] knows which were touched. Those that are zero nevertheless are
-//! holes, too.
+//! Pages of zeroes are holes in the file. A page that was never touched is zero, so it need not be read: [`PageMap`] tells which pages were
+//! touched. A touched page is read, because it may be zero as well.
 //!
-//! A file's pages are mapped or copied. Of a chain of files (`increments`), each page comes from the newest file that has it.
+//! A restore maps the pages of a file, or copies them. In a chain of files (`increments`), each page comes from the newest file that has
+//! it.
 
 use std::fs::File;
 use std::io;
@@ -26,7 +27,7 @@ use crate::kernel_pages;
 use crate::memory::into_io;
 
 const PAGE: usize = PAGE_SIZE as usize;
-/// Parts of a file that are mapped at most: each is a mapping of the process, of which Linux allows 65,530 (`vm.max_map_count`).
+/// Most parts of files that are mapped. Each is a mapping of the process, and Linux allows 65,530 of these (`vm.max_map_count`).
 const MAPPINGS_MAX: usize = 16_384;
 
 /// How far the writing of RAM is, in bytes.
@@ -34,17 +35,17 @@ const MAPPINGS_MAX: usize = 16_384;
 pub(crate) struct RamProgress {
     pub(crate) total: AtomicU64,
     pub(crate) remaining: AtomicU64,
-    /// Written to the file.
+    /// Bytes written to the file.
     pub(crate) written: AtomicU64,
-    /// Holes.
+    /// Bytes that are holes in the file.
     pub(crate) zero: AtomicU64,
 }
 
-/// RAM that is being written to its places in a file.
+/// A save's view of RAM, while it is written to its offsets in a file.
 pub(super) struct RamSave<'a> {
     pub(super) memory: &'a GuestMemory,
     pub(super) map: Option<&'a PageMap>,
-    /// Of an increment: the pages to write. The others are holes.
+    /// Only of an increment: the pages to write. The others are holes.
     pub(super) changed: Option<&'a PageSet>,
     pub(super) file: &'a File,
     pub(super) segments: &'a [RamSegment],
@@ -61,7 +62,7 @@ pub(super) struct Block {
     data: Vec<bool>,
 }
 
-/// What a block has in the file.
+/// What was written to the file for a block.
 pub(super) struct Written {
     pub(super) bytes: u64,
     pub(super) checksum: u64,
@@ -71,7 +72,7 @@ impl RamSave<'_> {
     /// Writes all of RAM. Returns the checksum of each block.
     ///
     /// # Errors
-    /// What the host says to a write, or `Interrupted` once the save is canceled.
+    /// The host's error of a write, or `Interrupted` if the save was canceled.
     pub(super) fn write(&self) -> io::Result<Vec<u64>> {
         let mut checksums = Vec::new();
         let mut buffer = vec![0; BLOCK as usize];
@@ -83,7 +84,7 @@ impl RamSave<'_> {
         Ok(checksums)
     }
 
-    /// All of RAM in its order. Each block is looked at when it is asked for.
+    /// The blocks of RAM in ascending order. The page map is read for each block when the iterator gets to it.
     pub(super) fn blocks(&self) -> impl Iterator<Item = Block> {
         let mut next_page = 0;
         self.memory.iter().zip(self.segments).flat_map(move |(region, segment)| {
@@ -160,7 +161,7 @@ impl Block {
     }
 }
 
-/// The ranges of indices that are set.
+/// The ranges of consecutive indices at which `set` is true.
 fn runs(set: impl Iterator<Item = bool>) -> impl Iterator<Item = Range<usize>> {
     let mut set = set.enumerate();
     std::iter::from_fn(move || {
@@ -180,7 +181,7 @@ fn extents(file: &File, segment: &RamSegment) -> io::Result<Vec<FileRange>> {
     while at < end {
         let data = match seek(file, SeekFrom::Data(at)) {
             Ok(data) => data,
-            // Nothing but a hole is left.
+            // The rest of the file is a hole.
             Err(rustix::io::Errno::NXIO) => break,
             Err(error) => return Err(error.into()),
         };
@@ -200,12 +201,13 @@ fn extents(file: &File, segment: &RamSegment) -> io::Result<Vec<FileRange>> {
     Ok(extents)
 }
 
-/// The parts of each file of a chain, of which the newest comes first, that are RAM's content: of each page those of the newest file that has it. `None`: there are too many to map.
+/// For each file of a chain, newest first, the parts from which RAM comes. Each page comes from the newest file that has it. `None`: there
+/// are too many parts to map.
 ///
-/// Holes are in no part: to read a hole of a file in tmpfs would allocate its pages there.
+/// Holes are in no part, because a read of a hole in a mapped file in tmpfs allocates a page there.
 ///
 /// # Errors
-/// The host cannot say where a file has data.
+/// The host cannot tell where a file has data.
 pub(super) fn parts<'a>(
     chain: impl Iterator<Item = &'a CoreFile>,
 ) -> io::Result<Option<Vec<Vec<FileRange>>>> {
@@ -244,8 +246,8 @@ pub(super) fn parts<'a>(
     Ok(Some(parts))
 }
 
-/// Maps these parts of the leased `file` into RAM, which is new. Pages are shared with all others that map the file until the guest writes to
-/// them. Returns whether all of it could be mapped.
+/// Maps these parts of the leased `file` into RAM, which is new. All processes that map the file share a page until the guest writes to it.
+/// Returns whether all parts were mapped.
 ///
 /// # Errors
 /// The host refuses.
@@ -258,7 +260,8 @@ pub(super) fn map(memory: &GuestMemory, file: &File, parts: &[FileRange]) -> io:
     Ok(true)
 }
 
-/// Copies what has data in a file into RAM, and checks it. Pages that a `newer` file of the chain has stay as they are, and are zero otherwise.
+/// Copies the data of a file into RAM, and compares it with the checksums. Pages in `newer`, which a newer file of the chain has, are not
+/// changed. All other pages are zero before.
 ///
 /// # Errors
 /// The host cannot read it, or a block differs from its checksum; RAM has some of the data then.

@@ -1,7 +1,7 @@
 //! `--dump-on-panic FILE`: the machine as a file, for `gdb` and `crash`, when its guest panics.
 //!
-//! A row of the main loop's table. The builder makes it, and has the machine hold a panic instead of ending. The dump
-//! begins when the machine says so, and the machine ends when the dump is over, whether it succeeded or not.
+//! A source of the main loop, which the builder makes. With it, the machine does not end at a panic, but sends an event. The dump then
+//! begins, and the machine ends when it is over, whether it succeeded or not.
 //!
 //! The file is opened at the start, because the process is confined later. A new file is empty until the guest panics, and an older dump
 //! stays until then. A run that is refused leaves no new file (`OutputFiles`).

@@ -92,12 +92,12 @@ fn save_error(path: &Path, source: io::Error) -> Error {
     Error::Save(SnapshotError::Target { path: path.to_owned(), source }.into())
 }
 
-/// Device and inode of the file that this machine was restored from, and of its bases. A save of all of the machine may replace one by a
-/// new file of the same name, because the machine keeps the old file mapped. An increment may not.
+/// Device and inode of the file from which this machine was restored, and of its bases. A save of the whole machine may replace one by a new
+/// file of the same name, because the machine keeps the old file mapped. An increment may not, because it needs the old one.
 pub(super) static RESTORED_FROM: OnceLock<Vec<(u64, u64)>> = OnceLock::new();
 
-/// Refuses a target that is no regular file, or is a file of the machine: one that a reset would read, or one that this process has
-/// open, such as a backing file or an increment's base. `given`: the descriptor of the target itself, if a client has passed it.
+/// Refuses a target that is no regular file, or that the machine uses: a file that a reset would read, or that this process has open
+/// (such as a backing file or an increment's base). `given` is the descriptor of the target itself, if a client has passed one.
 fn check_target(
     machine: &Machine,
     config: &SavedConfig,
@@ -106,7 +106,7 @@ fn check_target(
     is_increment: bool,
 ) -> io::Result<()> {
     if !target.is_file() {
-        return Err(io::Error::other("it is not a regular file"));
+        return Err(io::Error::other("it is not a regular file; give another path"));
     }
     let disks = machine.hardware.disks.iter().map(|disk| &disk.config.image.path);
     let id = (target.dev(), target.ino());
@@ -121,8 +121,8 @@ fn check_target(
     Ok(())
 }
 
-/// The device and inode of each file that this process has open, except for descriptor `except`. A confined process cannot read /proc.
-/// So this tries the numbers in turn, and stops after a large gap: the kernel assigns the lowest free number.
+/// The device and inode of each file that this process has open, except for descriptor `except`. A confined process cannot read /proc, so
+/// this tries all descriptor numbers. It stops after a large gap, because the kernel assigns the lowest free number.
 #[expect(unsafe_code, reason = "descriptors are looked at by their numbers")]
 fn open_files(except: Option<RawFd>) -> impl Iterator<Item = (u64, u64)> {
     const LARGEST_GAP: usize = 1024;
@@ -169,7 +169,7 @@ pub(super) struct Job {
     saved: SavedMachine,
     memory: GuestMemory,
     map: Option<PageMap>,
-    /// Of an increment: what is mapped from its base.
+    /// Only of an increment: the file mappings at the restore from its base.
     mapped: Option<Vec<FileMapping>>,
     target: Target,
     progress: Progress,
@@ -188,7 +188,7 @@ impl Job {
         }
     }
 
-    /// The pages of an increment.
+    /// The pages that an increment has. `None` for a save of all RAM.
     fn changed(&self) -> Option<io::Result<PageSet>> {
         let mapped = self.mapped.as_deref()?;
         let unknown = |error| io::Error::other(SnapshotError::NoPageMap(error));

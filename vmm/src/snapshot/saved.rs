@@ -56,7 +56,7 @@ pub(super) struct Format {
 pub(crate) enum Purpose {
     /// To be restored. The machine stays stopped.
     Save,
-    /// As `Save`, and the file has only what changed since the machine came from another one.
+    /// As `Save`, but the file has only the pages that changed since the machine was restored from another file.
     Increment,
     /// For debuggers. The machine goes on as before.
     Dump,
@@ -114,7 +114,7 @@ pub(super) struct SavedDisk {
 #[serde(deny_unknown_fields)]
 pub(super) struct SavedBase {
     pub(super) path: PathBuf,
-    /// As `CoreFile` has them.
+    /// As [`CoreFile::identity`](super::core_file::CoreFile).
     pub(super) identity: (u64, u64),
 }
 
@@ -131,7 +131,7 @@ pub(super) struct SavedMachine {
     pub(super) format: Format,
     /// The version of minivmm that saved it, for people.
     pub(super) minivmm: String,
-    /// Of an increment.
+    /// Only of an increment.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) base: Option<SavedBase>,
     pub(super) config: SavedConfig,
@@ -235,7 +235,7 @@ impl SavedMachine {
         })
     }
 
-    /// Makes it an increment.
+    /// Makes this machine an increment on `base`.
     pub(super) fn set_base(&mut self, base: SavedBase) {
         self.format.needs.push(NEEDS_BASE.to_owned());
         self.base = Some(base);
@@ -319,7 +319,7 @@ impl SavedDisk {
             }
             // An image that minivmm made from a directory, or a descriptor that the parent process opened.
             () if path.starts_with("/proc/self/fd") => {
-                Some("its image has no path that another process finds")
+                Some("its image (a directory, or an inherited descriptor) has no path that another process finds")
             }
             () => None,
         };

@@ -1,4 +1,4 @@
-//! A vCPU and interrupt controllers from one VM in another: what gets lost in any other order of writing.
+//! The state of a vCPU and of interrupt controllers is written into another VM. Each test finds what another order of writing loses.
 
 use std::io::sink;
 use std::sync::Arc;
@@ -87,7 +87,7 @@ fn set_lapic(vcpu: &Vcpu, registers: &[(usize, u32)]) {
     vcpu.fd.set_lapic(&lapic).unwrap();
 }
 
-/// Through JSON, as a file has it.
+/// Converts the state to JSON and back, as a file does.
 fn travelled(saved: &SavedVcpu) -> SavedVcpu {
     serde_json::from_slice(&serde_json::to_vec(saved).unwrap()).unwrap()
 }
@@ -107,12 +107,12 @@ fn an_armed_deadline_timer_stays_armed() {
     let shift = saved.shift(&mut target, 0).unwrap();
     saved.write(&mut target, shift).unwrap();
     assert_eq!(msr(&target, IA32_TSC_DEADLINE), deadline);
-    // A second generation is the same but for the time, which goes on.
+    // A second generation differs only in the time, which goes on.
     let again = SavedVcpu::read(&mut target).unwrap();
     assert_eq!(differences(&saved, &again), Vec::<String>::new());
 }
 
-/// What of the state differs, but for the TSC.
+/// The parts of the state that differ, except for the TSC.
 fn differences(one: &SavedVcpu, other: &SavedVcpu) -> Vec<String> {
     let state = |saved: &SavedVcpu| serde_json::to_value(saved).unwrap()["state"].clone();
     let (one, other) = (state(one), state(other));
@@ -224,7 +224,7 @@ fn vector_registers_come_back_as_they_were() {
     assert_eq!(target.fd.get_xcrs().unwrap().xcrs[0].value, xcrs.xcrs[0].value);
 }
 
-/// No kernel thread has it still: what is read next has it.
+/// The interrupt does not wait in a kernel thread: the state that is read next has it.
 #[test]
 fn an_interrupt_is_in_the_state_as_soon_as_its_line_was_pulsed() {
     let Some((_, vm, mut vcpu)) = machine() else { return };
@@ -257,7 +257,7 @@ fn an_interrupt_is_in_the_state_as_soon_as_its_line_was_pulsed() {
     }
 }
 
-/// Guest memory of that size, and its places in a file.
+/// Guest memory of this size, and its segments in a file.
 fn ram(bytes: u64) -> (GuestMemory, Vec<RamSegment>) {
     let spec = MachineSpec { memory: bytes, cpus: 1, serial: [true, false], acpi: true, disks: 0 };
     let memory = memory::map(&MachineLayout::new(spec), libc::MAP_NORESERVE).unwrap();

@@ -1,4 +1,4 @@
-//! Guest memory that is saved on the file before, again and again.
+//! Fuzz target: guest memory is saved again and again, each time as an increment on the previous file.
 
 use std::collections::BTreeSet;
 
@@ -8,7 +8,7 @@ use super::tests::{PAGE, chain, content, ram, save, write};
 use super::*;
 use crate::memory;
 
-/// Any pages are written, zeroed and read, memory is cleared as by a reset, and in between it is saved on the file before and restored.
+/// Pages are written, zeroed and read, and memory is cleared as by a reset. In between, memory is saved as an increment and restored.
 #[test]
 fn increments() {
     minivmm_fuzz::run("vmm/increments", |input| {
@@ -16,7 +16,7 @@ fn increments() {
         let pages = 512 * input.below(3) as usize + 1 + input.below(64) as usize;
         let mut memory = ram(pages);
         let mut files = vec![];
-        // Pages that may be in the next increment, and those that differ from the file before.
+        // Pages that may be in the next increment, and those that differ from the previous file.
         let (mut touched, mut before) = (BTreeSet::new(), content(&memory, pages));
         let mut mapped = None;
         while !input.is_empty() && files.len() < BASES_MAX {
@@ -33,7 +33,7 @@ fn increments() {
                 4 => {
                     let mut byte = [0];
                     memory.read_slice(&mut byte, GuestAddress((page * PAGE) as u64)).unwrap();
-                    // Where no file is, the host has given a page of zeroes.
+                    // If no file is mapped there, the read has allocated a page of zeroes.
                     touched.insert(page);
                 }
                 5 if input.u8() == 0 => {
@@ -58,7 +58,7 @@ fn increments() {
                     memory = ram(pages);
                     assert!(chain(&files).map(&memory).unwrap().is_some());
                     mapped = Some(PageMap::read().unwrap().files);
-                    // To compare it would touch pages.
+                    // A comparison would touch pages.
                     let other = ram(pages);
                     assert!(chain(&files).map(&other).unwrap().is_some());
                     assert!(content(&other, pages) == now, "what is mapped differs");

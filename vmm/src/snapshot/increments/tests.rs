@@ -1,4 +1,4 @@
-//! Chains of files of a memory without a machine: what an increment has, and that a restore finds all of it.
+//! Tests of chains of files, with guest memory but without a machine: which pages an increment has, and that a restore has all pages.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -23,7 +23,7 @@ pub(super) fn ram(pages: usize) -> GuestMemory {
     memory::map(&MachineLayout::new(spec), libc::MAP_NORESERVE).unwrap()
 }
 
-/// A sealed file, which is mapped as a leased one is. An increment has what changed since `mapped`.
+/// Saves to a sealed file, which can be mapped like a leased one. With `mapped`, the file is an increment with the changes since then.
 pub(super) fn save(memory: &GuestMemory, mapped: Option<&[FileMapping]>) -> CoreFile {
     let map = PageMap::read();
     let changed = mapped.map(|mapped| map.as_ref().unwrap().changed(memory, mapped).unwrap());
@@ -71,7 +71,7 @@ pub(super) fn write(memory: &GuestMemory, page: usize, byte: u8) {
     memory.write_slice(&[byte; PAGE], GuestAddress((page * PAGE) as u64)).unwrap();
 }
 
-/// A hole of an increment is its base's page, so that a page of zeroes has to be told from it.
+/// A hole in an increment can stand for the base's page, so a page of zeroes has to be distinguished from it.
 #[test]
 fn a_page_that_became_zero_is_in_the_increment() {
     page_map::open_page_map();
@@ -84,7 +84,7 @@ fn a_page_that_became_zero_is_in_the_increment() {
     let mapped = PageMap::read().unwrap().files;
     write(&memory, 1, 0);
     write(&memory, 2, 9);
-    // Read only.
+    // Only read.
     assert_eq!(content(&memory, 4)[3 * PAGE], 7);
     let increment = save(&memory, Some(&mapped));
     let has: Vec<_> = (0..4).filter(|page| increment.has(*page)).collect();
@@ -101,7 +101,7 @@ fn a_page_that_became_zero_is_in_the_increment() {
     }
 }
 
-/// A reset gives the guest new pages, which the page map shows as not present: they are zero now, and the base has something else there.
+/// A reset gives the guest new pages, which the page map shows as not present. They are zero now, while the base has other content there.
 #[test]
 fn memory_that_a_reset_has_cleared_is_in_the_increment() {
     page_map::open_page_map();
