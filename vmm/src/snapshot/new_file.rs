@@ -1,8 +1,8 @@
 //! A file that gets its name only when it is complete.
 //!
 //! Until then it has no name, or a hidden one in the target's directory. So at every moment there is no file at the target's path, the old
-//! file, or a complete new one. A process that is killed may leave a file with a hidden name. [`remove_unfinished`] removes such files: it
-//! tells them by their locks, because a process that lives has a lock on its own file.
+//! file, or a complete new one. A process that is killed may leave a file with a hidden name. [`remove_unfinished`] removes
+//! these files. It spares those of processes that still exist, which it tells by the number in the name and by the lock on the file.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
