@@ -148,7 +148,7 @@ fn requests_become_a_picture() {
     write_disk(directory.path(), "kvm_*,file=trace,format=json");
     let mut command = minivmm(["trace-view", "trace", "--svg"]);
     let ended = Session::start(command.current_dir(directory.path())).wait(BOUND).must_be(2);
-    assert!(ended.errors.contains("it has no request from its ring"), "{ended}");
+    assert!(ended.errors.contains("it has no request with its start and its end"), "{ended}");
 }
 
 #[test]

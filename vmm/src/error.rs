@@ -89,12 +89,12 @@ pub enum Error {
     #[error("cannot save the machine")]
     Save(#[source] Cause),
     #[error(
-        "the machine was restored without a kernel to start over with; restore it again with --kernel FILE"
+        "the machine was restored without a kernel, which a reset needs; restore it again with --kernel FILE"
     )]
     NoBootImage,
     #[error("--incoming file:{}", path.display())]
     Incoming { path: PathBuf, source: Cause },
-    #[error("a thread of the main loop panicked")]
+    #[error("a background thread panicked; see the line before")]
     ThreadPanicked,
     #[error("--sandbox: the list of system calls cannot be compiled")]
     Sandbox(#[source] Cause),

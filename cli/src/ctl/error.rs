@@ -11,7 +11,7 @@ use crate::arguments::value::ValueError;
 pub(super) enum CtlError {
     #[error("cannot connect")]
     Connect(#[source] io::Error),
-    #[error("the connection broke")]
+    #[error("the connection to the VM was lost; check that it still runs")]
     Connection(#[from] io::Error),
     #[error("it is not the control socket of a VM; give the path of its --qmp unix:PATH")]
     NotQmp,

@@ -10,7 +10,7 @@ pub(super) enum PowercutError {
     File { what: &'static str, path: PathBuf, source: io::Error },
     #[error("{}: it is no log of writes; make one by --disk IMAGE,log-writes=FILE", .0.display())]
     NoLog(PathBuf),
-    #[error("{}: it is a log of another version or sector size than 1 and 512", .0.display())]
+    #[error("{}: it is not a log of version 1 with 512-byte sectors; make one by --disk IMAGE,log-writes=FILE", .0.display())]
     Version(PathBuf),
     #[error("the command is missing; write -- COMMAND {{}}, or --state and --output")]
     NoCommand,

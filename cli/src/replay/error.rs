@@ -36,7 +36,7 @@ pub(super) enum ReplayError {
     Blocks { offset: u64, length: u64, block: u32 },
     #[error(transparent)]
     Open(#[from] OpenError),
-    #[error("the host gives no engine for the disk")]
+    #[error("the host allows no I/O engine for the disk")]
     Host(#[source] io::Error),
 }
 

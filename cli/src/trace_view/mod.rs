@@ -49,7 +49,7 @@ const MARKS_MAX: usize = 10_000;
 enum ViewError {
     #[error("{0}")]
     Lines(#[from] LineError),
-    #[error("it has no request from its ring to its used ring; record 'virtio_*'")]
+    #[error("it has no request with its start and its end; record it with --trace 'virtio_*'")]
     NoRequest,
 }
 

@@ -116,7 +116,7 @@ pub enum ThrottlingError {
     )]
     GroupAlone,
     /// A burst whose length is out of range.
-    #[error("throttling.{0}-max-length must be at least 1, needs {0}-max, and has its limits")]
+    #[error("throttling.{0}-max-length must be at least 1, needs {0}-max, and times {0}-max must not be above {RATE_MAX}")]
     BurstLength(&'static str),
 }
 
