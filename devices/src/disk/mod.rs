@@ -113,16 +113,16 @@ pub struct Completion {
     pub result: Result<(), DiskError>,
 }
 
-/// An image that another one builds on, as it was when it was opened. Its lock keeps other programs from writing to it.
+/// A backing image, as it was when it was opened. Its lock keeps other programs from writing to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackingImage {
     /// The path that was opened.
     pub path: std::path::PathBuf,
-    /// Its format.
+    /// The format of the image.
     pub format: Format,
-    /// Bytes of the disk that it holds.
+    /// The size of the disk in the image, in bytes.
     pub capacity: u64,
-    /// Bytes that it occupies on the host.
+    /// The bytes that the image occupies on the host.
     pub allocated: u64,
 }
 
@@ -171,8 +171,8 @@ pub trait DeviceCommand: Any + Send + Sync {
     -> Result<(), DiskError>;
 }
 
-/// An opened image. The workers of all queues share it, and it keeps its locks until it is dropped. What the host knows of it has no
-/// default, so that no disk around a disk forgets to pass it on.
+/// An opened image. The workers of all queues share it, and it keeps its locks until it is dropped. Methods about the
+/// host have no default implementation, so that a disk which wraps another one has to pass them on.
 pub trait Disk: Any + Send + Sync {
     /// The size in bytes now, a multiple of 512. `resize` and `refresh_capacity` change it at any moment.
     fn capacity(&self) -> u64;

@@ -239,8 +239,8 @@ fn node_info(disk: &MachineDisk) -> Value {
     inserted
 }
 
-/// Adds the images `below` to the description of the one above them, each inside the one that builds on it. A chain is bounded when it
-/// is opened.
+/// Adds the backing images `below` to the description of `image`. Each is a member of the image that builds on it. The length of a chain is
+/// limited when it is opened.
 fn name_backing(image: &mut Value, below: &[BackingImage]) {
     let mut above = image;
     for BackingImage { path, format, capacity, allocated } in below {

@@ -6,9 +6,9 @@
 //! The child closes every descriptor except for the file and a pipe (close_range(2), Linux 5.9). It writes RAM to its place in the file,
 //! reports each block through the pipe, and ends. It allocates nothing and takes no lock, because another thread may have held one at
 //! the fork. It has the seccomp filter of the thread that forked (`sandbox::Kind::Save`), which does not allow it to open anything. If this
-//! process ends, the kernel kills the child. If the pipe has no reader, the child ends after its present block. If the save is canceled or fails,
-//! this process kills the child. A child in a write that the host does not complete ends later, but does not hold up the end of the save: its
-//! file gets no name. This process writes headers and notes, and gives the file its name.
+//! process ends, the kernel kills the child. If the pipe has no reader, the child ends after its present block. If the save is canceled or
+//! fails, this process kills the child. If the child is in a write that the host does not complete, it ends later. The save does not wait for
+//! that, and its file gets no name. This process writes headers and notes, and gives the file its name.
 //!
 //! The disks go on, too. So [`check`] refuses a machine whose guest would write to its disks meanwhile.
 
@@ -74,9 +74,9 @@ impl Rest {
 /// How long the end of the process waits for a canceled save. The child is killed, and ends at once unless the file's disk does not
 /// answer.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long the end of a save waits for the child.
+/// How long the end of a save waits until the child has ended.
 const CHILD_TIMEOUT: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
-/// How often a save looks whether it was canceled, while no message of the child comes.
+/// How often a save checks whether it was canceled, while it waits for the child's next message.
 const CANCEL_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 
 /// Saves `machine` as of the next standstill, after which it goes on. Returns the number of the `Done` event, which comes when it goes on,
@@ -135,7 +135,7 @@ fn check(machine: &Machine) -> Result<(), Error> {
     }
 }
 
-/// The host copies huge pages only while its pool has any, and kills the process that finds none.
+/// Refuses memory of huge pages. To copy one, the host needs a free page in its pool. If there is none, it kills the process that writes to the page.
 fn check_pages(memory: &GuestMemory) -> Result<(), SnapshotError> {
     let is_huge = memory.iter().any(|region| region.flags() & libc::MAP_HUGETLB != 0);
     if is_huge { Err(SnapshotError::HugePages) } else { Ok(()) }
@@ -162,7 +162,7 @@ fn write(ram: &RamSave<'_>, held: impl FnOnce()) -> io::Result<Vec<u64>> {
     drop((writer, buffer));
     held();
     let result = follow(ram, &blocks, &mut reader);
-    // If the child still writes, it finds that the pipe has no reader, and ends.
+    // A child that still writes finds that the pipe has no reader, and ends.
     drop(reader);
     child.end(result.is_err());
     result
@@ -174,15 +174,15 @@ struct Child {
     descriptor: Option<OwnedFd>,
 }
 
-/// Children that are not reaped yet.
+/// Children that were not reaped yet (waitpid(2)).
 static FORMER: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
 
 impl Child {
-    /// Waits until the child has ended, for [`CHILD_TIMEOUT`] at most. `is_needless`: kills it before.
+    /// Waits until the child has ended, for [`CHILD_TIMEOUT`] at most. If it `is_needless`, kills it first.
     fn end(self, is_needless: bool) {
         if let Some(descriptor) = &self.descriptor {
             if is_needless {
-                // It may have ended.
+                // It fails if the child has ended already.
                 let _ = pidfd_send_signal(descriptor, Signal::KILL);
             }
             let _ = poll(&mut [PollFd::new(descriptor, PollFlags::IN)], Some(&CHILD_TIMEOUT));
@@ -225,8 +225,10 @@ fn follow(ram: &RamSave<'_>, blocks: &[Block], reader: &mut File) -> io::Result<
     Ok(checksums)
 }
 
+/// Waits until the child has sent a message, or has closed the pipe.
+///
 /// # Errors
-/// The save is canceled before.
+/// The save is canceled meanwhile.
 fn wait_until_readable(reader: &File, ram: &RamSave<'_>) -> io::Result<()> {
     while let Ok(0) | Err(rustix::io::Errno::INTR) =
         poll(&mut [PollFd::new(reader, PollFlags::IN)], Some(&CANCEL_INTERVAL))
@@ -244,7 +246,7 @@ fn wait_until_readable(reader: &File, ram: &RamSave<'_>) -> io::Result<()> {
 unsafe fn fork() -> io::Result<Option<Child>> {
     let flags = libc::SIGCHLD | libc::CLONE_PIDFD;
     let mut descriptor: RawFd = -1;
-    // SAFETY: without a stack of its own the child goes on here, on a copy of this one. The kernel writes one descriptor.
+    // SAFETY: the child has no stack of its own, so it goes on here, on a copy of this one. The kernel writes one descriptor.
     let id = unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut descriptor, 0, 0) };
     match id {
         -1 => {

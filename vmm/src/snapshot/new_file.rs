@@ -104,7 +104,7 @@ impl Drop for NewFile {
 
 const SUFFIX: &str = ".saving";
 
-/// `.NAME.PID.saving` beside the target. One process saves one machine at a time.
+/// The hidden name `.NAME.PID.saving`. It is unique, because one process saves one machine at a time.
 fn hidden_name(path: &Path) -> io::Result<OsString> {
     let mut hidden = OsString::from(".");
     hidden.push(path.file_name().ok_or(io::ErrorKind::IsADirectory)?);
@@ -112,19 +112,19 @@ fn hidden_name(path: &Path) -> io::Result<OsString> {
     Ok(hidden)
 }
 
-/// The process that has made a file of this name.
+/// The number of the process that has made a file of this name. `None`: it is no hidden name of a save.
 fn maker(name: &OsStr) -> Option<Pid> {
     let name = name.to_str()?.strip_prefix('.')?.strip_suffix(SUFFIX)?;
     Pid::from_raw(name.rsplit_once('.')?.1.parse().ok()?)
 }
 
-/// Removes what processes that were killed in a save have left in `directory`. What cannot be removed stays.
+/// Removes the files of saves whose processes were killed, from `directory`. Errors are ignored.
 pub(crate) fn remove_unfinished(directory: &Path) {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let has_ended = |maker| matches!(test_kill_process(maker), Err(rustix::io::Errno::SRCH));
         let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
         if is_file && maker(&entry.file_name()).is_some_and(has_ended) {
-            // A process with this number may live in another PID namespace.
+            // The process may exist in another PID namespace. Then it has a lock on the file.
             let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(entry.path());
             let lock = |file| flock(file, FlockOperation::NonBlockingLockExclusive);
             if file.is_ok_and(|file| lock(file).is_ok()) {
