@@ -1,6 +1,6 @@
 //! QEMU's character devices, for its clients: the consoles of the serial ports, and the control socket.
 //!
-//! A capability: what opens one calls [`add`], and QMP's `query-chardev` shows them.
+//! A capability: code that opens a character device calls [`add`], and QMP's `query-chardev` shows the devices.
 
 use std::sync::Mutex;
 
@@ -10,14 +10,14 @@ use crate::lock;
 /// Labels and file names as QEMU has them, in the order in which they were opened.
 static ALL: Mutex<Vec<(String, String)>> = Mutex::new(Vec::new());
 
-/// What has this label is at `filename` from now on.
+/// Records that the device with this label is at `filename` from now on.
 pub(crate) fn add(label: &str, filename: String) {
     let mut all = lock(&ALL);
     all.retain(|(known, _)| known != label);
     all.push((label.to_owned(), filename));
 }
 
-/// All of them: label and file name.
+/// The label and file name of each device.
 pub(crate) fn all() -> Vec<(String, String)> {
     lock(&ALL).clone()
 }

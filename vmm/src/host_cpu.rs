@@ -1,4 +1,4 @@
-//! What the host's processors can do, as its kernel tells in /proc/cpuinfo, and whether there are several.
+//! The features of the host's processors, from /proc/cpuinfo, and whether there are several processors.
 //!
 //! A capability: KVM works without it. `cli` warns of a processor without hardware virtualization, the builder copies the
 //! kernel where the host is itself a guest, and gives the disks' workers the time that they may poll.
@@ -41,7 +41,7 @@ pub(crate) fn polling_window() -> Duration {
 /// The processor's features, as the host's kernel names them.
 struct Flags(String);
 
-/// Read once: a host with many CPUs takes milliseconds for the file.
+/// The file is read once, because on a host with many CPUs that takes milliseconds.
 static FLAGS: LazyLock<Option<Flags>> = LazyLock::new(Flags::read);
 
 impl Flags {

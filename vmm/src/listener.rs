@@ -1,7 +1,6 @@
 //! A listening Unix socket that only this user can connect to: the control socket, and the console's.
 //!
-//! A socket file that no process uses any more is replaced; anything else at the path is left alone. The file goes away with
-//! the VM.
+//! A socket file that no process uses any more is replaced. Anything else at the path is an error. The file is removed when the VM ends.
 
 use std::fs;
 use std::io;
@@ -30,7 +29,7 @@ pub(crate) struct Listener {
     file: Option<FileId>,
 }
 
-/// Device and inode. The number of a socket's file is not given to another while the socket is open.
+/// Device and inode of the socket's file. While the socket is open, no other file gets this inode number.
 type FileId = (u64, u64);
 
 fn file_id(path: &Path) -> Option<FileId> {
@@ -55,8 +54,8 @@ impl Listener {
         Ok(Self { socket: socket.into(), path: path.to_owned(), file: file_id(path) })
     }
 
-    /// The next client, whose socket does not block; `None` if there is none. To be polled for edges, and then called until there
-    /// is none: a client that the host refuses is left in the backlog until another comes.
+    /// Accepts the next client, with a non-blocking socket. `None`: there is none. Poll the listener for edges, and call this until it
+    /// returns `None`. If the host cannot accept a client now, the client stays in the backlog until another one connects.
     pub(crate) fn accept(&self) -> Option<UnixStream> {
         static REFUSED: LazyLock<LogLimit> = LazyLock::new(LogLimit::new);
         match accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
@@ -73,8 +72,8 @@ impl Listener {
     }
 }
 
-/// Removes a socket file that no process uses. It is looked at again under another name, since a process that started at the
-/// same time may have put its own socket there.
+/// Removes a socket file that no process uses. It is renamed first and then checked again, because a process that started at the same time
+/// may have put its own socket there.
 fn remove_stale(path: &Path) -> io::Result<()> {
     let Ok(meta) = fs::symlink_metadata(path) else { return Ok(()) };
     if !meta.file_type().is_socket() {
@@ -94,8 +93,8 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Whether no socket is bound to the file. A datagram socket tells without waiting: one of its own type takes it, one of another
-/// type, listening or not, is the wrong type (EPROTOTYPE), and only a file without any socket refuses it.
+/// Whether no socket is bound to the file. Tests that by connecting a datagram socket, which never waits: a datagram socket accepts it, a
+/// socket of another type gives EPROTOTYPE, and only a file without a socket refuses the connection.
 fn is_stale(path: &Path) -> io::Result<bool> {
     let probe = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
     Ok(connect(&probe, &SocketAddrUnix::new(path)?) == Err(Errno::CONNREFUSED))

@@ -1,6 +1,6 @@
-//! The files that a run writes: opened while the machine is built, and changed only when nothing can refuse the run any more.
+//! The files that a run writes. They are opened while the machine is built, and changed only when nothing can refuse the run any more.
 //!
-//! A capability. The builder makes [`OutputFiles`] and hands it to what opens an output file: consoles, `--trace` and
+//! A capability. The builder makes [`OutputFiles`] and passes it to the code that opens output files: consoles, `--trace` and
 //! `--dump-on-panic`. Its last step is [`OutputFiles::begin`]. If the value is dropped before, a file that
 //! existed keeps its content, and one that was created is removed. The logs of writes ([`WriteLogs`]) are emptied or created by
 //! `begin`, too.
@@ -22,7 +22,7 @@ use crate::write_logs::WriteLogs;
 /// The files of a run that has not begun.
 pub(crate) struct OutputFiles {
     logs: WriteLogs,
-    /// Those that `begin` empties, each with the option that names it and that option's value.
+    /// The files that `begin` empties, each with the option that names it and the option's value.
     emptied: Vec<(File, &'static str, String)>,
     created: Vec<(PathBuf, Metadata)>,
     /// Threads that write once the run begins.
@@ -30,10 +30,10 @@ pub(crate) struct OutputFiles {
 }
 
 impl OutputFiles {
-    /// No file yet, except for the logs of `disks`, which go around `images`.
+    /// Has no file yet, except for the logs of `disks`, which are added to `images`.
     ///
     /// # Errors
-    /// The host refuses a log, or the file has something else in it.
+    /// The host refuses a log, or the file has other content than a log.
     pub(crate) fn with_logs(
         images: &mut [Arc<dyn Disk>],
         disks: &[DiskConfig],
@@ -73,7 +73,7 @@ impl OutputFiles {
         Ok(file)
     }
 
-    /// Opens a file, or creates one for its owner alone. What is in it stays.
+    /// Opens a file, or creates one that only its owner can access. Its content stays.
     ///
     /// # Errors
     /// The host refuses it.
@@ -90,7 +90,7 @@ impl OutputFiles {
         }
     }
 
-    /// What a thread does that writes an output file: nothing before the run begins, nor if it never does.
+    /// Wraps the body of a thread that writes an output file. The body runs when the run begins, or never if the run is refused.
     pub(crate) fn once_begun(&mut self, body: Body) -> Body {
         let (begin, begun) = channel();
         self.waiting.push(begin);
@@ -101,7 +101,7 @@ impl OutputFiles {
         })
     }
 
-    /// The run begins: empties the files of earlier ones.
+    /// Begins the run: empties the files of earlier runs.
     ///
     /// # Errors
     /// The host refuses a change.
@@ -120,7 +120,7 @@ impl OutputFiles {
 }
 
 impl Drop for OutputFiles {
-    /// Removes what a refused run has created, unless another program has replaced it or written to it.
+    /// Removes the files that a refused run has created, unless another program has replaced a file or written to it.
     fn drop(&mut self) {
         for (path, created) in &self.created {
             let is_as_created = fs::symlink_metadata(path).is_ok_and(|now| {

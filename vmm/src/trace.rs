@@ -1,9 +1,9 @@
 //! Trace events (`--trace`): their names, which of them are on, and what an address in one of them means.
 //!
-//! A capability. The places in the code are ordinary `tracing` events of level TRACE, each with a target of its own, so that one that
-//! is off costs a comparison. `cli` has the subscriber: it asks [`is_target_on`] once for each place, records what is on, and
-//! hands the builder the thread that writes the records down ([`set_writer`]). QMP's `trace-event-set-state` changes what is on while the
-//! machine runs. The chapter is `vmm/docs/tracing.md`.
+//! A capability. Places in the code emit ordinary `tracing` events of level TRACE with targets of their own. An event that is off costs one
+//! comparison. `cli` has the subscriber. It asks [`is_target_on`] once for each place, records events that are on, and passes the thread that
+//! writes the records to the builder ([`set_writer`]). QMP's `trace-event-set-state` turns events on and off while the machine runs. The
+//! chapter is `vmm/docs/tracing.md`.
 
 mod decode;
 
@@ -19,14 +19,14 @@ use crate::error::Error;
 use crate::lock;
 use crate::output_files::OutputFiles;
 
-/// A trace event as users name it. Names that QEMU has mean what they mean there.
+/// A trace event, with the name that users see. An event with a name of QEMU's is the same event as in QEMU.
 #[derive(Debug)]
 pub struct TraceEvent {
-    /// What patterns match.
+    /// The name, which patterns match.
     pub name: &'static str,
     /// The target of the places that emit it.
     target: &'static str,
-    /// Of the events that share a target: the value of the field `kind` that makes it this one. Empty: any other value.
+    /// If several events share a target: the value of the field `kind` for this one. Empty: any other value.
     kind: &'static str,
     /// When it happens, for `--trace help`.
     pub when: &'static str,
@@ -40,7 +40,7 @@ const fn handle(name: &'static str, kind: &'static str, when: &'static str) -> T
     TraceEvent { name, target: "virtio_blk_handle", kind, when }
 }
 
-/// Every trace event. Of those with one target, the one for any kind comes last.
+/// All trace events. Among those that share a target, the one with an empty kind comes last.
 pub const EVENTS: [TraceEvent; 16] = [
     event("virtio_queue_notify", "a disk's worker wakes up for a kick of the guest"),
     handle("virtio_blk_handle_read", "Read", "a read was taken from its ring"),
@@ -65,9 +65,9 @@ pub const EVENTS: [TraceEvent; 16] = [
     },
 ];
 
-/// By place in [`EVENTS`].
+/// The state of each event, by its index in [`EVENTS`].
 static ON: [AtomicBool; EVENTS.len()] = [const { AtomicBool::new(false) }; EVENTS.len()];
-/// There is a subscriber (`--trace`).
+/// Whether there is a subscriber (`--trace`).
 static AVAILABLE: AtomicBool = AtomicBool::new(false);
 /// The file of a trace, and what makes the body of the thread `trace`.
 static WRITER: Mutex<Option<(Option<PathBuf>, MakeBody)>> = Mutex::new(None);
@@ -86,12 +86,12 @@ pub(crate) fn state(index: usize) -> usize {
     }
 }
 
-/// Whether the event at this place of [`EVENTS`] is recorded.
+/// Whether the event with this index in [`EVENTS`] is recorded.
 pub fn is_on(index: usize) -> bool {
     ON.get(index).is_some_and(|on| on.load(Ordering::Relaxed))
 }
 
-/// The place in [`EVENTS`] of what a place in the code emits, and whether it is on.
+/// The index in [`EVENTS`] of an event that the code emits, and whether it is on.
 pub fn find(target: &str, kind: Option<&str>) -> Option<usize> {
     let fits = |event: &TraceEvent| {
         event.target == target && (event.kind.is_empty() || Some(event.kind) == kind)
@@ -109,7 +109,7 @@ pub fn is_any_on() -> bool {
     (0..EVENTS.len()).any(is_on)
 }
 
-/// The places in [`EVENTS`] of the events that `pattern` matches: `*` stands for any characters, `?` for one.
+/// The indices in [`EVENTS`] of the events that `pattern` matches. `*` stands for any characters, and `?` for one.
 pub fn matching(pattern: &str) -> impl Iterator<Item = usize> {
     let fits =
         |(_, event): &(usize, &TraceEvent)| matches(pattern.as_bytes(), event.name.as_bytes());
@@ -126,8 +126,8 @@ fn matches(pattern: &[u8], name: &[u8]) -> bool {
     }
 }
 
-/// Switches the events that `pattern` matches on or off, if there is a subscriber. `tracing` remembers for each place whether it is
-/// wanted, and asks again.
+/// Turns the events that `pattern` matches on or off, if there is a subscriber. `tracing` caches for each place whether its event is wanted,
+/// and asks again after this call.
 pub fn set(pattern: &str, on: bool) {
     if !AVAILABLE.load(Ordering::Relaxed) {
         return;
@@ -136,7 +136,7 @@ pub fn set(pattern: &str, on: bool) {
     tracing::callsite::rebuild_interest_cache();
 }
 
-/// There is a subscriber. The builder opens `file`, and starts what `make_body` returns as the thread `trace`.
+/// Called by the subscriber. The builder later opens `file`, and starts the thread `trace` with the body that `make_body` returns.
 pub fn set_writer(file: Option<PathBuf>, make_body: MakeBody) {
     AVAILABLE.store(true, Ordering::Relaxed);
     *lock(&WRITER) = Some((file, make_body));
@@ -147,7 +147,7 @@ pub fn take_writer() -> Option<MakeBody> {
     lock(&WRITER).take().map(|(_, make_body)| make_body)
 }
 
-/// Opens the file and starts the thread, if there is a trace. The thread writes to a file only once the run begins.
+/// Opens the file and starts the thread, if there is a trace. The thread writes to the file only after the run has begun.
 ///
 /// # Errors
 /// The file cannot be opened, or the host has no thread left.

@@ -1,6 +1,6 @@
 //! Consoles other than standard input and output: standard error, a file, a pseudo-terminal, a socket.
 //!
-//! A capability: `open` plugs each kind in, and everything else knows [`ConsoleEnds`] alone.
+//! A capability: `open` plugs each kind in. All other code sees only [`ConsoleEnds`].
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -17,7 +17,7 @@ use crate::error::Error;
 use crate::listener::Listener;
 use crate::output_files::OutputFiles;
 
-/// Output only, to our standard error.
+/// Output only, to minivmm's standard error.
 pub(super) fn stderr() -> Result<ConsoleEnds, Error> {
     let stderr = io::stderr().as_fd().try_clone_to_owned().map_err(refused("stderr".to_owned()))?;
     Ok(ConsoleEnds::new(Some(stderr), false, None, Input::new(None, false)))

@@ -1,4 +1,4 @@
-//! The console's two directions on the host, as everything else knows them: not which kind of console the user chose.
+//! The console's two directions on the host. They hide which kind of console the user has chosen.
 
 use std::fs::File;
 use std::io::{self, IsTerminal};
@@ -8,9 +8,9 @@ use super::input::Input;
 use super::output::Output;
 use crate::error::Error;
 
-/// Where the console's clients come from, one at a time. Readable when one waits.
+/// A source of clients for the console, one at a time. Its descriptor is readable when one waits.
 pub(crate) trait Clients: AsRawFd {
-    /// Takes a client, unless it has gone already.
+    /// Accepts a client. `None`: it has disconnected already.
     fn accept(&self) -> Option<OwnedFd>;
 }
 
@@ -24,7 +24,7 @@ pub(crate) struct ConsoleEnds {
 }
 
 impl ConsoleEnds {
-    /// Our own standard input and output.
+    /// minivmm's standard input and output.
     ///
     /// # Errors
     /// When the host refuses.
@@ -49,7 +49,7 @@ impl ConsoleEnds {
     }
 }
 
-/// The host refuses what `--console` says.
+/// Makes the error for a `--console` that the host refuses.
 pub(super) fn refused(value: String) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Argument { option: "--console", value, source }
 }

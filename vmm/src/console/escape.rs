@@ -1,4 +1,4 @@
-//! The escape key of a terminal's user: `Ctrl-A` and the key after it are for minivmm and not for the guest.
+//! The escape key on a terminal: `Ctrl-A` and the key after it are for minivmm and not for the guest.
 
 const CTRL_A: u8 = 1;
 
@@ -8,13 +8,13 @@ pub(super) const HELP: &str = "\r\nminivmm console keys:\r\n\
     \x20 Ctrl-A x       quit minivmm\r\n\
     \x20 Ctrl-A Ctrl-A  send Ctrl-A to the guest\r\n";
 
-/// What a typed byte turned out to be.
+/// What a typed byte means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Typed {
     Byte(u8),
     Help,
     Quit,
-    /// No byte: the terminal is gone.
+    /// Not a byte: the terminal has hung up.
     HungUp,
 }
 
@@ -25,7 +25,7 @@ pub(super) struct Escape {
 }
 
 impl Escape {
-    /// What `byte` means after the bytes before it. `None`: nothing, or that depends on the next byte.
+    /// What `byte` means after the bytes before it. `None`: it means nothing, or its meaning depends on the next byte.
     pub(super) fn typed(&mut self, byte: u8) -> Option<Typed> {
         if !std::mem::replace(&mut self.pending, false) {
             self.pending = byte == CTRL_A;

@@ -12,14 +12,14 @@ use crate::signals::is_ignored;
 /// Bytes that are read ahead from a terminal.
 const READ_AHEAD: usize = 4096;
 
-/// What came of a [`Input::read`].
+/// The result of [`Input::read`].
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum ReadEnd {
     /// There may be more, now or later.
     Open,
     /// The source has ended.
     Ended,
-    /// What is typed is another process's: we are in the background of the terminal.
+    /// minivmm is in the background of the terminal, so the input is for another process.
     NotOurs,
 }
 
@@ -28,7 +28,7 @@ pub(crate) struct Input {
     /// `None` before a client comes, and when the input has ended. What was read ahead is kept.
     pub(super) source: Option<File>,
     escape: Option<Escape>,
-    /// The terminal's hang-up ends the VM. Not where the parent process ignores SIGHUP for us, as nohup(1) does.
+    /// A hang-up of the terminal ends the VM. False if the parent process has set SIGHUP to be ignored, as nohup(1) does.
     pub(super) ends_by_hang_up: bool,
     /// Read from the host, but not yet given to the UART.
     waiting: VecDeque<u8>,
@@ -60,8 +60,7 @@ impl Input {
         self.waiting.drain(..room.min(self.waiting.len())).collect()
     }
 
-    /// Reads at most `count` bytes, for `take`, and gives the escape key's commands to `command`. To be called when the source
-    /// is readable.
+    /// Reads at most `count` bytes for `take`, and passes commands of the escape key to `command`. Called when the source is readable.
     pub(super) fn read(&mut self, count: usize, mut command: impl FnMut(Typed)) -> ReadEnd {
         let Some(source) = &mut self.source else { return ReadEnd::Ended };
         let mut buffer = [0; 64];

@@ -1,9 +1,11 @@
 //! The serial console's host side.
 //!
-//! Output: a vCPU puts bytes into a bounded buffer and never waits; the thread `console` moves them to the host ([`output`]).
-//! Input: [`serial_console`], a source of the main loop, reads from the host what the UART has room for ([`input`]), and
-//! recognizes the escape key of a terminal's user ([`escape`]). [`open`] opens the host side as `--console` says, and
-//! [`ends`] is what the others know of it.
+//! Output: a vCPU puts bytes into a bounded buffer and never waits. The thread `console` writes them to the host ([`output`]).
+//!
+//! Input: [`serial_console`] is a source of the main loop. It reads as much from the host as the UART has room for ([`input`]), and
+//! recognizes the escape key on a terminal ([`escape`]).
+//!
+//! [`open`] opens the host side as `--console` says. To the other files, it is a value of [`ends`].
 
 mod backends;
 mod ends;

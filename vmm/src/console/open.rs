@@ -1,4 +1,4 @@
-//! Opens the host side of the console as `--console` says: the place where kinds of console are plugged in.
+//! Opens the host side of the console as `--console` says. All kinds of console are plugged in here.
 //!
 //! A file is opened here, and emptied when the run begins (`OutputFiles`).
 

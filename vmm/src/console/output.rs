@@ -1,5 +1,5 @@
-//! Guest output on its way to the host: a bounded buffer between the vCPUs, which never wait, and the thread `console`, which
-//! waits for a slow reader as long as it takes.
+//! Passes the guest's output to the host: a bounded buffer between the vCPUs, which never wait, and the thread `console`, which waits for
+//! a slow reader without a limit.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -15,8 +15,8 @@ use rustix::io::Errno;
 use crate::error::Error;
 use crate::lock;
 
-/// Bytes of output that may wait for the reader. Of a guest that prints more to a reader that has stopped, the newest bytes are
-/// lost and counted, and the count is printed once the reader is back.
+/// Bytes of output that may wait for the reader. If the reader has stopped and the guest prints more, the newest bytes are dropped and
+/// counted. The count is printed when the reader goes on.
 const CAPACITY: usize = 4 << 20;
 
 /// A sink that fails, such as a file on a full disk, is tried again after this time.
@@ -124,13 +124,13 @@ impl Output {
         self.buffer.changed.notify_all();
     }
 
-    /// The client has gone: output is kept for the next one.
+    /// Called when the client has disconnected: output is kept for the next one.
     pub(crate) fn disconnect(&self) {
         lock(&self.buffer.state).sink = None;
     }
 
-    /// Waits, within a bound, until the reader has everything, then ends the thread. A reader that does not read leaves the
-    /// thread behind for the process to end.
+    /// Waits for a limited time until the reader has all output, and ends the thread. If the reader does not read, the thread remains until
+    /// the process ends.
     pub(crate) fn finish(self) {
         let mut state = lock(&self.buffer.state);
         state.finishing = true;
@@ -218,7 +218,7 @@ fn next_chunk(buffer: &Buffer, chunk: &mut Vec<u8>) -> Option<Arc<OwnedFd>> {
 }
 
 impl State {
-    /// Cuts the output off where `max=` is reached, with a line that says so.
+    /// Cuts the output off at the limit of `max=`, with a line that says so.
     fn keep_to_limit(&mut self, chunk: &mut Vec<u8>) {
         let Some(left) = &mut self.limit else { return };
         if chunk.len() as u64 > *left {
@@ -232,7 +232,7 @@ impl State {
     }
 }
 
-/// Writes all of `bytes`, and waits for the reader as long as it takes.
+/// Writes all of `bytes`. Waits for the reader without a limit.
 ///
 /// # Errors
 /// How much was written, and why no more was.

@@ -1,6 +1,6 @@
-//! Connects each serial port of the guest to its console: one port as a rule, and a second one for those who want it.
+//! Connects each serial port of the guest to its console. There is one port, or two if the user asks for a second console.
 //!
-//! A capability: the builder calls it, and the console and the UART know nothing of other ports.
+//! A capability: the builder calls it. The console and the UART do not refer to it.
 
 use std::sync::{Arc, Mutex};
 
@@ -20,7 +20,7 @@ use crate::error::Error;
 use crate::output_files::OutputFiles;
 use crate::sources::Source;
 
-/// Puts the guest's serial ports on the bus, each with its console. `exec` has the second one to itself.
+/// Puts the guest's serial ports on the bus, each with its console. With `--exec`, the second one belongs to `exec`.
 ///
 /// # Errors
 /// When the host or KVM refuses a resource.

@@ -2,16 +2,16 @@
 //!
 //! A capability, with `input`, `escape` and `ends`: the guest prints without it. `ports` adds it to the main loop's sources.
 //!
-//! The UART's receive FIFO holds 64 bytes. While it is full the host is polled for nothing but the end of the input, and the
-//! UART writes to an eventfd when the guest has made room. The states of polling:
+//! The UART's receive FIFO holds 64 bytes. While it is full, the host is polled only for the end of the input. The UART writes to an eventfd
+//! when the guest has made room. The states of polling:
 //!
 //! | state | event | next state |
 //! |---|---|---|
-//! | `Absent` | a client connects | `Polled`, or `AlwaysReady` for what epoll refuses |
+//! | `Absent` | a client connects | `Polled`, or `AlwaysReady` if epoll refuses the file |
 //! | `Polled` | the FIFO is full | `Full` |
 //! | `Full` | the guest makes room | `Polled` |
 //! | `Polled`, `AlwaysReady` | the input ends | `Absent`, and the next client may connect |
-//! | `Polled` | a terminal's keys are another process's | `InBackground` |
+//! | `Polled` | a terminal's input is for another process | `InBackground` |
 //! | `InBackground` | a key can be read | `Polled` |
 //! | `Full` | the client hangs up | `Full`: its input is kept, and the next client may connect |
 //!
@@ -38,7 +38,8 @@ const INPUT: u8 = 0;
 const INPUT_DRAINED: u8 = 1;
 const CLIENTS: u8 = 2;
 
-/// The terminal is gone. The kernel tells the session's leader alone, and if that is make(1), it waits for us.
+/// How the VM ends when the terminal hangs up: as by SIGHUP. The kernel sends that signal only to the session's leader. If the leader is
+/// make(1), it waits for minivmm instead of passing the signal on.
 const HUNG_UP: Outcome = Outcome::Signal(libc::SIGHUP);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -46,7 +47,7 @@ enum Polling {
     Absent,
     Polled,
     Full,
-    /// A terminal in whose background we are.
+    /// A terminal, of which minivmm is in the background.
     InBackground,
     /// A regular file: epoll refuses it (EPERM), and it is always readable.
     AlwaysReady,
@@ -58,7 +59,7 @@ pub(crate) struct SerialConsole {
     serial: Arc<Mutex<SerialDevice>>,
     input_drained: EventFd,
     polling: Polling,
-    /// How the user ends the VM, once for each key that quits.
+    /// Called for each key by which the user ends the VM.
     outcomes: Vec<Outcome>,
 }
 
@@ -106,8 +107,8 @@ impl SerialConsole {
         }
     }
 
-    /// Gives the UART the input that it has room for. Returns the room that is left; if that is 0, the UART writes to
-    /// `input_drained` later.
+    /// Passes input to the UART, as much as it has room for. Returns the remaining room. If it is 0, the UART later writes to
+    /// `input_drained`.
     fn fill_uart(&mut self) -> usize {
         let mut serial = lock(&self.serial);
         let room = serial.input_room();
@@ -124,7 +125,7 @@ impl SerialConsole {
         }
     }
 
-    /// What another process has yet to read must not keep the loop awake: it is told of each key once.
+    /// Polls for edges. Input that another process has yet to read must not wake the loop again and again.
     fn poll_for_edges(&mut self, poller: &mut Poller<'_, '_>) {
         if self.polling == Polling::Polled
             && let Some(fd) = self.ends.input.fd()
@@ -169,7 +170,7 @@ impl SerialConsole {
         self.ends.input.source = None;
     }
 
-    /// Takes a client; the next one waits in the socket's backlog.
+    /// Accepts a client. Further clients wait in the socket's backlog.
     fn accept(&mut self, poller: &mut Poller<'_, '_>) {
         let Some(clients) = &self.ends.clients else { return };
         let Some(client) = clients.accept() else { return };

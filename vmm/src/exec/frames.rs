@@ -1,11 +1,11 @@
 //! Finds the command's output and its status in what the guest writes to the serial port.
 //!
-//! `port` feeds [`Frames`] byte by byte. The guest's script writes `MARK begin;` and a newline, the command's output, and
-//! `MARK end STATUS;`, where MARK is random and differs in each run: output that looks like a frame by accident does not exist,
-//! and no guest that was not given the mark reports a status.
+//! `port` passes each byte to [`Frames`]. The guest's script writes `MARK begin;` and a newline, the command's output, and `MARK end STATUS;`.
+//! MARK is random and differs in each run. So output never looks like a frame by accident, and only a guest that got the mark can report
+//! a status.
 //!
-//! The terminal driver of the guest changes each newline into a carriage return and a newline (ONLCR, the default of an 8250
-//! port), and nothing else. Taking away one carriage return before each newline is therefore exact, for any bytes.
+//! The terminal driver of the guest changes only newlines, each into a carriage return and a newline (ONLCR, the default of an 8250 port).
+//! So removing one carriage return before each newline restores any bytes exactly.
 
 /// The parts of the stream.
 ///
@@ -49,7 +49,7 @@ impl Frames {
         }
     }
 
-    /// The guest starts over.
+    /// Called at a reset of the guest.
     pub(super) fn restart(&mut self) {
         self.state = State::Before;
         self.has_return = false;
@@ -69,7 +69,7 @@ impl Frames {
         }
     }
 
-    /// Takes a byte of the stream, and appends to `output` what is known to be the command's output.
+    /// Takes a byte of the stream, and appends to `output` the bytes that are now known to be the command's output.
     pub(super) fn push(&mut self, byte: u8, output: &mut Vec<u8>) {
         if std::mem::replace(&mut self.has_return, byte == b'\r') && byte != b'\n' {
             self.push_decoded(b'\r', output);
@@ -79,7 +79,7 @@ impl Frames {
         }
     }
 
-    /// The stream has ended: what was held back is output.
+    /// Called at the end of the stream: bytes that could have become a frame are output.
     pub(super) fn finish(&mut self, output: &mut Vec<u8>) {
         if std::mem::take(&mut self.has_return) {
             self.push_decoded(b'\r', output);
@@ -112,7 +112,7 @@ impl Frames {
         }
     }
 
-    /// Gives up the bytes at the start of `held` that are not part of a frame.
+    /// Removes the bytes at the start of `held` that are not part of a frame.
     fn release(&mut self, output: &mut Vec<u8>) {
         let frame = if self.state == State::Before { &self.begin } else { &self.end };
         let is_start = |from: &usize| frame.starts_with(&self.held[*from..]);

@@ -1,16 +1,16 @@
 //! `--exec COMMAND`: the guest's shell runs a command as process 1, and the command's output and status are minivmm's own.
 //!
-//! A capability: the builder lets [`plan`] add to the configuration what the guest needs, and [`attach()`] plug the
-//! second serial port in. The parts:
+//! A capability: the builder calls [`plan`], which adds to the configuration what the guest needs, and [`attach()`], which plugs in the
+//! second serial port. The parts:
 //!
-//! - `job.sh`, the script that the guest's `/bin/sh` runs. A small read-only disk behind the user's disks has it, since a kernel
-//!   command line has room for 2047 printable bytes only; the command line says `init=/bin/sh -- /dev/vdX`.
+//! - `job.sh`, the script that the guest's `/bin/sh` runs. It is on a small read-only disk after the user's disks, because a kernel command
+//!   line has only 2047 printable bytes. The command line has `init=/bin/sh -- /dev/vdX`.
 //! - `frames`, which finds the output and the status in what the guest writes to the second serial port.
-//! - `port`, the serial port, which lets the guest wait while its reader is slow.
-//! - `output`, which moves the output to our standard output, and then tells the machine the status.
+//! - `port`, the serial port, which makes the guest wait if the reader of the output is slow.
+//! - `output`, which writes the output to minivmm's standard output, and then passes the status to the machine.
 //!
-//! A status is an event of the machine like a byte at the debug-exit port. A machine that ends in any other way has none, which
-//! `cli` reports as an error: an exit status of 0 always is the command's own.
+//! A status is an event of the machine, like a byte at the debug-exit port. If a machine ends in another way, `cli` reports that as an error.
+//! So an exit status of 0 is always the command's.
 
 mod frames;
 #[cfg(test)]
@@ -44,12 +44,12 @@ use crate::error::Error;
 use crate::events::EventSender;
 use crate::sources::Source;
 
-/// What the guest's shell runs, behind the definitions of `command` and `mark`.
+/// The script of the guest's shell. The definitions of `command` and `mark` are put before it.
 const SCRIPT: &[u8] = include_bytes!("job.sh");
-/// A disk is whole sectors long.
+/// The script is padded to a multiple of this, because a disk consists of whole sectors.
 const SECTOR: usize = 512;
 
-/// The configuration of a machine that runs the command, if there is one, and that command.
+/// Returns the configuration and the job. If `config` has a command, the configuration is extended by what the job needs.
 ///
 /// # Errors
 /// When the host has no memory or no random numbers.
@@ -59,7 +59,7 @@ pub(crate) fn plan(config: &VmConfig) -> Result<(Cow<'_, VmConfig>, Option<Job>)
     Ok((Cow::Owned(job.extend(config)), Some(job)))
 }
 
-/// Puts the second serial port on the bus, with its output on our standard output. Nothing without a job.
+/// Puts the second serial port on the bus, whose output goes to minivmm's standard output. Without a job, does nothing.
 ///
 /// # Errors
 /// When the host or KVM refuses a resource.
@@ -86,10 +86,10 @@ pub(crate) fn attach(
     Ok(Some(Box::new(output)))
 }
 
-/// A command that a guest is to run.
+/// A command for the guest to run.
 pub(crate) struct Job {
     mark: String,
-    /// In memory. The disk opens it again, by its name in /proc.
+    /// The script's file, in memory. The disk opens it again by its name in /proc.
     script: File,
 }
 

@@ -1,8 +1,8 @@
-//! The command's output on its way to our standard output: a bounded buffer between the vCPU that writes to the serial port and
-//! the thread `job-output`.
+//! Passes the command's output to minivmm's standard output: a bounded buffer between the vCPU that writes to the serial port and the
+//! thread `job-output`.
 //!
-//! Unlike a console's, this output is never dropped: while the buffer is full, `port` lets the vCPU wait at its write. The status
-//! becomes an event of the machine when all output is written, so that a machine that ends with a status has lost none of it.
+//! Unlike a console's, this output is never dropped: while the buffer is full, `port` makes the vCPU wait in its write. The status becomes
+//! an event of the machine after all output is written. So a machine that ends with a status has lost no output.
 
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
@@ -21,7 +21,7 @@ use crate::events::{EventSender, VmEvent};
 use crate::lock;
 use crate::sources::{Poller, Source};
 
-/// Bytes of output that may wait for their reader before the guest does.
+/// Bytes of output in the buffer from which on the guest waits.
 const CAPACITY: usize = 64 << 10;
 /// How long the last output of a command without a status may take at the end of the machine.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(2);
@@ -31,7 +31,7 @@ struct State {
     output: Vec<u8>,
     /// The vCPU waits for room.
     full: Option<Drain>,
-    /// Standard output takes no more.
+    /// Standard output is closed or has failed.
     closed: bool,
     finishing: bool,
     finished: bool,
@@ -78,7 +78,7 @@ impl Buffer {
         Arc::new(Self { state: Mutex::new(state), changed: Condvar::new() })
     }
 
-    /// The guest starts over.
+    /// Called at a reset of the guest.
     pub(super) fn restart(&self) {
         lock(&self.state).frames.restart();
     }
@@ -99,7 +99,7 @@ impl Buffer {
     }
 }
 
-/// The thread, as a source of the main loop: it has no descriptor, and only waits for the thread at the end.
+/// The thread as a source of the main loop. It has no descriptor. At the end of the machine it waits for the thread.
 pub(super) struct JobOutput {
     buffer: Arc<Buffer>,
     thread: JoinHandle<()>,
@@ -157,7 +157,7 @@ impl Source for JobOutput {
     }
 }
 
-/// Writes output until the status is known or the machine ends. Returns what the machine is told.
+/// Writes output until the status is known or the machine ends. Returns the event for the machine.
 fn move_output(buffer: &Buffer, sink: &OwnedFd) -> Option<VmEvent> {
     loop {
         let mut state = lock(&buffer.state);

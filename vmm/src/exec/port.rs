@@ -1,7 +1,7 @@
-//! The serial port that the command writes to: a UART that can let the guest wait, and interrupts no more often than it has to.
+//! The serial port to which the command writes: a UART that can make the guest wait, and that interrupts only as often as necessary.
 //!
-//! `exec::attach` puts it on the bus instead of a plain UART. A write to a full buffer takes effect when there is room; the vCPU
-//! waits for that in a way that a stop or the end of the machine interrupts (`devices::bus::Unfinished`).
+//! `exec::attach` puts it on the bus instead of a plain UART. A write to a full buffer takes effect when there is room. The vCPU waits for
+//! that, and a stop or the end of the machine interrupts the wait (`devices::bus::Unfinished`).
 
 use std::io;
 use std::sync::Arc;
@@ -18,8 +18,8 @@ use super::output::Buffer;
 const INTERRUPT_ENABLE: u64 = 1;
 const INTERRUPT_IDENTIFICATION: u64 = 2;
 
-/// An interrupt line that is not pulsed again before the guest has looked for the reason of the last interrupt. The UART reports
-/// an empty transmitter for each of the 16 bytes that a driver writes at once, and a pulse costs as much as the byte.
+/// An interrupt line that is pulsed again only after the guest has read the reason of the last interrupt. A driver writes 16 bytes at once,
+/// and for each of them the UART reports an empty transmitter. A pulse costs as much as a byte.
 pub(super) struct PendingLine {
     line: Arc<dyn InterruptLine>,
     is_pending: AtomicBool,
@@ -58,7 +58,7 @@ impl BusDevice for JobPort {
         self.serial.read(offset, data);
     }
 
-    /// A driver that begins anew enables interrupts, and may have missed one before.
+    /// A driver that starts enables interrupts. It may have missed one before, so the line is pulsed again.
     fn write(&mut self, offset: u64, data: &[u8]) {
         if offset == INTERRUPT_ENABLE {
             self.expect_interrupts();

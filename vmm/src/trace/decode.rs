@@ -1,4 +1,4 @@
-//! What an address means that a vCPU's exit was for: device, register, and where that is specified.
+//! Decodes the address of a vCPU's exit: the device, the register, and the clause that specifies it.
 
 use std::fmt;
 
@@ -10,11 +10,11 @@ use devices::virtio::spec::mmio::{CONFIG_OFFSET, Register};
 pub struct Decoded {
     /// The kind of device, such as `virtio-mmio`.
     pub device: &'static str,
-    /// Which of them.
+    /// The number of the device among those of its kind.
     pub number: u64,
     /// The register, or the field `config` of a configuration space.
     pub register: &'static str,
-    /// Where in the specification the register is.
+    /// The clause of the specification for the register.
     pub clause: &'static str,
 }
 
