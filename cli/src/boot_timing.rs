@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// The target of the events: each says that the phase it names is over.
+/// The target of the events. Each event names a phase that has ended.
 pub(crate) const TARGET: &str = "boot";
 
 /// After these phases the time since exec is printed, too: the guest is entered, and it prints.
 const MILESTONES: [&str; 2] = ["first KVM_RUN", "first console byte"];
 
-/// A moment: of the wall clock, and of the CPU time that this process has used since exec.
+/// A point in time: by the wall clock, and by the CPU time that this process has used since exec.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Moment {
     wall: Duration,

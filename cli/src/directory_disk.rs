@@ -1,7 +1,8 @@
 //! `--disk DIRECTORY`: the directory becomes an ext4 image before the machine is built, and the disk is that image.
 //!
-//! `main` calls [`make`]. mke2fs copies the directory into a temporary file without a name, so that nothing is left behind
-//! whatever happens. The guest cannot change the directory: the disk is read-only, or with `snapshot=on` keeps changes to itself.
+//! `main` calls [`make`]. mke2fs copies the directory into a temporary file without a name, so that nothing
+//! remains even if minivmm is killed. The guest cannot change the directory: the disk is read-only, or with `snapshot=on` its writes go to a
+//! temporary file.
 
 use std::fs::{self, File};
 use std::io;
@@ -17,7 +18,7 @@ use vmm::VmConfig;
 
 use crate::messages::print_message;
 
-/// A directory that cannot become a disk.
+/// Why a directory cannot become a disk.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DirectoryError {
     #[error("--disk {}: a directory becomes an ext4 image; leave out format={format}", path.display())]
@@ -38,14 +39,14 @@ impl DirectoryError {
     }
 }
 
-/// Files and bytes below a directory, as far as they take room in an image.
+/// The number of files below a directory, and the bytes that they need in an image.
 #[derive(Default)]
 struct Content {
     files: u64,
     bytes: u64,
 }
 
-/// Makes an image of each disk of `config` that is a directory. The files have to stay open until the disks are.
+/// Makes an image of each disk of `config` that is a directory. The returned files have to stay open until the disks are opened.
 pub(crate) fn make(config: &mut VmConfig) -> Result<Vec<File>, DirectoryError> {
     let mut images = Vec::new();
     for image in config.disks.iter_mut().map(|disk| &mut disk.image) {
@@ -126,8 +127,8 @@ fn measure(path: &Path) -> io::Result<Content> {
     Ok(content)
 }
 
-/// Bytes of the image, which is sparse: room for the content, for inodes and for tables, and to write to. For more than a file can
-/// have, a length that no file can have.
+/// Bytes of the image, which is sparse: for the content, inodes and tables, and free space for writes. If that is more than a file can have,
+/// the result is a length that the host refuses.
 fn size(content: &Content, writable: bool) -> u64 {
     // 2^62 bytes and what comes on top stay below 2^64.
     let bytes = content.bytes.min(1 << 62);

@@ -1,9 +1,8 @@
-//! What the parent process left behind, and minivmm does not trust: the signal mask, the umask, the limits on open files and on
-//! the stack.
+//! Corrects what minivmm inherits from its parent process: the signal mask, the umask, and the limits on open files and on the stack.
 //!
-//! `main` calls [`reset`] before anything else. Closed standard descriptors are no concern: Rust's runtime opens /dev/null in
-//! their place. Signals that the parent ignores are left alone but for those that the machine reads from a descriptor:
-//! ignoring the others is what nohup or a shell's background job is for.
+//! `main` calls [`reset`] before anything else. Closed standard descriptors need no correction: Rust's runtime opens /dev/null in their
+//! place. Signals that the parent has set to be ignored stay ignored, as nohup(1) or a shell's background job wants it, except for those that
+//! the machine reads from a descriptor.
 
 /// Unblocks all signals: a vCPU is kicked out of the guest by one, and SIGCONT restores the terminal's raw mode. Makes new
 /// files and sockets private. Raises the limit on open files as far as the parent allows: the usual 1024 are too few for many

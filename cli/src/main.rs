@@ -128,8 +128,8 @@ fn run(config: &mut VmConfig, incoming: Option<IncomingOption>) -> Result<Outcom
     vm.run()
 }
 
-/// Reads from each file while signals still have their default action: on storage that does not answer, the read waits in the
-/// kernel, and the user can end it. Whatever else is wrong with a file is found when it is opened.
+/// Reads from each file while signals still have their default action. If the storage does not answer, the read waits in the kernel, and the
+/// user can end it by a signal. Other errors of a file are found when it is opened.
 fn wait_for_storage(config: &VmConfig, incoming: Option<&IncomingOption>) {
     let incoming = match incoming {
         Some(IncomingOption::File(options)) => Some(&options.path),
@@ -145,7 +145,7 @@ fn wait_for_storage(config: &VmConfig, incoming: Option<&IncomingOption>) {
     }
 }
 
-/// The exit status. Prints how the VM ended where the guest's own output does not tell.
+/// The exit status. Prints how the VM ended, if the guest's output does not show it.
 fn exit_status(outcome: &Outcome, config: &VmConfig) -> u8 {
     match outcome {
         Outcome::PowerOff | Outcome::Reset if config.debug_exit => {

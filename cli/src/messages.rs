@@ -43,14 +43,14 @@ impl fmt::Display for OneLine<'_> {
     }
 }
 
-/// Prints what the user asked for to standard output, and returns whether all of it was taken. A reader that has seen enough, as
-/// head(1) does, is no error.
+/// Prints the output that the user asked for to standard output, and returns whether all of it was written. It is no error if the reader
+/// closes the pipe, as head(1) does.
 pub(crate) fn print_text(text: &str) -> bool {
     let mut output = io::stdout().lock();
     was_taken(output.write_all(text.as_bytes()).and_then(|()| output.flush()))
 }
 
-/// Whether standard output took what was printed. Prints why it did not.
+/// Whether the output was written. Prints the error if it was not.
 pub(crate) fn was_taken(printed: io::Result<()>) -> bool {
     match printed {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
@@ -61,8 +61,8 @@ pub(crate) fn was_taken(printed: io::Result<()>) -> bool {
     }
 }
 
-/// Prints what the other crates log from now on: warnings and errors, everything with `verbose`, and the phases of the boot if
-/// `boot_timing` is the moment at which `main` began. `trace` records trace events.
+/// Prints what the other crates log from now on: warnings and errors, and with `verbose` everything. Prints the phases of the boot if
+/// `boot_timing` has the time at which `main` began. `trace` records trace events.
 pub(crate) fn start_log(verbose: bool, boot_timing: Option<Moment>, trace: Option<TraceLayer>) {
     let phases = boot_timing.map(|main| {
         let (phases, row) = Phases::begin(main);
@@ -88,16 +88,17 @@ pub(crate) fn start_log(verbose: bool, boot_timing: Option<Moment>, trace: Optio
     }
 }
 
-/// A reader that takes longer than this for a line loses it.
+/// If the reader does not accept a line within this time, the line is dropped.
 const READER_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Standard error, opened once more.
 static NONBLOCKING: OnceLock<File> = OnceLock::new();
 
-/// From now on no message waits for its reader; to be called before the process is confined. A terminal that has room for a byte
-/// is ready, and a longer line then waits for the rest; another process may fill a pipe after the poll. So both are
-/// opened once more: O_NONBLOCK on the descriptor that minivmm was given would be seen by each process that has it, too. A
-/// terminal of another user cannot be opened.
+/// From now on no message waits for its reader. Called before the process is confined.
+///
+/// To poll before a write is not enough. A terminal with room for one byte is ready, but a longer line would block. And another process may
+/// fill a pipe after the poll. So a terminal or a pipe is opened once more, with O_NONBLOCK. On the descriptor that minivmm has inherited,
+/// this flag would affect all processes that share it. A terminal of another user cannot be opened.
 pub(crate) fn never_wait() {
     let kind = fstat(rustix::stdio::stderr()).map(|stat| FileType::from_raw_mode(stat.st_mode));
     if matches!(kind, Ok(FileType::CharacterDevice | FileType::Fifo)) {
@@ -109,8 +110,8 @@ pub(crate) fn never_wait() {
     }
 }
 
-/// Standard error. Its reader may have gone (`2>&1 | head`) or stopped reading (`2>&1 | less`, a terminal behind a dead network),
-/// which must neither end nor delay the VM: a line that the reader does not take in time is dropped. Each write is one line.
+/// Standard error. Its reader may have ended (`2>&1 | head`) or stopped reading (`2>&1 | less`, a terminal behind a broken network). That
+/// must neither end nor delay the VM, so a line that the reader does not accept in time is dropped. Each write is one line.
 pub(crate) struct Stderr;
 
 impl Write for Stderr {
@@ -135,7 +136,7 @@ impl Write for Stderr {
     }
 }
 
-/// Writes to a descriptor that does not block, as much as its reader takes in time.
+/// Writes to a non-blocking descriptor, as much as its reader accepts in time.
 fn write_in_time(mut file: &File, mut line: &[u8]) {
     let began = Instant::now();
     while !line.is_empty() && began.elapsed() < READER_TIMEOUT {

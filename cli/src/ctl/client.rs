@@ -13,9 +13,9 @@ use serde_json::{Value, json};
 
 use super::error::CtlError;
 
-/// A VM greets its clients at once, if it greets them at all: it may have as many clients as it serves.
+/// How long to wait for the greeting. A VM sends it at once, unless it has as many clients as it serves.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
-/// More than any answer has.
+/// Most bytes of a message. Every answer of a VM is shorter.
 const MESSAGE_MAX: u64 = 64 << 20;
 
 pub(super) struct Client(BufReader<UnixStream>);
@@ -56,7 +56,7 @@ impl Client {
         self.answer()
     }
 
-    /// Hands a file over to the VM, which knows it as `fd:ctl`.
+    /// Passes a file to the VM, where its name is `fd:ctl`.
     pub(super) fn hand_over(&mut self, file: &File) -> Result<(), CtlError> {
         let request = json!({ "execute": "getfd", "arguments": { "fdname": "ctl" } }).to_string();
         let files = [file.as_fd()];

@@ -1,4 +1,4 @@
-//! `minivmm ctl SOCKET save PATH`: QEMU's `migrate` to a file, and what people want around it.
+//! `minivmm ctl SOCKET save PATH`: sends QEMU's `migrate`, waits for its end, and names the file.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -11,7 +11,7 @@ use vmm::NewFile;
 use super::client::Client;
 use super::error::CtlError;
 
-/// Refuses to replace what is no saved machine, which a mistyped path would cost.
+/// Refuses to replace a file that is no saved machine: the user may have mistyped the path.
 fn check_target(path: &Path) -> io::Result<()> {
     let mut start = [0; 18];
     // A FIFO without a writer does not hold it up.

@@ -1,11 +1,11 @@
-//! `minivmm replay TRACE --disk PATH[,KEY=VALUE]...`: the requests of a trace once more, on any disk, without a guest.
+//! `minivmm replay TRACE --disk PATH[,KEY=VALUE]...`: submits the requests of a trace again, on any disk, without a guest.
 //!
-//! `main` hands over the words behind `replay`. It is a program of its own, like `minivmm ctl`: it needs no machine and no KVM, only a
-//! trace that `--trace` wrote. It opens the disk as a machine does, and submits to its engine what a guest's requests would become.
+//! `main` passes the arguments after `replay`. It is a program of its own, like `minivmm ctl`: it needs no machine and no KVM, only a trace
+//! that `--trace` has written. It opens the disk as a machine does, and submits the same transfers to the engine as for a guest's requests.
 //! The chapter *Tracing* (`vmm/docs/tracing.md`) explains its use.
 //!
-//! Everything that can be refused is refused before the first request: the trace is read as a whole, and compared with the disk. A load
-//! that writes needs `snapshot=on` or `--overwrite`. A request that fails later is counted, and the others go on.
+//! Before the first request, the whole trace is read and compared with the disk. All errors in it are found then. A load that writes needs
+//! `snapshot=on` or `--overwrite`. If a request fails later, it is counted, and the others go on.
 //!
 //! | file | what it does |
 //! |---|---|

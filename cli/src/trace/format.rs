@@ -1,4 +1,4 @@
-//! The formats of a trace: text for people, one JSON object a line for programs, and the trace event format for ui.perfetto.dev.
+//! The formats of a trace: text, one JSON object in each line, and the trace event format for ui.perfetto.dev.
 
 use std::collections::{HashMap, HashSet};
 use std::io::Write;
@@ -17,18 +17,18 @@ pub(crate) enum Format {
     Perfetto,
 }
 
-/// How wide a station is in Perfetto, in microseconds: wide enough for an arrow to begin and end at it, and narrower than two events of
-/// a thread are apart.
+/// How long an event is in Perfetto, in microseconds: long enough that an arrow can begin and end at it, and shorter than the time between
+/// two events of a thread.
 const STATION_US: f64 = 0.05;
 
-/// Makes bytes of records, each of them one line.
+/// Converts records to bytes. Each record is one line.
 pub(super) struct Formatter {
     format: Format,
     start: Instant,
     process: u32,
     requests: Requests,
     named: HashSet<u32>,
-    /// What threads wait for the host's disk for, and since when.
+    /// For each thread that waits for the host's disk: for what, and since when.
     waiting: HashMap<u32, (f64, Fields)>,
 }
 
@@ -40,7 +40,7 @@ impl Formatter {
         Self { format, start, process, requests, named, waiting }
     }
 
-    /// What comes before the first record.
+    /// The text before the first record.
     pub(super) fn begin(&self, out: &mut Vec<u8>) {
         if self.format == Format::Perfetto {
             let process = self.process;
@@ -51,14 +51,14 @@ impl Formatter {
         }
     }
 
-    /// What comes after the last one. Perfetto opens a file without it, too.
+    /// The text after the last record. Perfetto also opens a file without it.
     pub(super) fn end(&self, out: &mut Vec<u8>) {
         if self.format == Format::Perfetto {
             out.extend_from_slice(b"\n]\n");
         }
     }
 
-    /// So many events are missing here.
+    /// A line which says that this many events are missing.
     pub(super) fn lost(&self, count: u64, out: &mut Vec<u8>) {
         let (time, process) = (micros(self.start.elapsed()), self.process);
         let _ = match self.format {
@@ -162,8 +162,8 @@ impl Formatter {
         out.extend_from_slice(b"}}");
     }
 
-    /// A request's arrow from the kick through its stations to the interrupt, and its time with the engine as a slice of a track
-    /// of the engine's own.
+    /// A request's arrow from the kick through its events to the interrupt, and its time with the engine as a slice on the track of the
+    /// engine.
     fn arrows(&self, name: &str, record: &Record, station: &Station, out: &mut Vec<u8>) {
         let (process, id) = (self.process, record.thread.id);
         let mut arrow = |phase: &str, request: u64, time: Instant| {

@@ -1,10 +1,10 @@
 //! `--trace`: records the trace events that patterns choose, in a file or on standard error.
 //!
-//! A capability. [`Trace::new`] makes a layer of the `tracing` subscriber, which [`crate::messages`] adds to the one that prints messages. What
-//! is off costs nothing but `tracing`'s own comparison: the layer's filter says so once for each place in the code. What is on
-//! becomes a [`record`] of fixed size in a queue, which neither allocates nor waits. The [`writer`] is a thread that the
-//! machine's builder starts and confines like its own; it follows [`requests`] and makes text or JSON ([`mod@format`]). The
-//! events and their states are in [`vmm::trace`].
+//! A capability. [`Trace::new`] makes a layer of the `tracing` subscriber, which [`crate::messages`] adds to the one that prints messages. An
+//! event that is off costs only `tracing`'s own comparison, because `tracing` asks the layer's filter once for each place in the code. An event
+//! that is on becomes a [`record`] of fixed size in a queue, without allocation or waiting. The [`writer`] is a thread that the machine's
+//! builder starts and confines like its own. It follows [`requests`] and makes text or JSON ([`mod@format`]). The events and their states
+//! are in [`vmm::trace`].
 
 pub(crate) mod format;
 mod record;
@@ -42,7 +42,7 @@ pub(crate) fn help() -> String {
     lines.collect()
 }
 
-/// Lives until the end of the process, and writes the last events then.
+/// Exists until the end of the process. When it is dropped, it writes the last events.
 pub(crate) struct Trace {
     shared: Arc<Shared>,
     to_stderr: bool,
@@ -77,7 +77,7 @@ impl Trace {
         (Self { shared: Arc::clone(&shared), to_stderr }, TraceLayer { queue, shared })
     }
 
-    /// Writes the last events. After a start that failed the file is as it was.
+    /// Writes the last events. If the start has failed, the file is not changed.
     pub(crate) fn finish(self) {
         self.shared.finish();
         if self.to_stderr
@@ -102,7 +102,7 @@ impl<S: Subscriber> Layer<S> for TraceLayer {
     }
 }
 
-/// What is on. `tracing` asks once for each place in the code, and again when that changes.
+/// The filter of events that are on. `tracing` asks it once for each place in the code, and again when events are turned on or off.
 pub(crate) struct IsOn;
 
 impl<S> Filter<S> for IsOn {

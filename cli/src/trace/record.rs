@@ -7,9 +7,9 @@ use std::time::Instant;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Metadata};
 
-/// Fields of an event. Those beyond are left out.
+/// Most fields of an event. Further ones are left out.
 const FIELDS: usize = 8;
-/// Bytes of a text. Those beyond are cut off.
+/// Most bytes of a text. Further ones are cut off.
 const TEXT: usize = 22;
 
 /// A short text.
@@ -48,7 +48,7 @@ pub(super) enum Value {
 /// The thread that emitted an event.
 #[derive(Clone, Copy, Default)]
 pub(super) struct ThreadId {
-    /// The host's number for it, as in `/proc/PID/task`.
+    /// The host's number of the thread, as in `/proc/PID/task`.
     pub(super) id: u32,
     pub(super) name: Text,
 }
@@ -74,14 +74,14 @@ impl ThreadId {
 pub(super) struct Record {
     pub(super) time: Instant,
     pub(super) thread: ThreadId,
-    /// Its place in [`vmm::trace::EVENTS`].
+    /// Its index in [`vmm::trace::EVENTS`].
     pub(super) event: usize,
     metadata: &'static Metadata<'static>,
     values: [Option<Value>; FIELDS],
 }
 
 impl Record {
-    /// What `event` says. `None`: it is no trace event, or off.
+    /// Makes a record of `event`. `None`: it is no trace event, or the event is off.
     pub(super) fn of(event: &Event<'_>) -> Option<Self> {
         let (time, metadata) = (Instant::now(), event.metadata());
         let mut record =
@@ -91,7 +91,7 @@ impl Record {
         vmm::trace::is_on(record.event).then_some(record)
     }
 
-    /// Its fields, in the order of the place that emitted it.
+    /// Its fields, in the order in which the code emits them.
     pub(super) fn fields(&self) -> impl Iterator<Item = (&'static str, Value)> {
         let names = self.metadata.fields().iter().map(|field| field.name());
         names.zip(self.values).filter_map(|(name, value)| Some((name, value?)))

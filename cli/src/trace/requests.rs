@@ -1,30 +1,30 @@
-//! A request's life: gives each one number from the ring to the used ring, and the time since its last station.
+//! Follows each request from the available ring to the used ring: gives it a number, and the time since its last event.
 //!
-//! The events name a request by queue and descriptor, which the next request uses again. All events of a request come from its
-//! disk's worker thread, so that they arrive in order.
+//! Events name a request by its queue and its head descriptor, which a later request reuses. All events of a request come from the worker
+//! thread of its disk, so they arrive in order.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use super::record::Record;
 
-/// Completed requests of a thread that wait for an interrupt. A driver that asks for none would make the list grow.
+/// Most completed requests of a thread that wait for an interrupt. If a driver asks for no interrupts, the list would grow without end.
 const WAITING_MAX: usize = 1024;
 
 struct Life {
     number: u64,
     last: Instant,
-    /// It was filed for the engine. Some requests need none, such as one for the disk's serial number.
+    /// It was passed to the engine. Some requests need no engine, such as one for the disk's serial number.
     submitted: bool,
 }
 
 #[derive(Default)]
 struct Worker {
-    /// A kick after which nothing was completed: what is taken from the ring came with it.
+    /// The last kick, if nothing was completed since. Requests that are now taken from the ring came with it.
     kick: Option<Instant>,
-    /// By queue and descriptor.
+    /// The requests in flight, by queue and descriptor.
     lives: HashMap<u64, Life>,
-    /// Completed since the last interrupt.
+    /// The requests that were completed since the last interrupt.
     waiting: Vec<u64>,
 }
 
@@ -39,11 +39,11 @@ pub(super) enum EngineSpan {
 pub(super) struct Station {
     /// The request that it is about.
     pub(super) request: Option<u64>,
-    /// Since that request's last station, or the kick.
+    /// The time since that request's last event, or since the kick.
     pub(super) since: Option<Duration>,
-    /// When the kick came that a request was taken for.
+    /// When the kick came, if a request was taken because of one.
     pub(super) kick: Option<Instant>,
-    /// Whether that request goes to the engine for the first time, or has been there.
+    /// Whether that request is passed to the engine now for the first time, or was there.
     pub(super) engine: Option<EngineSpan>,
     /// The requests that it interrupts for.
     pub(super) interrupts_for: Vec<u64>,
@@ -57,7 +57,7 @@ pub(super) struct Requests {
 }
 
 impl Requests {
-    /// Follows the requests through an event of this name.
+    /// Updates the requests by an event of this name.
     pub(super) fn station(&mut self, name: &str, record: &Record) -> Station {
         let worker = self.workers.entry(record.thread.id).or_default();
         let mut station = Station::default();

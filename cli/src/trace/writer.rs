@@ -1,8 +1,8 @@
 //! The thread `trace`: takes records out of the queue, and writes them to the file or to standard error.
 //!
-//! Threads that emit events never wait for it: an event that finds the queue full is counted as lost. Nor does the file hold
-//! anything up: a write that fails or does not take all is tried again with the next events, and what does not fit into the
-//! meantime's buffer is lost, too.
+//! Threads that emit events never wait for it. If the queue is full, an event is counted as lost. The thread does not wait for the file
+//! either. If a write fails or is short, the rest is tried again with the next events. Events that do not fit into the buffer meanwhile are
+//! lost, too.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
@@ -16,19 +16,19 @@ use std::time::{Duration, Instant};
 use super::format::Formatter;
 use super::record::Record;
 
-/// Records that wait to be written. Each has some 300 bytes.
+/// Most records in the queue. Each has some 300 bytes.
 pub(super) const QUEUE: usize = 16384;
-/// How often the queue is looked at: a writer that every event woke up would cost each a system call.
+/// How often the writer reads the queue. If each event woke the writer, each would cost a system call.
 const INTERVAL: Duration = Duration::from_millis(10);
-/// Bytes that wait for a file that takes none.
+/// Most bytes in the buffer while the file accepts none.
 const BUFFER: usize = 4 << 20;
 /// How long the last events may take to reach the file at the end.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Where a trace goes.
+/// The destination of a trace.
 pub(super) enum Sink {
     Stderr(Box<dyn Write + Send>),
-    /// Of which writes do not block.
+    /// A descriptor on which writes do not block.
     File(File, String),
 }
 
@@ -46,7 +46,7 @@ impl Sink {
 pub(super) struct Shared {
     pub(super) lost: AtomicU64,
     finishing: AtomicBool,
-    /// There is a writer that may still write.
+    /// Whether there is a writer that may still write.
     pending: Mutex<bool>,
     changed: Condvar,
     writer: OnceLock<Thread>,
@@ -60,7 +60,7 @@ impl Shared {
         }
     }
 
-    /// Lets the writer write what is left, and waits for it, but not for ever.
+    /// Makes the writer write the remaining records, and waits for that for a limited time.
     pub(super) fn finish(&self) {
         self.finishing.store(true, Ordering::Release);
         self.writer.get().inspect(|writer| writer.unpark());
@@ -69,7 +69,7 @@ impl Shared {
     }
 }
 
-/// A writer, from when it is made until it has written all it could, or is dropped because the run was refused.
+/// A writer. It exists until it has written as much as it could, or until it is dropped because the run was refused.
 pub(super) struct PendingWriter(Arc<Shared>);
 
 impl PendingWriter {
@@ -101,9 +101,9 @@ pub(super) struct Writer<'a> {
     formatter: Formatter,
     /// Prints a message for the user.
     warn: fn(&str),
-    /// Whole lines, of which the file may have taken a part.
+    /// Lines to write. A part of the first one may have been written already.
     buffer: Vec<u8>,
-    /// Events that were counted as lost by threads, and have been said.
+    /// Number of lost events (as counted by threads) that the trace reports already.
     seen: u64,
     /// Events that did not fit into the buffer.
     dropped: u64,
@@ -172,7 +172,7 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Writes what the file takes.
+    /// Writes as much as the file accepts.
     fn flush(&mut self) {
         while !self.buffer.is_empty() {
             match self.sink.write(&self.buffer) {
@@ -195,7 +195,7 @@ impl<'a> Writer<'a> {
         self.failed = false;
     }
 
-    /// Says at the end what the trace lacks.
+    /// Prints at the end how many events the trace lacks.
     fn report(&self) {
         let lost = self.total + self.dropped;
         if lost > 0 || !self.buffer.is_empty() {

@@ -1,6 +1,6 @@
 //! `minivmm trace-view FILE --svg`: the first requests of a trace (`format=json`) as a picture, for a page or a report.
 //!
-//! A program of its own, as `minivmm ctl` is: it reads the file line by line, and knows the trace only by the names in it.
+//! It is a program of its own, as `minivmm ctl` is. It reads the file line by line, and refers to trace events only by their names.
 
 #[cfg(test)]
 mod fuzz;
@@ -41,7 +41,7 @@ struct Arguments {
     requests: u16,
 }
 
-/// Exits and interrupts that are remembered. A picture with more could not be read.
+/// Most exits and interrupts in a picture. One with more could not be read.
 const MARKS_MAX: usize = 10_000;
 
 /// Why a trace cannot be drawn.
@@ -53,7 +53,7 @@ enum ViewError {
     NoRequest,
 }
 
-/// The stretches of a request's life: until which event, what it is spent on, and its color.
+/// The phases of a request: the event that ends the phase, what happens in it, and its color.
 const STRETCHES: [(&str, &str, &str); 5] = [
     ("virtio_blk_handle_", "kick to ring", "#b0b7c3"),
     ("virtio_blk_submit", "to the engine", "#5b8def"),
@@ -62,7 +62,7 @@ const STRETCHES: [(&str, &str, &str); 5] = [
     ("virtio_notify", "to the interrupt", "#c95f8f"),
 ];
 
-/// A request: when each stretch ended, in microseconds, the first of them where the kick came.
+/// A request: the times at which its phases ended, in microseconds. The first time is that of the kick.
 struct Life {
     name: String,
     start: f64,
@@ -144,7 +144,7 @@ impl Trace {
         }
     }
 
-    /// Remembers an exit or an interrupt. Where there are too many, those before the first request have to go, and then the last ones.
+    /// Records an exit or an interrupt. If there are too many, those before the first request are dropped, and then the latest ones.
     fn mark(&mut self, mark: (f64, String, String)) {
         let begin = self.lives.values().map(|life| life.start).fold(f64::INFINITY, f64::min);
         if self.marks.len() == MARKS_MAX {
@@ -195,7 +195,7 @@ const ROW: f64 = 24.0;
 /// Pixels for a time in which no request was under way.
 const GAP: f64 = 12.0;
 
-/// Where a time is drawn. Times in which no request was under way are cut out, or requests would be too narrow to be seen.
+/// Computes where a time is drawn. Times without a request in flight are cut out, because requests would otherwise be too narrow to be seen.
 struct Scale {
     /// In order: from when to when any request was under way.
     busy: Vec<(f64, f64)>,
@@ -256,7 +256,7 @@ impl Scale {
 }
 
 impl Life {
-    /// A bar of the stretches, one behind the other.
+    /// A bar of a request's phases, one after the other.
     fn draw(&self, svg: &mut Svg, y: f64, scale: &Scale) {
         label(svg, y, &self.name);
         let mut begin = self.start;
