@@ -13,8 +13,8 @@
 use crate::layout::MmioDevice;
 use crate::machine_layout::MachineLayout;
 
-/// Why a command line cannot be passed to the kernel. The kernel would cut off what is longer than its buffer without a word,
-/// so that is refused here; `limit` does not count the NUL.
+/// Why a command line cannot be passed to the kernel. The kernel would silently cut off a line that is longer than its buffer, so minivmm
+/// refuses it. `limit` does not count the NUL.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages name the variants and their fields")]
 pub enum Error {

@@ -1,14 +1,14 @@
 //! ELF kernels (`vmlinux`), checked header by header.
 //!
-//! linux-loader's ELF loader is not used: it does not look at class, machine or type, lets a later note segment hide the
-//! PVH entry, does not bound what a segment zeroes, and reads into memory where this crate only computes.
+//! linux-loader's ELF loader is not used, for four reasons. It does not check class, machine and type. A later note segment can hide the PVH
+//! entry from it. It does not limit how much memory a segment zeroes. And it reads into memory, while this crate only computes.
 
 use vm_memory::GuestAddress;
 
 use super::{Error, FileRange, Kernel, Protocol, ReadAt};
 use crate::layout;
 
-/// Linux's COMMAND_LINE_SIZE for x86, less the NUL. A kernel cuts off what is longer, silently.
+/// Linux's COMMAND_LINE_SIZE for x86, without the NUL. A kernel silently cuts off a longer command line.
 const CMDLINE_LIMIT: usize = 2047;
 
 // Offsets and values of the ELF64 header (gABI, chapter 4).

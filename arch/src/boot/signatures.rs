@@ -1,4 +1,4 @@
-//! Names what a file is that was given as a kernel by mistake, from its first bytes; and tells whether it may be an initrd.
+//! Recognizes by its first bytes what a file is that the user gave as a kernel by mistake, and whether a file may be an initrd.
 //!
 //! A capability: `formats` asks it when no format has recognized a file, and `vmm` before it warns of an initrd.
 
@@ -41,7 +41,7 @@ pub fn is_initrd(start: &[u8]) -> bool {
     zeros == start.len() || INITRDS.iter().any(|magic| start[zeros..].starts_with(magic))
 }
 
-/// Names what a file with these first bytes looks like.
+/// The name of the format that a file with these first bytes seems to have.
 pub(super) fn describe(start: &[u8]) -> &'static str {
     let known = SIGNATURES
         .iter()

@@ -1,6 +1,7 @@
-//! Devices that tell of something: the power button, by a Generic Event Device, and the panic port, by which the guest does.
+//! Devices that report events: the power button, which reports to the guest by a Generic Event Device, and the panic port, by which the
+//! guest reports a panic.
 //!
-//! A capability of `tables`, for ACPI alone: a guest boots without them.
+//! A capability of `tables`, only with ACPI. A guest boots without these devices.
 
 use acpi_tables::AmlSink;
 use acpi_tables::aml::{EISAName, IO, Method, Name, Notify, Path, ResourceTemplate};

@@ -1,8 +1,8 @@
 //! The device that gives the guest the VM generation ID (Microsoft, "Virtual Machine Generation ID"): 16 random bytes in guest
-//! memory, which are others after each restore of a saved machine. The guest then draws new random numbers, where it would
-//! otherwise draw those of every other clone.
+//! memory, which change at each restore of a saved machine. The guest then reseeds its random number generator. Otherwise all clones
+//! would draw the same numbers.
 //!
-//! A capability of `tables`, for ACPI alone. `vmm/src/snapshot/generation_id.rs` draws the ID.
+//! A capability of `tables`, only with ACPI. `vmm/src/snapshot/generation_id.rs` draws the ID.
 
 use acpi_tables::AmlSink;
 use acpi_tables::aml::{self, Name, Package};
@@ -11,7 +11,7 @@ use super::acpi::device;
 use super::events::event_device;
 use crate::layout;
 
-/// What drivers look for. Linux's vmgenid compares it in upper case.
+/// The ID by which drivers find the device. Linux's vmgenid compares it in upper case.
 const COMPATIBLE: &str = "VM_Gen_Counter";
 
 /// Adds the device, and the event device that reports another ID.

@@ -24,7 +24,7 @@ const LOCAL_INTERRUPT: u8 = 4;
 const LAPIC_VERSION: u8 = 0x14;
 const CPU_ENABLED: u8 = 1 << 0;
 const CPU_BOOT: u8 = 1 << 1;
-/// Family 6, as any processor that KVM runs on is or is compatible with; the guest has CPUID for the truth.
+/// Family 6, with which every processor that KVM runs on is compatible. The guest reads the real family from CPUID.
 const CPU_SIGNATURE: u32 = 0x600;
 /// There is an FPU (bit 0) and a local APIC (bit 9).
 const CPU_FEATURES: u32 = 1 << 0 | 1 << 9;
