@@ -220,7 +220,11 @@ fn a_killed_child_fails_a_background_save_and_the_guest_goes_on() {
     kill_process(guest.child(), Signal::KILL).unwrap();
     guest.disk.serve();
     assert_eq!(statuses_until(&mut guest.qmp, "failed"), ["failed"]);
-    assert!(guest.why().ends_with("the process that writes it was killed; save again"), "{}", guest.why());
+    assert!(
+        guest.why().ends_with("the process that writes it was killed; save again"),
+        "{}",
+        guest.why()
+    );
     guest.goes_on();
     guest.quit();
 }

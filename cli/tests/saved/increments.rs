@@ -246,7 +246,10 @@ fn a_base_that_is_gone_or_another_one_is_refused() {
     fs::write(at("base"), "something else").unwrap();
     assert_refused(&incoming("third"), "base: it is not a saved machine");
     fs::copy(at("second"), at("base")).unwrap();
-    assert_refused(&incoming("third"), "base: it is not the file on which the increment was saved; put that one there");
+    assert_refused(
+        &incoming("third"),
+        "base: it is not the file on which the increment was saved; put that one there",
+    );
     // A copy of the base is as good as the base.
     fs::remove_file(at("base")).unwrap();
     fs::copy(at("kept"), at("base")).unwrap();

@@ -116,7 +116,7 @@ pub enum ThrottlingError {
     )]
     GroupAlone,
     /// A burst whose length is out of range.
-    #[error("throttling.{0}-max-length must be at least 1, needs {0}-max, and times {0}-max must not be above {RATE_MAX}")]
+    #[error("throttling.{0}-max-length needs {0}-max; give 1 or more, up to {RATE_MAX} / {0}-max")]
     BurstLength(&'static str),
 }
 

@@ -91,7 +91,11 @@ fn by_disk(page: &mut Page, disks: &[(String, &BlockHandle)]) {
 /// The histograms that `block-latency-histogram-set` has set. In this format each bucket includes those below it.
 fn latencies(page: &mut Page, disks: &[(String, &BlockHandle)]) {
     const NAME: &str = "minivmm_disk_latency_seconds";
-    page.family(NAME, "histogram", "time from the available ring to the used ring, since the bins were set");
+    page.family(
+        NAME,
+        "histogram",
+        "time from the available ring to the used ring, since the bins were set",
+    );
     for (disk, handle) in disks {
         for (kind, word) in &KINDS[..3] {
             let Some(histogram) = handle.histogram(*kind) else { continue };

@@ -81,7 +81,9 @@ pub(super) const COMMANDS: &[MigrationCommand] = &[
         job.map(Answer::WhenDone).map_err(|error| Failure::of(&error))
     }),
     command("migrate-incoming", MIGRATE, "", |_, _, _| {
-        Err(Failure::generic("the machine exists already; migrate-incoming needs a VM that was started with --incoming defer"))
+        Err(Failure::generic(
+            "the machine exists already; migrate-incoming needs a VM that was started with --incoming defer",
+        ))
     }),
     command("migrate_cancel", &[], "", |migration, _, _| {
         migration.cancel();
@@ -246,7 +248,9 @@ impl Migration {
         let file =
             file.ok_or_else(|| Failure::generic("No file descriptor supplied via SCM_RIGHTS"))?;
         if self.files.len() >= FILES_MAX && !self.files.contains_key(name) {
-            return Err(Failure::generic("too many files that were passed by getfd are unused; close one with closefd"));
+            return Err(Failure::generic(
+                "too many files that were passed by getfd are unused; close one with closefd",
+            ));
         }
         self.files.insert(name.to_owned(), file);
         Ok(())

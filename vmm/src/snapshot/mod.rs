@@ -75,7 +75,9 @@ pub(crate) enum SnapshotError {
     Format(u32, u32),
     #[error("it needs {0}, which this minivmm does not know; use the minivmm that saved it")]
     Needs(String),
-    #[error("map=on: it cannot be mapped (the host gives no lease, or there are too many pieces); give map=auto")]
+    #[error(
+        "map=on: it cannot be mapped (the host gives no lease, or there are too many pieces); give map=auto"
+    )]
     NoLease,
     #[error(
         "the saved CPU has features that this host's lacks: {0}; restore on the host that saved it"
@@ -113,7 +115,9 @@ pub(crate) enum SnapshotError {
         "{} has been renamed or replaced since the machine was restored from it; save the whole machine", .0.display()
     )]
     BaseMoved(PathBuf),
-    #[error("the machine was restored from an increment on {0} other files; save the whole machine")]
+    #[error(
+        "the machine was restored from an increment on {0} other files; save the whole machine"
+    )]
     DeepIncrement(usize),
     #[error("{} is a base of the increment; give another path", .0.display())]
     ReplacesBase(PathBuf),
@@ -125,7 +129,9 @@ pub(crate) enum SnapshotError {
         "its base {name} is not beside it; put it there, or add the key paths=saved to take {path}"
     )]
     BaseNotBeside { name: String, path: String },
-    #[error("its base {name} is not beside it, and there is no {path}; put the base in one of these places")]
+    #[error(
+        "its base {name} is not beside it, and there is no {path}; put the base in one of these places"
+    )]
     BaseMissing { name: String, path: String },
     #[error("it is not the file on which the increment was saved; put that one there")]
     BaseChanged,

@@ -318,9 +318,9 @@ impl SavedDisk {
                 Some("snapshot=on writes to a file that ends with the machine")
             }
             // An image that minivmm made from a directory, or a descriptor that the parent process opened.
-            () if path.starts_with("/proc/self/fd") => {
-                Some("its image (a directory, or an inherited descriptor) has no path that another process finds")
-            }
+            () if path.starts_with("/proc/self/fd") => Some(
+                "its image (a directory, or an inherited descriptor) has no path that another process finds",
+            ),
             () => None,
         };
         if let Some(why) = lost.filter(|_| purpose.is_save()) {

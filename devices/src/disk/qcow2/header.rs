@@ -130,7 +130,9 @@ fn check_tables(header: &[u8], cluster_bits: u64) -> io::Result<()> {
     let mapped_by_l2 = 1 << (2 * cluster_bits - 3);
     let (entries, needed) = (word(header, 36), long(header, 24).div_ceil(mapped_by_l2));
     if entries.max(needed) > L1_MAX {
-        return Err(damaged("its L1 table is larger than 32 MiB, or would have to be for its size"));
+        return Err(damaged(
+            "its L1 table is larger than 32 MiB, or would have to be for its size",
+        ));
     }
     if entries < needed {
         return Err(damaged("its L1 table is too small for its size"));
