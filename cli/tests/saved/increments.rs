@@ -203,7 +203,7 @@ fn an_increment_after_a_reset_has_all_of_the_memory() {
 fn a_machine_without_a_base_is_saved_whole_only() {
     let Some(directory) = base(Program::Count, &["--memory", "32M"]) else { return };
     let at = |name: &str| directory.path().join(name);
-    let nothing = "the machine's memory is not mapped from a saved machine";
+    let nothing = "the machine has no base: its memory is not mapped from a saved machine";
     for options in [&["--kernel", "guest.elf"][..], &["--incoming", "file:base,map=off"]] {
         let mut command = minivmm(options.iter().copied());
         let mut command = command.args(["--qmp", "unix:qmp"]);
