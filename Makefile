@@ -129,7 +129,7 @@ bench: bench-tools build ## speed beside QEMU's microvm and the host: polling an
 	$(BENCH) native $(SPEED)
 	$(BENCH) options $(SPEED)
 	$(BENCH) saved $(SPEED)
-	$(BENCH) scale $(SPEED)
+	chrt -o 0 $(BENCH) scale $(SPEED)
 	$(call ANNOUNCE,the Linux guests)
 	$(if $(LAB),$(LAB) -c $$(nproc) -o $(CARGO_TARGET_DIR)/bench -- )$(BENCH) guests $(SPEED)
 	$(if $(LAB),$(LAB) -o $(CARGO_TARGET_DIR)/bench -- )$(BENCH) clones $(SPEED)
