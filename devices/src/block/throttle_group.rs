@@ -1,17 +1,18 @@
-//! Who shares limits: the workers of a disk, and the disks of a throttle group (QEMU's `throttling.group`).
+//! Limits that several disks share: throttle groups (QEMU's `throttling.group`).
 //!
-//! Each disk has one [`Throttle`], which is the limiter that its workers ask. A disk with limits is a member of a group, mostly
-//! as its only one. The members of a group share its buckets. A disk without limits is in no group, and its requests cost one
-//! atomic load here.
+//! Each disk has one [`Throttle`]. All workers of the disk ask it before they start a request. A disk with limits is a member
+//! of a group, and the members of a group share its buckets. A disk that names no group is the only member of its own. A disk
+//! without limits is in no group: a request then costs one atomic load here.
 //!
-//! Members share evenly, however many requests each has waiting. A member's *start tag* says how much it has started, in seconds of the
-//! group's rate (start-time fair queueing). Of the members that wait for the same bucket, none starts a request while its start tag is
-//! [`LEAD`] or more ahead of another's. One that comes back after a while starts where the others are.
+//! Members get equal shares, whatever the number of their waiting requests (start-time fair queueing). A member's *start tag*
+//! is the amount that it has started, in seconds of the group's rate. A member does not start a request while another one
+//! waits for the same bucket and has a start tag that is lower by [`LEAD`] or more. A member that waits again after a pause
+//! begins at the start tag of the others.
 //!
-//! A member that is due lets the others wait for [`ABSENCE`] at most: it may have been paused or reset meanwhile. It counts again
-//! from its next request on. What leaves the group counts no more.
+//! A member with the lowest start tag may have been paused or reset, and then starts nothing. So the others wait for it for
+//! [`ABSENCE`] at most, and then ignore it until its next request. A member that leaves the group is ignored, too.
 //!
-//! One lock guards a group, since a request may have to fit several buckets at once; it is never held during a transfer.
+//! One lock guards a group, because a request may need tokens of several buckets at once. It is never held during a transfer.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -22,29 +23,30 @@ use super::throttle::{Buckets, Throttling};
 use crate::clock::Instant;
 use crate::lock;
 
-/// How far a member may be ahead of another one that waits, in seconds of the group's rate. It takes tens of microseconds until
-/// another thread runs: if members took turns for each request, a group could start no more than some 20,000 a second.
+/// How far a member's start tag may be ahead of that of another one that waits, in seconds of the group's rate. To switch to
+/// another thread takes tens of microseconds. If members took turns after each request, a group would start no more than
+/// about 20,000 requests a second.
 const LEAD: f64 = 0.002;
 
-/// How long a member that is ahead sleeps before it looks again.
+/// How long a member that is ahead waits before it compares the start tags again.
 const RETRY: Duration = Duration::from_millis(1);
 
-/// How long a member that could start a request lets others wait. Buckets without a burst have room for 100 ms, so that this costs no
-/// throughput.
+/// How long the others wait for a member that could start a request and does not. Buckets without a burst hold tokens of 100 ms,
+/// so this wait costs no throughput.
 const ABSENCE: Duration = Duration::from_millis(20);
 
 /// A disk's limits: its membership in a group, shared by its workers.
 #[derive(Debug)]
 pub(super) struct Throttle {
     membership: Mutex<Option<Membership>>,
-    /// There is no membership. Read without the lock.
+    /// `true` while `membership` is `None`. Read without the lock.
     off: AtomicBool,
 }
 
 #[derive(Clone, Debug)]
 struct Membership {
     group: Arc<Group>,
-    /// Tells the group's members apart. No number is used twice.
+    /// Identifies the member. No number is used twice in a group.
     number: u64,
 }
 
@@ -66,11 +68,11 @@ struct GroupState {
 #[derive(Debug)]
 struct Member {
     number: u64,
-    /// By direction; only the first one counts while a limit couples the directions.
+    /// One for each direction. While a limit couples the directions, only the first one is used.
     start_tags: [f64; 2],
-    /// In which directions it has requests that wait.
+    /// For each direction: it has waiting requests.
     waits: [bool; 2],
-    /// Since when it lets others wait although it could start a request.
+    /// Since when others have waited for it although it could start a request.
     overdue: Option<Instant>,
 }
 
@@ -83,8 +85,8 @@ impl Throttle {
         throttle
     }
 
-    /// Other limits from now on, for all members of the group `name`; the buckets are empty. The disk leaves any other group. If
-    /// nothing is limited, it leaves its group and the other members keep their limits.
+    /// Sets the limits of the group `name`, for all of its members, and starts its buckets anew. The disk joins that group and
+    /// leaves any other. If `limits` limits nothing, the disk only leaves its group; the other members keep their limits.
     pub(super) fn set(&self, limits: Throttling, name: &str, now: Instant) {
         let membership = self.membership();
         let present = membership.filter(|present| present.group.name == name);

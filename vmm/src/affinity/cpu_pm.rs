@@ -1,8 +1,10 @@
-//! `--overcommit cpu-pm=on`: an idle vCPU stays in the guest, for vCPUs that have their host CPUs to themselves.
+//! `--overcommit cpu-pm=on`: HLT causes no exit. It is for vCPUs that have host CPUs of their own.
 //!
-//! A capability: without it, a vCPU's HLT ends in KVM, which gives the CPU to other work and has to be woken by the next interrupt.
-//! The builder calls [`keep_idle_in_guest`] before the first vCPU is made, which is when KVM takes it, and passes [`hints`] on to the
-//! CPUID leaves. The CPU sleeps in the guest's own HLT then, and to the host it is busy all the time.
+//! Without it, HLT exits to KVM, which schedules other work on the host CPU. The next interrupt then has to wake the vCPU's
+//! thread. With it, the host CPU executes the guest's HLT and sleeps there. To the host it looks busy all the time.
+//!
+//! The builder calls [`keep_idle_in_guest`] before it makes the first vCPU, because KVM accepts the setting only then. It passes
+//! [`hints`] to the CPUID leaves.
 
 use std::io;
 
@@ -15,19 +17,20 @@ use kvm_ioctls::{Kvm, VmFd};
 use crate::config::VmConfig;
 use crate::error::Error;
 
-/// `KVM_HINTS_REALTIME`: no vCPU is ever without a CPU for long, so that spinning is better than sleeping.
+/// `KVM_HINTS_REALTIME`: a vCPU is never preempted for long, so a guest had better spin than sleep
+/// (`Documentation/virt/kvm/x86/cpuid.rst`).
 const HINT_REALTIME: u32 = 1 << 0;
 
-/// What the guest is told in EDX of KVM's feature leaf. That its vCPUs run without a break is so only if they have host CPUs of
-/// their own; QEMU has `kvm-hint-dedicated=on` for it.
+/// EDX of KVM's feature leaf. The hint is true only if the vCPUs have host CPUs of their own, so it needs `--vcpu-affinity`, too.
+/// QEMU's option for it is `kvm-hint-dedicated=on`.
 pub(crate) fn hints(config: &VmConfig) -> u32 {
     if config.cpu_pm && !config.vcpu_affinity.is_empty() { HINT_REALTIME } else { 0 }
 }
 
-/// Lets HLT and PAUSE of all vCPUs to come run without exits, if `config` asks for it.
+/// If `config` asks for it, HLT and PAUSE cause no exits on the vCPUs that are made after this call.
 ///
 /// # Errors
-/// This KVM does not do it, or refuses.
+/// This KVM does not support it, or refuses it.
 pub(crate) fn keep_idle_in_guest(config: &VmConfig, kvm: &Kvm, vm: &VmFd) -> Result<(), Error> {
     if !config.cpu_pm {
         return Ok(());
@@ -38,8 +41,8 @@ pub(crate) fn keep_idle_in_guest(config: &VmConfig, kvm: &Kvm, vm: &VmFd) -> Res
     vm.enable_cap(&capability).map_err(Error::kvm("let HLT run without exits"))
 }
 
-/// Of the exits that KVM offers to disable. Without HLT's there is no use in it. On a CPU whose threads may see each other's
-/// data, KVM offers PAUSE's alone.
+/// The exits to disable, among those that KVM offers. It is an error if HLT is not among them: on a CPU whose hyper-threads
+/// influence each other's return predictions, KVM offers only PAUSE (`mitigate_smt_rsb` in `arch/x86/kvm/x86.c`).
 fn exits_to_disable(offered: i32) -> Result<u32, Error> {
     let offered = u32::try_from(offered).unwrap_or(0);
     if offered & KVM_X86_DISABLE_EXITS_HLT == 0 {
