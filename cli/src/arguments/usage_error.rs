@@ -55,12 +55,17 @@ pub(crate) enum UsageError {
 /// What users of QEMU and of other hypervisors try, without leading dashes, and what does it here.
 const OPTION_HINTS: &[(&str, &str)] = &[
     ("api-sock", "--qmp unix:PATH"),
+    ("S", "--paused"),
     ("append", "--cmdline WORDS"),
+    ("blockdev", "--disk PATH"),
     ("cdrom", "--disk PATH,readonly=on"),
+    ("chardev", "--console WHERE"),
+    ("device", "--disk PATH"),
     ("drive", "--disk PATH"),
     ("gdb", "--gdb unix:PATH"),
     ("hda", "--disk PATH"),
     ("hdb", "--disk PATH"),
+    ("incoming", "--incoming file:PATH"),
     ("initrd", "--initrd FILE"),
     ("kernel", "--kernel FILE"),
     ("mem", "--memory SIZE"),
@@ -69,6 +74,7 @@ const OPTION_HINTS: &[(&str, &str)] = &[
     ("qmp", "--qmp unix:PATH"),
     ("ram", "--memory SIZE"),
     ("root", "--cmdline root=/dev/vda1"),
+    ("s", "--gdb tcp:127.0.0.1:1234"),
     ("serial", "--console WHERE"),
     ("smp", "--cpus N"),
     ("snapshot", "--disk PATH,snapshot=on"),
@@ -76,11 +82,20 @@ const OPTION_HINTS: &[(&str, &str)] = &[
     ("vcpus", "--cpus N"),
 ];
 
-/// Options of QEMU for what is always so here.
+/// Options of QEMU for what is always so here, or never.
 const NEEDLESS: &[(&str, &str)] = &[
+    ("-M", "there is one kind of machine"),
+    ("-accel", "KVM is always used"),
+    ("-bios", "the kernel starts without firmware"),
     ("-cpu", "the guest's CPU is the host's"),
+    ("-display", "the console is the terminal"),
     ("-enable-kvm", "KVM is always used"),
     ("-machine", "there is one kind of machine"),
+    ("-net", "there is no network device"),
+    ("-netdev", "there is no network device"),
+    ("-nic", "there is no network device"),
+    ("-no-reboot", "a reboot always ends the VM"),
+    ("-nodefaults", "there are no other devices"),
     ("-nographic", "the console is the terminal"),
 ];
 
