@@ -155,7 +155,8 @@ impl Client {
         Ok(json!({}))
     }
 
-    /// Executes the client's next command, if there is one. The server calls `answer` after the events that the command causes.
+    /// Executes the client's next command, if there is one. A query is answered at once. For another command the server calls `answer`
+    /// after the events that the command causes.
     pub(super) fn execute_next(
         &mut self,
         machine: &mut Machine,
@@ -166,8 +167,18 @@ impl Client {
         };
         migration.received = if command == "getfd" { self.received.take() } else { None };
         let answer = commands::execute(machine, migration, &command, &arguments);
-        self.pending = Some(Pending { id, answer });
+        self.executed(&command, id, answer);
         Ok(true)
+    }
+
+    /// Answers a query at once: it causes no events. If its answer came after events that happened later, a client that waits for the
+    /// next change of the state would wait for ever. Other commands are answered after the events that they cause.
+    fn executed(&mut self, command: &str, id: Option<Value>, answer: Result<Answer, Failure>) {
+        let is_query = command.starts_with("query-") || command.starts_with("x-query-");
+        match answer {
+            Ok(Answer::Now(value)) if is_query => self.reply(id, Ok(value)),
+            answer => self.pending = Some(Pending { id, answer }),
+        }
     }
 
     /// Answers the command that was executed. If it began a job, it is answered when `events` report the job as done.
@@ -250,5 +261,39 @@ impl Client {
 impl AsRawFd for Client {
     fn as_raw_fd(&self) -> RawFd {
         self.stream.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+
+    use super::*;
+
+    /// The messages that a client receives if `command` is executed, and an event happens before the server's next turn.
+    fn received(command: &str) -> Vec<String> {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut client = Client::new(ours);
+        client.ready = true;
+        client.executed(command, None, Ok(Answer::Now(json!({ "status": "active" }))));
+        client.notify(&json!({ "event": "MIGRATION", "data": { "status": "completed" } }));
+        client.answer(&[]);
+        client.write().unwrap();
+        drop(client);
+        BufReader::new(theirs).lines().skip(1).map(Result::unwrap).collect()
+    }
+
+    #[test]
+    fn a_query_is_answered_before_the_events_that_follow_it() {
+        for command in ["query-migrate", "x-query-metrics"] {
+            let [answer, event] = &received(command)[..] else { panic!("two messages") };
+            assert!(answer.contains("return") && event.contains("event"), "{answer} {event}");
+        }
+    }
+
+    #[test]
+    fn a_command_is_answered_after_the_events_that_it_causes() {
+        let [event, answer] = &received("stop")[..] else { panic!("two messages") };
+        assert!(answer.contains("return") && event.contains("event"), "{event} {answer}");
     }
 }
