@@ -99,9 +99,10 @@ const NEEDLESS: &[(&str, &str)] = &[
     ("-nographic", "the console is the terminal"),
 ];
 
-/// The first of `arguments` that another program would understand, and what to do here.
-fn foreign(arguments: &[OsString]) -> Option<(&str, String)> {
-    arguments.iter().filter_map(|argument| argument.to_str()).find_map(|argument| {
+/// What another program would understand among `arguments`, where `error` may be about it, and what to do here.
+fn foreign<'a>(error: &clap::Error, arguments: &'a [OsString]) -> Option<(&'a str, String)> {
+    let texts = arguments.iter().filter_map(|argument| argument.to_str());
+    texts.filter(|argument| may_be_about(error, argument)).find_map(|argument| {
         let option = argument.split('=').next()?;
         if let Some((_, why)) = NEEDLESS.iter().find(|(known, _)| *known == option) {
             return Some((option, format!("{why}; leave it out")));
@@ -112,6 +113,31 @@ fn foreign(arguments: &[OsString]) -> Option<(&str, String)> {
         let is_known = hint.split(' ').next() == Some(option);
         (!is_known).then(|| (option, format!("unknown option; write {hint}")))
     })
+}
+
+/// Whether `error` may be about this argument. clap reads `-smp` as three options of one letter, and `-machine` as `-m achine`.
+fn may_be_about(error: &clap::Error, argument: &str) -> bool {
+    let context = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => text.as_str(),
+        _ => "",
+    };
+    let letters = argument.strip_prefix('-').filter(|letters| !letters.starts_with('-'));
+    match error.kind() {
+        ErrorKind::UnknownArgument => {
+            let unknown = context(ContextKind::InvalidArg);
+            let letter = unknown.strip_prefix('-').filter(|letter| letter.chars().count() == 1);
+            argument.split('=').next() == Some(unknown)
+                || letters.zip(letter).is_some_and(|(letters, letter)| letters.contains(letter))
+        }
+        ErrorKind::ValueValidation => {
+            let value = context(ContextKind::InvalidValue);
+            letters.and_then(|letters| letters.strip_prefix('m')) == Some(value)
+        }
+        // `--memory` was given as well.
+        ErrorKind::ArgumentConflict => letters.is_some_and(|letters| letters.starts_with('m')),
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => letters.is_some(),
+        _ => false,
+    }
 }
 
 /// The line for an error that clap found in `arguments`. `None`: they ask for the help or the version.
@@ -126,14 +152,10 @@ pub(crate) fn describe(
     if help && arguments.iter().any(|argument| asked.iter().any(|option| argument == option)) {
         return None;
     }
-    // clap takes `-machine` for `-m achine`.
-    use ErrorKind::{ArgumentConflict, UnknownArgument, ValueValidation};
-    if help || matches!(error.kind(), UnknownArgument | ValueValidation | ArgumentConflict) {
-        match foreign(arguments) {
-            Some((option, hint)) => return Some(format!("{option}: {hint}")),
-            None if help => return None,
-            None => {}
-        }
+    match foreign(error, arguments) {
+        Some((option, hint)) => return Some(format!("{option}: {hint}")),
+        None if help => return None,
+        None => {}
     }
     Some(line(error, &format!("see `{program} --help`")))
 }

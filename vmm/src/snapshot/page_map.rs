@@ -159,11 +159,8 @@ fn common_parts(one: &[FileMapping], other: &[FileMapping]) -> Vec<FileMapping> 
                 inode: a.inode,
             });
         }
-        if a.addresses.end <= b.addresses.end {
-            ones.next().is_some()
-        } else {
-            others.next().is_some()
-        };
+        let ends_first = if a.addresses.end <= b.addresses.end { &mut ones } else { &mut others };
+        ends_first.next();
     }
     common
 }
