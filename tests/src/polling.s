@@ -12,7 +12,7 @@
 .set HEADERS, 0x203000                  # 16 bytes a slot
 .set STATUSES, 0x204000                 # a byte a slot
 .set STAMPS, 0x205000                   # 8 bytes a slot: the TSC when its request was made
-.set LATENCIES, 0x206000                # 4 bytes a bucket: how many requests took so long
+.set LATENCIES, 0x206000                # histogram of latencies: 4 bytes a bucket
 .set BUCKETS, 960
 .set DATA, 0x400000                     # 128 KiB a slot
 .set SLOTS, 32
@@ -57,8 +57,8 @@ poll_long_mode:
 # %bx available index, %r10w the one last published, %bp used index, %r11 random state.
 # PARAMETERS: first register window, stride, windows, jobs (8 bytes each); then the jobs, JOB bytes each:
 #  0 type  4 data descriptor's flags  8 bytes  12 depth  16 requests  24 random  32 position mask  40 sectors a position
-#  64 three numbers of requests, growing
-#  and back: 48 TSC ticks  56 notifications  64 for each number the bucket by whose latency so many were answered
+#  64 three ranks in ascending order: the latencies of how many requests
+#  and back: 48 TSC ticks  56 notifications  64 for each rank the bucket that contains it
 .set JOB, 96
 
 .macro die code
@@ -144,7 +144,7 @@ poll_job:
     movq 16(%r14), %r13
     movq %r13, %r12
     movq $0, 56(%r14)
-    call poll_forget
+    call poll_clear_latencies
     rdtsc
     shlq $32, %rdx
     orq %rdx, %rax
@@ -167,7 +167,7 @@ poll_wait:
     je 3f
     die 4
 3:  movb $0xff, STATUSES(%rcx)
-    call poll_latency
+    call poll_record_latency
     incl %ebp
     decq %r12
     testq %r13, %r13
@@ -183,7 +183,7 @@ poll_wait:
     orq %rdx, %rax
     subq 48(%r14), %rax
     movq %rax, 48(%r14)
-    call poll_ranks
+    call poll_find_ranks
     addq $JOB, %r14
     decq %r9
     jnz poll_job
@@ -220,7 +220,7 @@ poll_submit:                            # slot %ecx
     movl %edx, STAMPS + 4(,%rcx,8)
     ret
 
-poll_latency:                           # slot %ecx: 16 buckets for each power of two, of the ticks + 16
+poll_record_latency:                    # of slot %ecx: ticks + 16, 16 buckets a power of two; changes %rax, %rdx, %rsi
     rdtsc
     shlq $32, %rdx
     orq %rax, %rdx
@@ -236,14 +236,14 @@ poll_latency:                           # slot %ecx: 16 buckets for each power o
     movl %esi, %ecx
     ret
 
-poll_forget:
+poll_clear_latencies:
     movl $BUCKETS, %ecx
 0:  movl $0, LATENCIES - 4(,%rcx,4)
     decl %ecx
     jnz 0b
     ret
 
-poll_ranks:                             # the job's three numbers: the last bucket of each
+poll_find_ranks:                        # replaces each of the job's ranks by its bucket
     movl $-1, %edx
     xorl %eax, %eax
     xorl %ecx, %ecx

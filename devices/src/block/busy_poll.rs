@@ -1,17 +1,18 @@
 //! Decides whether a worker busy-polls for more work. To sleep and be woken costs a worker several times as much as a request,
 //! and the driver's kick costs the guest an exit. But a worker that polls takes a CPU from others.
 //!
-//! So a worker has to earn the time that it polls in vain, as *credit*. Work that it finds by polling earns what a kick, a
-//! sleep and a wake-up cost. Work that had to wake it earns a part of that, if it came soon: so polling is tried now and then.
-//! A window without work costs the time that it took. The worker polls when its credit covers the window. An idle disk earns
-//! nothing. Where the guest needs the CPU on which the worker polls, windows are in vain, and the credit allows few of them.
+//! So a worker needs *credit* for the time that it polls in vain, and polls when its credit covers the polling window. Work
+//! that it finds by polling adds 1/32 of the longest window, which is roughly what a kick, a sleep and a wake-up cost. Work that
+//! woke the worker adds a quarter of that, if it came within the longest window. So a worker tries to poll now and then, and
+//! an idle disk never makes it poll. A window that ends without work takes its length off the credit. If the worker polls on a
+//! CPU that the guest needs, its windows end without work, so it rarely polls.
 //!
 //! A *gap* is the time from when the worker went idle until work came. The window is twice the longest recent gap, at least
-//! `SHORTEST` and at most [`BusyPolling::longest`].
+//! `SHORTEST` and at most [`BusyPolling::longest`]. Gaps longer than that are ignored.
 //!
 //! How long a driver takes for its next request, and what a kick and a wake-up cost, depends on the machine. If the host is a
 //! guest itself, each is a hundred times what it is on bare metal. So the longest window is a multiple of what the worker's own
-//! interrupts cost. The worker measures each of them.
+//! interrupts cost. The worker measures the time of every interrupt that it raises.
 //!
 //! The worker calls `idle` when it has nothing to do, `work` when chains came, `in_vain` when a window passed without work,
 //! and `interrupted` after it has raised the line. The loop that polls is in the worker (`poll_for_more`).
@@ -34,7 +35,7 @@ const MAX_DELAY_DIVISOR: u32 = 4;
 const FOUND_DIVISOR: u32 = 32;
 /// Work that woke the worker earns the longest window divided by this.
 const WOKEN_DIVISOR: u32 = 128;
-/// The credit covers at most this many of the longest windows.
+/// The credit is at most this many of the longest windows.
 const MAX_CREDIT: u32 = 2;
 
 #[derive(Debug)]
@@ -44,9 +45,9 @@ pub(super) struct BusyPolling {
     /// What an interrupt costs the worker: the least of recent measurements, since the thread was probably preempted during a
     /// longer one.
     interrupt_cost: Duration,
-    /// How long the worker may poll in vain.
+    /// How long the worker may still poll in windows that find no work.
     credit: Duration,
-    /// The worker has polled since it went idle.
+    /// The worker polls since it went idle, and its window has not ended.
     polls: bool,
     /// The longest recent gap, in nanoseconds. A driver that learns of many completions at once submits many requests in a
     /// row, and then none for a while. An average would be shorter than that while.
@@ -95,7 +96,7 @@ impl BusyPolling {
         self.idle_since + Duration::from_nanos(self.usual_gap * 4).min(self.longest())
     }
 
-    /// Work came at `now`, whether the worker was polling or had to be woken.
+    /// Work came at `now`, whether the worker was polling or had to be woken. A gap includes a window that ended without work.
     pub(super) fn work(&mut self, now: Instant) {
         waypoint!();
         let gap = now.saturating_duration_since(self.idle_since);

@@ -5,12 +5,13 @@
 //! without limits is in no group: a request then costs one atomic load here.
 //!
 //! Members get equal shares, whatever the number of their waiting requests (start-time fair queueing). A member's *start tag*
-//! is the amount that it has started, in seconds of the group's rate. A member does not start a request while another one
-//! waits for the same bucket and has a start tag that is lower by [`LEAD`] or more. A member that waits again after a pause
-//! begins at the start tag of the others.
+//! grows with each request by the seconds that the request takes at the group's rate. A member does not start a request while
+//! another one waits and has a start tag that is lower by [`LEAD`] or more. Here only members count that wait in the same
+//! direction or, while a limit couples the directions, in either. A tag that is more than [`LEAD`] below the highest one is
+//! raised to there, so a member saves nothing up while it has no requests.
 //!
 //! A member with the lowest start tag may have been paused or reset, and then starts nothing. So the others wait for it for
-//! [`ABSENCE`] at most, and then ignore it until its next request. A member that leaves the group is ignored, too.
+//! [`ABSENCE`] at most, and then ignore it until it waits again. A member that leaves the group is ignored, too.
 //!
 //! One lock guards a group, because a request may need tokens of several buckets at once. It is never held during a transfer.
 
@@ -39,7 +40,7 @@ const ABSENCE: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub(super) struct Throttle {
     membership: Mutex<Option<Membership>>,
-    /// `true` while `membership` is `None`. Read without the lock.
+    /// Whether `membership` is `None`, for readers without the lock. It may differ for a moment while the membership changes.
     off: AtomicBool,
 }
 
@@ -61,7 +62,7 @@ struct GroupState {
     buckets: Buckets,
     next_number: u64,
     members: Vec<Member>,
-    /// The start tag of the last request that was started, by direction.
+    /// For each direction: the highest start tag at which a request has started.
     latest: [f64; 2],
 }
 
@@ -70,9 +71,9 @@ struct Member {
     number: u64,
     /// One for each direction. While a limit couples the directions, only the first one is used.
     start_tags: [f64; 2],
-    /// For each direction: it has waiting requests.
+    /// For each direction: it has called `wait` since it last started a request.
     waits: [bool; 2],
-    /// Since when others have waited for it although it could start a request.
+    /// When another member first waited for it although it could start a request. `None` again when it starts one.
     overdue: Option<Instant>,
 }
 
@@ -85,8 +86,9 @@ impl Throttle {
         throttle
     }
 
-    /// Sets the limits of the group `name`, for all of its members, and starts its buckets anew. The disk joins that group and
-    /// leaves any other. If `limits` limits nothing, the disk only leaves its group; the other members keep their limits.
+    /// If the disk is in the group `name`, sets the limits of all its members, and empties the buckets. Otherwise the disk leaves
+    /// its group for a new one; the caller then lets it `join` another disk's. If `limits` limits nothing, the disk only leaves its
+    /// group, and the other members keep their limits.
     pub(super) fn set(&self, limits: Throttling, name: &str, now: Instant) {
         let membership = self.membership();
         let present = membership.filter(|present| present.group.name == name);
@@ -97,7 +99,7 @@ impl Throttle {
         }
     }
 
-    /// Joins the group of another disk, if it has one, and leaves its own.
+    /// Leaves its group and joins that of another disk. If that has no limits, nothing changes.
     pub(super) fn join(&self, other: &Self) {
         let (own, other) = (self.membership(), other.membership());
         if let Some(other) = other
@@ -187,7 +189,7 @@ impl GroupState {
         self.members.iter_mut().for_each(|member| *member = Member::new(member.number));
     }
 
-    /// The place of a direction's start tag.
+    /// The index of a direction's start tag.
     fn tag_of(&self, direction: Direction) -> usize {
         if self.buckets.couple_directions() { 0 } else { direction as usize }
     }
@@ -200,7 +202,7 @@ impl GroupState {
         let wait = self.buckets.wait(direction, now);
         let tag = self.tag_of(direction);
         let least = self.latest[tag] - LEAD;
-        // It has just left the group.
+        // The member has left the group meanwhile.
         let Some(member) = self.find(number) else { return Duration::ZERO };
         member.waits[direction as usize] = true;
         member.start_tags[tag] = member.start_tags[tag].max(least);
@@ -209,8 +211,8 @@ impl GroupState {
         if is_ahead { wait.saturating_add(RETRY) } else { wait }
     }
 
-    /// Whether another member waits for the same bucket and is behind by [`LEAD`]. `due`: requests in this direction may start by now,
-    /// so that another one counts only if it could start a request, too, and for [`ABSENCE`].
+    /// Whether another member waits and is behind by [`LEAD`] or more. If `due`, the buckets admit a request in this direction now.
+    /// Then another member counts only if it could start a request now, too, and for [`ABSENCE`] at most.
     fn is_ahead(
         &mut self,
         number: u64,
@@ -273,8 +275,8 @@ mod tests {
         members
     }
 
-    /// Members that always have a request of so many bytes, for `seconds` of a clock of our own. Each wakes up when it was told to, and
-    /// `slack` after that. Gives how many requests each has started.
+    /// Simulates members that always have a request of the given size, for `seconds`. Each wakes up `slack` after the time that `wait`
+    /// returned. Returns how many requests each has started.
     fn run(
         members: &[(&Throttle, Direction, u64)],
         start: Instant,
@@ -295,7 +297,7 @@ mod tests {
                 Duration::ZERO => {
                     throttle.charge(direction, bytes);
                     started[first] += 1;
-                    // No request takes no time.
+                    // Each request takes some time.
                     wake[first] = now + Duration::from_nanos(100);
                 }
                 wait => wake[first] = now + wait + slack,
@@ -319,7 +321,7 @@ mod tests {
             about(started.iter().sum(), 3606);
             started.iter().for_each(|of_member| about(*of_member, 1202));
         }
-        // Bytes that are limited are what is shared, not requests.
+        // With a limit on bytes, members share bytes evenly, not requests.
         let [a, b] = &group(&[(Limit::BytesRead, 100 << 20)], start);
         let members = [(a, Direction::Read, 3 << 20), (b, Direction::Read, 1 << 20)];
         let started = run(&members, start, 60, ON_TIME);
@@ -337,7 +339,7 @@ mod tests {
         started.iter().for_each(|of_member| about(*of_member, 55_000));
     }
 
-    /// However long it was away: nothing is saved up.
+    /// An absent member saves nothing up.
     #[test]
     fn a_member_that_comes_back_gets_no_more_than_the_others() {
         let start = Instant::now();
@@ -354,7 +356,7 @@ mod tests {
         let start = Instant::now();
         let [a, b, absent] = &group(&[(Limit::OperationsTotal, 60)], start);
         (0..7).for_each(|_| a.charge(Direction::Read, 512));
-        // It waits, and is paused or reset then.
+        // It waits once, and is then paused or reset.
         assert!(absent.wait(Direction::Read, start) > Duration::ZERO);
         let members = [(a, Direction::Read, 512), (b, Direction::Read, 512)];
         let started = run(&members, start, 60, ON_TIME);
@@ -377,7 +379,7 @@ mod tests {
         a.charge(Direction::Read, 512);
         assert!(a.wait(Direction::Read, start) > Duration::ZERO);
         assert_eq!(b.wait(Direction::Write, start), Duration::ZERO);
-        // Nor does a member that cannot start a request yet let others wait.
+        // A member that cannot start a request yet does not hold back others.
         let later = start + Duration::from_secs(10);
         let [a, b] = &group(&[(Limit::OperationsTotal, 100), (Limit::BytesRead, 1000)], later);
         a.charge(Direction::Read, 1 << 20);

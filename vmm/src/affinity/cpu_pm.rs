@@ -1,7 +1,7 @@
-//! `--overcommit cpu-pm=on`: HLT causes no exit. It is for vCPUs that have host CPUs of their own.
+//! `--overcommit cpu-pm=on`: the guest's HLT and PAUSE cause no exits. It is for vCPUs that have host CPUs of their own.
 //!
 //! Without it, HLT exits to KVM, which schedules other work on the host CPU. The next interrupt then has to wake the vCPU's
-//! thread. With it, the host CPU executes the guest's HLT and sleeps there. To the host it looks busy all the time.
+//! thread. With it, the host CPU executes the guest's HLT and sleeps there. To the host that CPU looks busy all the time.
 //!
 //! The builder calls [`keep_idle_in_guest`] before it makes the first vCPU, because KVM accepts the setting only then. It passes
 //! [`hints`] to the CPUID leaves.
@@ -17,11 +17,11 @@ use kvm_ioctls::{Kvm, VmFd};
 use crate::config::VmConfig;
 use crate::error::Error;
 
-/// `KVM_HINTS_REALTIME`: a vCPU is never preempted for long, so a guest had better spin than sleep
+/// `KVM_HINTS_REALTIME`: a vCPU is never preempted for long, so a guest's locks should spin instead of sleep
 /// (`Documentation/virt/kvm/x86/cpuid.rst`).
 const HINT_REALTIME: u32 = 1 << 0;
 
-/// EDX of KVM's feature leaf. The hint is true only if the vCPUs have host CPUs of their own, so it needs `--vcpu-affinity`, too.
+/// EDX of CPUID leaf 0x4000_0001, KVM's hints. The hint is true only if the vCPUs have host CPUs of their own, so it needs `--vcpu-affinity`, too.
 /// QEMU's option for it is `kvm-hint-dedicated=on`.
 pub(crate) fn hints(config: &VmConfig) -> u32 {
     if config.cpu_pm && !config.vcpu_affinity.is_empty() { HINT_REALTIME } else { 0 }

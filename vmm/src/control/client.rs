@@ -155,8 +155,8 @@ impl Client {
         Ok(json!({}))
     }
 
-    /// Executes the client's next command, if there is one. A query is answered at once. For another command the server calls `answer`
-    /// after the events that the command causes.
+    /// Executes the client's next command, if it has sent one and waits for no answer. Returns whether it did. A query is answered at
+    /// once. For another command the server calls `answer` after the events that the command causes.
     pub(super) fn execute_next(
         &mut self,
         machine: &mut Machine,
@@ -167,21 +167,28 @@ impl Client {
         };
         migration.received = if command == "getfd" { self.received.take() } else { None };
         let answer = commands::execute(machine, migration, &command, &arguments);
-        self.executed(&command, id, answer);
+        self.answer_query_or_defer(&command, id, answer);
         Ok(true)
     }
 
-    /// Answers a query at once: it causes no events. If its answer came after events that happened later, a client that waits for the
-    /// next change of the state would wait for ever. Other commands are answered after the events that they cause.
-    fn executed(&mut self, command: &str, id: Option<Value>, answer: Result<Answer, Failure>) {
+    /// Answers a query at once, since it causes no events. Its answer is about this moment. If it were sent after events that happened
+    /// later, a client would read `completed` and then `active`, and wait for the end of the save for ever. Other commands are
+    /// answered after the events that they cause.
+    fn answer_query_or_defer(
+        &mut self,
+        command: &str,
+        id: Option<Value>,
+        answer: Result<Answer, Failure>,
+    ) {
         let is_query = command.starts_with("query-") || command.starts_with("x-query-");
         match answer {
             Ok(Answer::Now(value)) if is_query => self.reply(id, Ok(value)),
+            Err(failure) if is_query => self.reply(id, Err(failure)),
             answer => self.pending = Some(Pending { id, answer }),
         }
     }
 
-    /// Answers the command that was executed. If it began a job, it is answered when `events` report the job as done.
+    /// Answers the command that was executed and deferred. If it began a job, nothing is sent until `events` report the job as done.
     pub(super) fn answer(&mut self, events: &[MachineEvent]) {
         let Some(Pending { id, answer }) = self.pending.take() else { return };
         let result = match answer {
@@ -275,7 +282,7 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let mut client = Client::new(ours);
         client.ready = true;
-        client.executed(command, None, Ok(Answer::Now(json!({ "status": "active" }))));
+        client.answer_query_or_defer(command, None, Ok(Answer::Now(json!({ "status": "active" }))));
         client.notify(&json!({ "event": "MIGRATION", "data": { "status": "completed" } }));
         client.answer(&[]);
         client.write().unwrap();

@@ -1,8 +1,8 @@
-//! What many disks and many virtual machines cost beside one: throughput, processor time of a request, memory, and the
-//! start of the last. On any /dev/kvm.
+//! Measures how throughput, the processor time of a request, memory and start change with the number of disks, and of virtual
+//! machines. It runs on any /dev/kvm.
 //!
-//! The machine's processors are shared by all of them, so that throughput can at best stay as it is. What the table is to
-//! show is whether the processor time of a request grows, and by how much.
+//! All share the host's processors. One disk does not keep all of them busy. Once they are busy, throughput can at best stay
+//! the same, and the table shows whether the processor time of a request grows.
 
 use std::path::Path;
 use std::sync::Barrier;
@@ -29,7 +29,7 @@ const LOADED: [usize; 5] = [1, 2, 4, 8, 16];
 const STARTED: [usize; 3] = [1, 10, 100];
 const BLOCK: u32 = 4096;
 const DEPTH: u16 = 32;
-/// Requests of all disks, or of all machines, together.
+/// Requests of all disks, or of all machines under load, together.
 const REQUESTS: u64 = 400_000;
 const CPU: &str = "CPU us a request";
 
@@ -51,7 +51,7 @@ pub(crate) fn run(options: &Options, results: &mut Results) {
     }
 }
 
-/// As many disks on one file, each with a driver's thread that keeps requests in flight.
+/// `count` disks on one file, each with a driver's thread that keeps requests in flight.
 fn disks(count: usize, image: &Path, results: &mut Results) {
     let each = REQUESTS / count as u64;
     let ready = Barrier::new(count + 1);
@@ -84,7 +84,7 @@ fn cpu_seconds() -> f64 {
     time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
 
-/// As many machines, with guests that read from the same file and then stand still.
+/// Starts `count` machines whose guests read from the same file. Each is stopped by SIGSTOP when its guest is done.
 fn machines(
     monitor: Monitor,
     count: usize,
@@ -120,7 +120,7 @@ fn machines(
     (machines.into_iter().map(|(_, process)| process).collect(), moments)
 }
 
-/// Since the first machine was started.
+/// Times since the first machine was started.
 struct Moments {
     first_guest: Duration,
     last_guest: Duration,
@@ -128,7 +128,7 @@ struct Moments {
     end: Duration,
 }
 
-/// Machines at work.
+/// Throughput and processor time of `count` machines under load.
 fn load(monitor: Monitor, count: usize, image: &Path, results: &mut Results) {
     let each = REQUESTS / count as u64;
     let (machines, moments) = machines(monitor, count, each, image);
@@ -141,7 +141,7 @@ fn load(monitor: Monitor, count: usize, image: &Path, results: &mut Results) {
     add(CPU, cpu / requests * 1e6);
 }
 
-/// Machines that have hardly begun: how soon the last of them runs, and what each takes.
+/// How soon the last of `count` machines runs, and how much memory each has after 32 requests.
 fn start(monitor: Monitor, count: usize, image: &Path, results: &mut Results) {
     let (machines, moments) = machines(monitor, count, DEPTH.into(), image);
     let mean = |of: &dyn Fn(&Process) -> f64| machines.iter().map(of).sum::<f64>() / count as f64;
