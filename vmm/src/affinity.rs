@@ -11,6 +11,15 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 pub(crate) use self::cpu_pm::{hints, keep_idle_in_guest};
 use crate::error::Error;
 
+/// A host CPU that this process may not use.
+#[derive(Debug, thiserror::Error)]
+#[error("{option} {processor}: this process may use the host's CPUs {allowed}; name some of them")]
+struct NotAllowed {
+    option: &'static str,
+    processor: usize,
+    allowed: String,
+}
+
 /// Checks that this process may use the `processors` that `option` names.
 ///
 /// # Errors
@@ -28,7 +37,8 @@ pub(crate) fn check(option: &'static str, processors: &[usize]) -> Result<(), Er
                 .filter(|cpu| allowed.is_set(*cpu))
                 .map(|cpu| cpu.to_string())
                 .collect();
-            Err(Error::Processor { option, processor, allowed: allowed.join(",") })
+            let allowed = allowed.join(",");
+            Err(Error::Refused(NotAllowed { option, processor, allowed }.into()))
         }
     }
 }

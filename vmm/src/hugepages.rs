@@ -15,6 +15,18 @@ const HUGE_PAGE: u64 = 2 << 20;
 /// The host's pool (Documentation/admin-guide/mm/hugetlbpage.rst).
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
+/// Why guest RAM cannot be huge pages.
+#[derive(Debug, thiserror::Error)]
+enum HugePagesError {
+    #[error("--memory {}K with --hugepages: give a multiple of 2M", .0 >> 10)]
+    Memory(u64),
+    #[error(
+        "--hugepages: {wanted} pages of 2M are needed and {free} are free; make more: \
+         echo {enough} >/proc/sys/vm/nr_hugepages"
+    )]
+    TooFew { wanted: u64, free: u64, enough: u64 },
+}
+
 /// Maps the RAM of `layout`, and takes all of its pages.
 ///
 /// # Errors
@@ -23,7 +35,7 @@ pub(crate) fn allocate(layout: &MachineLayout) -> Result<GuestMemory, Error> {
     memory::check_size(layout)?;
     let bytes = layout.spec.memory;
     if !bytes.is_multiple_of(HUGE_PAGE) {
-        return Err(Error::HugePageMemory(bytes));
+        return Err(Error::Refused(HugePagesError::Memory(bytes).into()));
     }
     let pool = |name| fs::read_to_string(format!("{POOL}/{name}")).ok()?.trim().parse::<u64>().ok();
     let count = |name| pool(name).unwrap_or(0);
@@ -32,7 +44,7 @@ pub(crate) fn allocate(layout: &MachineLayout) -> Result<GuestMemory, Error> {
     let wanted = bytes / HUGE_PAGE;
     if free < wanted {
         let enough = count("nr_hugepages") + wanted - free;
-        return Err(Error::HugePages { wanted, free, enough });
+        return Err(Error::Capability(HugePagesError::TooFew { wanted, free, enough }.into()));
     }
     memory::map(layout, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB | libc::MAP_POPULATE)
 }

@@ -64,6 +64,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
             "vmm/src/disk_faults.rs",
         ],
     ),
+    ("errors as text", &["vmm/src/error/report.rs"]),
     ("event devices", &["arch/src/tables/events.rs"]),
     ("exec", &["vmm/src/exec"]),
     ("explain", &["vmm/src/explain", "devices/src/virtio/spec/names.rs"]),

@@ -13,6 +13,10 @@ use crate::background::Answer;
 use crate::error::Error;
 use crate::memory;
 
+#[derive(Debug, thiserror::Error)]
+#[error("a device did not finish its reset in time; check the storage behind the disks")]
+struct ResetHung;
+
 #[derive(Default)]
 struct Reset {
     /// Answers when the threads of all devices have finished the reset. `None`: it has not begun.
@@ -45,7 +49,7 @@ impl Machine {
         let wait = move || {
             let hung =
                 unfinished.into_iter().filter_map(|reset| reset.wait_until(deadline)).count();
-            if hung == 0 { Ok(()) } else { Err(Error::ResetHung) }
+            if hung == 0 { Ok(()) } else { Err(Error::Capability(Box::new(ResetHung))) }
         };
         self.background.run(wait)
     }

@@ -37,9 +37,13 @@ use self::filters::Needs;
 use self::violation::Violations;
 pub use self::violation::on_violation;
 use crate::config::{ConsoleConfig, GdbConfig, SandboxMode, VmConfig};
-use crate::error::Error;
+use crate::error::{Cause, Error};
 use crate::lock;
 use crate::sources::Source;
+
+#[derive(Debug, thiserror::Error)]
+#[error("--sandbox: the list of system calls cannot be compiled")]
+struct UncompiledFilter(#[source] Cause);
 
 /// The directory that a confined process may save to. Not set: the process is not confined.
 static SAVE: OnceLock<Option<PathBuf>> = OnceLock::new();
@@ -173,7 +177,8 @@ impl Sandbox {
         violation::install_handler();
         let _ = SAVE.set(save);
         Ok(Self(Some(Arc::new(Rules {
-            filters: filters.map_err(|error| Error::Sandbox(error.into()))?,
+            filters: filters
+                .map_err(|error| Error::Capability(UncompiledFilter(error.into()).into()))?,
             ruleset,
             user: config.user,
             unconfined: Mutex::new(0),

@@ -44,6 +44,10 @@ pub(super) fn name_thread(kind: Kind) {
     KIND.set(Some(kind));
 }
 
+#[derive(Debug, thiserror::Error)]
+#[error("a thread broke out of what the sandbox allows; see the line before")]
+struct Violation;
+
 /// Confines the main thread, and ends the machine after a violation, as a source of the main loop.
 pub(super) struct Violations {
     wake: EventFd,
@@ -66,7 +70,7 @@ impl Source for Violations {
 
     fn process(&mut self, _: u8, _: &mut Poller<'_, '_>, machine: &mut Machine) {
         let _ = self.wake.read();
-        machine.end(Err(Error::Violation));
+        machine.end(Err(Error::Capability(Box::new(Violation))));
     }
 }
 

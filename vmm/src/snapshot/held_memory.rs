@@ -125,7 +125,7 @@ pub(crate) fn begin_in_background(
 /// free huge pages for the copies.
 fn check(machine: &Machine) -> Result<(), Error> {
     let hardware = &machine.hardware;
-    check_pages(&hardware.memory).map_err(|error| Error::Save(error.into()))?;
+    check_pages(&hardware.memory).map_err(Error::save)?;
     let mut written = hardware.disks.iter().filter(|disk| !disk.image.read_only());
     match written.next() {
         Some(disk) if machine.state() == RunState::Running => {

@@ -272,7 +272,7 @@ pub fn check_new_increment(new: &NewFile) -> Result<(), Error> {
         }
         Ok(())
     };
-    check().map_err(|error: SnapshotError| Error::Save(error.into()))
+    check().map_err(Error::save)
 }
 
 #[cfg(test)]

@@ -42,6 +42,7 @@ mod vcpu;
 use std::io;
 use std::path::PathBuf;
 
+use crate::error::Error;
 pub(crate) use held_memory::{Background, Rest, begin_in_background};
 pub use incoming::{ClockMode, Incoming, IncomingConfig, MapMode};
 pub use increments::check_new_increment;
@@ -51,6 +52,22 @@ pub(crate) use page_map::open_page_map;
 pub(crate) use panic_dump::PanicDump;
 pub(crate) use save::{Destination, Progress, begin};
 pub(crate) use saved::{Purpose, SavedConfig};
+
+/// A save that was refused or has failed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot save the machine")]
+struct SaveError(#[source] SnapshotError);
+
+impl Error {
+    fn save(source: SnapshotError) -> Self {
+        Self::Capability(SaveError(source).into())
+    }
+
+    /// What is wrong with a saved machine; the file's path is added later.
+    fn incoming(source: SnapshotError) -> Self {
+        Self::Incoming { path: PathBuf::new(), source: source.into() }
+    }
+}
 
 /// Why a machine cannot be saved, or a file is not a machine that can go on here.
 #[derive(Debug, thiserror::Error)]

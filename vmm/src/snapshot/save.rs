@@ -85,11 +85,11 @@ pub(super) fn begin_with(
 }
 
 fn base_of_machine() -> Result<Base, Error> {
-    Base::of_machine().map_err(|error| Error::Save(error.into()))
+    Base::of_machine().map_err(Error::save)
 }
 
 fn save_error(path: &Path, source: io::Error) -> Error {
-    Error::Save(SnapshotError::Target { path: path.to_owned(), source }.into())
+    Error::save(SnapshotError::Target { path: path.to_owned(), source })
 }
 
 /// Device and inode of the file from which this machine was restored, and of its bases. A save of the whole machine may replace one by a new

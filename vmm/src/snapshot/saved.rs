@@ -401,5 +401,5 @@ pub(super) fn printable(text: impl std::fmt::Display) -> String {
 }
 
 pub(super) fn unsaveable(disk: &str, why: &'static str) -> Error {
-    Error::Save(SnapshotError::Unsaveable { disk: disk.to_owned(), why }.into())
+    Error::save(SnapshotError::Unsaveable { disk: disk.to_owned(), why })
 }
