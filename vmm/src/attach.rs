@@ -1,15 +1,15 @@
 //! Connects devices to the machine: addresses to the buses, interrupts to KVM, notifications to the disks' own threads.
 
+mod legacy;
+
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 
-use arch::layout::{self, MmioDevice};
+use arch::layout::MmioDevice;
 use devices::block::BlockDevice;
-use devices::bus::{Bus, BusDevice};
+use devices::bus::Bus;
 use devices::irq::InterruptLine;
-use devices::legacy::{
-    DebugExit, EventSink, GuestEvent, I8042, Pvpanic, ResetRegister, SerialDevice, SleepRegisters,
-};
+use devices::legacy::SerialDevice;
 use devices::spawn::Spawn;
 use devices::virtio::mmio::MmioTransport;
 use devices::virtio::spec::mmio::{
@@ -18,40 +18,12 @@ use devices::virtio::spec::mmio::{
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+pub(crate) use self::legacy::legacy;
 use crate::GuestMemory;
 use crate::error::Error;
-use crate::events::{EventSender, VmEvent};
 use crate::kvm;
 use crate::lock;
 use crate::machine::MachineDisk;
-
-/// Puts the legacy devices on the port I/O bus, except for serial ports.
-///
-/// # Errors
-/// When the host or KVM refuses a resource.
-pub(crate) fn legacy(
-    port_io: &mut Bus,
-    events: &Arc<EventSender>,
-    debug_exit: bool,
-) -> Result<(), Error> {
-    let sink: EventSink = {
-        let events = Arc::clone(events);
-        Arc::new(move |event: GuestEvent| events.send(VmEvent::Guest(event)))
-    };
-    let events = || Arc::clone(&sink);
-    add(port_io, layout::I8042_DATA, I8042::SIZE, I8042::new(events()))?;
-    add(port_io, layout::SLEEP_CONTROL, SleepRegisters::SIZE, SleepRegisters(events()))?;
-    add(port_io, layout::RESET, ResetRegister::SIZE, ResetRegister(events()))?;
-    add(port_io, layout::PVPANIC, Pvpanic::SIZE, Pvpanic::new(events()))?;
-    if debug_exit {
-        add(port_io, layout::DEBUG_EXIT, DebugExit::SIZE, DebugExit(sink))?;
-    }
-    Ok(())
-}
-
-fn add(bus: &mut Bus, port: u16, size: u64, device: impl BusDevice + 'static) -> Result<(), Error> {
-    Ok(bus.insert(port.into(), size, Arc::new(Mutex::new(device)))?)
-}
 
 /// Puts a serial port on the port I/O bus. The eventfd is readable after the guest has emptied the receive FIFO.
 ///

@@ -13,7 +13,7 @@ use arch::Structure;
 use arch::cmdline::{self, Root};
 use arch::layout;
 use arch::machine_layout::{MachineLayout, MachineSpec};
-use devices::block::{self, BlockDevice, BlockOptions};
+use devices::block::{self, BlockDevice, BlockOptions, EventSink};
 use devices::bus::Bus;
 use devices::disk::{self, Disk};
 use devices::spawn::{DiskThreads, Spawn};
@@ -30,7 +30,7 @@ use crate::gdb::Gdb;
 use crate::halt_watch::HaltWatch;
 use crate::irq_chips::IrqChips;
 use crate::kernel_pages::{KernelPages, lease_outlasts};
-use crate::machine::{Hardware, Machine, MachineDisk};
+use crate::machine::{Hardware, Machine, MachineDisk, Reports};
 use crate::output_files::OutputFiles;
 use crate::sandbox::{Kind, Sandbox};
 use crate::signals::Signals;
@@ -113,7 +113,7 @@ pub fn build(
     // 5. Attach devices to their buses. Their threads confine themselves when they start.
     let sandbox = Sandbox::prepare(config)?;
     let (events, receiver) = event_channel().map_err(Error::host("make an eventfd"))?;
-    let events = Arc::new(events);
+    let (reports, report) = Reports::new(&events, receiver, config.dump_on_panic.is_some());
     let (mut port_io, mut mmio) = (Bus::default(), Bus::default());
     let trap_registers = config.trap_registers || !kvm::has_read_only_memory(&kvm_fd);
     let poll = host_cpu::polling_window();
@@ -123,6 +123,7 @@ pub fn build(
             &mut mmio,
             &memory,
             &events,
+            &report,
             config,
             &layout,
             &images,
@@ -139,7 +140,7 @@ pub fn build(
         control => control,
     };
     attach::legacy(&mut port_io, &events, config.debug_exit)?;
-    let mut sources: Vec<Box<dyn Source>> = vec![Box::new(signals), Box::new(receiver)];
+    let mut sources: Vec<Box<dyn Source>> = vec![Box::new(signals), Box::new(reports)];
     sources.extend(disk_faults::source(&config.disks));
     sources.extend(Gdb::listen(config.gdb.as_ref(), &vm, &memory, config.cpus)?);
     let spawn = sandbox.spawn(Kind::Console);
@@ -192,7 +193,6 @@ pub fn build(
     let background =
         BackgroundThread::spawn(&spawn, "machine-job".to_owned(), Arc::clone(&events))?;
     let mut machine = Machine::new(hardware, Arc::clone(&events), background, config.stop_timeout)?;
-    machine.hold_panic = config.dump_on_panic.is_some();
     let paused = match incoming {
         Some(incoming) => incoming.restore(&mut machine)? && control.is_some() || config.paused,
         None => config.paused,
@@ -258,6 +258,7 @@ fn attach_disks(
     mmio: &mut Bus,
     memory: &GuestMemory,
     events: &Arc<EventSender>,
+    report: &EventSink,
     config: &VmConfig,
     layout: &MachineLayout,
     images: &[Arc<dyn Disk>],
@@ -269,10 +270,8 @@ fn attach_disks(
         DiskThreads { worker: sandbox.spawn(Kind::Disk), io: sandbox.spawn(Kind::DiskIo) };
     let (mut disks, mut lines) = (Vec::with_capacity(config.disks.len()), BTreeMap::new());
     for ((config, image), window) in config.disks.iter().zip(images).zip(&layout.disks) {
-        let reports = Arc::clone(events);
-        let sink = Arc::new(move |event| reports.report(event));
         let options = BlockOptions { poll, ..config.device.clone() };
-        let device = BlockDevice::new(options, Arc::clone(image), memory, sink, &threads)
+        let device = BlockDevice::new(options, Arc::clone(image), memory, Arc::clone(report), &threads)
             .map_err(|source| Error::DiskOptions { path: config.image.path.clone(), source })?;
         let handle = device.handle();
         let line = lines.entry(window.gsi).or_insert_with(|| attach::line(vm, window.gsi));
@@ -290,6 +289,7 @@ fn attach_disks(
                 format!("disk-{}-job", config.device.name),
                 Arc::clone(events),
             )?,
+            resizes: Vec::new(),
         });
     }
     block::share_limits(disks.iter().map(|disk| &disk.handle));

@@ -63,16 +63,12 @@ pub enum Error {
     EventLoop(#[from] event_manager::Error),
     #[error("vCPU {index}")]
     Vcpu { index: u32, source: VcpuError },
-    #[error("disk {device}: {message}")]
-    DiskThread { device: String, message: String },
     #[error("disk {device} could not be flushed at the end")]
     Flush { device: String, source: devices::disk::DiskError },
     #[error(
         "disk {disks}: the host has not finished its requests after {after:.1?}; check the storage behind it"
     )]
     DiskHung { disks: String, after: std::time::Duration },
-    #[error("cannot resize the disk")]
-    Resize(#[source] io::Error),
     #[error("the machine is about to stop; wait until it has")]
     Stopping,
     #[error(

@@ -14,10 +14,13 @@
 mod end;
 mod halt_report;
 mod kernel_file;
-mod panic;
+mod reports;
 mod reset;
+mod resize;
 pub(crate) mod save_task;
 mod standstill;
+
+pub(crate) use reports::Reports;
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -27,11 +30,11 @@ use std::time::{Duration, Instant};
 
 use arch::layout::MmioDevice;
 use arch::machine_layout::MachineLayout;
-use devices::block::{BlockEvent, BlockHandle, IoStatus};
+use devices::block::{BlockEvent, BlockHandle};
 use devices::bus::Bus;
 use devices::disk::{Corruption, Disk};
 use devices::irq::InterruptLine;
-use devices::legacy::{GuestEvent, SerialDevice};
+use devices::legacy::SerialDevice;
 use devices::virtio::drain::Drain;
 use devices::virtio::mmio::MmioTransport;
 use kvm_bindings::kvm_clock_data;
@@ -44,7 +47,7 @@ use crate::background::{Answer, BackgroundThread};
 use crate::boot_image::BootImage;
 use crate::config::DiskConfig;
 use crate::error::Error;
-use crate::events::{EventSender, VmEvent};
+use crate::events::EventSender;
 use crate::vcpu::VcpuThread;
 
 /// Whether the machine runs, and if not, why: the `status` in QMP's `query-status`.
@@ -99,7 +102,7 @@ pub(crate) enum MachineEvent {
         by_guest: bool,
     },
     GuestPanicked,
-    /// The guest panicked. The text is that of [`Outcome::Panicked`]. The receiver ends the machine: see [`Machine::hold_panic`].
+    /// The guest panicked. The text is that of [`Outcome::Panicked`]. The receiver ends the machine.
     PanicHeld(&'static str),
     /// The guest's kernel panicked, and its crash kernel takes over.
     GuestCrashloaded,
@@ -124,6 +127,8 @@ pub(crate) struct MachineDisk {
     pub pausing: Option<Drain>,
     /// The thread `disk-NAME-job`, which flushes and resizes the image.
     pub background: BackgroundThread,
+    /// The resizes under way, each with the number of its `Done` event.
+    pub resizes: Vec<(u64, Answer)>,
 }
 
 /// Everything that the builder has created for the guest. [`Machine`] adds what changes while the VM runs: its state,
@@ -212,14 +217,6 @@ enum DiskEnd {
     Done,
 }
 
-/// A resize of a disk that is under way on the disk's background thread.
-struct Resize {
-    /// Index of the disk.
-    disk: usize,
-    job: u64,
-    answer: Answer,
-}
-
 /// The end of the machine while it is under way.
 struct End {
     outcome: Result<Outcome, Error>,
@@ -241,17 +238,12 @@ pub(crate) struct Machine {
     clock: Option<kvm_clock_data>,
     standstill: Option<Standstill>,
     end: Option<End>,
-    resizes: Vec<Resize>,
     wake_main_loop: Arc<EventSender>,
     background: BackgroundThread,
     last_job: u64,
     pending_events: Vec<MachineEvent>,
     stop_timeout: Duration,
     halt_reported: bool,
-    /// A panic of the guest sends [`MachineEvent::PanicHeld`], and does not end the machine.
-    pub hold_panic: bool,
-    /// The guest has panicked, and the machine has not ended yet. What the guest does meanwhile is ignored.
-    panicked: bool,
     /// Ends the background save that may be under way (`save_task`).
     pub background_save: Option<Arc<AtomicBool>>,
     /// Wakes the main loop at the deadline of the standstill or of the end.
@@ -275,15 +267,12 @@ impl Machine {
             clock: None,
             standstill: None,
             end: None,
-            resizes: Vec::new(),
             wake_main_loop,
             background,
             last_job: 0,
             pending_events: Vec::new(),
             stop_timeout,
             halt_reported: false,
-            hold_panic: false,
-            panicked: false,
             background_save: None,
             deadline: TimerFd::new().map_err(|error| Error::host("make a timer")(error.into()))?,
         })
@@ -293,7 +282,7 @@ impl Machine {
         if self.end.is_some() { RunState::Shutdown } else { self.state }
     }
 
-    fn emit(&mut self, event: MachineEvent) {
+    pub(crate) fn emit(&mut self, event: MachineEvent) {
         self.pending_events.push(event);
     }
 
@@ -342,85 +331,6 @@ impl Machine {
     fn next_job(&mut self) -> u64 {
         self.last_job += 1;
         self.last_job
-    }
-
-    /// Makes the disk `id` `bytes` long, on the disk's background thread, because that takes minutes for some formats. Returns the
-    /// number of the `Done` event. `None`: there is no disk with that `id`.
-    pub(crate) fn resize(&mut self, id: &str, bytes: u64) -> Option<u64> {
-        let disk = self.hardware.disks.iter().position(|disk| disk.config.id == id)?;
-        let MachineDisk { image, background, .. } = &self.hardware.disks[disk];
-        let image = Arc::clone(image);
-        let answer = background.run(move || image.resize(bytes).map_err(Error::Resize));
-        let job = self.next_job();
-        self.resizes.push(Resize { disk, job, answer });
-        Some(job)
-    }
-
-    fn finish_resizes(&mut self) {
-        let Self { resizes, hardware, pending_events, .. } = self;
-        resizes.retain(|Resize { disk, job, answer }| {
-            let Some(result) = answer.poll() else { return true };
-            // After a failure, too: the owner of a block device may have resized it.
-            hardware.disks[*disk].handle.capacity_changed();
-            pending_events.push(MachineEvent::Done(*job, result));
-            false
-        });
-    }
-
-    /// Passes on the events of disks, and stops the machine if a disk's error policy says so. Events may have been dropped, so the
-    /// disks' own status decides.
-    pub(crate) fn disk_events(&mut self, events: Vec<BlockEvent>) {
-        let Hardware { disks, .. } = &self.hardware;
-        for MachineDisk { image, config, .. } in disks {
-            let corrupted = |damage| MachineEvent::ImageCorrupted(config.id.clone(), damage);
-            self.pending_events.extend(image.take_corruption().map(corrupted));
-        }
-        for mut event in events {
-            if let BlockEvent::IoError { device, .. } | BlockEvent::WriteThreshold { device, .. } =
-                &mut event
-                && let Some(disk) = disks.iter().find(|disk| disk.handle.name() == device)
-            {
-                device.clone_from(&disk.config.id);
-            }
-            self.pending_events.push(MachineEvent::Disk(event));
-        }
-        let failed = |disk: &MachineDisk| disk.handle.io_status() != IoStatus::Ok;
-        if self.standstill.is_none() && disks.iter().any(failed) {
-            self.stop(RunState::IoError);
-        }
-    }
-
-    pub(crate) fn vm_event(&mut self, event: VmEvent) {
-        let outcome = match event {
-            VmEvent::Guest(GuestEvent::PowerOff) => Ok(Outcome::PowerOff),
-            VmEvent::Guest(GuestEvent::Reset) => Ok(self.restarted(Outcome::Reset)),
-            VmEvent::TripleFault => Ok(self.restarted(Outcome::Panicked("triple fault"))),
-            VmEvent::Guest(GuestEvent::Panicked) => {
-                Ok(Outcome::Panicked("it said so at the pvpanic port"))
-            }
-            // The machine goes on: the crash kernel will power it off or reset it.
-            VmEvent::Guest(GuestEvent::CrashLoaded) => {
-                tracing::warn!("the guest panicked and boots its crash kernel");
-                return self.emit(MachineEvent::GuestCrashloaded);
-            }
-            VmEvent::Guest(GuestEvent::DebugExit(status)) => Ok(Outcome::DebugExit(status)),
-            VmEvent::Debug => {
-                self.stop(RunState::Debug);
-                return;
-            }
-            VmEvent::Failed(error) => Err(error),
-        };
-        self.end_unless_held(outcome);
-    }
-
-    /// Presses the ACPI power button.
-    ///
-    /// # Errors
-    /// When KVM refuses the interrupt.
-    pub(crate) fn power_down(&mut self) -> Result<(), Error> {
-        self.hardware.power_button.pulse().map_err(Error::host("press the power button"))?;
-        self.emit(MachineEvent::Powerdown);
-        Ok(())
     }
 }
 

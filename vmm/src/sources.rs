@@ -1,12 +1,9 @@
-//! What the main loop waits for: the trait of a row in its table, and the rows that every machine has.
-//!
-//! The console and the control socket are rows, too; they live in their own folders.
+//! What the main loop waits for: the trait of a row in its table. Each row lives with what it is for, such as the console.
 
 use std::os::fd::{AsRawFd, RawFd};
 
 use event_manager::{EventOps, EventSet, Events};
 
-use crate::events::EventReceiver;
 use crate::machine::{Machine, MachineEvent};
 
 /// A row of the main loop's table: descriptors, and what to do when one of them is ready. A source must not block: meanwhile no
@@ -90,19 +87,5 @@ impl<'a, 'b> Poller<'a, 'b> {
 
     fn events(&self, fd: RawFd, number: u8, set: EventSet) -> Events {
         Events::with_data_raw(fd, self.row << 8 | u32::from(number), set)
-    }
-}
-
-impl Source for EventReceiver {
-    fn watch(&mut self, poller: &mut Poller<'_, '_>) -> event_manager::Result<()> {
-        poller.add(self.wake_fd().as_raw_fd(), 0)
-    }
-
-    fn process(&mut self, _: u8, _: &mut Poller<'_, '_>, machine: &mut Machine) {
-        self.clear();
-        machine.disk_events(self.disk_events());
-        while let Some(event) = self.next() {
-            machine.vm_event(event);
-        }
     }
 }

@@ -1,7 +1,7 @@
 //! The debug-exit port: the byte that the guest writes to it becomes the exit status of minivmm. So a job inside a guest can report its
 //! result.
 //!
-//! A capability: `vmm/src/attach.rs` puts it on the bus, and no other module refers to it.
+//! A capability: `vmm/src/attach/legacy.rs` puts it on the bus, and no other module refers to it.
 
 use super::{EventSink, GuestEvent};
 use crate::bus::BusDevice;

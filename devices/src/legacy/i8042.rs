@@ -1,6 +1,6 @@
 //! The PS/2 controller, of which only the command that resets the CPU is implemented. Linux reboots by it if there is no ACPI.
 //!
-//! A capability: `vmm/src/attach.rs` puts it on the bus, and no other module refers to it.
+//! A capability: `vmm/src/attach/legacy.rs` puts it on the bus, and no other module refers to it.
 
 use std::convert::Infallible;
 

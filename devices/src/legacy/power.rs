@@ -1,7 +1,7 @@
 //! The registers by which the guest powers the machine off and resets it. The FADT of a hardware-reduced machine names them (ACPI 6.4
 //! §4.8.3.6, §4.8.3.7). Each is one byte wide.
 //!
-//! A capability: `vmm/src/attach.rs` puts them on the bus, and no other module refers to them.
+//! A capability: `vmm/src/attach/legacy.rs` puts them on the bus, and no other module refers to them.
 
 use super::{EventSink, GuestEvent};
 use crate::bus::BusDevice;

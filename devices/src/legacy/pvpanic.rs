@@ -1,7 +1,7 @@
 //! The pvpanic port, by which a guest reports that its kernel panicked (QEMU, docs/specs/pvpanic). A read returns the events that the
 //! port supports. A write reports events.
 //!
-//! A capability: `vmm/src/attach.rs` puts it on the bus, and no other module refers to it.
+//! A capability: `vmm/src/attach/legacy.rs` puts it on the bus, and no other module refers to it.
 
 use super::{EventSink, GuestEvent};
 use crate::bus::BusDevice;

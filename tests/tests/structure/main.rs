@@ -92,7 +92,10 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("output files", &["vmm/src/output_files.rs"]),
     ("panic port", &["devices/src/legacy/pvpanic.rs"]),
     ("panics", &["vmm/src/snapshot/panic_dump.rs"]),
-    ("power and reset", &["devices/src/legacy/i8042.rs", "devices/src/legacy/power.rs"]),
+    (
+        "power and reset",
+        &["devices/src/legacy/i8042.rs", "devices/src/legacy/power.rs", "vmm/src/attach/legacy.rs"],
+    ),
     ("power cuts", &["cli/src/powercut"]),
     (
         "power cuts: states",
@@ -116,6 +119,8 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("replay", &["cli/src/replay"]),
     ("reset", &["vmm/src/irq_chips.rs", "vmm/src/machine/reset.rs", "vmm/src/memory/clear.rs"]),
     ("ranges of raw images", &["devices/src/disk/raw/ranges.rs"]),
+    ("reports of guest and disks", &["vmm/src/machine/reports.rs"]),
+    ("resize", &["vmm/src/machine/resize.rs"]),
     ("required calls", &["cli/src/required_calls.rs"]),
     ("sandbox", &["vmm/src/sandbox"]),
     ("scsi", &["devices/src/disk/scsi", "devices/src/block/scsi"]),

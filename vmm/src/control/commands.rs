@@ -12,7 +12,7 @@ use super::protocol::{Answer, Failure, version};
 use super::schema::{self, CommandTypes};
 use super::trace_commands as trace;
 use crate::error::Error;
-use crate::machine::{Machine, Outcome, RunState};
+use crate::machine::{Machine, MachineEvent, Outcome, RunState};
 
 struct CommandRow {
     types: CommandTypes,
@@ -52,7 +52,7 @@ const COMMANDS: &[CommandRow] = &[
     command("system_reset", &[], "", |machine, _| {
         machine.reset().map(Answer::WhenDone).map_err(|error| Failure::of(&error))
     }),
-    command("system_powerdown", &[], "", |machine, _| done(machine.power_down())),
+    command("system_powerdown", &[], "", |machine, _| done(power_down(machine))),
     command("quit", &[], "", |machine, _| {
         machine.end(Ok(Outcome::ControlQuit));
         Ok(Answer::empty())
@@ -137,6 +137,13 @@ pub(super) fn execute(
 
 fn done(result: Result<(), Error>) -> Result<Answer, Failure> {
     result.map(|()| Answer::empty()).map_err(|error| Failure::of(&error))
+}
+
+/// Presses the ACPI power button.
+fn power_down(machine: &mut Machine) -> Result<(), Error> {
+    machine.hardware.power_button.pulse().map_err(Error::host("press the power button"))?;
+    machine.emit(MachineEvent::Powerdown);
+    Ok(())
 }
 
 fn query_status(machine: &Machine) -> Value {

@@ -28,18 +28,6 @@ impl Machine {
             }
             return;
         }
-        match outcome {
-            Ok(Outcome::Panicked(_)) => {
-                self.warn_of_missing_drivers();
-                self.emit(MachineEvent::GuestPanicked);
-                // As in QEMU. If the machine has stopped for a dump, the event was sent then.
-                if !self.panicked {
-                    self.emit(MachineEvent::Stop);
-                }
-            }
-            Ok(Outcome::Reset) => self.emit(MachineEvent::Reset { by_guest: true }),
-            _ => {}
-        }
         self.emit(MachineEvent::Shutdown(outcome.as_ref().ok().cloned()));
         self.cancel_task(Error::Stopping);
         if let Some(standstill) = self.standstill.take() {

@@ -77,7 +77,8 @@ impl Machine {
 impl Task for SaveTask {
     fn advance(&mut self, machine: &mut Machine) -> Result<bool, Error> {
         // Wait until the main loop has taken all events: an event may end the machine, and is not part of the saved state.
-        if let Some(begin) = self.begin.take_if(|_| !machine.wake_main_loop.is_awake()) {
+        let awake = machine.wake_main_loop.awake.load(Ordering::Acquire);
+        if let Some(begin) = self.begin.take_if(|_| !awake) {
             self.before = machine.state;
             let work = begin(machine).unwrap_or_else(|error| Box::new(|| Err(error)));
             if machine.state == RunState::Running {

@@ -76,9 +76,8 @@ impl Machine {
         }
     }
 
-    /// Takes the next step of the end, the standstill and the resizes under way. The main loop calls this after every event.
+    /// Takes the next step of the end or the standstill. The main loop calls this after every event.
     pub(crate) fn advance(&mut self) {
-        self.finish_resizes();
         if self.end.is_some() {
             return self.advance_end();
         }

@@ -16,7 +16,7 @@ use super::save::{self, Destination, Progress};
 use super::saved::{Purpose, SavedConfig};
 use crate::config::VmConfig;
 use crate::error::{Error, WithCauses};
-use crate::machine::{Machine, MachineEvent, Outcome};
+use crate::machine::{Machine, MachineEvent};
 use crate::output_files::OutputFiles;
 use crate::sources::{Poller, Source};
 
@@ -117,7 +117,7 @@ impl Source for PanicDump {
             }
         }
         if let Some(how) = over {
-            machine.end(Ok(Outcome::Panicked(how)));
+            machine.end_by_panic(how, true);
         }
         over.is_some()
     }

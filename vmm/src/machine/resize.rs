@@ -1,0 +1,41 @@
+//! Gives a disk another size while the machine runs.
+//!
+//! A capability: QMP's `block_resize` asks for it. The work is done on the disk's background thread, because for some formats it takes
+//! minutes. The thread then wakes the main loop, and [`Reports`](super::Reports) looks for its answer.
+
+use std::sync::Arc;
+
+use super::{Machine, MachineDisk, MachineEvent};
+use crate::error::Error;
+
+#[derive(Debug, thiserror::Error)]
+#[error("cannot resize the disk")]
+struct ResizeError(#[source] std::io::Error);
+
+impl Machine {
+    /// Makes the disk `id` `bytes` long. Returns the number of the `Done` event. `None`: there is no disk with that `id`.
+    pub(crate) fn resize(&mut self, id: &str, bytes: u64) -> Option<u64> {
+        let job = self.next_job();
+        let disk = self.hardware.disks.iter_mut().find(|disk| disk.config.id == id)?;
+        let image = Arc::clone(&disk.image);
+        let resize = move || {
+            image.resize(bytes).map_err(|error| Error::Capability(ResizeError(error).into()))
+        };
+        disk.resizes.push((job, disk.background.run(resize)));
+        Some(job)
+    }
+
+    /// Sends the `Done` event of each resize that is over.
+    pub(super) fn finish_resizes(&mut self) {
+        let Self { hardware, pending_events, .. } = self;
+        for MachineDisk { resizes, handle, .. } in &mut hardware.disks {
+            resizes.retain(|(job, answer)| {
+                let Some(result) = answer.poll() else { return true };
+                // After a failure, too: the owner of a block device may have resized it.
+                handle.capacity_changed();
+                pending_events.push(MachineEvent::Done(*job, result));
+                false
+            });
+        }
+    }
+}
