@@ -28,9 +28,8 @@ use crate::event_loop::EventLoop;
 use crate::events::{EventSender, event_channel};
 use crate::gdb::Gdb;
 use crate::halt_watch::HaltWatch;
-use crate::irq_chips::IrqChips;
 use crate::kernel_pages::{KernelPages, lease_outlasts};
-use crate::machine::{Hardware, Machine, MachineDisk, Reports};
+use crate::machine::{Hardware, Machine, MachineDisk, PowerOn, Reports};
 use crate::output_files::OutputFiles;
 use crate::sandbox::{Kind, Sandbox};
 use crate::signals::Signals;
@@ -133,8 +132,6 @@ pub fn build(
         )
     })?;
     kvm::create_irq_chips(&vm)?;
-    let irq_chips = IrqChips::read(&vm)?;
-    let reset_irq_chips = Box::new(move |vm: &VmFd| irq_chips.write(vm));
     let control = match incoming.as_mut().and_then(|incoming| incoming.control.take()) {
         None => config.qmp.as_deref().map(|path| control::listen(path, config)).transpose()?,
         control => control,
@@ -169,6 +166,10 @@ pub fn build(
     };
     let spawn = sandbox.spawn(Kind::Vcpu);
     let vcpus = start_vcpus(&setup, &start, &config.vcpu_affinity, &spawn)?;
+    let power_on = PowerOn::read(&kvm_fd, &vm, &vcpus, config.nested)?;
+    if let VcpuStart::Boot(entry) = &start {
+        vcpus.iter().try_for_each(|vcpu| vcpu.with_paused(|vcpu| vcpu.start_at(entry)))?;
+    }
     tracing::info!(target: "boot", "vCPUs");
     // After everything else that changes KVM's memory map or its buses: those changes would wait for this thread's.
     if !trap_registers {
@@ -183,7 +184,7 @@ pub fn build(
         buses,
         memory,
         vm,
-        reset_irq_chips,
+        power_on: Box::new(move |hardware| power_on.write(hardware)),
         boot_image,
         unmap_files,
         serial,

@@ -2,7 +2,7 @@
 //! restored they are written after the local APICs: a pin that was pending is delivered at once. The local APICs
 //! belong to the vCPUs (`vcpu::state`).
 //!
-//! A capability: the builder reads them, and gives the machine a function that writes them back.
+//! A capability: the builder has them read, and gives the machine a function that writes them back (`machine::reset`).
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pit_state2,

@@ -20,8 +20,6 @@ mod resize;
 pub(crate) mod save_task;
 mod standstill;
 
-pub(crate) use reports::Reports;
-
 use std::any::Any;
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicBool;
@@ -42,6 +40,8 @@ use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::timerfd::TimerFd;
 
+pub(crate) use self::reports::Reports;
+pub(crate) use self::reset::PowerOn;
 use crate::GuestMemory;
 use crate::background::{Answer, BackgroundThread};
 use crate::boot_image::BootImage;
@@ -143,8 +143,8 @@ pub(crate) struct Hardware {
     pub buses: [Arc<Bus>; 2],
     pub memory: GuestMemory,
     pub vm: Arc<VmFd>,
-    /// Puts the interrupt controllers and the timer back to their state at power-on.
-    pub reset_irq_chips: ResetIrqChips,
+    /// Puts KVM's devices and vCPUs back to their state at power-on.
+    pub power_on: PowerOnState,
     /// What a reset boots. `None`: the machine was restored, and its kernel was not given or cannot be opened.
     pub boot_image: Option<BootImage>,
     /// Replaces pages of a saved machine's file that are mapped into guest memory by copies.
@@ -153,7 +153,7 @@ pub(crate) struct Hardware {
     pub power_button: Arc<dyn InterruptLine>,
 }
 
-pub(crate) type ResetIrqChips = Box<dyn Fn(&VmFd) -> Result<(), Error>>;
+pub(crate) type PowerOnState = Box<dyn Fn(&Hardware) -> Result<(), Error>>;
 pub(crate) type UnmapFiles = Box<dyn FnOnce(&GuestMemory) -> Result<(), Error>>;
 
 /// A standstill under way: what is to be done when the machine stands still.

@@ -3,6 +3,7 @@
 //! The other vCPUs need no registers: they wait for the guest's INIT-SIPI (SDM 3A §9.4), which the in-kernel local APIC
 //! delivers.
 
+pub mod changeable_msrs;
 pub mod cpuid;
 pub mod gdt;
 pub mod lapic;

@@ -117,7 +117,16 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ),
     ("refused command lines", &["cli/src/arguments/usage_error.rs"]),
     ("replay", &["cli/src/replay"]),
-    ("reset", &["vmm/src/irq_chips.rs", "vmm/src/machine/reset.rs", "vmm/src/memory/clear.rs"]),
+    (
+        "reset",
+        &[
+            "arch/src/cpu/changeable_msrs.rs",
+            "vmm/src/irq_chips.rs",
+            "vmm/src/machine/reset.rs",
+            "vmm/src/memory/clear.rs",
+            "vmm/src/vcpu/state.rs",
+        ],
+    ),
     ("ranges of raw images", &["devices/src/disk/raw/ranges.rs"]),
     ("reports of guest and disks", &["vmm/src/machine/reports.rs"]),
     ("resize", &["vmm/src/machine/resize.rs"]),

@@ -7,11 +7,53 @@ use std::any::Any;
 use std::time::Instant;
 
 use kvm_bindings::kvm_clock_data;
+use kvm_ioctls::{Kvm, VmFd};
 
 use super::{Hardware, Machine, MachineEvent, RunState, Task};
 use crate::background::Answer;
 use crate::error::Error;
+use crate::irq_chips::IrqChips;
 use crate::memory;
+use crate::vcpu::{VcpuState, VcpuThread};
+
+/// The state of KVM's devices and vCPUs at power-on. KVM has no calls that reset them, so a reset writes this back.
+pub(crate) struct PowerOn {
+    irq_chips: IrqChips,
+    vcpus: Vec<VcpuState>,
+}
+
+impl PowerOn {
+    /// Reads it, before a vCPU has run. `nested`: the guest may run guests of its own.
+    ///
+    /// # Errors
+    /// When KVM refuses a part of it.
+    pub(crate) fn read(
+        kvm: &Kvm,
+        vm: &VmFd,
+        vcpus: &[VcpuThread],
+        nested: bool,
+    ) -> Result<Self, Error> {
+        let read =
+            |vcpu: &VcpuThread| vcpu.with_paused(|vcpu| VcpuState::at_power_on(vcpu, kvm, nested));
+        let vcpus = vcpus.iter().map(read).collect::<Result<_, _>>()?;
+        Ok(Self { irq_chips: IrqChips::read(vm)?, vcpus })
+    }
+
+    /// Writes it back. No vCPU runs.
+    ///
+    /// # Errors
+    /// When KVM refuses a part of it.
+    pub(crate) fn write(&self, hardware: &Hardware) -> Result<(), Error> {
+        self.irq_chips.write(&hardware.vm)?;
+        for (vcpu, state) in hardware.vcpus.iter().zip(&self.vcpus) {
+            vcpu.with_paused(|vcpu| {
+                vcpu.unfinished = None;
+                state.write(&vcpu.fd)
+            })?;
+        }
+        Ok(())
+    }
+}
 
 #[derive(Debug, thiserror::Error)]
 #[error("a device did not finish its reset in time; check the storage behind the disks")]
@@ -56,12 +98,12 @@ impl Machine {
 
     /// Resets interrupt controllers, memory and vCPUs. The devices have been reset, no vCPU runs, and no disk uses guest memory.
     fn restart(&mut self) -> Result<(), Error> {
-        let Hardware { vcpus, memory, vm, reset_irq_chips, boot_image, .. } = &self.hardware;
-        reset_irq_chips(vm)?;
+        let Hardware { vcpus, memory, power_on, boot_image, .. } = &self.hardware;
+        power_on(&self.hardware)?;
         memory::clear(memory)?;
         let entry = boot_image.as_ref().ok_or(Error::NoBootImage)?.load(memory)?;
         for vcpu in vcpus {
-            vcpu.with_paused(|vcpu| vcpu.reset(&entry))?;
+            vcpu.with_paused(|vcpu| vcpu.start_at(&entry))?;
         }
         self.clock = Some(kvm_clock_data::default());
         self.state = RunState::Prelaunch;

@@ -26,7 +26,7 @@ use crate::events::event_channel;
 use crate::irq_chips::IrqChips;
 use crate::kvm;
 use crate::memory;
-use crate::vcpu::{Vcpu, VcpuSetup, VcpuStart, read_msrs};
+use crate::vcpu::{Vcpu, VcpuSetup, VcpuStart, VcpuState, read_msrs};
 
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
@@ -49,7 +49,6 @@ fn machine() -> Option<(Kvm, Arc<VmFd>, Vcpu)> {
     let leaves = cpuid::for_vcpu(supported.as_slice(), &leaves);
     let (events, _) = event_channel().unwrap();
     let (port_io, mmio) = <(Arc<Bus>, Arc<Bus>)>::default();
-    let events = Arc::new(events);
     let (count, legacy_pic, nested) = (1, false, false);
     let setup = VcpuSetup {
         kvm: &kvm,
@@ -62,7 +61,8 @@ fn machine() -> Option<(Kvm, Arc<VmFd>, Vcpu)> {
         mmio,
         events,
     };
-    let vcpu = setup.create(0, &VcpuStart::Restore(vec![leaves])).unwrap();
+    let mut vcpu = setup.create(0, &VcpuStart::Restore(vec![leaves])).unwrap();
+    VcpuState::at_power_on(&mut vcpu, &kvm, nested).unwrap();
     Some((kvm, vm, vcpu))
 }
 

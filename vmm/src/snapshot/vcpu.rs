@@ -18,7 +18,7 @@ use crate::vcpu::{Vcpu, VcpuState, read_msrs};
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 
-const IA32_TSC: u32 = arch::cpu::msrs::IA32_TSC;
+const IA32_TSC: u32 = arch::cpu::changeable_msrs::IA32_TSC;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// KVM's own MSRs (Documentation/virt/kvm/x86/msr.rst). Some write guest memory when they are set.
 const KVM_MSRS: std::ops::Range<u32> = 0x4b56_4d00..0x4b56_4e00;
@@ -48,7 +48,7 @@ impl SavedVcpu {
     pub(super) fn read(vcpu: &mut Vcpu) -> Result<Self, Error> {
         let fd = &vcpu.fd;
         let cpuid = vcpu.cpuid.clone();
-        let mut state = vcpu.at_power_on.read_again(fd)?;
+        let mut state = VcpuState::read(vcpu)?;
         let tsc = state.msrs.iter().find(|msr| msr.index == IA32_TSC).map_or(0, |msr| msr.data);
         let tsc_offset = tsc_offset(fd);
         if tsc_offset.is_some() {

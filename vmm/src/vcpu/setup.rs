@@ -1,30 +1,31 @@
 //! Makes a vCPU, and puts it at the kernel's entry point.
 //!
 //! `arch::cpu` decides the values of all registers; this file hands them to KVM, for a new vCPU and again at a reset.
-//! [`super::state`] restores what else a guest can change.
+//! [`super::state`] puts back what else a guest can change.
 
 use std::sync::Arc;
 
 use arch::boot::Entry;
 use arch::cpu;
 use devices::bus::{Bus, Unfinished};
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use super::exits::Exits;
-use super::state::{VcpuState, write_msrs};
 use crate::error::Error;
 use crate::events::EventSender;
 
-/// A vCPU: KVM's file descriptor, the buses that its exits go to, and its state at power-on, for a reset. While the guest runs, its
-/// thread owns this value. While it is paused, the machine can use it.
+/// A vCPU: KVM's file descriptor, and the buses that its exits go to. While the guest runs, its thread owns this value. While it is
+/// paused, the machine can use it.
 pub(crate) struct Vcpu {
     /// Its number, APIC id, and index in the guest's tables.
     pub index: u32,
     /// Its CPUID leaves.
     pub(crate) cpuid: Vec<kvm_cpuid_entry2>,
     pub(crate) fd: VcpuFd,
-    pub(crate) at_power_on: VcpuState,
+    /// What a save has to read ([`super::state`]): the MSRs that the guest can change, and whether it can have guests of its own.
+    pub(super) changeable_msrs: Vec<u32>,
+    pub(super) has_nested_state: bool,
     legacy_pic: bool,
     pub(super) port_io: Arc<Bus>,
     pub(super) mmio: Arc<Bus>,
@@ -36,7 +37,7 @@ pub(crate) struct Vcpu {
     /// KVM_RUNs in a row that returned EAGAIN.
     pub(super) refusals: u32,
     /// The last register write waits for its device: a reset by the driver while requests are with the host.
-    pub(super) unfinished: Option<Unfinished>,
+    pub(crate) unfinished: Option<Unfinished>,
 }
 
 /// What all vCPUs of a VM are made from. The builder fills it in once and calls [`VcpuSetup::create`] for each index
@@ -58,7 +59,7 @@ pub(crate) struct VcpuSetup<'a> {
 
 /// How the vCPUs of a machine begin.
 pub(crate) enum VcpuStart {
-    /// As at power-on, the boot vCPU at the kernel's entry point.
+    /// As at power-on. The boot vCPU then goes to the kernel's entry point ([`Vcpu::start_at`]).
     Boot(Entry),
     /// With the saved CPUID leaves of each vCPU. The saved state is written later. The leaves come first, because KVM refuses to
     /// change them when a vCPU has run.
@@ -66,7 +67,7 @@ pub(crate) enum VcpuStart {
 }
 
 impl VcpuSetup<'_> {
-    /// Makes vCPU `index`, ready to start as `start` says.
+    /// Makes vCPU `index`, with the CPUID leaves that `start` says.
     ///
     /// # Errors
     /// When KVM refuses an image.
@@ -77,10 +78,11 @@ impl VcpuSetup<'_> {
             VcpuStart::Restore(cpuid) => cpuid.get(index as usize).cloned().unwrap_or_default(),
         };
         set_cpuid(&fd, &leaves)?;
-        let vcpu = Vcpu {
+        Ok(Vcpu {
             index,
             cpuid: leaves,
-            at_power_on: self.power_on_state(&fd)?,
+            changeable_msrs: Vec::new(),
+            has_nested_state: false,
             legacy_pic: self.legacy_pic,
             fd,
             port_io: Arc::clone(&self.port_io),
@@ -91,23 +93,7 @@ impl VcpuSetup<'_> {
             debugged: false,
             refusals: 0,
             unfinished: None,
-        };
-        if let VcpuStart::Boot(entry) = start {
-            vcpu.start_at(entry)?;
-        }
-        Ok(vcpu)
-    }
-
-    fn power_on_state(&self, fd: &VcpuFd) -> Result<VcpuState, Error> {
-        let listed = self.kvm.get_msr_index_list().map_err(Error::kvm("list the MSRs"))?;
-        let nested = self.nested && self.kvm.check_extension(Cap::NestedState);
-        let msrs = cpu::msrs::changeable(listed.as_slice());
-        let mut state = VcpuState::read(fd, &msrs, nested)?;
-        // The TSC has already advanced since power-on. If 0 is written on every vCPU, KVM keeps the TSCs equal
-        // (`kvm_synchronize_tsc`).
-        let tsc = state.msrs.iter_mut().filter(|msr| msr.index == cpu::msrs::IA32_TSC);
-        tsc.for_each(|msr| msr.data = 0);
-        Ok(state)
+        })
     }
 
     fn cpuid(&self, fd: &VcpuFd, index: u32) -> Result<Vec<kvm_cpuid_entry2>, Error> {
@@ -136,30 +122,38 @@ fn set_cpuid(fd: &VcpuFd, leaves: &[kvm_cpuid_entry2]) -> Result<(), Error> {
     fd.set_cpuid2(&cpuid).map_err(Error::kvm("set the CPUID"))
 }
 
+/// Writes `entries` in this order.
+///
+/// # Errors
+/// When KVM refuses one.
+pub(super) fn write_msrs(fd: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), Error> {
+    let msrs = Msrs::from_entries(entries).map_err(|_| Error::KvmLacks("room for our MSRs"))?;
+    let set = fd.set_msrs(&msrs).map_err(Error::kvm("set the MSRs"))?;
+    match entries.get(set) {
+        None => Ok(()),
+        Some(refused) => Err(Error::Msr(refused.index)),
+    }
+}
+
 impl Vcpu {
-    /// Puts the vCPU back into its state at power-on, to start at `entry`.
+    /// Sets the registers of a vCPU that is in its state at power-on. The boot vCPU (0) starts at `entry`. The others wait for the
+    /// guest's INIT-SIPI-SIPI, for which KVM itself resets them (SDM 3A 9.4).
     ///
     /// # Errors
-    /// When KVM refuses a part of it.
-    pub(crate) fn reset(&mut self, entry: &Entry) -> Result<(), Error> {
-        self.unfinished = None;
-        self.at_power_on.write(&self.fd)?;
-        self.start_at(entry)
-    }
-
-    /// Sets the registers of a vCPU that starts. The boot vCPU (0) starts at `entry`. The others wait for the guest's INIT-SIPI-SIPI,
-    /// for which KVM itself resets them (SDM 3A 9.4).
-    fn start_at(&self, entry: &Entry) -> Result<(), Error> {
+    /// When KVM refuses an image.
+    pub(crate) fn start_at(&self, entry: &Entry) -> Result<(), Error> {
         let fd = &self.fd;
         write_msrs(fd, &cpu::msrs::boot())?;
         if self.index != 0 {
             return Ok(());
         }
-        let (regs, sregs) = cpu::regs::boot(entry, self.at_power_on.sregs);
+        let sregs = fd.get_sregs().map_err(Error::kvm("read the special registers"))?;
+        let (regs, sregs) = cpu::regs::boot(entry, sregs);
         fd.set_sregs(&sregs).map_err(Error::kvm("set the special registers"))?;
         fd.set_regs(&regs).map_err(Error::kvm("set the registers"))?;
         fd.set_fpu(&cpu::regs::fpu()).map_err(Error::kvm("set the FPU"))?;
-        let lapic = cpu::lapic::boot(self.at_power_on.lapic, self.legacy_pic);
+        let lapic = fd.get_lapic().map_err(Error::kvm("read the local APIC"))?;
+        let lapic = cpu::lapic::boot(lapic, self.legacy_pic);
         fd.set_lapic(&lapic).map_err(Error::kvm("set the local APIC"))
     }
 }

@@ -1,16 +1,20 @@
 //! The whole state of a vCPU as a value. It is read once when KVM has made the vCPU, and written back at a reset, because KVM has no
 //! call that resets a vCPU. A save and a restore use it, too.
 //!
+//! A capability: the builder has it read (`machine::reset`). A guest boots without.
+//!
 //! The value has everything that the guest, or KVM for the guest, may change (`api.rst`, section 4; QEMU saves the same). The vCPU
 //! must be outside the guest; any thread may call. The parts must be written in a certain order: [`VcpuState::write`] says why.
 
+use arch::cpu::changeable_msrs::{IA32_TSC, changeable};
 use kvm_bindings::{
     KVM_STATE_NESTED_FORMAT_SVM, KVM_STATE_NESTED_GIF_SET, Msrs, kvm_debugregs, kvm_lapic_state,
     kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
-use kvm_ioctls::{KvmNestedStateBuffer, VcpuFd};
+use kvm_ioctls::{Cap, Kvm, KvmNestedStateBuffer, VcpuFd};
 use serde::{Deserialize, Serialize};
 
+use super::setup::{Vcpu, write_msrs};
 use crate::error::Error;
 
 /// A vCPU's registers, model-specific registers, FPU, local APIC, pending events, and its start-up state.
@@ -32,15 +36,34 @@ pub(crate) struct VcpuState {
 }
 
 impl VcpuState {
-    /// Reads the state of a vCPU, and those of `msrs` that the vCPU has.
+    /// Reads the state of a vCPU that has not run yet. `nested`: the guest may run guests of its own.
     ///
     /// # Errors
     /// When KVM refuses a part of it.
-    pub(crate) fn read(fd: &VcpuFd, msrs: &[u32], nested: bool) -> Result<Self, Error> {
+    pub(crate) fn at_power_on(vcpu: &mut Vcpu, kvm: &Kvm, nested: bool) -> Result<Self, Error> {
+        let listed = kvm.get_msr_index_list().map_err(Error::kvm("list the MSRs"))?;
+        vcpu.changeable_msrs = changeable(listed.as_slice());
+        vcpu.has_nested_state = nested && kvm.check_extension(Cap::NestedState);
+        let mut state = Self::read(vcpu)?;
+        // Those of the list that the vCPU has.
+        vcpu.changeable_msrs = state.msrs.iter().map(|msr| msr.index).collect();
+        // The TSC has already advanced since power-on. If 0 is written on every vCPU, KVM keeps the TSCs equal
+        // (`kvm_synchronize_tsc`).
+        let tsc = state.msrs.iter_mut().filter(|msr| msr.index == IA32_TSC);
+        tsc.for_each(|msr| msr.data = 0);
+        Ok(state)
+    }
+
+    /// Reads the present state of a vCPU.
+    ///
+    /// # Errors
+    /// When KVM refuses a part of it.
+    pub(crate) fn read(vcpu: &Vcpu) -> Result<Self, Error> {
+        let fd = &vcpu.fd;
         let failed = || Error::kvm("read a vCPU's state");
         // This first, because it makes KVM carry out a pending INIT or SIPI, which changes the registers.
         let mp_state = fd.get_mp_state().map_err(failed())?;
-        let nested = if nested {
+        let nested = if vcpu.has_nested_state {
             let mut state = Box::new(KvmNestedStateBuffer::empty());
             fd.nested_state(&mut state).map_err(failed())?;
             Some(state)
@@ -53,21 +76,12 @@ impl VcpuState {
             xsave: Box::new(fd.get_xsave().map_err(failed())?),
             xcrs: fd.get_xcrs().map_err(failed())?,
             debug_registers: fd.get_debug_regs().map_err(failed())?,
-            msrs: read_msrs(fd, msrs)?,
+            msrs: read_msrs(fd, &vcpu.changeable_msrs)?,
             lapic: fd.get_lapic().map_err(failed())?,
             events: fd.get_vcpu_events().map_err(failed())?,
             mp_state,
             nested,
         })
-    }
-
-    /// Reads the present state of the vCPU that `self` was read from.
-    ///
-    /// # Errors
-    /// As [`Self::read`].
-    pub(crate) fn read_again(&self, fd: &VcpuFd) -> Result<Self, Error> {
-        let msrs: Vec<_> = self.msrs.iter().map(|msr| msr.index).collect();
-        Self::read(fd, &msrs, self.nested.is_some())
     }
 
     /// Puts the vCPU into this state.
@@ -122,19 +136,6 @@ impl VcpuState {
 fn is_idle(state: &KvmNestedStateBuffer) -> bool {
     let has_svm = u32::from(state.format) == KVM_STATE_NESTED_FORMAT_SVM;
     u32::from(state.flags) == if has_svm { KVM_STATE_NESTED_GIF_SET } else { 0 }
-}
-
-/// Writes `entries` in this order.
-///
-/// # Errors
-/// When KVM refuses one.
-pub(super) fn write_msrs(fd: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), Error> {
-    let msrs = Msrs::from_entries(entries).map_err(|_| Error::KvmLacks("room for our MSRs"))?;
-    let set = fd.set_msrs(&msrs).map_err(Error::kvm("set the MSRs"))?;
-    match entries.get(set) {
-        None => Ok(()),
-        Some(refused) => Err(Error::Msr(refused.index)),
-    }
 }
 
 pub(crate) fn read_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, Error> {
