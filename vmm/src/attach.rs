@@ -10,20 +10,15 @@ use devices::block::BlockDevice;
 use devices::bus::Bus;
 use devices::irq::InterruptLine;
 use devices::legacy::SerialDevice;
-use devices::spawn::Spawn;
 use devices::virtio::mmio::MmioTransport;
-use devices::virtio::spec::mmio::{
-    INTERRUPT_ACK_OFFSET, INTERRUPT_USED_BUFFER, QUEUE_NOTIFY_OFFSET,
-};
+use devices::virtio::spec::mmio::QUEUE_NOTIFY_OFFSET;
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub(crate) use self::legacy::legacy;
 use crate::GuestMemory;
 use crate::error::Error;
-use crate::kvm;
 use crate::lock;
-use crate::machine::MachineDisk;
 
 /// Puts a serial port on the port I/O bus. The eventfd is readable after the guest has emptied the receive FIFO.
 ///
@@ -44,8 +39,7 @@ pub(crate) fn serial(
 }
 
 /// Puts a disk on the MMIO bus at its `window`, with the interrupt `line` of that window. From here on, KVM turns a notification of a
-/// queue into a write to the eventfd that the queue's worker waits for, and KVM_RUN does not return for it. Unless `trap_registers`, KVM
-/// does the same with the acknowledgement of an interrupt.
+/// queue into a write to the eventfd that the queue's worker waits for, and KVM_RUN does not return for it.
 ///
 /// # Errors
 /// When the host or KVM refuses a resource.
@@ -56,7 +50,6 @@ pub(crate) fn disk(
     window: MmioDevice,
     line: Arc<dyn InterruptLine>,
     device: BlockDevice,
-    trap_registers: bool,
 ) -> Result<Arc<Mutex<MmioTransport>>, Error> {
     let transport = MmioTransport::new(Box::new(device), memory.clone(), line)
         .map_err(Error::host("make a virtio-mmio device"))?;
@@ -65,40 +58,9 @@ pub(crate) fn disk(
         vm.register_ioevent(kick, &notify, queue)
             .map_err(Error::kvm("register a queue notification"))?;
     }
-    if !trap_registers {
-        // Only the value for used buffers matches. An acknowledgement of a configuration change exits to the transport.
-        let acknowledge = IoEventAddress::Mmio(window.base.0 + INTERRUPT_ACK_OFFSET);
-        vm.register_ioevent(transport.acknowledgements(), &acknowledge, INTERRUPT_USED_BUFFER)
-            .map_err(Error::kvm("register an interrupt's acknowledgement"))?;
-    }
     let transport = Arc::new(Mutex::new(transport));
     mmio.insert(window.base.0, window.size, Arc::clone(&transport) as _)?;
     Ok(transport)
-}
-
-/// Lets the guest read the disks' registers without an exit. Each page is a change of KVM's memory map. KVM then waits for
-/// milliseconds until no vCPU can be using the old map. So a thread makes these changes while the guest runs already. Until they are
-/// made, the guest's reads exit, and get the same values.
-///
-/// # Errors
-/// When the host has no thread left.
-pub(crate) fn map_registers(
-    vm: &Arc<VmFd>,
-    disks: &[MachineDisk],
-    spawn: &Spawn,
-) -> Result<(), Error> {
-    let page = |disk: &MachineDisk| (disk.window.base, Arc::clone(lock(&disk.transport).page()));
-    let (vm, pages) = (Arc::clone(vm), disks.iter().map(page).collect::<Vec<_>>());
-    let map = move || {
-        for (index, (base, page)) in (0..).zip(pages) {
-            if let Err(error) = kvm::register_read_only(&vm, index, base, page) {
-                tracing::warn!(%error, "the guest's reads of disk registers exit");
-                return;
-            }
-        }
-    };
-    spawn("registers".to_owned(), Box::new(map)).map_err(Error::host("start a thread"))?;
-    Ok(())
 }
 
 /// A line of the guest's interrupt controllers. A pulse is two calls of KVM_IRQ_LINE, up and down, on the calling thread.

@@ -38,7 +38,8 @@ use crate::sources::Source;
 use crate::timeout::Timeout;
 use crate::vcpu::{VcpuSetup, VcpuStart, VcpuThread, install_kick_handler};
 use crate::{
-    affinity, attach, console, control, disk_faults, exec, host_cpu, hugepages, kvm, memory, trace,
+    affinity, attach, console, control, disk_faults, exec, host_cpu, hugepages, kvm, memory,
+    register_pages, trace,
 };
 
 /// Builds a machine that boots or, with `incoming`, one that was saved. Its vCPUs have threads, but have not entered the guest:
@@ -114,7 +115,7 @@ pub fn build(
     let (events, receiver) = event_channel().map_err(Error::host("make an eventfd"))?;
     let (reports, report) = Reports::new(&events, receiver, config.dump_on_panic.is_some());
     let (mut port_io, mut mmio) = (Bus::default(), Bus::default());
-    let trap_registers = config.trap_registers || !kvm::has_read_only_memory(&kvm_fd);
+    let map_registers = register_pages::are_used(config, &kvm_fd);
     let poll = host_cpu::polling_window();
     let disks = affinity::start_on(&config.io_affinity, || {
         attach_disks(
@@ -126,11 +127,13 @@ pub fn build(
             config,
             &layout,
             &images,
-            trap_registers,
             poll,
             &sandbox,
         )
     })?;
+    if map_registers {
+        register_pages::acknowledge(&vm, &disks)?;
+    }
     kvm::create_irq_chips(&vm)?;
     let control = match incoming.as_mut().and_then(|incoming| incoming.control.take()) {
         None => config.qmp.as_deref().map(|path| control::listen(path, config)).transpose()?,
@@ -172,8 +175,8 @@ pub fn build(
     }
     tracing::info!(target: "boot", "vCPUs");
     // After everything else that changes KVM's memory map or its buses: those changes would wait for this thread's.
-    if !trap_registers {
-        attach::map_registers(&vm, &disks, &sandbox.spawn(Kind::Registers))?;
+    if map_registers {
+        register_pages::map(&vm, &disks, &sandbox.spawn(Kind::Registers))?;
     }
 
     // 7. Make the machine, and the main loop with its sources.
@@ -263,7 +266,6 @@ fn attach_disks(
     config: &VmConfig,
     layout: &MachineLayout,
     images: &[Arc<dyn Disk>],
-    trap_registers: bool,
     poll: Duration,
     sandbox: &Sandbox,
 ) -> Result<Vec<MachineDisk>, Error> {
@@ -277,7 +279,7 @@ fn attach_disks(
         let handle = device.handle();
         let line = lines.entry(window.gsi).or_insert_with(|| attach::line(vm, window.gsi));
         let line = Arc::clone(line);
-        let transport = attach::disk(vm, mmio, memory, *window, line, device, trap_registers)?;
+        let transport = attach::disk(vm, mmio, memory, *window, line, device)?;
         disks.push(MachineDisk {
             config: config.clone(),
             handle,

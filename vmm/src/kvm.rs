@@ -4,16 +4,13 @@
 //! use it directly.
 
 use std::io;
-use std::sync::Arc;
 
 use arch::layout;
-use devices::virtio::registers::RegisterPage;
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
-    kvm_userspace_memory_region,
+    KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::GuestMemory;
 use crate::error::Error;
@@ -26,9 +23,6 @@ const REQUIRED: [(Cap, &str); 5] = [
     (Cap::ImmediateExit, "immediate exit (KVM_CAP_IMMEDIATE_EXIT)"),
     (Cap::ExtCpuid, "extended CPUID (KVM_CAP_EXT_CPUID)"),
 ];
-
-/// The memory slots of device registers come after those of RAM.
-const FIRST_READ_ONLY_SLOT: u32 = 8;
 
 /// Opens /dev/kvm and checks that it can do the work.
 ///
@@ -107,35 +101,4 @@ pub(crate) fn register_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), Err
         unsafe { vm.set_user_memory_region(slot) }.map_err(Error::kvm("register guest memory"))?;
     }
     Ok(())
-}
-
-/// Whether this KVM has read-only memory slots, for `register_read_only`.
-pub(crate) fn has_read_only_memory(kvm: &Kvm) -> bool {
-    kvm.check_extension(Cap::ReadonlyMem)
-}
-
-/// Lets the guest read `page` at `address` without an exit. Its writes there still exit (`api.rst` 4.35, KVM_MEM_READONLY). Each page has
-/// an `index` of its own.
-///
-/// # Errors
-/// When KVM refuses.
-#[expect(unsafe_code, reason = "a memory slot hands host memory to KVM")]
-pub(crate) fn register_read_only(
-    vm: &VmFd,
-    index: u32,
-    address: GuestAddress,
-    page: Arc<RegisterPage>,
-) -> Result<(), Error> {
-    // Never freed: KVM keeps the address until the VM's last descriptor is closed.
-    let page = Arc::into_raw(page);
-    let slot = kvm_userspace_memory_region {
-        slot: FIRST_READ_ONLY_SLOT + index,
-        flags: KVM_MEM_READONLY,
-        guest_phys_addr: address.0,
-        memory_size: size_of::<RegisterPage>() as u64,
-        userspace_addr: page as u64,
-    };
-    // SAFETY: the page is leaked, whole pages in size and alignment, and made of atomics, so that it may be read any time.
-    unsafe { vm.set_user_memory_region(slot) }
-        .map_err(Error::kvm("register a page of device registers"))
 }

@@ -35,6 +35,7 @@ mod listener;
 mod machine;
 mod memory;
 mod output_files;
+mod register_pages;
 mod sandbox;
 mod signals;
 mod snapshot;

@@ -115,6 +115,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
             "devices/src/disk/qcow2/publish.rs",
         ],
     ),
+    ("register pages", &["vmm/src/register_pages.rs"]),
     ("refused command lines", &["cli/src/arguments/usage_error.rs"]),
     ("replay", &["cli/src/replay"]),
     (
