@@ -1,5 +1,7 @@
 //! What the main loop waits for: the trait of a row in its table. Each row lives with what it is for, such as the console.
 
+mod changes;
+
 use std::os::fd::{AsRawFd, RawFd};
 
 use event_manager::{EventOps, EventSet, Events};
@@ -58,31 +60,6 @@ impl<'a, 'b> Poller<'a, 'b> {
     pub(crate) fn add_edges(&mut self, fd: &dyn AsRawFd, number: u8) -> event_manager::Result<()> {
         let edges = EventSet::IN | EventSet::EDGE_TRIGGERED;
         self.ops.add(self.events(fd.as_raw_fd(), number, edges))
-    }
-
-    /// Changes what a descriptor is polled for. With an empty set it is polled for a hang-up only.
-    pub(crate) fn modify(&self, fd: RawFd, number: u8, set: EventSet) -> event_manager::Result<()> {
-        self.ops.modify(self.events(fd, number, set))
-    }
-
-    /// Polls a descriptor for `set`. With an empty set it is not polled, not even for a hang-up.
-    pub(crate) fn set(
-        &mut self,
-        fd: RawFd,
-        number: u8,
-        set: EventSet,
-    ) -> event_manager::Result<()> {
-        if set.is_empty() {
-            self.remove(fd);
-            return Ok(());
-        }
-        self.modify(fd, number, set).or_else(|_| self.ops.add(self.events(fd, number, set)))
-    }
-
-    /// Stops polling a descriptor, if it is polled. Call this before the descriptor is closed: the loop would refuse a new one with the
-    /// same number.
-    pub(crate) fn remove(&mut self, fd: RawFd) {
-        let _ = self.ops.remove(Events::empty_raw(fd));
     }
 
     fn events(&self, fd: RawFd, number: u8, set: EventSet) -> Events {

@@ -33,6 +33,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
         ],
     ),
     ("consoles beside stdio", &["vmm/src/console/backends.rs", "vmm/src/console/ports.rs"]),
+    ("changes of what is polled", &["vmm/src/sources/changes.rs"]),
     (
         "save: file and memory",
         &[

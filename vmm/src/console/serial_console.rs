@@ -164,7 +164,7 @@ impl SerialConsole {
 
     fn close_input(&mut self, poller: &mut Poller<'_, '_>) {
         if let Some(fd) = self.ends.input.fd() {
-            poller.remove(fd);
+            poller.stop_polling(fd);
         }
         self.polling = Polling::Absent;
         self.ends.input.source = None;
@@ -175,7 +175,7 @@ impl SerialConsole {
         let Some(clients) = &self.ends.clients else { return };
         let Some(client) = clients.accept() else { return };
         let Ok(output) = client.try_clone() else { return };
-        poller.remove(clients.as_raw_fd());
+        poller.stop_polling(clients.as_raw_fd());
         // The last client's input, which the guest did not take.
         self.close_input(poller);
         self.ends.output.connect(output);
@@ -198,7 +198,7 @@ impl Source for SerialConsole {
         match (number, self.polling) {
             (INPUT, Polling::Full) => {
                 if let Some(fd) = self.ends.input.fd() {
-                    poller.remove(fd);
+                    poller.stop_polling(fd);
                 }
                 self.listen(poller);
                 if self.ends.input.ends_by_hang_up {

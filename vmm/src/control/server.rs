@@ -112,14 +112,14 @@ impl ControlServer {
         let mut events = EventSet::empty();
         events.set(EventSet::IN, client.wants_input());
         events.set(EventSet::OUT, client.wants_output());
-        if let Err(error) = poller.set(client.as_raw_fd(), place as u8, events) {
+        if let Err(error) = poller.poll_for(client.as_raw_fd(), place as u8, events) {
             tracing::warn!(%error, "cannot poll a control client");
         }
     }
 
     fn disconnect(&mut self, place: usize, poller: &mut Poller<'_, '_>) {
         if let Some(client) = self.clients[place].take() {
-            poller.remove(client.as_raw_fd());
+            poller.stop_polling(client.as_raw_fd());
         }
     }
 

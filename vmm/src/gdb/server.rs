@@ -251,7 +251,7 @@ impl Gdb {
         }
         let all = replies.is_empty();
         let events = if all { EventSet::IN } else { EventSet::OUT };
-        if let Err(error) = poller.set(client.socket.as_raw_fd(), CLIENT, events) {
+        if let Err(error) = poller.poll_for(client.socket.as_raw_fd(), CLIENT, events) {
             tracing::warn!(%error, "--gdb: the debugger cannot be served");
             self.lost(poller, machine);
             return false;
@@ -277,7 +277,7 @@ impl Gdb {
     /// Closes the connection. When the machine stands still, the breakpoints are removed, and with `goes_on` the guest goes on.
     fn leave(&mut self, goes_on: bool, poller: &mut Poller<'_, '_>, machine: &mut Machine) {
         if let Some(client) = self.client.take() {
-            poller.remove(client.socket.as_raw_fd());
+            poller.stop_polling(client.socket.as_raw_fd());
             self.leaving = Some(goes_on);
             self.stop(machine);
         }
@@ -368,7 +368,7 @@ impl Gdb {
             self.send(poller, machine);
         }
         if let Some(client) = self.client.take() {
-            poller.remove(client.socket.as_raw_fd());
+            poller.stop_polling(client.socket.as_raw_fd());
         }
     }
 
