@@ -29,7 +29,7 @@ use crate::events::{EventSender, event_channel};
 use crate::gdb::Gdb;
 use crate::halt_watch::HaltWatch;
 use crate::kernel_pages::{KernelPages, lease_outlasts};
-use crate::machine::{Hardware, Machine, MachineDisk, PowerOn, Reports};
+use crate::machine::{DiskState, Hardware, Machine, MachineDisk, PowerOn, Reports};
 use crate::output_files::OutputFiles;
 use crate::sandbox::{Kind, Sandbox};
 use crate::signals::Signals;
@@ -286,7 +286,7 @@ fn attach_disks(
             image: Arc::clone(image),
             window: *window,
             transport,
-            pausing: None,
+            state: DiskState::Running,
             background: BackgroundThread::spawn(
                 &threads.io,
                 format!("disk-{}-job", config.device.name),

@@ -7,7 +7,7 @@ use devices::disk::Disk;
 use devices::disk::injected_faults;
 
 use crate::config::DiskConfig;
-use crate::machine::{Machine, MachineEvent};
+use crate::machine::{DiskState, Machine, MachineEvent};
 use crate::sources::{Poller, Source};
 
 /// Puts the faults of each disk around its image. `cli` has checked what the user wrote; `none` is no rule.
@@ -39,7 +39,7 @@ impl Source for DelayEnd {
     fn emit(&mut self, _: &[MachineEvent], _: &mut Poller<'_, '_>, machine: &mut Machine) -> bool {
         for disk in &machine.hardware.disks {
             if let Some(faults) = injected_faults::of(&*disk.image) {
-                faults.hurry(disk.pausing.is_some());
+                faults.hurry(!matches!(disk.state, DiskState::Running));
             }
         }
         false

@@ -64,12 +64,12 @@ impl EventLoop {
     fn advance(&mut self, ops: &mut EventOps<'_>) {
         loop {
             self.machine.advance();
-            let events = self.machine.take_events();
+            let events = std::mem::take(&mut self.machine.pending_events);
             let mut acted = false;
             for (row, source) in self.sources.iter_mut().enumerate() {
                 acted |= source.emit(&events, &mut Poller::new(ops, row), &mut self.machine);
             }
-            if !acted && !self.machine.has_events() {
+            if !acted && self.machine.pending_events.is_empty() {
                 return;
             }
         }

@@ -13,6 +13,7 @@
 
 mod end;
 mod halt_report;
+mod hurry;
 mod kernel_file;
 mod reports;
 mod reset;
@@ -123,12 +124,31 @@ pub(crate) struct MachineDisk {
     /// The address of its registers, and its interrupt line.
     pub window: MmioDevice,
     pub transport: Arc<Mutex<MmioTransport>>,
-    /// The drain of its pause, from the beginning of a standstill or of the end until the machine runs again.
-    pub pausing: Option<Drain>,
+    pub state: DiskState,
     /// The thread `disk-NAME-job`, which flushes and resizes the image.
     pub background: BackgroundThread,
     /// The resizes under way, each with the number of its `Done` event.
     pub resizes: Vec<(u64, Answer)>,
+}
+
+/// How far a disk is on the way to a standstill or to the end of the machine.
+pub(crate) enum DiskState {
+    Running,
+    /// The drain ends when nothing of the disk is with the host. It takes no more requests, until the machine runs again.
+    Pausing(Drain),
+    /// At the end of the machine, when the disk has paused.
+    Flushing(Answer),
+    Flushed,
+}
+
+impl MachineDisk {
+    fn is_paused(&self) -> bool {
+        matches!(&self.state, DiskState::Pausing(drain) if drain.is_done())
+    }
+
+    fn is_flushed(&self) -> bool {
+        matches!(self.state, DiskState::Flushed)
+    }
 }
 
 /// Everything that the builder has created for the guest. [`Machine`] adds what changes while the VM runs: its state,
@@ -209,21 +229,12 @@ pub(crate) trait Task: Any {
     }
 }
 
-/// How far a disk is at the end of the machine.
-enum DiskEnd {
-    /// It pauses: requests are with the host.
-    Draining,
-    Flushing(Answer),
-    Done,
-}
-
 /// The end of the machine while it is under way.
 struct End {
     outcome: Result<Outcome, Error>,
     began: Instant,
     /// How long it may take, from `began`.
     limit: Duration,
-    disks: Vec<DiskEnd>,
     over: bool,
 }
 
@@ -241,7 +252,8 @@ pub(crate) struct Machine {
     wake_main_loop: Arc<EventSender>,
     background: BackgroundThread,
     last_job: u64,
-    pending_events: Vec<MachineEvent>,
+    /// What has happened since the main loop last called its sources, oldest first.
+    pub pending_events: Vec<MachineEvent>,
     stop_timeout: Duration,
     halt_reported: bool,
     /// Ends the background save that may be under way (`save_task`).
@@ -286,15 +298,6 @@ impl Machine {
         self.pending_events.push(event);
     }
 
-    /// Takes the events since the last call, oldest first.
-    pub(crate) fn take_events(&mut self) -> Vec<MachineEvent> {
-        std::mem::take(&mut self.pending_events)
-    }
-
-    pub(crate) fn has_events(&self) -> bool {
-        !self.pending_events.is_empty()
-    }
-
     /// Lets the guest run.
     ///
     /// # Errors
@@ -321,7 +324,7 @@ impl Machine {
             }
         }
         for disk in &mut self.hardware.disks {
-            disk.pausing = None;
+            disk.state = DiskState::Running;
             disk.handle.resume();
         }
         self.hardware.vcpus.iter().for_each(VcpuThread::resume);
@@ -332,9 +335,4 @@ impl Machine {
         self.last_job += 1;
         self.last_job
     }
-}
-
-/// Whether the disk's pause is complete: nothing of it is with the host, and it takes no more requests.
-fn is_paused(disk: &MachineDisk) -> bool {
-    disk.pausing.as_ref().is_some_and(Drain::is_done)
 }

@@ -89,7 +89,7 @@ impl Source for Signals {
     fn process(&mut self, _: u8, _: &mut Poller<'_, '_>, machine: &mut Machine) {
         match self.read() {
             Some(KERNEL_FILE_WANTED) => machine.release_kernel_file(),
-            Some(signal) => machine.end(Ok(Outcome::Signal(signal))),
+            Some(signal) => machine.end_by_user(Outcome::Signal(signal)),
             None => {}
         }
     }

@@ -140,7 +140,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
         &["devices/src/block/request/identity.rs", "devices/src/block/request/segments.rs"],
     ),
     ("service manager", &["cli/src/service.rs"]),
-    ("signals", &["vmm/src/signals.rs"]),
+    ("signals", &["vmm/src/machine/hurry.rs", "vmm/src/signals.rs"]),
     (
         "state",
         &[

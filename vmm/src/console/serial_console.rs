@@ -217,7 +217,7 @@ impl Source for SerialConsole {
             }
             _ => self.accept(poller),
         }
-        self.outcomes.drain(..).for_each(|outcome| machine.end(Ok(outcome)));
+        self.outcomes.drain(..).for_each(|outcome| machine.end_by_user(outcome));
     }
 
     fn finish(self: Box<Self>) {

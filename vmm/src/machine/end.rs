@@ -3,29 +3,17 @@
 //! At the deadline the machine ends without what hangs.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::{DiskEnd, End, Machine, MachineDisk, MachineEvent, Outcome, is_paused};
+use super::{DiskState, End, Machine, MachineDisk, MachineEvent, Outcome};
 use crate::error::Error;
 use crate::vcpu::VcpuThread;
 
-/// How long the end may take, from its beginning, if a further signal or `Ctrl-A x` comes meanwhile. It is not zero, because
-/// timeout(1) sends its signal twice: to the process and to its group. If all disks answer, the end takes a fraction of this time.
-const HURRIED_END: Duration = Duration::from_secs(1);
-
 impl Machine {
     /// Begins to end the machine: vCPUs stop, and each disk is flushed as soon as it has drained. If the end has begun already, the
-    /// first outcome counts. A further signal other than SIGHUP, or `Ctrl-A x`, then limits the end to [`HURRIED_END`].
+    /// first outcome counts.
     pub(crate) fn end(&mut self, outcome: Result<Outcome, Error>) {
-        // Not SIGHUP: when a terminal closes, the shell and the kernel each send one.
-        let is_users = matches!(&outcome, Ok(Outcome::Signal(signal)) if *signal != libc::SIGHUP)
-            || matches!(outcome, Ok(Outcome::Quit));
-        if let Some(end) = &mut self.end {
-            if is_users && end.limit > HURRIED_END {
-                end.limit = HURRIED_END;
-                let left = HURRIED_END.saturating_sub(end.began.elapsed());
-                self.start_deadline(left);
-            }
+        if self.end.is_some() {
             return;
         }
         self.emit(MachineEvent::Shutdown(outcome.as_ref().ok().cloned()));
@@ -34,44 +22,30 @@ impl Machine {
             self.emit(MachineEvent::Done(standstill.job, Err(Error::Stopping)));
         }
         let began = self.begin_to_pause();
-        let disks = self.hardware.disks.iter().map(|_| DiskEnd::Draining).collect();
-        self.end = Some(End { outcome, began, limit: self.stop_timeout, disks, over: false });
+        self.end = Some(End { outcome, began, limit: self.stop_timeout, over: false });
     }
 
-    /// Takes the next step of the end: flushes disks that have drained, and looks for the deadline.
+    /// Takes the next step of the end: flushes disks that have drained, and looks for the deadline. Then the end is over, with an error
+    /// that names what hangs.
     pub(super) fn advance_end(&mut self) {
         let Some(mut end) = self.end.take() else { return };
-        for (disk, state) in self.hardware.disks.iter().zip(&mut end.disks) {
-            if matches!(state, DiskEnd::Draining) && is_paused(disk) {
-                *state = begin_flush(disk);
+        for disk in &mut self.hardware.disks {
+            if disk.is_paused() {
+                disk.state = begin_flush(disk);
             }
-            if let DiskEnd::Flushing(answer) = state
+            if let DiskState::Flushing(answer) = &disk.state
                 && let Some(result) = answer.poll()
             {
-                *state = DiskEnd::Done;
+                disk.state = DiskState::Flushed;
                 end.outcome = end.outcome.and_then(|outcome| result.map(|()| outcome));
             }
         }
-        let stands_still = end.disks.iter().all(|disk| matches!(disk, DiskEnd::Done))
-            && self.hardware.vcpus.iter().all(VcpuThread::has_left);
-        let is_late = end.began.elapsed() >= end.limit;
-        end.over |= stands_still;
-        self.end = Some(end);
-        if is_late && !stands_still {
-            self.abandon_end();
-        }
-    }
-
-    /// The deadline has passed: the end is over, with an error that names what hangs.
-    fn abandon_end(&mut self) {
-        let Some(began) = self.end.as_ref().map(|end| end.began) else { return };
-        let hung = self.hung(began);
-        if let Some(end) = &mut self.end {
+        let hung = self.hung(end.began, MachineDisk::is_flushed);
+        if hung.is_none() || end.began.elapsed() >= end.limit {
             end.over = true;
-            if let Some(error) = hung {
-                end.outcome = Err(error);
-            }
+            end.outcome = hung.map_or(end.outcome, Err);
         }
+        self.end = Some(end);
     }
 
     /// Whether the end is over, so that `finish` can be called.
@@ -85,7 +59,7 @@ impl Machine {
     /// # Errors
     /// The failure that ended the machine, or what hangs, or a disk that could not be flushed.
     pub(crate) fn finish(mut self) -> Result<Outcome, Error> {
-        let hangs = self.hung(Instant::now()).is_some();
+        let hangs = self.hung(Instant::now(), MachineDisk::is_flushed).is_some();
         let outcome = self.end.take().map_or(Err(Error::Stopping), |end| end.outcome);
         if hangs {
             std::mem::forget(self);
@@ -97,11 +71,11 @@ impl Machine {
 }
 
 /// Begins to flush a disk on its own background thread, so that a disk that hangs does not delay the others.
-fn begin_flush(disk: &MachineDisk) -> DiskEnd {
+fn begin_flush(disk: &MachineDisk) -> DiskState {
     if disk.image.read_only() {
-        return DiskEnd::Done;
+        return DiskState::Flushed;
     }
     let (image, device) = (Arc::clone(&disk.image), disk.config.id.clone());
     let flush = move || image.flush().map_err(|source| Error::Flush { device, source });
-    DiskEnd::Flushing(disk.background.run(flush))
+    DiskState::Flushing(disk.background.run(flush))
 }

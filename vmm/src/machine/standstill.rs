@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::kvm_clock_data;
 
-use super::{DiskEnd, Hardware, Machine, MachineEvent, RunState, Standstill, is_paused};
+use super::{DiskState, Hardware, Machine, MachineDisk, MachineEvent, RunState, Standstill};
 use crate::error::{Error, VcpuError};
 use crate::vcpu::VcpuThread;
 
@@ -63,7 +63,7 @@ impl Machine {
         for disk in &mut self.hardware.disks {
             let (drain, main_loop) = (disk.handle.pause(), Arc::clone(&self.wake_main_loop));
             drain.on_done(move || main_loop.wake());
-            disk.pausing = Some(drain);
+            disk.state = DiskState::Pausing(drain);
         }
         began
     }
@@ -88,7 +88,7 @@ impl Machine {
             if self.state == RunState::Running && self.clock.is_none() {
                 self.clock = self.read_clock();
             }
-            if self.hardware.disks.iter().all(is_paused) {
+            if self.hardware.disks.iter().all(MachineDisk::is_paused) {
                 return self.act_at_standstill();
             }
         }
@@ -146,7 +146,9 @@ impl Machine {
     /// The deadline has passed: cancels the tasks, and lets the machine go on, or ends it if a task requires that.
     fn give_up_standstill(&mut self) {
         let Some(standstill) = self.standstill.take() else { return };
-        let error = |machine: &Self| machine.hung(standstill.began).unwrap_or(Error::Stopping);
+        let error = |machine: &Self| {
+            machine.hung(standstill.began, MachineDisk::is_paused).unwrap_or(Error::Stopping)
+        };
         for mut task in standstill.tasks {
             let hung = error(self);
             if let Some(fatal) = task.give_up(self, hung) {
@@ -161,19 +163,13 @@ impl Machine {
         self.emit(MachineEvent::Done(standstill.job, Err(hung)));
     }
 
-    /// The error that names the disks, or the vCPU, that have not come to a standstill. `None`: all have.
-    pub(super) fn hung(&self, began: Instant) -> Option<Error> {
+    /// The error that names the disks that are not `done`, or a vCPU that has not left the guest. `None`: there are none.
+    pub(super) fn hung(&self, began: Instant, done: fn(&MachineDisk) -> bool) -> Option<Error> {
         let Hardware { vcpus, disks, .. } = &self.hardware;
-        let devices: Vec<_> = match &self.end {
-            None => disks.iter().filter(|disk| !is_paused(disk)).collect(),
-            Some(end) => {
-                let unfinished = |(_, end): &(_, &DiskEnd)| !matches!(end, DiskEnd::Done);
-                disks.iter().zip(&end.disks).filter(unfinished).map(|(disk, _)| disk).collect()
-            }
-        };
+        let hung = disks.iter().filter(|disk| !done(disk));
+        let names: Vec<_> = hung.map(|disk| disk.config.id.as_str()).collect();
         let after = began.elapsed();
-        if !devices.is_empty() {
-            let names: Vec<_> = devices.iter().map(|disk| disk.config.id.as_str()).collect();
+        if !names.is_empty() {
             return Some(Error::DiskHung { disks: names.join(", "), after });
         }
         let stuck = vcpus.iter().find(|vcpu| !vcpu.has_left())?;
