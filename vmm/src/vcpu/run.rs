@@ -14,12 +14,6 @@ use super::setup::Vcpu;
 use crate::error::{Error, VcpuError};
 use crate::events::VmEvent;
 
-/// Why the vCPU cannot run any further.
-enum Stop {
-    TripleFault,
-    Failed(VcpuError),
-}
-
 /// How many KVM_RUNs in a row may return EAGAIN before this counts as a shortage of tasks on the host. A vCPU that the guest starts
 /// causes one or two, and 16 take no time that a user would notice.
 const MAX_REFUSALS: u32 = 16;
@@ -54,21 +48,16 @@ impl Vcpu {
                 // The only place to leave: a KVM_RUN that returns EINTR has first completed the device access of the last exit.
                 Ok(Ran::Interrupted) if leave.load(Ordering::Acquire) => return true,
                 Ok(Ran::Interrupted) => {}
-                Err(reason) => {
-                    self.events.send(match reason {
-                        Stop::TripleFault => VmEvent::TripleFault,
-                        Stop::Failed(source) => {
-                            VmEvent::Failed(Error::Vcpu { index: self.index, source })
-                        }
-                    });
+                Err(event) => {
+                    self.events.send(event);
                     return false;
                 }
             }
         }
     }
 
-    /// Calls KVM_RUN once, and handles its exit.
-    fn run_once(&mut self, leave: &AtomicBool) -> Result<Ran, Stop> {
+    /// Calls KVM_RUN once, and handles its exit. Returns an event if the vCPU cannot run any further.
+    fn run_once(&mut self, leave: &AtomicBool) -> Result<Ran, VmEvent> {
         if let Some(unfinished) = self.unfinished.take() {
             self.unfinished = unfinished.wait_unless(|| leave.load(Ordering::Acquire));
             if self.unfinished.is_some() {
@@ -104,16 +93,17 @@ impl Vcpu {
                 return Ok(self.interrupted());
             }
             Ok(VcpuExit::Intr) => return Ok(self.interrupted()),
-            Ok(VcpuExit::Shutdown) => return Err(Stop::TripleFault),
-            Ok(VcpuExit::FailEntry(reason, _)) => {
-                return Err(Stop::Failed(VcpuError::Entry(reason)));
+            Ok(VcpuExit::Shutdown) => return Err(VmEvent::TripleFault),
+            Ok(VcpuExit::FailEntry(reason, _)) => return self.fail(VcpuError::Entry(reason)),
+            Ok(VcpuExit::InternalError) => return self.internal_error(),
+            Ok(other) => {
+                let exit = VcpuError::Exit(format!("{other:?}"));
+                return self.fail(exit);
             }
-            Ok(VcpuExit::InternalError) => return Err(Stop::Failed(self.internal_error())),
-            Ok(other) => return Err(Stop::Failed(VcpuError::Exit(format!("{other:?}")))),
             Err(error) => match error.errno() {
                 libc::EINTR => return Ok(self.interrupted()),
                 libc::EAGAIN => return Ok(self.wait_for_task()),
-                _ => return Err(Stop::Failed(VcpuError::Run(error.into()))),
+                _ => return self.fail(VcpuError::Run(error.into())),
             },
         }
         self.refusals = 0;
@@ -165,14 +155,18 @@ impl Vcpu {
     }
 
     #[expect(unsafe_code, reason = "the exit's details lie in a union of the kvm_run mapping")]
-    fn internal_error(&mut self) -> VcpuError {
+    fn internal_error(&mut self) -> Result<Ran, VmEvent> {
         // SAFETY: the last exit was KVM_EXIT_INTERNAL_ERROR, so `internal` is the live member of the union.
         let suberror = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
         let rip = self.fd.get_regs().map(|regs| regs.rip).unwrap_or_default();
-        match suberror {
+        self.fail(match suberror {
             KVM_INTERNAL_ERROR_EMULATION => VcpuError::Emulation { rip },
             suberror => VcpuError::Internal { suberror, rip },
-        }
+        })
+    }
+
+    fn fail(&self, source: VcpuError) -> Result<Ran, VmEvent> {
+        Err(VmEvent::Failed(Error::Vcpu { index: self.index, source }))
     }
 }
 
