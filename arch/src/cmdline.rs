@@ -1,5 +1,5 @@
-//! The kernel command line: the defaults for this machine, its virtio-mmio devices if ACPI does not describe them, and the
-//! user's words. Later words override earlier ones, so the user's come last.
+//! The kernel command line: the defaults for this machine, the words that its [`tables`] need, and the user's words. Later words
+//! override earlier ones, so the user's come last.
 //!
 //! # How a panic differs from a reboot
 //!
@@ -10,8 +10,8 @@
 //! reboot and 0 for any other. `vmm` reads it after a reset ([`crate::layout::WARM_RESET_FLAG`]). Kernels before 5.2 do not know the word (they read it as
 //! `reboot=p`: the reset port that this machine has anyway), and their panic looks like a reboot.
 
-use crate::layout::MmioDevice;
 use crate::machine_layout::MachineLayout;
+use crate::tables;
 
 /// Why a command line cannot be passed to the kernel. The kernel would silently cut off a line that is longer than its buffer, so minivmm
 /// refuses it. `limit` does not count the NUL.
@@ -66,18 +66,7 @@ pub fn build(layout: &MachineLayout, root: Option<Root>, user: &str) -> Result<S
     default("pci", "pci=off");
     default("panic", "panic=-1");
     words.push("reboot=panic_warm".to_owned());
-    if !spec.acpi {
-        // Says what is so; without it the kernel looks for tables and complains.
-        words.push("acpi=off".to_owned());
-        // The only way left to reset that needs no guessing: the i8042.
-        words.push("reboot=k".to_owned());
-        // With an MPTable the kernel tries the 8254's interrupt for ten ticks, and gives up (panics) where the host is
-        // too busy to deliver them in time. Kernels with KVM_GUEST skip this by themselves. With ACPI there is no 8254.
-        words.push("no_timer_check".to_owned());
-        // There is no clock chip, and only ACPI can say so. Without this Linux makes a device for one, and its driver
-        // waits for the chip for seconds (`arch/x86/kernel/rtc.c`; `drivers/rtc/rtc-mc146818-lib.c`).
-        words.push("initcall_blacklist=add_rtc_cmos".to_owned());
-    }
+    words.extend(tables::words(layout));
     if let Some(root) = root
         && !given("root")
     {
@@ -85,12 +74,6 @@ pub fn build(layout: &MachineLayout, root: Option<Root>, user: &str) -> Result<S
         if !given("ro") && !given("rw") {
             words.push(if root == Root::ReadOnly { "ro" } else { "rw" }.to_owned());
         }
-    }
-    if !spec.acpi {
-        // Documentation/admin-guide/kernel-parameters.txt: <size>@<baseaddr>:<irq>
-        words.extend(layout.disks.iter().map(|MmioDevice { base, size, gsi }| {
-            format!("virtio_mmio.device={}K@{:#x}:{gsi}", size / 1024, base.0)
-        }));
     }
     let user = user.trim_matches(' ');
     if !user.is_empty() {
@@ -198,8 +181,9 @@ mod tests {
         assert_eq!(
             built(machine, Some(Root::ReadWrite), "virtio_mmio.device=4K@0xe0000000:3").unwrap(),
             format!(
-                "{COMMON} acpi=off reboot=k no_timer_check initcall_blacklist=add_rtc_cmos root=/dev/vda rw \
-                 virtio_mmio.device=4K@0xd0000000:16 virtio_mmio.device=4K@0xd0001000:17 virtio_mmio.device=4K@0xe0000000:3"
+                "{COMMON} acpi=off reboot=k no_timer_check initcall_blacklist=add_rtc_cmos \
+                 virtio_mmio.device=4K@0xd0000000:16 virtio_mmio.device=4K@0xd0001000:17 root=/dev/vda rw \
+                 virtio_mmio.device=4K@0xe0000000:3"
             )
         );
     }

@@ -16,6 +16,11 @@ pub(crate) fn describe(layout: &MachineLayout) -> Structure {
     if layout.spec.acpi { acpi::tables(layout, add_last) } else { mptable::table(layout.spec.cpus) }
 }
 
+/// The words that the kernel command line needs besides the tables.
+pub(crate) fn words(layout: &MachineLayout) -> Vec<String> {
+    if layout.spec.acpi { Vec::new() } else { mptable::words(layout) }
+}
+
 /// Plugs in the devices that a guest boots without.
 fn add_last(sink: &mut dyn AmlSink) {
     events::pvpanic(sink);

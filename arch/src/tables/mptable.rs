@@ -5,6 +5,8 @@
 //! active high. So Linux gives a pin the interrupt number that `virtio_mmio.device=` names, those above 15 included
 //! (`arch/x86/kernel/apic/io_apic.c`, `mp_map_pin_to_irq`), and programs it for the edge that a pulse of the line makes.
 
+use crate::layout::MmioDevice;
+use crate::machine_layout::MachineLayout;
 use crate::{Structure, layout};
 
 const SPECIFICATION: u8 = 4;
@@ -43,6 +45,29 @@ const ACTIVE_HIGH: u16 = 0b01;
 const EDGE: u16 = 0b01 << 2;
 const AS_THE_BUS: u16 = 0;
 const EVERY_LAPIC: u8 = 0xff;
+
+/// The words on the kernel command line that tell what no MPTable can.
+pub(super) fn words(layout: &MachineLayout) -> Vec<String> {
+    let mut words: Vec<_> = [
+        // Says what is so; without it the kernel looks for tables and complains.
+        "acpi=off",
+        // The only way left to reset that needs no guessing: the i8042.
+        "reboot=k",
+        // With an MPTable the kernel tries the 8254's interrupt for ten ticks, and gives up (panics) where the host is
+        // too busy to deliver them in time. Kernels with KVM_GUEST skip this by themselves. With ACPI there is no 8254.
+        "no_timer_check",
+        // There is no clock chip, and only ACPI can say so. Without this Linux makes a device for one, and its driver
+        // waits for the chip for seconds (`arch/x86/kernel/rtc.c`; `drivers/rtc/rtc-mc146818-lib.c`).
+        "initcall_blacklist=add_rtc_cmos",
+    ]
+    .map(str::to_owned)
+    .into();
+    // Documentation/admin-guide/kernel-parameters.txt: <size>@<baseaddr>:<irq>
+    words.extend(layout.disks.iter().map(|MmioDevice { base, size, gsi }| {
+        format!("virtio_mmio.device={}K@{:#x}:{gsi}", size / 1024, base.0)
+    }));
+    words
+}
 
 /// The floating pointer and the table for `cpus` processors (1 to 255).
 pub(super) fn table(cpus: u32) -> Structure {
