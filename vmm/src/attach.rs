@@ -2,14 +2,18 @@
 
 mod legacy;
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use arch::layout::MmioDevice;
-use devices::block::BlockDevice;
+use devices::block::{BlockDevice, BlockOptions, EventSink};
 use devices::bus::Bus;
+use devices::disk::Disk;
 use devices::irq::InterruptLine;
 use devices::legacy::SerialDevice;
+use devices::spawn::DiskThreads;
 use devices::virtio::mmio::MmioTransport;
 use devices::virtio::spec::mmio::QUEUE_NOTIFY_OFFSET;
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -17,8 +21,12 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub(crate) use self::legacy::legacy;
 use crate::GuestMemory;
+use crate::background::BackgroundThread;
+use crate::config::DiskConfig;
 use crate::error::Error;
+use crate::events::EventSender;
 use crate::lock;
+use crate::machine::{DiskState, MachineDisk};
 
 /// Puts a serial port on the port I/O bus. The eventfd is readable after the guest has emptied the receive FIFO.
 ///
@@ -38,29 +46,56 @@ pub(crate) fn serial(
     Ok((serial, input_drained))
 }
 
-/// Puts a disk on the MMIO bus at its `window`, with the interrupt `line` of that window. From here on, KVM turns a notification of a
-/// queue into a write to the eventfd that the queue's worker waits for, and KVM_RUN does not return for it.
-///
-/// # Errors
-/// When the host or KVM refuses a resource.
-pub(crate) fn disk(
-    vm: &Arc<VmFd>,
-    mmio: &mut Bus,
-    memory: &GuestMemory,
-    window: MmioDevice,
-    line: Arc<dyn InterruptLine>,
-    device: BlockDevice,
-) -> Result<Arc<Mutex<MmioTransport>>, Error> {
-    let transport = MmioTransport::new(Box::new(device), memory.clone(), line)
-        .map_err(Error::host("make a virtio-mmio device"))?;
-    for (queue, kick) in (0u32..).zip(transport.kicks()) {
-        let notify = IoEventAddress::Mmio(window.base.0 + QUEUE_NOTIFY_OFFSET);
-        vm.register_ioevent(kick, &notify, queue)
-            .map_err(Error::kvm("register a queue notification"))?;
+/// What the disks of a machine have in common.
+pub(crate) struct DiskAttacher<'a> {
+    pub vm: &'a Arc<VmFd>,
+    pub memory: &'a GuestMemory,
+    pub events: &'a Arc<EventSender>,
+    /// Where the disks report errors.
+    pub report: EventSink,
+    /// How long a worker may poll before it sleeps.
+    pub poll: Duration,
+    pub threads: DiskThreads,
+    /// The interrupt lines so far, by number: disks may share a line.
+    pub lines: BTreeMap<u32, Arc<dyn InterruptLine>>,
+}
+
+impl DiskAttacher<'_> {
+    /// Makes the device and the threads of a disk, and puts it on the MMIO bus at its `window`. From here on, KVM turns a notification
+    /// of a queue into a write to the eventfd that the queue's worker waits for, and KVM_RUN does not return for it.
+    ///
+    /// # Errors
+    /// The disk's options do not fit its image, or the host or KVM refuses a resource.
+    pub(crate) fn attach(
+        &mut self,
+        mmio: &mut Bus,
+        config: &DiskConfig,
+        image: &Arc<dyn Disk>,
+        window: MmioDevice,
+    ) -> Result<MachineDisk, Error> {
+        let (report, image) = (Arc::clone(&self.report), Arc::clone(image));
+        let options = BlockOptions { poll: self.poll, ..config.device.clone() };
+        let device =
+            BlockDevice::new(options, Arc::clone(&image), self.memory, report, &self.threads)
+                .map_err(|source| Error::DiskOptions { path: config.image.path.clone(), source })?;
+        let handle = device.handle();
+        let line = self.lines.entry(window.gsi).or_insert_with(|| line(self.vm, window.gsi));
+        let transport = MmioTransport::new(Box::new(device), self.memory.clone(), Arc::clone(line))
+            .map_err(Error::host("make a virtio-mmio device"))?;
+        for (queue, kick) in (0u32..).zip(transport.kicks()) {
+            let notify = IoEventAddress::Mmio(window.base.0 + QUEUE_NOTIFY_OFFSET);
+            self.vm
+                .register_ioevent(kick, &notify, queue)
+                .map_err(Error::kvm("register a queue notification"))?;
+        }
+        let transport = Arc::new(Mutex::new(transport));
+        mmio.insert(window.base.0, window.size, Arc::clone(&transport) as _)?;
+        let (state, config) = (DiskState::Running, config.clone());
+        let name = format!("disk-{}-job", config.device.name);
+        let background = BackgroundThread::spawn(&self.threads.io, name, Arc::clone(self.events))?;
+        let resizes = Vec::new();
+        Ok(MachineDisk { config, handle, image, window, transport, state, background, resizes })
     }
-    let transport = Arc::new(Mutex::new(transport));
-    mmio.insert(window.base.0, window.size, Arc::clone(&transport) as _)?;
-    Ok(transport)
 }
 
 /// A line of the guest's interrupt controllers. A pulse is two calls of KVM_IRQ_LINE, up and down, on the calling thread.

@@ -22,6 +22,7 @@ use arch::boot::{self, Entry, FileRange, Kernel, Plan, ReadAt};
 use arch::machine_layout::MachineLayout;
 use vm_memory::{Bytes, GuestAddress};
 
+pub(crate) use self::describe::describe;
 use crate::GuestMemory;
 use crate::error::Error;
 use crate::memory::into_io;

@@ -7,29 +7,28 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use arch::Structure;
 use arch::cmdline::{self, Root};
 use arch::layout;
 use arch::machine_layout::{MachineLayout, MachineSpec};
-use devices::block::{self, BlockDevice, BlockOptions, EventSink};
+use devices::block;
 use devices::bus::Bus;
 use devices::disk::{self, Disk};
 use devices::spawn::{DiskThreads, Spawn};
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::Kvm;
 
-use crate::GuestMemory;
+use crate::attach::DiskAttacher;
 use crate::background::BackgroundThread;
 use crate::boot_image::{BootFile, BootImage};
 use crate::config::{DiskConfig, VmConfig};
 use crate::error::Error;
 use crate::event_loop::EventLoop;
-use crate::events::{EventSender, event_channel};
+use crate::events::event_channel;
 use crate::gdb::Gdb;
 use crate::halt_watch::HaltWatch;
 use crate::kernel_pages::{KernelPages, lease_outlasts};
-use crate::machine::{DiskState, Hardware, Machine, MachineDisk, PowerOn, Reports};
+use crate::machine::{Hardware, Machine, PowerOn, Reports};
 use crate::output_files::OutputFiles;
 use crate::sandbox::{Kind, Sandbox};
 use crate::signals::Signals;
@@ -38,8 +37,8 @@ use crate::sources::Source;
 use crate::timeout::Timeout;
 use crate::vcpu::{VcpuSetup, VcpuStart, VcpuThread, install_kick_handler};
 use crate::{
-    affinity, attach, console, control, disk_faults, exec, host_cpu, hugepages, kvm, memory,
-    register_pages, trace,
+    affinity, attach, boot_image, console, control, disk_faults, exec, host_cpu, hugepages, kvm,
+    memory, register_pages, trace,
 };
 
 /// Builds a machine that boots or, with `incoming`, one that was saved. Its vCPUs have threads, but have not entered the guest:
@@ -78,11 +77,10 @@ pub fn build(
         Some(_) if config.kernel.as_os_str().is_empty() => None,
         Some(_) => open().inspect_err(Incoming::warn_of_reset).ok(),
     };
-    boot_image.iter().for_each(BootImage::describe);
     let mut images = open_images(&config.disks)?;
+    boot_image::describe(config, boot_image.as_ref(), &images);
     let mut outputs = OutputFiles::with_logs(&mut images, &config.disks)?;
     disk_faults::over(&mut images, &config.disks);
-    tracing::debug!("memory: {} MiB, vCPUs: {}", config.memory >> 20, config.cpus);
     affinity::check("--vcpu-affinity", &config.vcpu_affinity)?;
     affinity::check("--io-affinity", &config.io_affinity)?;
     tracing::info!(target: "boot", "files opened");
@@ -116,21 +114,20 @@ pub fn build(
     let (reports, report) = Reports::new(&events, receiver, config.dump_on_panic.is_some());
     let (mut port_io, mut mmio) = (Bus::default(), Bus::default());
     let map_registers = register_pages::are_used(config, &kvm_fd);
-    let poll = host_cpu::polling_window();
-    let disks = affinity::start_on(&config.io_affinity, || {
-        attach_disks(
-            &vm,
-            &mut mmio,
-            &memory,
-            &events,
-            &report,
-            config,
-            &layout,
-            &images,
-            poll,
-            &sandbox,
-        )
-    })?;
+    let mut attacher = DiskAttacher {
+        vm: &vm,
+        memory: &memory,
+        events: &events,
+        report,
+        poll: host_cpu::polling_window(),
+        threads: DiskThreads { worker: sandbox.spawn(Kind::Disk), io: sandbox.spawn(Kind::DiskIo) },
+        lines: BTreeMap::new(),
+    };
+    let disks = config.disks.iter().zip(&images).zip(&layout.disks);
+    let disks =
+        disks.map(|((disk, image), window)| attacher.attach(&mut mmio, disk, image, *window));
+    let disks: Vec<_> = affinity::start_on(&config.io_affinity, || disks.collect())?;
+    block::share_limits(disks.iter().map(|disk| &disk.handle));
     if map_registers {
         register_pages::acknowledge(&vm, &disks)?;
     }
@@ -240,63 +237,12 @@ fn open_images(disks: &[DiskConfig]) -> Result<Vec<Arc<dyn Disk>>, Error> {
     let open = |disk: &DiskConfig| {
         disk::open(&disk.image).map_err(|error| Error::disk(&disk.image.path, error))
     };
-    let images = disks.iter().map(open).collect::<Result<Vec<_>, _>>()?;
-    for (DiskConfig { image, device, .. }, opened) in disks.iter().zip(&images) {
-        let (path, format, aio) =
-            (image.path.display(), image.format.unwrap_or_default(), image.aio);
-        let (name, size, cache) = (&device.name, opened.capacity(), image.cache);
-        tracing::debug!("disk {name}: {path}, {size} bytes, {format}, {aio}, cache={cache}");
-    }
-    Ok(images)
+    disks.iter().map(open).collect()
 }
 
 fn check_cpus(kvm: &Kvm, wanted: u32) -> Result<(), Error> {
     let max = u32::try_from(kvm.get_max_vcpus()).unwrap_or(u32::MAX).min(layout::CPUS_MAX);
     if wanted > max { Err(Error::TooManyCpus { wanted, max }) } else { Ok(()) }
-}
-
-/// Makes each disk's device and threads, and attaches it to the MMIO bus at the address that the layout gives it.
-#[expect(clippy::too_many_arguments, reason = "all that a disk is made of")]
-fn attach_disks(
-    vm: &Arc<VmFd>,
-    mmio: &mut Bus,
-    memory: &GuestMemory,
-    events: &Arc<EventSender>,
-    report: &EventSink,
-    config: &VmConfig,
-    layout: &MachineLayout,
-    images: &[Arc<dyn Disk>],
-    poll: Duration,
-    sandbox: &Sandbox,
-) -> Result<Vec<MachineDisk>, Error> {
-    let threads =
-        DiskThreads { worker: sandbox.spawn(Kind::Disk), io: sandbox.spawn(Kind::DiskIo) };
-    let (mut disks, mut lines) = (Vec::with_capacity(config.disks.len()), BTreeMap::new());
-    for ((config, image), window) in config.disks.iter().zip(images).zip(&layout.disks) {
-        let options = BlockOptions { poll, ..config.device.clone() };
-        let device = BlockDevice::new(options, Arc::clone(image), memory, Arc::clone(report), &threads)
-            .map_err(|source| Error::DiskOptions { path: config.image.path.clone(), source })?;
-        let handle = device.handle();
-        let line = lines.entry(window.gsi).or_insert_with(|| attach::line(vm, window.gsi));
-        let line = Arc::clone(line);
-        let transport = attach::disk(vm, mmio, memory, *window, line, device)?;
-        disks.push(MachineDisk {
-            config: config.clone(),
-            handle,
-            image: Arc::clone(image),
-            window: *window,
-            transport,
-            state: DiskState::Running,
-            background: BackgroundThread::spawn(
-                &threads.io,
-                format!("disk-{}-job", config.device.name),
-                Arc::clone(events),
-            )?,
-            resizes: Vec::new(),
-        });
-    }
-    block::share_limits(disks.iter().map(|disk| &disk.handle));
-    Ok(disks)
 }
 
 /// Makes the vCPUs, each paused on a thread of its own. `processors`: the host CPUs of `--vcpu-affinity`, one for each vCPU.
