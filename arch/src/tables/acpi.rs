@@ -1,6 +1,8 @@
 //! ACPI: hardware-reduced (ACPI 6.5 §4.1), so there is no legacy power management to emulate, only a reset register,
 //! two sleep registers, and a power button that arrives as an ordinary interrupt.
 //!
+//! A capability, as the MPTable is: `tables` chooses one of the two, and all other code sees a [`Structure`].
+//!
 //! ```text
 //! RSDP -> XSDT -> FADT -> DSDT    reset, sleep; then the devices, in AML
 //!              -> MADT            processors and the IOAPIC

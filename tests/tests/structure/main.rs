@@ -15,6 +15,7 @@ use std::collections::BTreeSet;
 /// Parts that the two walks (a kernel boots, a write reaches the file) do not pass, with the files that make them up.
 /// Core files import none of them, except for the files in `PLUGS`.
 const CAPABILITIES: &[(&str, &[&str])] = &[
+    ("ACPI", &["arch/src/tables/acpi.rs"]),
     ("affinity", &["vmm/src/affinity.rs"]),
     ("block devices", &["devices/src/disk/block_device.rs"]),
     ("bzImage", &["arch/src/boot/bzimage.rs"]),
