@@ -26,7 +26,7 @@ pub(super) fn query(machine: &Machine) -> Value {
     page.sample("minivmm_running", "", u64::from(machine.state() == RunState::Running));
     page.family("minivmm_vcpu_exits_total", "counter", "exits to user space");
     for (index, vcpu) in machine.hardware.vcpus.iter().enumerate() {
-        for (reason, count) in vcpu.exits().by_reason() {
+        for (reason, count) in vcpu.exits.by_reason() {
             page.sample(
                 "minivmm_vcpu_exits_total",
                 &format!("vcpu=\"{index}\",reason=\"{reason}\""),

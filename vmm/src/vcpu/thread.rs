@@ -17,7 +17,7 @@ use std::os::unix::thread::JoinHandleExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use devices::spawn::Spawn;
@@ -51,7 +51,6 @@ enum Order {
 
 struct Shared {
     state: Mutex<(ThreadState, Order)>,
-    ordered: Condvar,
     /// Whether the order is not `Run`. The vCPU's loop reads it without the lock, before KVM_RUN and after a kick.
     leave: AtomicBool,
 }
@@ -60,8 +59,9 @@ struct Shared {
 /// the vCPU is in the guest or while a kick is sent.
 pub(crate) struct VcpuThread {
     index: u32,
-    id: i32,
-    exits: Arc<Exits>,
+    /// The host's number for the thread, as in `/proc/PID/task`.
+    pub(crate) id: i32,
+    pub(crate) exits: Arc<Exits>,
     pub(super) thread: JoinHandle<()>,
     shared: Arc<Shared>,
     /// A debugger holds this vCPU: it stays outside the guest when the machine goes on.
@@ -77,7 +77,6 @@ impl VcpuThread {
         let (index, exits) = (vcpu.index, Arc::clone(&vcpu.exits));
         let shared = Arc::new(Shared {
             state: Mutex::new((ThreadState::Paused(Box::new(vcpu)), Order::Pause)),
-            ordered: Condvar::new(),
             leave: AtomicBool::new(true),
         });
         let (send_id, id) = std::sync::mpsc::channel();
@@ -89,15 +88,6 @@ impl VcpuThread {
         let thread = spawn(format!("vcpu-{index}"), Box::new(body))
             .map_err(Error::host("start a vCPU thread"))?;
         Ok(Self { index, id: id.recv().unwrap_or_default(), exits, thread, shared, held: false })
-    }
-
-    /// The host's number for the thread, as in `/proc/PID/task`.
-    pub(crate) fn id(&self) -> i32 {
-        self.id
-    }
-
-    pub(crate) fn exits(&self) -> &Exits {
-        &self.exits
     }
 
     pub(crate) fn resume(&self) {
@@ -145,13 +135,12 @@ impl VcpuThread {
     fn order(&self, order: Order) {
         let leave = order != Order::Run;
         self.shared.leave.store(leave, Ordering::Release);
-        let mut state = lock(&self.shared.state);
-        state.1 = order;
-        self.shared.ordered.notify_all();
-        if leave && matches!(state.0, ThreadState::Running) {
-            drop(state);
+        lock(&self.shared.state).1 = order;
+        if leave && !self.has_left() {
             self.kick();
         }
+        // It may wait for an order, or for a device's drain (`Vcpu::run_once`).
+        self.thread.thread().unpark();
     }
 
     #[expect(unsafe_code, reason = "pthread_kill has no safe wrapper that reports its error")]
@@ -162,8 +151,6 @@ impl VcpuThread {
             let error = io::Error::from_raw_os_error(error);
             tracing::error!(vcpu = self.index, %error, "a vCPU cannot be taken out of the guest");
         }
-        // It may be waiting for a device's drain instead (`Vcpu::run_once`).
-        self.thread.thread().unpark();
     }
 }
 
@@ -190,8 +177,8 @@ fn serve(shared: &Shared) {
 
 /// Waits for the order to run, and takes the vCPU. `None`: the thread is to end.
 fn next_run(shared: &Shared) -> Option<Box<Vcpu>> {
-    let mut state = lock(&shared.state);
     loop {
+        let mut state = lock(&shared.state);
         match state.1 {
             Order::Finish => return None,
             Order::Pause => {}
@@ -201,7 +188,8 @@ fn next_run(shared: &Shared) -> Option<Box<Vcpu>> {
                 other => state.0 = other,
             },
         }
-        state = shared.ordered.wait(state).unwrap_or_else(PoisonError::into_inner);
+        drop(state);
+        std::thread::park();
     }
 }
 
