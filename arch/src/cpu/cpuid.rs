@@ -54,9 +54,8 @@ const APIC_BUS_KHZ: u32 = 1_000_000;
 
 /// The CPUID leaves for one vCPU, from those that KVM supports: what `KVM_SET_CPUID2` takes.
 pub fn for_vcpu(supported: &[kvm_cpuid_entry2], vcpu: &Vcpu) -> Vec<kvm_cpuid_entry2> {
-    let vendor =
-        supported.iter().find(|leaf| leaf.function == 0).map(Vendor::of).unwrap_or(Vendor::Other);
-    let max_leaf = supported.iter().find(|leaf| leaf.function == 0).map_or(0, |leaf| leaf.eax);
+    let first = supported.iter().find(|leaf| leaf.function == 0);
+    let (vendor, max_leaf) = first.map_or((Vendor::Other, 0), |leaf| (Vendor::of(leaf), leaf.eax));
 
     // Rebuilt below, whole: how many subleaves KVM gives of them varies.
     let rebuilt = [0xb, 0x1f, PARAVIRTUAL_FREQUENCY];
@@ -76,13 +75,7 @@ pub fn for_vcpu(supported: &[kvm_cpuid_entry2], vcpu: &Vcpu) -> Vec<kvm_cpuid_en
         }
         if let Some(base) = leaves.iter_mut().find(|leaf| leaf.function == PARAVIRTUAL) {
             base.eax = base.eax.max(PARAVIRTUAL_FREQUENCY);
-            let function = PARAVIRTUAL_FREQUENCY;
-            leaves.push(kvm_cpuid_entry2 {
-                function,
-                eax: khz,
-                ebx: APIC_BUS_KHZ,
-                ..Default::default()
-            });
+            leaves.push(leaf(PARAVIRTUAL_FREQUENCY, [khz, APIC_BUS_KHZ, 0]));
         }
     }
     leaves
@@ -195,16 +188,13 @@ fn frequency(leaves: &mut Vec<kvm_cpuid_entry2>, khz: u32) {
     let ratio = khz / (u32::MAX / 1000) + 1;
     let mhz = khz / 1000;
     leaves.retain(|leaf| !matches!(leaf.function, 0x15 | 0x16));
-    let tsc = kvm_cpuid_entry2 {
-        function: 0x15,
-        eax: 1,
-        ebx: ratio,
-        ecx: khz / ratio * 1000,
-        ..Default::default()
-    };
-    let processor =
-        kvm_cpuid_entry2 { function: 0x16, eax: mhz, ebx: mhz, ecx: 100, ..Default::default() };
-    leaves.extend([tsc, processor]);
+    leaves.push(leaf(0x15, [1, ratio, khz / ratio * 1000]));
+    leaves.push(leaf(0x16, [mhz, mhz, 100]));
+}
+
+/// A leaf without subleaves.
+fn leaf(function: u32, [eax, ebx, ecx]: [u32; 3]) -> kvm_cpuid_entry2 {
+    kvm_cpuid_entry2 { function, eax, ebx, ecx, ..Default::default() }
 }
 
 #[cfg(test)]
