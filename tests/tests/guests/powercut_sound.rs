@@ -42,14 +42,14 @@ ldd extra/sqlite3 | grep -o '/[^ ]*' | xargs -I '{}' cp -L '{}' extra/lib
 const ACKNOWLEDGE: &str =
     "printf '%-511d\\n' $2 | dd of=$1/acknowledged conv=notrunc,fsync 2>/dev/null\n";
 
-/// What the guest does.
+/// What the guest does, the more often the larger `$ROUNDS` is.
 const WORK: &str = r#"set -e
 mkdir /tmp/extra
 mount -t ext4 -o ro /dev/vdb /tmp/extra
 for module in $MODULES; do insmod /tmp/extra/$module.ko; done
 files() {
     mkdir /tmp/$2 && mount -t $2 $1 /tmp/$2 && cd /tmp/$2
-    for n in 1 2 3 4 5 6 7 8; do
+    for n in $(seq $((ROUNDS * 8))); do
         mkdir $n
         head -c 20000 /dev/urandom >$n/file
         mv $n/file $n/name
@@ -63,7 +63,7 @@ database() {
     mkdir /tmp/$2 && mount -t ext4 $1 /tmp/$2
     {
         echo 'pragma synchronous = full; pragma wal_autocheckpoint = 12;'
-        for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do
+        for n in $(seq $((ROUNDS * 16))); do
             echo "begin; insert into t values ($n, randomblob(6000));"
             echo "update t set data = randomblob(5000) where n = $n / 2; commit;"
             echo ".shell sh /tmp/extra/acknowledge /tmp/$2 $n"
@@ -116,7 +116,7 @@ const DISKS: [(&str, &str, &[&str]); 4] = [
 ];
 
 /// Makes the disks, and takes a log of each.
-fn take_logs(directory: &Path) {
+fn take_logs(directory: &Path, rounds: u32) {
     let extra = directory.join("extra");
     fs::create_dir(&extra).unwrap();
     let release = fs::read_to_string(artefact("linux-cloud/release")).unwrap();
@@ -140,7 +140,7 @@ fn take_logs(directory: &Path) {
         command.args(["--disk", &format!("{name}.img,snapshot=on,log-writes={name}.log")]);
     }
     let names = MODULES.map(|module| module.rsplit('/').next().unwrap());
-    let work = format!("MODULES='{}'\n{WORK}", names.join(" "));
+    let work = format!("MODULES='{}'\nROUNDS={rounds}\n{WORK}", names.join(" "));
     command.args(["--exec", &work]).current_dir(directory).env("TMPDIR", directory);
     Session::start(&mut command).wait(BOOT_BOUND).must_be(0);
 }
@@ -152,7 +152,8 @@ fn xfs_btrfs_and_sqlite_pass() {
     }
     let directory = tempfile::tempdir().unwrap();
     let at = directory.path();
-    take_logs(at);
+    // A log of four rounds has more than 10,000 states.
+    take_logs(at, runs(1, 4));
     let states = runs(5, 10_000);
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap());
     // Where they are no part of the kernel, and a mount does not load them.
