@@ -378,7 +378,10 @@ fn people_control_it_too() {
     assert!(ctl("status", 0).contains("\ndata  2G "));
     assert_eq!(ctl("resize data 1.5G --shrink", 0), "");
     assert!(ctl("status", 0).contains("\ndata  1.5G "));
+    assert!(!ctl("status", 0).contains("limited"));
     ctl("throttle data iops=1000 iops_max=2000 group=shared", 0);
+    let limited = "\ndata is limited: iops=1000, iops_max=2000, iops_max_length=1, group=shared\n";
+    assert!(ctl("status", 0).ends_with(limited));
     assert!(ctl("throttle data iops=1000 group", 2).contains("group has no value; write group=N"));
     assert!(
         ctl("throttle data iops=1000 iops_rd=1000", 1)

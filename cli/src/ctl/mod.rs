@@ -267,7 +267,21 @@ fn status(vm: &mut Client) -> Result<String, CtlError> {
     if rows.len() > 1 {
         text.push_str(&table(&rows));
     }
+    disks.as_array().into_iter().flatten().filter_map(limits).for_each(|line| text.push_str(&line));
     Ok(text)
+}
+
+/// The limits of a disk in QEMU's words, if it has any.
+fn limits(disk: &Value) -> Option<String> {
+    let inserted = disk["inserted"].as_object()?;
+    let is_limit = |key: &str| key.starts_with("iops") || key.starts_with("bps");
+    let limits = inserted.iter().filter(|(key, value)| is_limit(key) && value.as_u64() > Some(0));
+    let mut words: Vec<_> = limits.map(|(key, value)| format!("{key}={value}")).collect();
+    words.sort();
+    let group = inserted.get("group").map(|group| format!("group={}", word(group)));
+    let limited = !words.is_empty();
+    words.extend(group);
+    limited.then(|| format!("{} is limited: {}\n", word(&disk["device"]), words.join(", ")))
 }
 
 fn disks(vm: &mut Client) -> Result<String, CtlError> {
