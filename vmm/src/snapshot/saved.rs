@@ -19,6 +19,7 @@
 use std::fs::Metadata;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, UNIX_EPOCH};
 
 use arch::layout::PAGE_SIZE;
 use devices::block::QueueSnapshot;
@@ -245,12 +246,13 @@ impl SavedMachine {
     pub(super) fn describe(&self, pages: u64) -> String {
         let Self { minivmm, format, config, clock, .. } = self;
         let state = if self.state == RunState::Running { "running" } else { "stopped" };
+        let when = UNIX_EPOCH + Duration::from_nanos(clock.realtime);
+        let when = humantime::format_rfc3339_seconds(when);
         let mut text = format!(
-            "saved by minivmm {minivmm} in format {}.{}, {} seconds after 1970-01-01 UTC, while {state}\n\
+            "saved by minivmm {minivmm} in format {}.{} at {when}, while {state}\n\
              {} vCPUs, {} MiB of memory, kernel {}\n",
             format.major,
             format.minor,
-            clock.realtime / 1_000_000_000,
             config.cpus,
             config.memory >> 20,
             printable(config.kernel.display()),

@@ -176,7 +176,8 @@ fn a_description_of_the_first_format_is_read_for_ever() {
     let text = include_str!("fixture-1.0.json");
     let saved: SavedMachine = serde_json::from_str(text).unwrap();
     assert_eq!((saved.format.major, saved.config.cpus), (1, 1));
-    assert!(saved.describe(0).contains("disk vda: "), "{}", saved.describe(0));
+    let shown = saved.describe(0);
+    assert!(shown.contains(" in format 1.0 at 20") && shown.contains("disk vda: "), "{shown}");
 }
 
 /// AVX and the three parts of AVX-512, in XCR0 (SDM 1, 13.3).
