@@ -1,61 +1,45 @@
 //! When a request may start. A limit on the disk's rate (throttling) hooks in here, as a [`Limiter`].
 //!
-//! The worker asks the limiter about each read, write and write-zeroes. A request that has to wait stays in its queue's list
-//! for its [`Direction`], in the order of arrival, and the worker's thread sets a timer for the first of them. Discards and
-//! flushes are never limited, as in QEMU. The worker knows only the trait; the device plugs a limiter in.
+//! The worker asks its limiter about each request. The limiter keeps the chain of a request that has to wait. When it may start,
+//! the limiter's timer expires, and the worker begins the chain: it is walked and parsed again.
 
-use std::time::Duration;
+use std::any::Any;
+use std::os::fd::RawFd;
 
+use super::queue::TakenChain;
 use super::request::Request;
-use super::stats::Kind;
 use crate::clock::Instant;
 use crate::virtio::queue::DescriptorChain;
 
+/// Why a request begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Direction {
-    Read,
-    Write,
+pub(super) enum Origin {
+    /// Its chain was just taken from the ring.
+    Queue,
+    /// The limiter made it wait before, and lets it start now.
+    Waited,
+    /// It has failed or was stopped before. It is not merged, and the limiter has counted it.
+    Retry,
 }
 
-impl Direction {
-    pub(super) const BOTH: [Self; 2] = [Self::Read, Self::Write];
+/// A limit on the rate of one worker's requests. The device makes one for each worker.
+pub(super) trait Limiter: Any + Send {
+    /// Whether the request may start at `now`. If it may, counts it. Called for each request, so it has to be cheap if nothing is
+    /// limited.
+    fn admits(&mut self, request: &Request, origin: Origin, now: Instant) -> bool;
 
-    pub(super) fn other(self) -> Self {
-        match self {
-            Self::Read => Self::Write,
-            Self::Write => Self::Read,
-        }
-    }
-}
+    /// Keeps the chain of a request that may not start yet.
+    fn hold(&mut self, request: &Request, taken: TakenChain);
 
-/// A limit on the disk's rate, shared by its workers.
-pub(super) trait Limiter: Send + Sync {
-    /// Whether nothing is limited now. Called for each request, so it has to be cheap.
-    fn is_off(&self) -> bool;
+    /// Takes the next chain that may start at `now`. The worker begins it, as [`Origin::Waited`].
+    fn next(&mut self, now: Instant) -> Option<TakenChain>;
 
-    /// Whether reads and writes count for the same limit. Then neither may overtake the other.
-    fn couples_directions(&self) -> bool;
+    /// The heads of the chains of a queue that wait.
+    fn waiting(&self, queue: usize) -> Vec<u16>;
 
-    /// How long a request has to wait from `now` on before it may start. Zero: it may start.
-    fn wait(&self, direction: Direction, now: Instant) -> Duration;
+    /// Takes the chains of a queue that wait: the queue is reset.
+    fn give_up(&mut self, queue: usize) -> Vec<DescriptorChain>;
 
-    /// Counts a request of so many bytes, which starts now.
-    fn charge(&self, direction: Direction, bytes: u64);
-}
-
-#[derive(Debug)]
-pub(super) struct WaitingRequest {
-    pub(super) chain: DescriptorChain,
-    /// When it was taken from the ring. Its latency in the statistics begins there, and so includes the wait.
-    pub(super) started: Instant,
-}
-
-/// What a limiter counts of a request: its direction and its bytes. `None`: requests of this kind are not limited.
-pub(super) fn measure(request: &Request<'_>) -> Option<(Direction, u64)> {
-    let direction = match request.kind {
-        Kind::Read => Direction::Read,
-        Kind::Write | Kind::WriteZeroes => Direction::Write,
-        _ => return None,
-    };
-    Some((direction, request.action.ranges().iter().map(|range| range.length).sum()))
+    /// A timer that expires when `next` may have a chain. It is watched edge-triggered, and never read.
+    fn timer(&self) -> RawFd;
 }

@@ -11,7 +11,6 @@ use std::time::Duration;
 use event_manager::EventOps;
 use virtio_queue::QueueT;
 
-use super::admission::Limiter;
 use super::events::EventSink;
 use super::geometry;
 use super::options::{BlockError, BlockOptions};
@@ -22,6 +21,7 @@ use super::scsi::ScsiCommands;
 use super::shared::Shared;
 use super::stats::IoStatus;
 use super::throttle_group::Throttle;
+use super::throttle_queue::ThrottleQueue;
 use super::worker::Negotiated;
 use super::worker_thread::{Loop, WorkerThread};
 use crate::GuestMemory;
@@ -31,7 +31,6 @@ use crate::lock;
 use crate::spawn::DiskThreads;
 use crate::virtio::device::{Activation, ActiveQueue, RingPosition, VirtioDevice};
 use crate::virtio::drain::{Drain, Party};
-use crate::virtio::interrupt::Interrupt;
 use crate::virtio::spec::{self, blk, names};
 
 /// The longest that dropping a device waits for the host. Before that, the machine has stopped its devices with a deadline of
@@ -43,17 +42,8 @@ const DROP_TIMEOUT: Duration = Duration::from_secs(5);
 /// The threads live as long as the device: a confined process could not start any later. Dropping the device resets it,
 /// waits for what is in flight, and joins the threads.
 pub struct BlockDevice {
-    shared: Arc<Shared>,
-    throttle: Arc<Throttle>,
-    workers: Arc<[WorkerThread]>,
+    handle: BlockHandle,
     queue_sizes: Vec<u16>,
-    running: Arc<Mutex<Option<Running>>>,
-}
-
-/// What is needed to send a configuration change interrupt. It exists from DRIVER_OK to the reset.
-struct Running {
-    interrupt: Interrupt,
-    features: u64,
 }
 
 impl BlockDevice {
@@ -73,29 +63,26 @@ impl BlockDevice {
         let count = usize::from(options.num_queues).clamp(1, cpus);
         let throttle = Arc::new(Throttle::new(&options.throttling, &options.name, Instant::now()));
         let types = request_types(&options, &*disk);
-        let limiter = Arc::clone(&throttle) as Arc<dyn Limiter>;
         let geometry = geometry::rule(options.geometry, &*disk);
         let sizes = options.check(&disk.limits())?;
-        let shared = Shared::new(options, &sizes, disk, events, count, limiter, types, geometry);
+        let shared = Shared::new(options, &sizes, disk, events, count, types, geometry);
         let workers: Result<Arc<[_]>, _> = (0..count)
             .map(|number| {
                 // The number of queues that `place` gives to this thread.
                 let positions = (usize::from(shared.options.num_queues) - number).div_ceil(count);
-                WorkerThread::spawn(&shared, number, positions, memory.clone(), threads)
+                let limiter = || Ok(Box::new(ThrottleQueue::new(Arc::clone(&throttle))?) as _);
+                WorkerThread::spawn(&shared, number, positions, memory, threads, limiter)
             })
             .collect();
         let queue_sizes = vec![shared.options.queue_size; usize::from(shared.options.num_queues)];
-        Ok(Self { workers: workers?, shared, throttle, queue_sizes, running: Arc::default() })
+        let handle =
+            BlockHandle { shared, throttle, workers: workers?, negotiated: Arc::default() };
+        Ok(Self { handle, queue_sizes })
     }
 
     /// The VM's handle. It stays valid when the device is gone.
     pub fn handle(&self) -> BlockHandle {
-        BlockHandle {
-            shared: Arc::clone(&self.shared),
-            throttle: Arc::clone(&self.throttle),
-            workers: Arc::clone(&self.workers),
-            running: Arc::clone(&self.running),
-        }
+        self.handle.clone()
     }
 }
 
@@ -112,18 +99,16 @@ pub(super) fn place(workers: &[WorkerThread], index: u16) -> (&WorkerThread, usi
     (&workers[index % count], index / count)
 }
 
-/// Sends `command` to each of `workers`, and returns the drain that they finish. A command may take as long as the host does.
+/// Sends `command` to each of `workers`, with its part in the drain that is returned. A command may take as long as the host does.
 fn drain(
     workers: &[WorkerThread],
-    command: impl Fn(&mut Loop, Drain, &mut EventOps<'_>) + Copy + Send + 'static,
+    command: impl Fn(&mut Loop, Party, &mut EventOps<'_>) + Copy + Send + 'static,
 ) -> Drain {
     let drain = Drain::new(workers.len());
     for worker in workers {
-        let of_worker = drain.clone();
-        // A thread that is gone touches nothing.
-        if !worker.send(move |thread, ops| command(thread, of_worker, ops)) {
-            drain.finish([]);
-        }
+        let party = Party(drain.clone());
+        // A thread that is gone touches nothing, and its party is dropped here.
+        let _ = worker.send(move |thread, ops| command(thread, party, ops));
     }
     drain
 }
@@ -134,7 +119,7 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn features(&self) -> u64 {
-        self.shared.config_space.features
+        self.handle.shared.config_space.features
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -142,7 +127,7 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8], features: u64) {
-        self.shared.read_config(offset, data, features);
+        self.handle.shared.read_config(offset, data, features);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8], features: u64) {
@@ -151,43 +136,39 @@ impl VirtioDevice for BlockDevice {
             && features & blk::F_CONFIG_WCE != 0
             && let [value] = data
         {
-            tracing::debug!(
-                disk = self.shared.options.name,
-                value,
-                "the driver sets the write cache"
-            );
-            self.shared.set_writeback(Some(*value != 0));
+            tracing::debug!(disk = self.handle.name(), value, "the driver sets the write cache");
+            self.handle.shared.set_writeback(Some(*value != 0));
         }
     }
 
     fn restore_config(&mut self, config: &[u8]) {
         let writeback = config.get(blk::Config::WRITEBACK_OFFSET as usize);
-        self.shared.set_writeback(Some(writeback.is_some_and(|value| *value != 0)));
+        self.handle.shared.set_writeback(Some(writeback.is_some_and(|value| *value != 0)));
     }
 
     fn start(&mut self, activation: Activation) -> io::Result<()> {
-        let Activation { memory, features, queues, interrupt } = activation;
+        let Activation { features, queues, interrupt, .. } = activation;
         let names = names::features(features);
-        tracing::debug!("disk {}: its driver took {names}", self.shared.options.name);
-        *lock(&self.running) = Some(Running { interrupt: interrupt.clone(), features });
-        for worker in &*self.workers {
-            let negotiated =
-                Negotiated { memory: memory.clone(), features, interrupt: interrupt.clone() };
-            check_sent(worker.send(|thread, _| thread.start(negotiated)))?;
+        tracing::debug!("disk {}: its driver took {names}", self.handle.name());
+        let negotiated = Negotiated { features, interrupt };
+        *lock(&self.handle.negotiated) = Some(negotiated.clone());
+        for worker in &*self.handle.workers {
+            let negotiated = negotiated.clone();
+            worker.send(|thread, _| thread.worker.start(negotiated))?;
         }
         queues.into_iter().try_for_each(|queue| self.start_queue(queue))
     }
 
     fn reset(&mut self) -> Drain {
-        let drain = drain(&self.workers, |thread, drain, ops| thread.reset(drain, ops));
-        *lock(&self.running) = None;
+        let drain = drain(&self.handle.workers, Loop::reset);
+        *lock(&self.handle.negotiated) = None;
         // For the next driver the cache is as configured, whatever this driver has set.
-        self.shared.set_writeback(None);
+        self.handle.shared.set_writeback(None);
         drain
     }
 
     fn ring_positions(&self) -> Vec<RingPosition> {
-        let positions = self.handle().queues().into_iter().map(|queue| RingPosition {
+        let positions = self.handle.queues().into_iter().map(|queue| RingPosition {
             queue: queue.queue,
             next_available: queue.next_avail,
             next_used: queue.next_used,
@@ -196,11 +177,11 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn reset_queue(&mut self, index: u16) -> Drain {
-        let (worker, position) = place(&self.workers, index);
-        let remove = move |thread: &mut Loop, drain, ops: &mut EventOps<'_>| {
-            thread.remove_queue(position, drain, ops);
+        let (worker, position) = place(&self.handle.workers, index);
+        let reset = move |thread: &mut Loop, party, ops: &mut EventOps<'_>| {
+            thread.reset_queue(position, party, ops);
         };
-        drain(std::slice::from_ref(worker), remove)
+        drain(std::slice::from_ref(worker), reset)
     }
 
     fn start_queue(&mut self, queue: ActiveQueue) -> io::Result<()> {
@@ -209,18 +190,18 @@ impl VirtioDevice for BlockDevice {
         if max.is_none_or(|max| queue.queue.size() > *max) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let (worker, position) = place(&self.workers, queue.index);
-        check_sent(worker.send(move |thread, ops| thread.add_queue(position, queue, ops)))
+        let (worker, position) = place(&self.handle.workers, queue.index);
+        worker.send(move |thread, ops| thread.add_queue(position, queue, ops))
     }
 }
 
 impl Drop for BlockDevice {
     fn drop(&mut self) {
         if self.reset().wait(DROP_TIMEOUT) {
-            self.workers.iter().for_each(WorkerThread::join);
+            self.handle.workers.iter().for_each(WorkerThread::join);
         } else {
             // The threads still keep guest memory mapped. They end with the process.
-            let disk = &self.shared.options.name;
+            let disk = self.handle.name();
             tracing::error!(disk, "the host does not answer; the disk's threads are left behind");
         }
     }
@@ -233,7 +214,8 @@ pub struct BlockHandle {
     pub(super) shared: Arc<Shared>,
     pub(super) throttle: Arc<Throttle>,
     pub(super) workers: Arc<[WorkerThread]>,
-    running: Arc<Mutex<Option<Running>>>,
+    /// With the driver, from DRIVER_OK to the reset.
+    negotiated: Arc<Mutex<Option<Negotiated>>>,
 }
 
 impl BlockHandle {
@@ -244,7 +226,7 @@ impl BlockHandle {
 
     /// Whether a driver in the guest has started the disk.
     pub fn has_driver(&self) -> bool {
-        lock(&self.running).is_some()
+        lock(&self.negotiated).is_some()
     }
 
     /// Whether an error stopped the VM.
@@ -261,12 +243,7 @@ impl BlockHandle {
     /// This is no method of [`VirtioDevice`], because the caller would need the transport's lock. A vCPU holds that lock while it
     /// starts or configures the disk, and the main thread must not wait for the vCPU.
     pub fn pause(&self) -> Drain {
-        let drain = Drain::new(self.workers.len());
-        for worker in &*self.workers {
-            let party = Party(drain.clone());
-            worker.send(move |thread, _| thread.pause(party));
-        }
-        drain
+        drain(&self.workers, |thread, party, _| thread.pause(party))
     }
 
     /// Ends a pause, and clears the I/O status. Each worker begins its stopped requests again, in order, and then serves its
@@ -274,20 +251,16 @@ impl BlockHandle {
     pub fn resume(&self) {
         self.shared.set_io_status(IoStatus::Ok);
         for worker in &*self.workers {
-            worker.send(|thread, _| thread.resume());
+            // A thread that is gone has reported that.
+            let _ = worker.send(|thread, _| thread.resume());
         }
     }
 
     /// Tells the driver that the disk's size has changed (virtio 1.2 §5.2.6.2).
     pub fn capacity_changed(&self) {
-        if let Some(Running { interrupt, features }) = &*lock(&self.running) {
+        if let Some(Negotiated { interrupt, features }) = &*lock(&self.negotiated) {
             interrupt.show_config(|data| self.shared.read_config(0, data, *features));
             interrupt.config_changed();
         }
     }
-}
-
-/// The result of a command to a worker thread as an error, if it could not be sent.
-fn check_sent(sent: bool) -> io::Result<()> {
-    sent.then_some(()).ok_or_else(|| io::Error::other("the disk's worker thread is gone"))
 }

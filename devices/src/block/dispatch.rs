@@ -4,7 +4,7 @@
 //!
 //! - A read or write of at most [`PIECE`] bytes goes into the batch, and is one transfer or a part of a merged one.
 //! - Larger ones, discards and zeroes, and all that come while [`BYTES_WITH_ENGINE`] are with the engine, are executed in
-//!   pieces. Their tags wait in `ready`. [`Dispatcher::submit_pieces`] submits one piece of each in turn while there is room.
+//!   pieces. Their tags wait in `ready`. [`Dispatcher::submit_piece`] submits a piece of each in turn while there is room.
 //!
 //! So what the engine has is bounded, whatever the guest asked for, and a pause or a reset waits for no more than that.
 //!
@@ -16,7 +16,8 @@ use super::batch::Batch;
 use super::in_flight::{InFlight, InFlightRequest, PIECE, Step, cost};
 use super::request::DiskRange;
 use crate::GuestRange;
-use crate::disk::{Completion, Engine, Operation, Transfer};
+use crate::disk::{Engine, Transfer};
+use crate::virtio::queue::ChainBuffers;
 use crate::virtio::spec::blk;
 
 /// Most bytes of reads, writes and zeroes that are with the engine at a time. 32 MiB keep a device of 10 GB/s busy for
@@ -32,24 +33,21 @@ pub(super) const BYTES_PER_TURN: u64 = 128 << 20;
 /// half and twice as large were as fast.
 const STEP_BYTES: u64 = 16 << 10;
 
-/// The tag of the last flush, which ends a worker. No request is in flight then, so none has this tag.
-const LAST_FLUSH: u32 = 0;
-
 pub(super) struct Dispatcher {
-    engine: Box<dyn Engine>,
+    pub(super) engine: Box<dyn Engine>,
     /// Whether adjacent requests may become one transfer, as the engine says.
     merges: bool,
     batch: Batch,
-    in_flight: InFlight,
+    pub(super) in_flight: InFlight,
     /// Tags of requests in pieces that have no piece with the engine: each has a next piece to submit, or is done. The first
     /// is served next.
-    ready: VecDeque<u32>,
+    pub(super) ready: VecDeque<u32>,
     /// The [`cost`] of what is with the engine, in bytes.
     with_engine: u64,
     /// How much may still be submitted in this turn, in bytes of [`cost`].
     left_in_turn: u64,
-    /// The last flush is with the engine.
-    flushing: bool,
+    /// A flush is with the engine that belongs to no request: the last one, of a reset.
+    pub(super) flushing: bool,
 }
 
 impl Dispatcher {
@@ -65,11 +63,6 @@ impl Dispatcher {
             left_in_turn: BYTES_PER_TURN,
             flushing: false,
         }
-    }
-
-    /// Gives the engine back, with nothing in flight.
-    pub(super) fn into_engine(self) -> Box<dyn Engine> {
-        self.engine
     }
 
     /// Begins a turn: the thread has looked at its commands, so the worker may submit [`BYTES_PER_TURN`] again.
@@ -94,16 +87,6 @@ impl Dispatcher {
     /// Whether pieces wait and the engine has room for one.
     pub(super) fn has_pieces_to_submit(&self) -> bool {
         !self.ready.is_empty() && self.with_engine < BYTES_WITH_ENGINE
-    }
-
-    /// Whether requests in pieces wait for their next piece, or to be answered.
-    pub(super) fn has_ready(&self) -> bool {
-        !self.ready.is_empty()
-    }
-
-    /// The requests in pieces that have no piece with the engine.
-    pub(super) fn ready(&self) -> impl Iterator<Item = &InFlightRequest> {
-        self.ready.iter().filter_map(|tag| self.in_flight.find(*tag))
     }
 
     /// Submits a read or write. `alone`: it must not be merged.
@@ -134,7 +117,7 @@ impl Dispatcher {
         self.batch.push(&transfer);
     }
 
-    /// Puts a request of several ranges, or a large one, into `ready`. `submit_pieces` submits its pieces.
+    /// Puts a request of several ranges, or a large one, into `ready`. `submit_piece` submits its pieces.
     pub(super) fn submit_ranges(
         &mut self,
         mut request: InFlightRequest,
@@ -151,27 +134,14 @@ impl Dispatcher {
     pub(super) fn submit_flush(&mut self, request: InFlightRequest) {
         self.submit_batch();
         let tag = self.in_flight.insert(request);
-        self.engine.submit(flush(tag));
-    }
-
-    /// Submits a flush that belongs to no request. Its completion goes to `take_last_flush`, not to `take_back`.
-    pub(super) fn submit_last_flush(&mut self) {
-        debug_assert!(self.is_empty(), "the last flush overtakes requests");
-        self.flushing = true;
-        self.engine.submit(flush(LAST_FLUSH));
-        self.engine.commit();
-    }
-
-    /// Whether `completion` is that of the last flush. If it is, the last flush is no longer under way.
-    pub(super) fn take_last_flush(&mut self, completion: &Completion) -> bool {
-        completion.tag == LAST_FLUSH && std::mem::take(&mut self.flushing)
+        self.engine.submit(Transfer { tag, ..Transfer::FLUSH });
     }
 
     /// Submits a command: the request's step is [`Step::Command`], which calls the engine itself.
-    pub(super) fn submit_command(&mut self, request: InFlightRequest, data: &[GuestRange]) {
+    pub(super) fn submit_command(&mut self, request: InFlightRequest, buffers: &ChainBuffers) {
         let tag = self.in_flight.insert(request);
         if let Step::Command(command) = &self.in_flight.get(tag).step {
-            command.submit(tag, data, &mut *self.engine);
+            command.submit(tag, buffers, &mut *self.engine);
         }
     }
 
@@ -208,10 +178,6 @@ impl Dispatcher {
         self.engine.commit();
     }
 
-    pub(super) fn reap(&mut self, done: &mut Vec<Completion>) {
-        self.engine.reap(done);
-    }
-
     /// Takes a request back whose transfer is finished. Returns the request, and the tag of the next request in the same merged
     /// transfer. If the transfer was a piece that succeeded, the request stays in flight, and there is none to return.
     #[inline]
@@ -231,39 +197,33 @@ impl Dispatcher {
         (Some(self.in_flight.remove(tag)), next)
     }
 
-    /// Goes once through the `ready` requests. A request that is done, or whose queue `is_leaving`, goes into `ended` with its
-    /// status. For the others, if `submit` is true, it submits the next piece as far as there is room.
-    pub(super) fn submit_pieces(
+    /// Submits the next piece of the first `ready` request, if `submit` is true and there is room. Otherwise the request becomes the
+    /// last. But if it is done, or its queue `is_leaving`, returns it with its status.
+    pub(super) fn submit_piece(
         &mut self,
         submit: bool,
         is_leaving: impl Fn(usize) -> bool,
-        ended: &mut Vec<(InFlightRequest, u8)>,
-    ) {
-        for _ in 0..self.ready.len() {
-            let Some(tag) = self.ready.pop_front() else { return };
-            let position = self.in_flight.get(tag).queue;
-            let remaining = self.in_flight.has_remaining(tag);
-            if !remaining || is_leaving(position) {
-                let code = if remaining { blk::S_IOERR } else { blk::S_OK };
-                ended.push((self.in_flight.remove(tag), code));
-            } else if submit && self.left_in_turn > 0 && self.with_engine < BYTES_WITH_ENGINE {
-                let Some(transfer) = self.in_flight.next_piece(tag) else { continue };
-                let cost = cost(transfer.operation, transfer.length);
-                self.engine.submit(transfer);
-                self.in_flight.get(tag).cost = cost;
-                self.count(cost);
-            } else {
-                self.ready.push_back(tag);
-            }
+    ) -> Option<(InFlightRequest, u8)> {
+        let tag = self.ready.pop_front()?;
+        let remaining = self.in_flight.has_remaining(tag);
+        if !remaining || is_leaving(self.in_flight.get(tag).taken.queue) {
+            let code = if remaining { blk::S_IOERR } else { blk::S_OK };
+            return Some((self.in_flight.remove(tag), code));
         }
+        if submit && self.left_in_turn > 0 && self.with_engine < BYTES_WITH_ENGINE {
+            let transfer = self.in_flight.next_piece(tag)?;
+            let cost = cost(transfer.operation, transfer.length);
+            self.engine.submit(transfer);
+            self.in_flight.get(tag).cost = cost;
+            self.count(cost);
+        } else {
+            self.ready.push_back(tag);
+        }
+        None
     }
 
     fn count(&mut self, cost: u64) {
         self.with_engine += cost;
         self.left_in_turn = self.left_in_turn.saturating_sub(cost);
     }
-}
-
-fn flush(tag: u32) -> Transfer<'static> {
-    Transfer { tag, operation: Operation::Flush, offset: 0, length: 0, ranges: &[] }
 }

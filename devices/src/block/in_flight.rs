@@ -9,12 +9,11 @@
 
 use vm_memory::GuestAddress;
 
+use super::queue::TakenChain;
 use super::request::{CommandRequest, DiskRange};
 use super::stats::Kind;
 use crate::GuestRange;
-use crate::clock::Instant;
 use crate::disk::{Operation, Transfer};
-use crate::virtio::queue::DescriptorChain;
 
 /// Most bytes of a read, write or write-zeroes that the engine gets at once: 4 MiB, the largest request that Linux makes
 /// by default, so that a usual request is one transfer.
@@ -26,9 +25,7 @@ const DISCARD_PIECE: u64 = 2 << 30;
 /// A request in flight: admitted, and not yet answered. It owns the chain's token, so the chain can be completed, stopped or
 /// abandoned only once.
 pub(super) struct InFlightRequest {
-    pub(super) chain: DescriptorChain,
-    /// Position of its queue among the worker's queues.
-    pub(super) queue: usize,
+    pub(super) taken: TakenChain,
     pub(super) kind: Kind,
     /// Where its status byte goes.
     pub(super) status: GuestAddress,
@@ -38,8 +35,6 @@ pub(super) struct InFlightRequest {
     pub(super) end: u64,
     /// Bytes of data that the device has written to guest memory when the request succeeds.
     pub(super) written: u32,
-    /// When it was taken from the queue.
-    pub(super) started: Instant,
     pub(super) step: Step,
     /// The [`cost`] of the transfer that the engine has for it.
     pub(super) cost: u64,
@@ -52,22 +47,14 @@ pub(super) struct InFlightRequest {
 impl InFlightRequest {
     /// A request that covers no bytes of the disk. The caller sets the other fields.
     #[inline]
-    pub(super) fn new(
-        chain: DescriptorChain,
-        queue: usize,
-        kind: Kind,
-        status: GuestAddress,
-        started: Instant,
-    ) -> Self {
+    pub(super) fn new(taken: TakenChain, kind: Kind, status: GuestAddress) -> Self {
         Self {
-            chain,
-            queue,
+            taken,
             kind,
             status,
             length: 0,
             end: 0,
             written: 0,
-            started,
             step: Step::Whole,
             cost: 0,
             next: None,
@@ -77,7 +64,7 @@ impl InFlightRequest {
 
     /// The request's ID in trace events: its queue and its head, which no other request has until this one is answered.
     pub(super) fn id(&self) -> u64 {
-        (self.queue as u64) << 16 | u64::from(self.chain.head())
+        (self.taken.queue as u64) << 16 | u64::from(self.taken.chain.head())
     }
 }
 

@@ -42,6 +42,7 @@ mod shared;
 mod stats;
 mod throttle;
 mod throttle_group;
+mod throttle_queue;
 mod worker;
 mod worker_thread;
 

@@ -113,7 +113,7 @@ impl BlockHandle {
 
     fn release_waiting(&self) {
         for worker in &*self.workers {
-            worker.send(|thread, _| thread.release());
+            let _ = worker.send(|thread, _| thread.worker.release(Instant::now()));
         }
     }
 

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use super::request::{Action, CommandRequest, RequestLimits, RequestTypes, UnsuitableRequest};
+use super::request::{Action, CommandRequest, RequestLimits, RequestTypes, Unsuitable};
 use super::stats::Kind;
 use crate::disk::{CDB_MAX, DiskError, Engine, SENSE_MAX, ScsiCommand, ScsiDirection};
 use crate::virtio::queue::{ChainBuffers, total, write_at};
@@ -42,7 +42,7 @@ impl RequestTypes for ScsiCommands {
         buffers: &mut ChainBuffers,
         memory: &GuestMemory,
         _: &RequestLimits,
-    ) -> Option<(Kind, Result<Action, UnsuitableRequest>)> {
+    ) -> Option<(Kind, Result<Action, Unsuitable>)> {
         if !matches!(request_type, blk::T_SCSI_CMD | blk::T_SCSI_CMD_OUT) {
             return None;
         }
@@ -54,8 +54,7 @@ impl RequestTypes for ScsiCommands {
         };
         let action = packet.map(|packet| Action::Command(Box::new(packet)));
         let refused = |(code, trailer): (u8, Vec<_>)| {
-            let written = put_trailer(memory, &trailer, [NOT_DONE, 0, 0, 0]);
-            UnsuitableRequest { code, written }
+            (code, put_trailer(memory, &trailer, [NOT_DONE, 0, 0, 0]))
         };
         Some((Kind::Other, action.map_err(refused)))
     }
@@ -93,7 +92,11 @@ impl Packet {
 }
 
 impl CommandRequest for Packet {
-    fn submit(&self, tag: u32, data: &[GuestRange], engine: &mut dyn Engine) {
+    fn submit(&self, tag: u32, buffers: &ChainBuffers, engine: &mut dyn Engine) {
+        let data = match buffers.readable() {
+            [] => buffers.writable(),
+            readable => readable,
+        };
         engine.submit_scsi(tag, Arc::clone(&self.command) as _, data);
     }
 

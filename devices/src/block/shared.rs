@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Instant;
 
-use super::admission::Limiter;
 use super::config_space::{ConfigSpace, GeometryRule};
 use super::events::{BlockEvent, ErrorAction, EventLimit, EventSink};
 use super::options::{BlockOptions, BlockSizes};
@@ -33,7 +32,6 @@ pub(super) struct Shared {
     /// QMP's write threshold, a byte offset: the first change past it is reported. `NO_THRESHOLD`: none is set.
     pub(super) write_threshold: AtomicU64,
     pub(super) counters: Vec<Arc<Counters>>,
-    pub(super) limiter: Arc<dyn Limiter>,
     pub(super) request_types: Vec<Box<dyn RequestTypes>>,
     limits: LogLimits,
     error_events: EventLimit,
@@ -51,14 +49,12 @@ struct LogLimits {
 
 impl Shared {
     /// The state of a disk with `workers` threads.
-    #[expect(clippy::too_many_arguments, reason = "all that a disk's threads share")]
     pub(super) fn new(
         options: BlockOptions,
         sizes: &BlockSizes,
         disk: Arc<dyn Disk>,
         events: EventSink,
         workers: usize,
-        limiter: Arc<dyn Limiter>,
         request_types: Vec<Box<dyn RequestTypes>>,
         geometry: GeometryRule,
     ) -> Arc<Self> {
@@ -67,7 +63,6 @@ impl Shared {
             writeback: AtomicBool::new(options.write_cache),
             io_status: AtomicU8::new(IoStatus::Ok as u8),
             write_threshold: AtomicU64::new(NO_THRESHOLD),
-            limiter,
             request_types,
             options,
             disk,

@@ -2,14 +2,32 @@
 //!
 //! Each limit is a bucket whose level falls at the permitted rate. A request may start while the level of each bucket that
 //! concerns it is within the bucket's capacity, and then adds its whole size or count. So a large request needs no special
-//! case: it only makes the next one wait longer. Here are the values; `throttle_group` shares them between workers and disks.
+//! case: it only makes the next one wait longer. Here are the values; `throttle_group` shares them between workers
+//! and disks, and `throttle_queue` has the requests that wait.
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::admission::Direction;
 use crate::clock::Instant;
+
+/// Reads and writes are limited apart, or together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Direction {
+    Read,
+    Write,
+}
+
+impl Direction {
+    pub(super) const BOTH: [Self; 2] = [Self::Read, Self::Write];
+
+    pub(super) fn other(self) -> Self {
+        match self {
+            Self::Read => Self::Write,
+            Self::Write => Self::Read,
+        }
+    }
+}
 
 /// The six limits of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

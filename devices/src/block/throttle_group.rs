@@ -19,8 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use super::admission::{Direction, Limiter};
-use super::throttle::{Buckets, Throttling};
+use super::throttle::{Buckets, Direction, Throttling};
 use crate::clock::Instant;
 use crate::lock;
 
@@ -135,25 +134,27 @@ impl Throttle {
     fn membership(&self) -> Option<Membership> {
         lock(&self.membership).clone()
     }
-}
 
-impl Limiter for Throttle {
-    fn is_off(&self) -> bool {
+    /// Whether nothing is limited now.
+    pub(super) fn is_off(&self) -> bool {
         self.off.load(Ordering::Relaxed)
     }
 
-    fn couples_directions(&self) -> bool {
+    /// Whether reads and writes count for the same limit. Then neither may overtake the other.
+    pub(super) fn couples_directions(&self) -> bool {
         self.membership()
             .is_some_and(|Membership { group, .. }| lock(&group.state).buckets.couple_directions())
     }
 
-    fn wait(&self, direction: Direction, now: Instant) -> Duration {
+    /// How long a request has to wait from `now` on before it may start. Zero: it may start.
+    pub(super) fn wait(&self, direction: Direction, now: Instant) -> Duration {
         self.membership().map_or(Duration::ZERO, |Membership { group, number }| {
             lock(&group.state).wait(number, direction, now)
         })
     }
 
-    fn charge(&self, direction: Direction, bytes: u64) {
+    /// Counts a request of so many bytes, which starts now.
+    pub(super) fn charge(&self, direction: Direction, bytes: u64) {
         if let Some(Membership { group, number }) = self.membership() {
             lock(&group.state).charge(number, direction, bytes);
         }

@@ -104,6 +104,12 @@ pub struct Transfer<'a> {
     pub ranges: &'a [GuestRange],
 }
 
+impl Transfer<'_> {
+    /// A flush with tag 0.
+    pub(crate) const FLUSH: Self =
+        Self { tag: 0, operation: Operation::Flush, offset: 0, length: 0, ranges: &[] };
+}
+
 /// A finished transfer. The caller may use its tag and its guest memory again.
 #[derive(Debug)]
 pub struct Completion {

@@ -89,6 +89,13 @@ impl Drain {
 /// that has ended touches no guest memory.
 pub struct Party(pub Drain);
 
+impl Party {
+    /// Hands back a queue of this party.
+    pub fn hand_back(&self, queue: ActiveQueue) {
+        lock(&self.0.0.state).queues.push(queue);
+    }
+}
+
 impl Drop for Party {
     fn drop(&mut self) {
         self.0.finish([]);

@@ -133,6 +133,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("ranges of raw images", &["devices/src/disk/raw/ranges.rs"]),
     ("reports of guest and disks", &["vmm/src/machine/reports.rs"]),
     ("resize", &["vmm/src/machine/resize.rs"]),
+    ("resets of disks", &["devices/src/block/worker/reset.rs"]),
     ("required calls", &["cli/src/required_calls.rs"]),
     ("sandbox", &["vmm/src/sandbox"]),
     ("scsi", &["devices/src/disk/scsi", "devices/src/block/scsi"]),

@@ -2,7 +2,7 @@
 //!
 //! A capability: `device` plugs [`Identity`] in as [`RequestTypes`].
 
-use super::{Action, RequestLimits, RequestTypes, UnsuitableRequest};
+use super::{Action, RequestLimits, RequestTypes, Unsuitable};
 use crate::GuestMemory;
 use crate::block::stats::Kind;
 use crate::disk::{Disk, Lifetime};
@@ -38,7 +38,7 @@ impl RequestTypes for Identity {
         _: &mut ChainBuffers,
         _: &GuestMemory,
         limits: &RequestLimits,
-    ) -> Option<(Kind, Result<Action, UnsuitableRequest>)> {
+    ) -> Option<(Kind, Result<Action, Unsuitable>)> {
         let answer = match request_type {
             blk::T_GET_ID => self.id.to_vec(),
             blk::T_GET_LIFETIME if limits.features & blk::F_LIFETIME != 0 => {

@@ -1,7 +1,7 @@
 //! What a descriptor chain asks the disk to do, as one value.
 //!
 //! [`parse()`] turns the buffers of a chain into a [`Request`], or into the [`Refusal`] that answers it. A request has passed
-//! every check. It holds all that the worker needs to serve it: what to do, where its data is, and where its status byte goes.
+//! every check. It says what to do, and where its status byte goes. Its data is what is left of the chain's buffers.
 //!
 //! [`RequestTypes`] makes the requests that are no read, write or flush (`segments`, `identity`, SCSI commands). The device
 //! plugs its implementations in: [`parse()`] and the worker know only the trait.
@@ -15,10 +15,10 @@ use std::slice;
 use vm_memory::GuestAddress;
 
 use super::stats::Kind;
+use crate::GuestMemory;
 use crate::disk::{Disk, DiskError, Engine, Operation};
 use crate::virtio::queue::ChainBuffers;
 use crate::virtio::spec::blk;
-use crate::{GuestMemory, GuestRange};
 
 pub(super) use parse::parse;
 
@@ -37,23 +37,21 @@ pub(super) struct RequestLimits {
 }
 
 /// A request that passed every check.
-pub(super) struct Request<'a> {
+pub(super) struct Request {
     pub(super) kind: Kind,
     pub(super) status: GuestAddress,
     pub(super) action: Action,
-    /// The guest memory that a write comes from, or that a read or an answer goes to.
-    pub(super) data: &'a [GuestRange],
 }
 
 /// What the worker has to do for a request.
 pub(super) enum Action {
-    /// Move this range between the disk and the request's data.
+    /// Read this range into the writable buffers, or write the readable ones to it.
     Transfer(DiskRange),
     /// Make the writes durable that completed before this request was taken (virtio 1.2 §5.2.6.2).
     Flush,
     /// Discard, zero or erase these ranges, one after the other.
     Ranges(Vec<DiskRange>),
-    /// Write this into the data.
+    /// Write this into the writable buffers.
     Answer(Vec<u8>),
     /// Have the engine carry out a command.
     Command(Box<dyn CommandRequest>),
@@ -100,17 +98,14 @@ pub(super) trait RequestTypes: Send + Sync {
         buffers: &mut ChainBuffers,
         memory: &GuestMemory,
         limits: &RequestLimits,
-    ) -> Option<(Kind, Result<Action, UnsuitableRequest>)>;
+    ) -> Option<(Kind, Result<Action, Unsuitable>)>;
 
     /// Adds the feature bits of its request types to `features`, and their fields to the configuration space of `disk`.
     fn offer(&self, _disk: &dyn Disk, _features: &mut u64, _config: &mut blk::Config) {}
 }
 
 /// The status that refuses a request, and how many bytes of data were written before the status byte.
-pub(super) struct UnsuitableRequest {
-    pub(super) code: u8,
-    pub(super) written: u32,
-}
+pub(super) type Unsuitable = (u8, u32);
 
 /// The byte offset of `sector`. `None`: the `length` bytes from there are not whole logical blocks, or reach past the disk's
 /// end.
@@ -124,8 +119,8 @@ pub(super) fn byte_offset(sector: u64, length: u64, limits: &RequestLimits) -> O
 
 /// A request that the engine carries out neither as a transfer nor as a flush, such as a SCSI command.
 pub(super) trait CommandRequest: Send {
-    /// Hands the command to the engine. The completion will have this tag.
-    fn submit(&self, tag: u32, data: &[GuestRange], engine: &mut dyn Engine);
+    /// Hands the command to the engine, with its data in `buffers`. The completion will have this tag.
+    fn submit(&self, tag: u32, buffers: &ChainBuffers, engine: &mut dyn Engine);
 
     /// The command is finished: writes its reply to guest memory. Returns the status, and how many bytes were written before
     /// the status byte. The driver gets every failure: the error policy does not apply.

@@ -3,7 +3,7 @@
 //! A capability: `device` plugs [`Segments`] in as [`RequestTypes`]. The worker knows the ranges of the disk that a request is for,
 //! and hands them to the engine in pieces.
 
-use super::{Action, DiskRange, RequestLimits, RequestTypes, UnsuitableRequest, byte_offset};
+use super::{Action, DiskRange, RequestLimits, RequestTypes, Unsuitable, byte_offset};
 use crate::GuestMemory;
 use crate::block::stats::Kind;
 use crate::disk::{Disk, Operation};
@@ -25,7 +25,7 @@ impl RequestTypes for Segments {
         buffers: &mut ChainBuffers,
         memory: &GuestMemory,
         limits: &RequestLimits,
-    ) -> Option<(Kind, Result<Action, UnsuitableRequest>)> {
+    ) -> Option<(Kind, Result<Action, Unsuitable>)> {
         let kind = match request_type {
             blk::T_DISCARD => Kind::Discard,
             blk::T_WRITE_ZEROES => Kind::WriteZeroes,
@@ -33,7 +33,7 @@ impl RequestTypes for Segments {
             _ => return None,
         };
         let action = parse_segments(buffers, memory, kind, limits);
-        Some((kind, action.map_err(|code| UnsuitableRequest { code, written: 0 })))
+        Some((kind, action.map_err(|code| (code, 0))))
     }
 
     fn offer(&self, disk: &dyn Disk, features: &mut u64, config: &mut blk::Config) {

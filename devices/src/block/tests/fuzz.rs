@@ -12,8 +12,7 @@ use vm_memory::ByteValued;
 use super::driver::{BUFFERS, Buffer, INDIRECT, NEXT, WRITE};
 use super::rig::Rig;
 use crate::block::KindStats;
-use crate::block::admission::{Direction, Limiter};
-use crate::block::throttle::{Limit, Rate, Throttling};
+use crate::block::throttle::{Direction, Limit, Rate, Throttling};
 use crate::block::throttle_group::Throttle;
 use crate::block::{ErrorPolicy, Kind};
 use crate::clock::Instant;
@@ -205,7 +204,7 @@ impl Fuzz {
                 let rig = &mut self.rig;
                 rig.driver.reset_ring(queue.into());
                 let active = rig.driver.active(queue);
-                rig.worker().add_queue(queue.into(), active).unwrap();
+                rig.worker().add_queue(queue.into(), active);
                 self.start_over(queue.into()..usize::from(queue) + 1);
             }
         }
@@ -312,6 +311,7 @@ fn block() {
         fuzz.rig.disk.set_capacity(512 * SECTORS);
         fuzz.rig.set_throttling(Throttling::default());
         fuzz.rig.reset();
+        fuzz.rig.worker().resume();
         fuzz.rig.assert_alive();
     });
 }

@@ -213,7 +213,7 @@ fn a_queue_with_a_history_gets_one_interrupt() {
     assert_eq!(rig.driver.line.count(), 1);
     let mut queue = rig.remove_queue(0).unwrap();
     queue.restored = true;
-    rig.worker().add_queue(0, queue).unwrap();
+    rig.worker().add_queue(0, queue);
     for _ in 0..3 {
         rig.serve();
         assert_eq!(rig.driver.line.count(), 2);

@@ -250,7 +250,7 @@ fn a_stopped_request_survives_a_snapshot() {
     let queue = rig.remove_queue(0).unwrap();
     rig.disk.heal();
     rig.pause();
-    rig.worker().add_queue(0, queue).unwrap();
+    rig.worker().add_queue(0, queue);
     let stopped = |heads: Vec<u16>| QueueSnapshot { stopped: heads, ..Default::default() };
     assert!(rig.worker().restore(0, &stopped(heads)));
     assert!(!rig.worker().restore(0, &stopped(vec![64])));

@@ -2,17 +2,19 @@
 
 use crate::clock::Instant;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use super::disk::TestDisk;
 use super::driver::{Buffer, Driver, MEMORY, Sent};
 use crate::block::device::request_types;
 use crate::block::shared::Shared;
 use crate::block::throttle_group::Throttle;
+use crate::block::throttle_queue::ThrottleQueue;
 use crate::block::worker::{Negotiated, Worker};
 use crate::block::{BlockEvent, BlockOptions, BlockStats, EventSink, Throttling};
 use crate::disk::EngineSetup;
 use crate::virtio::device::ActiveQueue;
-use crate::virtio::drain::Drain;
+use crate::virtio::drain::{Drain, Party};
 use crate::virtio::spec::{self, blk};
 
 pub(super) struct Setup {
@@ -30,8 +32,7 @@ pub(super) struct Setup {
 pub(super) struct Rig {
     pub(super) disk: Arc<TestDisk>,
     pub(super) driver: Driver,
-    /// `None` only while the device is reset.
-    worker: Option<Worker>,
+    worker: Worker,
     shared: Arc<Shared>,
     throttle: Arc<Throttle>,
     events: Arc<Mutex<Vec<BlockEvent>>>,
@@ -61,34 +62,62 @@ impl Rig {
         let throttle = Arc::new(Throttle::new(&options.throttling, &options.name, Instant::now()));
         let commands = request_types(&options, &*disk);
         let sizes = options.check(&disk.limits).unwrap();
-        let limiter = Arc::clone(&throttle);
         let geometry = crate::block::geometry::rule(None, &*disk);
-        let shared = Shared::new(
-            options,
-            &sizes,
-            Arc::clone(&disk) as _,
-            sink,
-            1,
-            limiter,
-            commands,
-            geometry,
-        );
+        let shown = Arc::clone(&disk) as _;
+        let shared = Shared::new(options, &sizes, shown, sink, 1, commands, geometry);
         let features = shared.config_space.features & accepted;
         let driver = Driver::with_memory(queues, ring_size, memory);
-        let worker = Some(start(&shared, &driver, features, queues));
-        Self { disk, driver, worker, shared, throttle, events, features, queues }
+        let (memory, positions) = (driver.memory.clone(), usize::from(queues));
+        let engine = EngineSetup::new(memory.clone(), shared.depth(positions));
+        let engine = Arc::clone(&shared.disk).engine(engine).unwrap();
+        let limiter = Box::new(ThrottleQueue::new(Arc::clone(&throttle)).unwrap());
+        let worker = Worker::new(&shared, 0, positions, memory, limiter, engine);
+        let mut rig = Self { disk, driver, worker, shared, throttle, events, features, queues };
+        rig.start();
+        rig
+    }
+
+    fn start(&mut self) {
+        let interrupt = self.driver.interrupt.clone();
+        self.worker.start(Negotiated { features: self.features, interrupt });
+        for queue in 0..self.queues {
+            self.worker.add_queue(usize::from(queue), self.driver.active(queue));
+        }
     }
 
     /// The driver resets the device and starts over, with fresh rings.
     pub(super) fn reset(&mut self) {
-        end(self.worker.take().unwrap(), &self.disk);
+        self.stop();
         self.driver.interrupt.reset();
         (0..self.queues).for_each(|ring| self.driver.reset_ring(ring.into()));
-        self.worker = Some(start(&self.shared, &self.driver, self.features, self.queues));
+        self.start();
+    }
+
+    /// Resets the device, and lets everything finish that the disk has.
+    fn stop(&mut self) {
+        let drain = Drain::new(1);
+        self.worker.reset(Party(drain.clone()));
+        self.finish(&drain);
+    }
+
+    fn finish(&mut self, drain: &Drain) {
+        loop {
+            self.worker.advance_resets();
+            if drain.is_done() {
+                return;
+            }
+            self.disk.finish_all();
+            self.worker.reap();
+        }
     }
 
     pub(super) fn worker(&mut self) -> &mut Worker {
-        self.worker.as_mut().unwrap()
+        &mut self.worker
+    }
+
+    /// How long from `now` until the worker's limiter lets a request start. `None`: none waits.
+    pub(super) fn next_release(&self, now: Instant) -> Option<Duration> {
+        self.worker.limiter().downcast_ref::<ThrottleQueue>().unwrap().next_release(now)
     }
 
     pub(super) fn serve(&mut self) {
@@ -97,27 +126,19 @@ impl Rig {
 
     /// Pauses, and lets everything finish that the disk has.
     pub(super) fn pause(&mut self) {
-        let worker = self.worker.as_mut().unwrap();
-        worker.pause();
-        while !worker.stands_still() {
+        self.worker.pause();
+        while !self.worker.stands_still() {
             self.disk.finish_all();
-            worker.reap();
+            self.worker.reap();
         }
     }
 
     /// Resets one queue, and lets everything finish that the disk has.
     pub(super) fn remove_queue(&mut self, position: usize) -> Option<ActiveQueue> {
         let drain = Drain::new(1);
-        let worker = self.worker.as_mut().unwrap();
-        worker.remove_queue(position, drain.clone());
-        loop {
-            worker.advance_resets();
-            if drain.is_done() {
-                return drain.take_queues().pop();
-            }
-            self.disk.finish_all();
-            worker.reap();
-        }
+        self.worker.reset_queue(position, Party(drain.clone()));
+        self.finish(&drain);
+        drain.take_queues().pop()
     }
 
     /// The heads of the requests that were taken and not answered.
@@ -201,42 +222,10 @@ impl Rig {
 impl Drop for Rig {
     fn drop(&mut self) {
         // A test may end with requests stopped or held.
-        if let Some(worker) = self.worker.take()
-            && !std::thread::panicking()
-        {
-            end(worker, &self.disk);
+        if !std::thread::panicking() {
+            self.stop();
         }
     }
-}
-
-fn start(shared: &Arc<Shared>, driver: &Driver, features: u64, queues: u16) -> Worker {
-    let negotiated =
-        Negotiated { memory: driver.memory.clone(), features, interrupt: driver.interrupt.clone() };
-    let setup = EngineSetup::new(driver.memory.clone(), shared.depth(usize::from(queues)));
-    let engine = Arc::clone(&shared.disk).engine(setup).unwrap();
-    let mut worker = Worker::new(
-        Arc::clone(shared),
-        Arc::clone(&shared.counters[0]),
-        negotiated,
-        usize::from(queues),
-        false,
-        engine,
-    );
-    (0..queues)
-        .for_each(|queue| worker.add_queue(usize::from(queue), driver.active(queue)).unwrap());
-    worker
-}
-
-/// Stops the worker, while everything finishes that the disk has.
-fn end(mut worker: Worker, disk: &TestDisk) {
-    let drain = Drain::new(1);
-    worker.reset(drain.clone());
-    while !worker.advance_resets() {
-        disk.finish_all();
-        worker.reap();
-    }
-    worker.finish();
-    assert!(drain.is_done());
 }
 
 /// An event sink and what it received.

@@ -42,14 +42,14 @@ fn requests_wait_in_order_and_go_when_the_limit_is_lifted() {
         answered(&mut rig, &sent.iter().collect::<Vec<_>>()),
         [true, false, false, false, false, false]
     );
-    assert!(rig.worker().next_release(Instant::now()).is_some());
+    assert!(rig.next_release(Instant::now()).is_some());
     // Too early: nothing happens.
     rig.worker().release(Instant::now());
     assert_eq!(rig.driver.used(0), []);
     lift(&mut rig);
     let heads: Vec<_> = rig.driver.used(0).iter().map(|(head, _)| *head).collect();
     assert_eq!(heads, sent[1..].iter().map(|sent| sent.head).collect::<Vec<_>>());
-    assert_eq!(rig.worker().next_release(Instant::now()), None);
+    assert_eq!(rig.next_release(Instant::now()), None);
     assert_eq!(rig.stats().kind(Kind::Read).operations, 6);
     // What waited together travels together.
     assert_eq!(rig.stats().kind(Kind::Read).merged, 4);
@@ -100,7 +100,6 @@ fn requests_wait_on_through_a_pause() {
     rig.worker().pause();
     assert!(rig.worker().stands_still());
     assert_eq!(rig.stopped(), [sent[1].head, sent[2].head]);
-    assert_eq!(rig.worker().next_release(Instant::now()), None);
     lift(&mut rig);
     assert_eq!(rig.driver.used(0), []);
     assert_eq!(rig.disk.data()[2 * 512..4 * 512], [[2; 512], [3; 512]].concat());
@@ -117,7 +116,7 @@ fn a_pause_is_no_way_around_the_limits() {
     rig.pause();
     rig.worker().resume();
     assert_eq!(answered(&mut rig, &[&sent[1], &sent[2]]), [false, false]);
-    assert!(rig.worker().next_release(Instant::now()).unwrap() > Duration::ZERO);
+    assert!(rig.next_release(Instant::now()).unwrap() > Duration::ZERO);
 }
 
 /// The driver gives up what has not begun when it resets the device.
@@ -235,7 +234,7 @@ fn minute<const N: usize>(rates: &[(Limit, u64)], depths: [[usize; 2]; N]) -> [[
             load.count();
             load.refill();
             // One without requests sleeps on.
-            *wake = now + load.rig.worker().next_release(now).unwrap_or(Duration::MAX);
+            *wake = now + load.rig.next_release(now).unwrap_or(Duration::MAX);
         }
         now = wake.into_iter().min().unwrap().max(now + Duration::from_nanos(1));
     }

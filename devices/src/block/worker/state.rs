@@ -4,13 +4,19 @@
 //! A capability: the worker does without it. It is a child of the worker's module, so that it can read and write the worker's
 //! fields. It adds [`BlockHandle::queues`] and [`BlockHandle::restore_queue`]. The transport saves addresses, sizes and indices.
 
+use std::sync::mpsc;
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use super::Worker;
 use crate::block::device::{BlockHandle, place};
 use crate::block::queue::{QueueState, WorkerQueue};
-use crate::block::worker_thread::WorkerThread;
+use crate::block::worker_thread::{Loop, WorkerThread};
 use crate::virtio::queue::DescriptorChain;
+
+/// The longest that a question waits for its answer: the thread may be waiting for host I/O that it has begun before.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The state of a queue while the disk stands still. Together with the addresses and the size, which the transport saves, this
 /// is all that a restore needs.
@@ -30,17 +36,17 @@ pub struct QueueSnapshot {
 }
 
 impl WorkerQueue {
-    /// The queue as a value. `in_flight`: the heads of its requests in the in-flight table.
-    fn snapshot(&self, in_flight: impl Iterator<Item = u16>) -> QueueSnapshot {
-        let waiting = self.waiting.iter().flatten().map(|request| &request.chain);
-        let idle = self.stopped.iter().chain(waiting).map(DescriptorChain::head);
+    /// The queue as a value. `in_flight`: the heads of its requests in the in-flight table. `waiting`: of those that wait for the
+    /// limiter.
+    fn snapshot(&self, in_flight: impl Iterator<Item = u16>, waiting: Vec<u16>) -> QueueSnapshot {
+        let stopped = self.stopped.iter().map(DescriptorChain::head);
         let (next_avail, next_used) = self.split.position();
         QueueSnapshot {
             queue: self.index,
             next_avail,
             next_used,
             broken: self.state == QueueState::Broken,
-            stopped: in_flight.chain(idle).collect(),
+            stopped: in_flight.chain(stopped).chain(waiting).collect(),
         }
     }
 
@@ -60,8 +66,11 @@ impl Worker {
     /// The queues of a worker that stands still, as values.
     pub(in crate::block) fn snapshot(&self) -> Vec<QueueSnapshot> {
         let of_queue = |(position, queue): (usize, &WorkerQueue)| {
-            let ready = self.dispatcher.ready().filter(|request| request.queue == position);
-            queue.snapshot(ready.map(|request| request.chain.head()))
+            let ready =
+                self.dispatcher.ready.iter().filter_map(|tag| self.dispatcher.in_flight.find(*tag));
+            let of_queue =
+                ready.map(|request| &request.taken).filter(|taken| taken.queue == position);
+            queue.snapshot(of_queue.map(|taken| taken.chain.head()), self.limiter.waiting(position))
         };
         self.queues.iter().map(of_queue).collect()
     }
@@ -72,12 +81,24 @@ impl Worker {
     }
 }
 
+impl WorkerThread {
+    /// Sends a question, and waits for the answer, at most [`REPLY_TIMEOUT`]. `None`: the thread is gone, or is waiting for the
+    /// host. A question must need no host I/O. A command that does gets a drain instead.
+    fn request<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&mut Loop) -> T + Send + 'static,
+    ) -> Option<T> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        // The caller may have given up.
+        let _ = self.send(move |thread, _| drop(reply.send(question(thread))));
+        answer.recv_timeout(REPLY_TIMEOUT).ok()
+    }
+}
+
 impl BlockHandle {
     /// The queues of a disk that stands still, as values, in index order.
     pub fn queues(&self) -> Vec<QueueSnapshot> {
-        let states = |worker: &WorkerThread| {
-            worker.request(|thread, _| thread.worker.as_ref().map_or(Vec::new(), Worker::snapshot))
-        };
+        let states = |worker: &WorkerThread| worker.request(|thread| thread.worker.snapshot());
         let mut queues: Vec<_> = self.workers.iter().filter_map(states).flatten().collect();
         queues.sort_by_key(|queue| queue.queue);
         queues
@@ -87,9 +108,7 @@ impl BlockHandle {
     /// `false`: the device does not have that queue, or a chain is impossible.
     pub fn restore_queue(&self, snapshot: QueueSnapshot) -> bool {
         let (worker, position) = place(&self.workers, snapshot.queue);
-        let restored = worker.request(move |thread, _| {
-            thread.worker.as_mut().is_some_and(|worker| worker.restore(position, &snapshot))
-        });
+        let restored = worker.request(move |thread| thread.worker.restore(position, &snapshot));
         restored.unwrap_or(false)
     }
 }
