@@ -84,8 +84,7 @@ impl ConfigSpace {
 mod tests {
     use super::*;
     use crate::block::device::request_types;
-    use crate::block::geometry;
-    use crate::block::options::Geometry;
+    use crate::block::geometry::{self, Geometry};
     use crate::block::tests::TestDisk;
     use crate::disk::{Lifetime, Limits};
 
@@ -94,7 +93,7 @@ mod tests {
         let mut disk = TestDisk::new(8);
         change(&mut options, &mut disk);
         let sizes = options.check(&disk.limits).unwrap();
-        let geometry = geometry::rule(options.geometry, &disk);
+        let geometry = Box::new(geometry::rule(options.geometry, &disk));
         let request_types = request_types(&options, &disk);
         ConfigSpace::new(&options, &sizes, &disk, geometry, &request_types)
     }

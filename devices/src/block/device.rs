@@ -5,12 +5,15 @@
 //! together: it plugs in the limiter, the SCSI commands and the geometry.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use event_manager::EventOps;
 use virtio_queue::QueueT;
 
+use super::config_space::ConfigSpace;
+use super::error_policy::ErrorPolicies;
 use super::events::EventSink;
 use super::geometry;
 use super::options::{BlockError, BlockOptions};
@@ -18,7 +21,7 @@ use super::request::RequestTypes;
 use super::request::identity::Identity;
 use super::request::segments::Segments;
 use super::scsi::ScsiCommands;
-use super::shared::Shared;
+use super::shared::{LogLimits, NO_THRESHOLD, Shared};
 use super::stats::IoStatus;
 use super::throttle_group::Throttle;
 use super::throttle_queue::ThrottleQueue;
@@ -62,10 +65,7 @@ impl BlockDevice {
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let count = usize::from(options.num_queues).clamp(1, cpus);
         let throttle = Arc::new(Throttle::new(&options.throttling, &options.name, Instant::now()));
-        let types = request_types(&options, &*disk);
-        let geometry = geometry::rule(options.geometry, &*disk);
-        let sizes = options.check(&disk.limits())?;
-        let shared = Shared::new(options, &sizes, disk, events, count, types, geometry);
+        let shared = share(options, disk, events, count)?;
         let workers: Result<Arc<[_]>, _> = (0..count)
             .map(|number| {
                 // The number of queues that `place` gives to this thread.
@@ -84,6 +84,35 @@ impl BlockDevice {
     pub fn handle(&self) -> BlockHandle {
         self.handle.clone()
     }
+}
+
+/// Plugs the capabilities of a disk with `workers` threads into what the threads share.
+pub(super) fn share(
+    options: BlockOptions,
+    disk: Arc<dyn Disk>,
+    events: EventSink,
+    workers: usize,
+) -> Result<Arc<Shared>, BlockError> {
+    let sizes = options.check(&disk.limits())?;
+    let request_types = request_types(&options, &*disk);
+    let geometry = Box::new(geometry::rule(options.geometry, &*disk));
+    Ok(Arc::new(Shared {
+        config_space: ConfigSpace::new(&options, &sizes, &*disk, geometry, &request_types),
+        writeback: AtomicBool::new(options.write_cache),
+        write_threshold: AtomicU64::new(NO_THRESHOLD),
+        counters: (0..workers).map(|_| Arc::default()).collect(),
+        request_types,
+        host_errors: Box::new(ErrorPolicies::new(
+            options.name.clone(),
+            options.read_errors,
+            options.write_errors,
+            Arc::clone(&events),
+        )),
+        limits: LogLimits::default(),
+        options,
+        disk,
+        events,
+    }))
 }
 
 /// The request types that a disk serves beside reads, writes and flushes.
@@ -231,7 +260,7 @@ impl BlockHandle {
 
     /// Whether an error stopped the VM.
     pub fn io_status(&self) -> IoStatus {
-        self.shared.io_status()
+        self.shared.host_errors.io_status()
     }
 
     /// Pauses the disk: the workers take no more requests. The drain is done when nothing of the disk is with the host any more.
@@ -249,7 +278,7 @@ impl BlockHandle {
     /// Ends a pause, and clears the I/O status. Each worker begins its stopped requests again, in order, and then serves its
     /// queues.
     pub fn resume(&self) {
-        self.shared.set_io_status(IoStatus::Ok);
+        self.shared.host_errors.clear();
         for worker in &*self.workers {
             // A thread that is gone has reported that.
             let _ = worker.send(|thread, _| thread.resume());

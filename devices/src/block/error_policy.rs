@@ -1,17 +1,149 @@
-//! The error policy (`rerror`, `werror`): decides what becomes of a request that the host failed. The worker acts on it.
+//! The error policies (`rerror`, `werror`): what becomes of a request that the host failed, and who hears of it.
+//!
+//! A capability: a request passes it only when the host has failed it. `device` plugs [`ErrorPolicies`] in, which the workers know
+//! as [`HostErrors`].
 
-use super::events::ErrorAction;
-use super::options::ErrorPolicy;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::events::{BlockEvent, ErrorAction, EventSink};
+use super::request::HostErrors;
+use super::stats::{IoStatus, Kind};
 use crate::disk::DiskError;
+use crate::lock;
+use crate::log_limit::LogLimit;
+use crate::virtio::spec::blk;
 
-/// What to do about `error` under `policy`. `None`: the request could not be done, but the host did not fail. The policy does
-/// not apply, and the driver gets the error.
-pub(super) fn decide(policy: ErrorPolicy, error: DiskError) -> Option<ErrorAction> {
-    Some(match (policy, error) {
-        // The image shrank under a request that was in bounds when it was parsed, or does not support the operation.
-        (_, DiskError::Unsupported | DiskError::OutOfRange) => return None,
-        (ErrorPolicy::Ignore, _) => ErrorAction::Ignore,
-        (ErrorPolicy::Stop, _) | (ErrorPolicy::Enospc, DiskError::NoSpace) => ErrorAction::Stop,
-        (ErrorPolicy::Report | ErrorPolicy::Enospc, _) => ErrorAction::Report,
-    })
+/// What to do after the host failed a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ErrorPolicy {
+    /// Tell the guest: IOERR.
+    Report,
+    /// Tell the guest that all is well.
+    Ignore,
+    /// Keep the request and stop the VM; the request is retried when the VM goes on.
+    Stop,
+    /// As `Stop` when the host is out of space, else as `Report`.
+    Enospc,
+}
+
+/// The policies of a disk, which its workers share.
+pub(super) struct ErrorPolicies {
+    disk: String,
+    read_errors: ErrorPolicy,
+    write_errors: ErrorPolicy,
+    events: EventSink,
+    io_status: AtomicU8,
+    log_limit: LogLimit,
+    event_limit: EventLimit,
+}
+
+impl ErrorPolicies {
+    pub(super) fn new(
+        disk: String,
+        read_errors: ErrorPolicy,
+        write_errors: ErrorPolicy,
+        events: EventSink,
+    ) -> Self {
+        Self {
+            disk,
+            read_errors,
+            write_errors,
+            events,
+            io_status: AtomicU8::new(IoStatus::Ok as u8),
+            log_limit: LogLimit::new(),
+            event_limit: EventLimit::default(),
+        }
+    }
+
+    fn set_io_status(&self, status: IoStatus) {
+        self.io_status.store(status as u8, Ordering::Relaxed);
+    }
+
+    /// Reports a host error to the VM and to the log.
+    fn report(&self, operation: Kind, error: DiskError, action: ErrorAction) {
+        let nospace = error == DiskError::NoSpace;
+        if action == ErrorAction::Stop {
+            self.set_io_status(if nospace { IoStatus::NoSpace } else { IoStatus::Failed });
+        }
+        let disk = &self.disk;
+        if let Some(suppressed) = self.log_limit.admit() {
+            tracing::warn!(disk, ?operation, %error, ?action, suppressed, "the host failed a request");
+        }
+        // A stop is always announced: the VM has to act, and there are no more of them than the queues hold.
+        if action == ErrorAction::Stop || self.event_limit.admit(Instant::now()) {
+            let (device, reason) = (disk.clone(), error.strerror());
+            (self.events)(BlockEvent::IoError { device, operation, action, nospace, reason });
+        }
+    }
+}
+
+impl HostErrors for ErrorPolicies {
+    fn decide(&self, kind: Kind, error: DiskError) -> Option<u8> {
+        let policy = if kind == Kind::Read { self.read_errors } else { self.write_errors };
+        let action = match (policy, error) {
+            // The request could not be done, but the host did not fail: the image shrank under a request that was in bounds when
+            // it was parsed, or does not support the operation.
+            (_, DiskError::Unsupported) => return Some(blk::S_UNSUPP),
+            (_, DiskError::OutOfRange) => return Some(blk::S_IOERR),
+            (ErrorPolicy::Ignore, _) => ErrorAction::Ignore,
+            (ErrorPolicy::Stop, _) | (ErrorPolicy::Enospc, DiskError::NoSpace) => ErrorAction::Stop,
+            (ErrorPolicy::Report | ErrorPolicy::Enospc, _) => ErrorAction::Report,
+        };
+        self.report(kind, error, action);
+        match action {
+            ErrorAction::Report => Some(blk::S_IOERR),
+            ErrorAction::Ignore => Some(blk::S_OK),
+            ErrorAction::Stop => None,
+        }
+    }
+
+    fn io_status(&self) -> IoStatus {
+        match self.io_status.load(Ordering::Relaxed) {
+            status if status == IoStatus::Failed as u8 => IoStatus::Failed,
+            status if status == IoStatus::NoSpace as u8 => IoStatus::NoSpace,
+            _ => IoStatus::Ok,
+        }
+    }
+
+    fn clear(&self) {
+        self.set_io_status(IoStatus::Ok);
+    }
+}
+
+/// Most error events a second of one disk. A guest can make a failing host fail a hundred thousand requests a second, each
+/// event wakes the main loop, and an operator learns from the first few what there is to know: the rest is in the disk's
+/// statistics.
+const ERROR_EVENTS_PER_SECOND: u32 = 64;
+
+/// Decides whether an event may be sent.
+#[derive(Default)]
+struct EventLimit(Mutex<Option<(Instant, u32)>>);
+
+impl EventLimit {
+    fn admit(&self, now: Instant) -> bool {
+        let mut window = lock(&self.0);
+        let fresh = window.filter(|(begin, _)| now < *begin + Duration::from_secs(1));
+        let (begin, sent) = fresh.unwrap_or((now, 0));
+        *window = Some((begin, sent.saturating_add(1)));
+        sent < ERROR_EVENTS_PER_SECOND
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_are_limited_each_second() {
+        let limit = EventLimit::default();
+        let now = Instant::now();
+        let admitted = |at: u64| limit.admit(now + Duration::from_millis(at));
+        assert_eq!((0..1000).filter(|_| admitted(0)).count() as u32, ERROR_EVENTS_PER_SECOND);
+        assert!(!admitted(999));
+        assert!(admitted(1000));
+    }
 }

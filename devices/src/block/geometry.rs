@@ -1,24 +1,38 @@
 //! The geometry of a disk, for software that still asks for it: the given one, that of an MBR, or a PC's.
 //!
-//! A capability: `device` plugs [`rule`] into the configuration space, which knows it as a [`GeometryRule`].
+//! A capability: `device` plugs [`rule`] into the configuration space, which knows it as a `GeometryRule`.
 
-use super::config_space::GeometryRule;
-use super::options::Geometry;
+use serde::{Deserialize, Serialize};
+
 use crate::disk::Disk;
 use crate::virtio::spec::blk;
 
+/// Disk geometry for software that still asks for it (virtio 1.2 §5.2.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Geometry {
+    /// Cylinders.
+    pub cylinders: u16,
+    /// Heads: tracks a cylinder.
+    pub heads: u8,
+    /// Sectors a track, of 512 bytes.
+    pub sectors: u8,
+}
+
 /// The rule for a disk, which is read for its partition table unless the geometry is `given`.
-pub(super) fn rule(given: Option<Geometry>, disk: &dyn Disk) -> GeometryRule {
+pub(super) fn rule(
+    given: Option<Geometry>,
+    disk: &dyn Disk,
+) -> impl Fn(&mut blk::Config) + Send + Sync + use<> {
     let partitioned =
         || partition_geometry(&disk.first_sector()?, disk.capacity() / blk::SECTOR_SIZE);
     let fixed = given.or_else(partitioned);
-    Box::new(move |config| {
+    move |config| {
         let geometry = fixed.unwrap_or_else(|| standard_geometry(config.capacity));
         config.cylinders = geometry.cylinders;
         config.heads = geometry.heads;
         config.sectors =
             whole_blocks(geometry, config.capacity * blk::SECTOR_SIZE, config.blk_size);
-    })
+    }
 }
 
 const CYLINDERS_MAX: u64 = 16383;

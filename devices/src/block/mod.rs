@@ -50,10 +50,12 @@ mod worker_thread;
 mod tests;
 
 pub use device::{BlockDevice, BlockHandle};
+pub use error_policy::ErrorPolicy;
 pub use events::{BlockEvent, ErrorAction, EventSink};
+pub use geometry::Geometry;
 pub use histogram::Histogram;
 pub use operator::{BlockStats, KindStats, share_limits};
-pub use options::{BlockError, BlockOptions, ErrorPolicy, Geometry};
+pub use options::{BlockError, BlockOptions};
 pub use stats::{IoStatus, Kind};
 pub use throttle::{Limit, Rate, Throttling, ThrottlingError};
 pub use worker::state::QueueSnapshot;

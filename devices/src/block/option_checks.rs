@@ -2,7 +2,8 @@
 //!
 //! A capability: `device` calls [`BlockOptions::check`] when it makes a disk; what is refused gets no further.
 
-use super::options::{BlockError, BlockOptions, BlockSizes, Geometry};
+use super::geometry::Geometry;
+use super::options::{BlockError, BlockOptions, BlockSizes};
 use crate::disk::Limits;
 use crate::virtio::spec::blk;
 

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::error_policy::ErrorPolicy;
+use super::geometry::Geometry;
 use super::throttle::{Throttling, ThrottlingError};
 
 /// A virtio-blk device as configured; what is `None` comes from the disk. The option names are QEMU's.
@@ -75,30 +77,6 @@ pub(super) struct BlockSizes {
     pub(super) opt_io: u32,
     /// The first logical block that begins a physical one.
     pub(super) alignment: u8,
-}
-
-/// Disk geometry for software that still asks for it (virtio 1.2 §5.2.4).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Geometry {
-    /// Cylinders.
-    pub cylinders: u16,
-    /// Heads: tracks a cylinder.
-    pub heads: u8,
-    /// Sectors a track, of 512 bytes.
-    pub sectors: u8,
-}
-
-/// What to do after the host failed a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum ErrorPolicy {
-    /// Tell the guest: IOERR.
-    Report,
-    /// Tell the guest that all is well.
-    Ignore,
-    /// Keep the request and stop the VM; the request is retried when the VM goes on.
-    Stop,
-    /// As `Stop` when the host is out of space, else as `Report`.
-    Enospc,
 }
 
 /// Why a block device could not be made.

@@ -5,15 +5,14 @@
 //! `device` makes one value for each disk, and puts the capabilities into it: the limiter, and further request types.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use super::config_space::{ConfigSpace, GeometryRule};
-use super::events::{BlockEvent, ErrorAction, EventLimit, EventSink};
-use super::options::{BlockOptions, BlockSizes};
-use super::request::{Refusal, RequestLimits, RequestTypes};
-use super::stats::{Counters, IoStatus, Kind};
-use crate::disk::{Disk, DiskError};
+use super::config_space::ConfigSpace;
+use super::events::{BlockEvent, EventSink};
+use super::options::BlockOptions;
+use super::request::{HostErrors, Refusal, RequestLimits, RequestTypes};
+use super::stats::Counters;
+use crate::disk::Disk;
 use crate::log_limit::LogLimit;
 use crate::virtio::queue::QueueError;
 use crate::virtio::spec::blk;
@@ -28,51 +27,25 @@ pub(super) struct Shared {
     pub(super) events: EventSink,
     /// The `writeback` field: what the driver chose, or the initial value.
     pub(super) writeback: AtomicBool,
-    io_status: AtomicU8,
     /// QMP's write threshold, a byte offset: the first change past it is reported. `NO_THRESHOLD`: none is set.
     pub(super) write_threshold: AtomicU64,
     pub(super) counters: Vec<Arc<Counters>>,
     pub(super) request_types: Vec<Box<dyn RequestTypes>>,
-    limits: LogLimits,
-    error_events: EventLimit,
+    pub(super) host_errors: Box<dyn HostErrors>,
+    pub(super) limits: LogLimits,
 }
 
 /// One limit for each message that a guest can provoke, so that none hides another.
 #[derive(Default)]
-struct LogLimits {
+pub(super) struct LogLimits {
     bad_request: LogLimit,
     no_status: LogLimit,
     broken_ring: LogLimit,
-    host_error: LogLimit,
+    pub(super) last_flush: LogLimit,
     own_error: LogLimit,
 }
 
 impl Shared {
-    /// The state of a disk with `workers` threads.
-    pub(super) fn new(
-        options: BlockOptions,
-        sizes: &BlockSizes,
-        disk: Arc<dyn Disk>,
-        events: EventSink,
-        workers: usize,
-        request_types: Vec<Box<dyn RequestTypes>>,
-        geometry: GeometryRule,
-    ) -> Arc<Self> {
-        Arc::new(Self {
-            config_space: ConfigSpace::new(&options, sizes, &*disk, geometry, &request_types),
-            writeback: AtomicBool::new(options.write_cache),
-            io_status: AtomicU8::new(IoStatus::Ok as u8),
-            write_threshold: AtomicU64::new(NO_THRESHOLD),
-            request_types,
-            options,
-            disk,
-            events,
-            counters: (0..workers).map(|_| Arc::default()).collect(),
-            limits: LogLimits::default(),
-            error_events: EventLimit::default(),
-        })
-    }
-
     /// How many requests of `positions` queues can be in flight.
     pub(super) fn depth(&self, positions: usize) -> u32 {
         u32::from(self.options.queue_size) * positions as u32
@@ -113,49 +86,11 @@ impl Shared {
         data.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
     }
 
-    pub(super) fn io_status(&self) -> IoStatus {
-        match self.io_status.load(Ordering::Relaxed) {
-            status if status == IoStatus::Failed as u8 => IoStatus::Failed,
-            status if status == IoStatus::NoSpace as u8 => IoStatus::NoSpace,
-            _ => IoStatus::Ok,
-        }
-    }
-
-    pub(super) fn set_io_status(&self, status: IoStatus) {
-        self.io_status.store(status as u8, Ordering::Relaxed);
-    }
-
-    /// Reports a host error to the VM and to the log.
-    pub(super) fn report_error(&self, operation: Kind, error: DiskError, action: ErrorAction) {
-        let nospace = error == DiskError::NoSpace;
-        if action == ErrorAction::Stop {
-            self.set_io_status(if nospace { IoStatus::NoSpace } else { IoStatus::Failed });
-        }
-        let disk = &self.options.name;
-        if let Some(suppressed) = self.limits.host_error.admit() {
-            tracing::warn!(disk, ?operation, %error, ?action, suppressed, "the host failed a request");
-        }
-        // A stop is always announced: the VM has to act, and there are no more of them than the queues hold.
-        if action != ErrorAction::Stop && !self.error_events.admit(Instant::now()) {
-            return;
-        }
-        let (device, reason) = (disk.clone(), error.strerror());
-        (self.events)(BlockEvent::IoError { device, operation, action, nospace, reason });
-    }
-
     /// Logs that an eventfd or a timer of ours failed.
     pub(super) fn report_own_error(&self, what: &str, error: &std::io::Error) {
         if let Some(suppressed) = self.limits.own_error.admit() {
             let disk = &self.options.name;
             tracing::error!(disk, %error, suppressed, "cannot {what}");
-        }
-    }
-
-    /// Logs a failed flush at the end of a worker: no request is there to report it to.
-    pub(super) fn report_last_flush(&self, error: DiskError) {
-        if let Some(suppressed) = self.limits.host_error.admit() {
-            let disk = &self.options.name;
-            tracing::error!(disk, %error, suppressed, "the disk's last flush failed");
         }
     }
 

@@ -67,6 +67,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
         ],
     ),
     ("errors as text", &["vmm/src/error/report.rs"]),
+    ("error policies", &["devices/src/block/error_policy.rs"]),
     ("event devices", &["arch/src/tables/events.rs"]),
     ("exec", &["vmm/src/exec"]),
     ("explain", &["vmm/src/explain", "devices/src/virtio/spec/names.rs"]),

@@ -14,7 +14,7 @@ use std::slice;
 
 use vm_memory::GuestAddress;
 
-use super::stats::Kind;
+use super::stats::{IoStatus, Kind};
 use crate::GuestMemory;
 use crate::disk::{Disk, DiskError, Engine, Operation};
 use crate::virtio::queue::ChainBuffers;
@@ -106,6 +106,18 @@ pub(super) trait RequestTypes: Send + Sync {
 
 /// The status that refuses a request, and how many bytes of data were written before the status byte.
 pub(super) type Unsuitable = (u8, u32);
+
+/// Decides what becomes of requests that the host failed. `device` plugs the error policies in.
+pub(super) trait HostErrors: Send + Sync {
+    /// The status that the driver gets. `None`: the request is stopped until the VM is resumed.
+    fn decide(&self, kind: Kind, error: DiskError) -> Option<u8>;
+
+    /// Whether an error has stopped the VM.
+    fn io_status(&self) -> IoStatus;
+
+    /// The VM is resumed.
+    fn clear(&self);
+}
 
 /// The byte offset of `sector`. `None`: the `length` bytes from there are not whole logical blocks, or reach past the disk's
 /// end.

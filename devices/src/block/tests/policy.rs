@@ -66,11 +66,11 @@ fn what_each_policy_does() {
                     } else {
                         IoStatus::Failed
                     };
-                    assert_eq!(rig.shared().io_status(), status);
+                    assert_eq!(rig.shared().host_errors.io_status(), status);
                 }
             }
             if action != Action::Stop {
-                assert_eq!(rig.shared().io_status(), IoStatus::Ok);
+                assert_eq!(rig.shared().host_errors.io_status(), IoStatus::Ok);
             }
         }
     }

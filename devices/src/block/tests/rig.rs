@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::disk::TestDisk;
 use super::driver::{Buffer, Driver, MEMORY, Sent};
-use crate::block::device::request_types;
+use crate::block::device::share;
 use crate::block::shared::Shared;
 use crate::block::throttle_group::Throttle;
 use crate::block::throttle_queue::ThrottleQueue;
@@ -60,11 +60,7 @@ impl Rig {
         let disk = Arc::new(disk);
         let (sink, events) = recorder();
         let throttle = Arc::new(Throttle::new(&options.throttling, &options.name, Instant::now()));
-        let commands = request_types(&options, &*disk);
-        let sizes = options.check(&disk.limits).unwrap();
-        let geometry = crate::block::geometry::rule(None, &*disk);
-        let shown = Arc::clone(&disk) as _;
-        let shared = Shared::new(options, &sizes, shown, sink, 1, commands, geometry);
+        let shared = share(options, Arc::clone(&disk) as _, sink, 1).unwrap();
         let features = shared.config_space.features & accepted;
         let driver = Driver::with_memory(queues, ring_size, memory);
         let (memory, positions) = (driver.memory.clone(), usize::from(queues));

@@ -225,6 +225,6 @@ fn what_the_host_refuses_is_no_disk_error() {
     assert_eq!(outcome, Outcome { status: blk::S_UNSUPP, length: 17 });
     assert_eq!(reply.trailer(&rig), NOT_DONE);
     assert_eq!(rig.events().len(), 0);
-    assert_eq!(rig.shared().io_status(), IoStatus::Ok);
+    assert_eq!(rig.shared().host_errors.io_status(), IoStatus::Ok);
     rig.assert_alive();
 }

@@ -115,8 +115,11 @@ impl DeviceReset {
             dispatcher.engine.reap(&mut done);
             let Some(completion) = done.pop() else { return false };
             dispatcher.flushing = false;
-            if let Err(error) = completion.result {
-                worker.shared.report_last_flush(error);
+            if let Err(error) = completion.result
+                && let Some(suppressed) = worker.shared.limits.last_flush.admit()
+            {
+                let disk = &worker.shared.options.name;
+                tracing::error!(disk, %error, suppressed, "the disk's last flush failed");
             }
         }
         worker.interrupt = None;

@@ -9,14 +9,11 @@ use super::{State, Worker};
 use crate::GuestMemory;
 use crate::block::admission::Origin;
 use crate::block::batch::BATCH_MAX;
-use crate::block::error_policy::decide;
-use crate::block::events::ErrorAction;
 use crate::block::in_flight::{InFlightRequest, Step};
 use crate::block::queue::{QueueState, TakenChain, WorkerQueue};
 use crate::block::request::{Action, DiskRange, Refusal, Request, RequestLimits, parse};
-use crate::block::stats::Kind;
 use crate::clock::Instant;
-use crate::disk::{Completion, DiskError, Operation};
+use crate::disk::{Completion, Operation};
 use crate::virtio::queue::{QueueError, memory, write_at};
 use crate::virtio::spec::{self, blk};
 
@@ -184,7 +181,10 @@ impl Worker {
                 (_, Ok(())) => self.answer(request, blk::S_OK),
                 // A group failed, which does not say which of its requests did: each is tried again, alone.
                 (_, Err(_)) if merged => self.retry(request.taken),
-                (_, Err(error)) => self.fail(request, error),
+                (_, Err(error)) => match self.shared.host_errors.decide(request.kind, error) {
+                    Some(code) => self.answer(request, code),
+                    None => self.stop(request.taken),
+                },
             }
         }
     }
@@ -247,26 +247,11 @@ impl Worker {
         }
     }
 
-    /// The host failed a request: the error policy decides what becomes of it.
-    fn fail(&mut self, request: InFlightRequest, error: DiskError) {
-        let options = &self.shared.options;
-        let read = request.kind == Kind::Read;
-        let policy = if read { options.read_errors } else { options.write_errors };
-        let Some(action) = decide(policy, error) else {
-            let unsupported = error == DiskError::Unsupported;
-            let code = if unsupported { blk::S_UNSUPP } else { blk::S_IOERR };
-            return self.answer(request, code);
-        };
-        self.shared.report_error(request.kind, error, action);
-        match action {
-            ErrorAction::Report => self.answer(request, blk::S_IOERR),
-            ErrorAction::Ignore => self.answer(request, blk::S_OK),
-            ErrorAction::Stop => {
-                let TakenChain { chain, queue, .. } = request.taken;
-                if self.queues.get(queue).stop_request(chain) && self.state == State::Serving {
-                    self.state = State::Stopped;
-                }
-            }
+    /// The error policy stops a request until `resume`.
+    fn stop(&mut self, taken: TakenChain) {
+        let waits = self.queues.get(taken.queue).stop_request(taken.chain);
+        if waits && self.state == State::Serving {
+            self.state = State::Stopped;
         }
     }
 
