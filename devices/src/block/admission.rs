@@ -24,8 +24,10 @@ pub(super) enum Origin {
 
 /// A limit on the rate of one worker's requests. The device makes one for each worker.
 pub(super) trait Limiter: Any + Send {
-    /// Whether the request may start at `now`. If it may, counts it. Called for each request, so it has to be cheap if nothing is
-    /// limited.
+    /// Whether nothing is limited now. Called for each request, so it has to be cheap.
+    fn is_off(&self) -> bool;
+
+    /// Whether the request may start at `now`. If it may, counts it.
     fn admits(&mut self, request: &Request, origin: Origin, now: Instant) -> bool;
 
     /// Keeps the chain of a request that may not start yet.

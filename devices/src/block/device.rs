@@ -2,7 +2,7 @@
 //!
 //! Both only send commands to the worker threads, and read what they share with them. Nothing here waits for the host's disk:
 //! a reset and a pause return a [`Drain`], and a question to a worker has a time limit. This file also puts the device
-//! together: it plugs in the limiter, the SCSI commands and the geometry.
+//! together: it plugs in the limits, the error policies, the requests that are no read, write or flush, and the geometry.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64};

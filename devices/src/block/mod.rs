@@ -4,7 +4,7 @@
 //!
 //! 1. `worker_thread` sleeps until a queue's eventfd says that the driver kicked.
 //! 2. `worker` takes each request through its six verbs: fetch, parse, admit, submit, complete, notify.
-//! 3. `queue` is one queue of a worker, with the requests that wait; the ring itself is a
+//! 3. `queue` is one queue of a worker, with the requests that an error has stopped; the ring itself is a
 //!    [`SplitQueue`](crate::virtio::queue).
 //! 4. `request` turns a chain into a checked `Request`, or into the status that refuses it.
 //! 5. `dispatch` hands it to the disk's [engine](crate::disk::Engine): `batch` merges neighbors, and `in_flight` holds what
@@ -16,10 +16,11 @@
 //! - `device` is what the transport and the VM call;
 //! - `shared` is what all threads of a disk share;
 //! - `config_space` is what the driver reads before its first request;
-//! - `busy_poll` decides whether a worker polls, and `error_policy` what becomes of a request that the host failed.
+//! - `busy_poll` decides whether a worker polls.
 //!
-//! `throttle_group`, `scsi`, `geometry`, and the requests that are no read, write or flush are capabilities. `device` plugs them
-//! in. The path knows them only as the traits in `admission` and `request`, and as a function type in `config_space`.
+//! `throttle_queue`, `error_policy`, `scsi`, `geometry`, the requests that are no read, write or flush, and the resets of queues are
+//! capabilities. `device` plugs them in. The path knows them only as the traits in `admission` and `request`, and as function types
+//! in `config_space` and `worker`.
 
 mod admission;
 mod batch;

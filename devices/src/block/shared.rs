@@ -2,7 +2,7 @@
 //! [`BlockHandle`](super::BlockHandle).
 //!
 //! Each field is constant, atomic or behind a lock of its own. No lock is held while another is taken, or during a transfer.
-//! `device` makes one value for each disk, and puts the capabilities into it: the limiter, and further request types.
+//! `device` makes one value for each disk, and puts capabilities into it: further request types, and the error policies.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

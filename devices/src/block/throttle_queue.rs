@@ -68,11 +68,13 @@ impl ThrottleQueue {
 }
 
 impl Limiter for ThrottleQueue {
+    fn is_off(&self) -> bool {
+        self.throttle.is_off()
+    }
+
     fn admits(&mut self, request: &Request, origin: Origin, now: Instant) -> bool {
-        if self.throttle.is_off() || origin == Origin::Retry {
-            return true;
-        }
-        if !matches!(request.kind, Kind::Read | Kind::Write | Kind::WriteZeroes) {
+        let is_limited = matches!(request.kind, Kind::Read | Kind::Write | Kind::WriteZeroes);
+        if !is_limited || origin == Origin::Retry {
             return true;
         }
         let direction = direction(request);

@@ -82,12 +82,14 @@ impl Worker {
             split.abandon(taken.chain);
             return Err(error.into());
         }
-        match parse(&mut self.buffers, memory, limits, &self.shared.request_types) {
+        let request = match parse(&mut self.buffers, memory, limits, &self.shared.request_types) {
+            Ok(request) => request,
             Err(refusal) => return self.refuse(taken, &refusal),
-            Ok(request) if self.limiter.admits(&request, origin, taken.started) => {
-                self.submit(taken, request, origin);
-            }
-            Ok(request) => self.limiter.hold(&request, taken),
+        };
+        if self.limiter.is_off() || self.limiter.admits(&request, origin, taken.started) {
+            self.submit(taken, request, origin);
+        } else {
+            self.limiter.hold(&request, taken);
         }
         Ok(())
     }
