@@ -140,7 +140,11 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("scsi", &["devices/src/disk/scsi", "devices/src/block/scsi"]),
     (
         "segments and identity",
-        &["devices/src/block/request/identity.rs", "devices/src/block/request/segments.rs"],
+        &[
+            "devices/src/block/request/identity.rs",
+            "devices/src/block/request/segments.rs",
+            "devices/src/virtio/spec/blk/optional.rs",
+        ],
     ),
     ("service manager", &["cli/src/service.rs"]),
     ("signals", &["vmm/src/machine/hurry.rs", "vmm/src/signals.rs"]),

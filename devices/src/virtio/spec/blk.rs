@@ -1,5 +1,7 @@
 //! The block device (virtio 1.2 §5.2): feature bits, requests, status bytes and configuration space.
 //!
+//! Request types beyond reads, writes and flushes have their numbers in `optional`, which this module exports, too.
+//!
 //! Feature bits (§5.2.3):
 //!
 //! | constant | meaning |
@@ -9,15 +11,10 @@
 //! | `F_GEOMETRY` | Feature 4: `geometry` is valid. |
 //! | `F_RO` | Feature 5: the disk is read-only. |
 //! | `F_BLK_SIZE` | Feature 6: `blk_size` is valid. |
-//! | `F_SCSI` | Feature 7, legacy (§5.2.3.1): SCSI packet commands. |
 //! | `F_FLUSH` | Feature 9: there may be a volatile write cache, and [`T_FLUSH`] empties it. A driver that does not accept it must not lose acknowledged writes (§5.2.5.1). |
 //! | `F_TOPOLOGY` | Feature 10: `topology` is valid. |
 //! | `F_CONFIG_WCE` | Feature 11: the driver may switch the write cache by `writeback`. Offered only together with [`F_FLUSH`] (§5.2.5.2). |
 //! | `F_MQ` | Feature 12: there are `num_queues` queues rather than one. |
-//! | `F_DISCARD` | Feature 13: [`T_DISCARD`] and its limits. |
-//! | `F_WRITE_ZEROES` | Feature 14: [`T_WRITE_ZEROES`] and its limits. |
-//! | `F_LIFETIME` | Feature 15: [`T_GET_LIFETIME`]. |
-//! | `F_SECURE_ERASE` | Feature 16: [`T_SECURE_ERASE`] and its limits. |
 //!
 //! A request (§5.2.6) is a 16-byte header that the device reads, data in either direction, and a status byte that the device
 //! writes. Where one descriptor ends and the next begins is up to the driver (§2.7.4.1). Its types:
@@ -26,14 +23,7 @@
 //! |---|---|
 //! | `T_IN` | Request type: read. |
 //! | `T_OUT` | Request type: write. |
-//! | `T_SCSI_CMD` | Request type, legacy (§5.2.6.3), with [`F_SCSI`]: a SCSI command in `virtio_scsi_pc_req` framing. |
-//! | `T_SCSI_CMD_OUT` | The same (§5.2.6.3): what Linux's driver said when the command sends data. |
 //! | `T_FLUSH` | Request type, with [`F_FLUSH`]: completed writes become durable. |
-//! | `T_GET_ID` | Request type: the device's name, [`ID_SIZE`] bytes. |
-//! | `T_GET_LIFETIME` | Request type, with [`F_LIFETIME`]: how worn the medium is, a [`Lifetime`]. |
-//! | `T_DISCARD` | Request type, with [`F_DISCARD`]: the content of some [`Segment`]s is no longer needed. |
-//! | `T_WRITE_ZEROES` | Request type, with [`F_WRITE_ZEROES`]: some [`Segment`]s become zeroes. |
-//! | `T_SECURE_ERASE` | Request type, with [`F_SECURE_ERASE`]: some [`Segment`]s and all copies of them are destroyed. |
 //!
 //! Sizes, offsets and status bytes:
 //!
@@ -46,11 +36,12 @@
 //! | `S_OK` | Status: done. |
 //! | `S_IOERR` | Status: failed, by the device's or the driver's fault. |
 //! | `S_UNSUPP` | Status: the device does not do that. |
-//! | `ID_SIZE` | Bytes in the answer to [`T_GET_ID`]: ASCII, padded with NUL, and without a NUL when it is this long (§5.2.6). |
-//! | `SCSI_TRAILER_SIZE` | Bytes in the trailer of [`T_SCSI_CMD`] before the status byte: errors, data_len, sense_len, residual, each 32 bits (§5.2.6.3). |
-//! | `SCSI_SENSE_SIZE` | Bytes in the sense buffer before that trailer (§5.2.6.3). |
 
 #![expect(missing_docs, reason = "the tables above and those of the structures describe each name")]
+
+mod optional;
+
+pub use self::optional::*;
 
 pub const SECTOR_SIZE: u64 = 512;
 
@@ -59,15 +50,10 @@ pub const F_SEG_MAX: u64 = 1 << 2;
 pub const F_GEOMETRY: u64 = 1 << 4;
 pub const F_RO: u64 = 1 << 5;
 pub const F_BLK_SIZE: u64 = 1 << 6;
-pub const F_SCSI: u64 = 1 << 7;
 pub const F_FLUSH: u64 = 1 << 9;
 pub const F_TOPOLOGY: u64 = 1 << 10;
 pub const F_CONFIG_WCE: u64 = 1 << 11;
 pub const F_MQ: u64 = 1 << 12;
-pub const F_DISCARD: u64 = 1 << 13;
-pub const F_WRITE_ZEROES: u64 = 1 << 14;
-pub const F_LIFETIME: u64 = 1 << 15;
-pub const F_SECURE_ERASE: u64 = 1 << 16;
 
 pub const HEADER_SIZE: usize = 16;
 pub const HEADER_SECTOR: usize = 8;
@@ -75,89 +61,11 @@ pub const STATUS_SIZE: usize = 1;
 
 pub const T_IN: u32 = 0;
 pub const T_OUT: u32 = 1;
-pub const T_SCSI_CMD: u32 = 2;
-pub const T_SCSI_CMD_OUT: u32 = 3;
 pub const T_FLUSH: u32 = 4;
-pub const T_GET_ID: u32 = 8;
-pub const T_GET_LIFETIME: u32 = 10;
-pub const T_DISCARD: u32 = 11;
-pub const T_WRITE_ZEROES: u32 = 13;
-pub const T_SECURE_ERASE: u32 = 14;
 
 pub const S_OK: u8 = 0;
 pub const S_IOERR: u8 = 1;
 pub const S_UNSUPP: u8 = 2;
-
-pub const ID_SIZE: usize = 20;
-
-pub const SCSI_TRAILER_SIZE: usize = 16;
-pub const SCSI_SENSE_SIZE: usize = 96;
-
-/// One range of a discard, write-zeroes or secure-erase request (§5.2.6, `virtio_blk_discard_write_zeroes`).
-///
-/// | field | meaning |
-/// |---|---|
-/// | `sector` | The first sector, in units of [`SECTOR_SIZE`]. |
-/// | `sectors` | How many sectors. |
-/// | `flags` | [`SEGMENT_UNMAP`]; all other bits are reserved and an error (§5.2.6.2). |
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Segment {
-    pub sector: u64,
-    pub sectors: u32,
-    pub flags: u32,
-}
-
-/// [`Segment`] flag: write-zeroes may deallocate. An error in a discard or secure erase (§5.2.6.2).
-pub const SEGMENT_UNMAP: u32 = 1;
-
-impl Segment {
-    pub const SIZE: usize = 16;
-
-    /// Decodes the layout in the request.
-    pub fn from_le_bytes(bytes: &[u8; Self::SIZE]) -> Self {
-        let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, f0, f1, f2, f3] = *bytes;
-        Self {
-            sector: u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]),
-            sectors: u32::from_le_bytes([n0, n1, n2, n3]),
-            flags: u32::from_le_bytes([f0, f1, f2, f3]),
-        }
-    }
-
-    /// Encodes the layout in the request.
-    pub fn to_le_bytes(self) -> [u8; Self::SIZE] {
-        let mut bytes = [0; Self::SIZE];
-        bytes[..8].copy_from_slice(&self.sector.to_le_bytes());
-        bytes[8..12].copy_from_slice(&self.sectors.to_le_bytes());
-        bytes[12..].copy_from_slice(&self.flags.to_le_bytes());
-        bytes
-    }
-}
-
-/// The answer to [`T_GET_LIFETIME`] (§5.2.6, `virtio_blk_lifetime`); 0 in any field: not known.
-///
-/// | field | meaning |
-/// |---|---|
-/// | `pre_eol_info` | Reserved blocks consumed: 1 below 80 %, 2 from 80 %, 3 from 90 %. |
-/// | `estimate_type_a` | Wear of SLC cells: n is up to 10n % of the lifetime, 11 is beyond it. |
-/// | `estimate_type_b` | Wear of MLC cells, as type A. |
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Lifetime {
-    pub pre_eol_info: u16,
-    pub estimate_type_a: u16,
-    pub estimate_type_b: u16,
-}
-
-impl Lifetime {
-    pub const SIZE: usize = 6;
-
-    /// Encodes the layout in the request.
-    pub fn to_le_bytes(self) -> [u8; Self::SIZE] {
-        let [a0, a1] = self.pre_eol_info.to_le_bytes();
-        let [b0, b1] = self.estimate_type_a.to_le_bytes();
-        let [c0, c1] = self.estimate_type_b.to_le_bytes();
-        [a0, a1, b0, b1, c0, c1]
-    }
-}
 
 /// The configuration space (§5.2.4, `virtio_blk_config`) without the zoned part.
 ///
@@ -361,14 +269,5 @@ mod tests {
         assert_eq!(offset_of!(linux::virtio_blk_outhdr, sector), HEADER_SECTOR);
         assert_eq!(size_of::<linux::virtio_scsi_inhdr>(), SCSI_TRAILER_SIZE);
         assert_eq!(size_of::<linux::virtio_blk_discard_write_zeroes>(), Segment::SIZE);
-    }
-
-    #[test]
-    fn segment_survives_the_round_trip() {
-        let segment =
-            Segment { sector: 0x0102_0304_0506_0708, sectors: 0x0a0b_0c0d, flags: SEGMENT_UNMAP };
-        let bytes = segment.to_le_bytes();
-        assert_eq!(bytes, [8, 7, 6, 5, 4, 3, 2, 1, 0x0d, 0x0c, 0x0b, 0x0a, 1, 0, 0, 0]);
-        assert_eq!(Segment::from_le_bytes(&bytes), segment);
     }
 }
