@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::request::{Action, CommandRequest, RequestLimits, RequestTypes, Unsuitable};
 use super::stats::Kind;
 use crate::disk::{CDB_MAX, DiskError, Engine, SENSE_MAX, ScsiCommand, ScsiDirection};
-use crate::virtio::queue::{ChainBuffers, total, write_at};
+use crate::virtio::queue::{ChainBuffers, total, write_into};
 use crate::virtio::spec::blk;
 use crate::{GuestMemory, GuestRange};
 
@@ -115,7 +115,7 @@ impl CommandRequest for Packet {
             ScsiDirection::FromDevice => self.length.saturating_sub(reply.residual),
             _ => 0,
         };
-        let sense = write_at(memory, &self.sense, 0, &reply.sense) as u32;
+        let sense = write_into(memory, &self.sense, &reply.sense) as u32;
         let trailer = [errors, self.length, reply.sense_length.into(), reply.residual];
         (blk::S_OK, received + sense + put_trailer(memory, &self.trailer, trailer))
     }
@@ -127,5 +127,5 @@ fn put_trailer(memory: &GuestMemory, place: &[GuestRange], fields: [u32; 4]) -> 
     for (to, field) in bytes.chunks_exact_mut(4).zip(fields) {
         to.copy_from_slice(&field.to_le_bytes());
     }
-    write_at(memory, place, 0, &bytes) as u32
+    write_into(memory, place, &bytes) as u32
 }

@@ -143,6 +143,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
         &[
             "devices/src/block/request/identity.rs",
             "devices/src/block/request/segments.rs",
+            "devices/src/virtio/queue/chain/ranges.rs",
             "devices/src/virtio/spec/blk/optional.rs",
         ],
     ),

@@ -6,7 +6,7 @@ use super::{Action, RequestLimits, RequestTypes, Unsuitable};
 use crate::GuestMemory;
 use crate::block::stats::Kind;
 use crate::disk::{Disk, Lifetime};
-use crate::virtio::queue::ChainBuffers;
+use crate::virtio::queue::{ChainBuffers, write_into};
 use crate::virtio::spec::blk;
 
 /// The answers of one disk.
@@ -35,18 +35,18 @@ impl RequestTypes for Identity {
     fn parse(
         &self,
         request_type: u32,
-        _: &mut ChainBuffers,
-        _: &GuestMemory,
+        buffers: &mut ChainBuffers,
+        memory: &GuestMemory,
         limits: &RequestLimits,
     ) -> Option<(Kind, Result<Action, Unsuitable>)> {
-        let answer = match request_type {
-            blk::T_GET_ID => self.id.to_vec(),
-            blk::T_GET_LIFETIME if limits.features & blk::F_LIFETIME != 0 => {
-                self.lifetime.to_le_bytes().to_vec()
-            }
+        let lifetime = self.lifetime.to_le_bytes();
+        let answer: &[u8] = match request_type {
+            blk::T_GET_ID => &self.id,
+            blk::T_GET_LIFETIME if limits.features & blk::F_LIFETIME != 0 => &lifetime,
             _ => return None,
         };
-        Some((Kind::Other, Ok(Action::Answer(answer))))
+        let written = write_into(memory, buffers.writable(), answer);
+        Some((Kind::Other, Ok(Action::Answered(written as u32))))
     }
 
     fn offer(&self, disk: &dyn Disk, features: &mut u64, _: &mut blk::Config) {

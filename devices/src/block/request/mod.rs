@@ -51,8 +51,8 @@ pub(super) enum Action {
     Flush,
     /// Discard, zero or erase these ranges, one after the other.
     Ranges(Vec<DiskRange>),
-    /// Write this into the writable buffers.
-    Answer(Vec<u8>),
+    /// Nothing more: this many bytes of data are written.
+    Answered(u32),
     /// Have the engine carry out a command.
     Command(Box<dyn CommandRequest>),
 }

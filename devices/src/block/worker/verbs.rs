@@ -14,7 +14,7 @@ use crate::block::queue::{QueueState, TakenChain, WorkerQueue};
 use crate::block::request::{Action, DiskRange, Refusal, Request, RequestLimits, parse};
 use crate::clock::Instant;
 use crate::disk::{Completion, Operation};
-use crate::virtio::queue::{QueueError, memory, write_at};
+use crate::virtio::queue::{QueueError, memory};
 use crate::virtio::spec::{self, blk};
 
 /// The verbs.
@@ -124,9 +124,8 @@ impl Worker {
                 self.shared.changes_up_to(ends.max().unwrap_or_default());
                 self.dispatcher.submit_ranges(request, &ranges, &[]);
             }
-            Action::Answer(bytes) => {
-                let (memory, data) = (&self.memory, self.buffers.writable());
-                request.written = write_at(memory, data, 0, &bytes) as u32;
+            Action::Answered(written) => {
+                request.written = written;
                 self.answer(request, blk::S_OK);
             }
             Action::Command(command) => {

@@ -6,6 +6,8 @@
 //! Each descriptor is read once, and each range is checked against guest memory once. A chain has at most [`CHAIN_MAX`]
 //! descriptors, so a hostile chain costs bounded time. Zero-length buffers are ignored.
 
+pub(crate) mod ranges;
+
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{ByteValued, Bytes, GuestAddress, VolatileSlice};
@@ -173,23 +175,6 @@ impl ChainBuffers {
         Some(address)
     }
 
-    /// Removes the last `length` device-writable bytes and returns their ranges. `None`: there are fewer.
-    pub(crate) fn take_tail(&mut self, length: u64) -> Option<Vec<GuestRange>> {
-        let mut left = total(&self.writable).checked_sub(length)?;
-        let mut tail = Vec::new();
-        for range in &mut self.writable {
-            let kept = left.min(range.length.into()) as u32;
-            left -= u64::from(kept);
-            if kept < range.length {
-                let address = GuestAddress(range.address.0 + u64::from(kept));
-                tail.push(GuestRange { address, length: range.length - kept });
-                range.length = kept;
-            }
-        }
-        self.writable.retain(|range| range.length > 0);
-        Some(tail)
-    }
-
     fn add(&mut self, memory: &GuestMemory, descriptor: &Descriptor) -> Result<(), ChainError> {
         let range = GuestRange { address: descriptor.addr(), length: descriptor.len() };
         // §2.7.4.2: readable buffers come first.
@@ -209,34 +194,4 @@ impl ChainBuffers {
         }
         Ok(())
     }
-}
-
-/// Writes `bytes` into `ranges`, starting `skip` bytes into them, as far as the ranges go. Returns how many were written.
-pub(crate) fn write_at(
-    memory: &GuestMemory,
-    ranges: &[GuestRange],
-    skip: u64,
-    bytes: &[u8],
-) -> usize {
-    let mut skip = skip;
-    let mut written = 0;
-    for range in ranges {
-        if written == bytes.len() {
-            break;
-        }
-        let from = skip.min(u64::from(range.length));
-        skip -= from;
-        let part = (bytes.len() - written).min((u64::from(range.length) - from) as usize);
-        let address = GuestAddress(range.address.0 + from);
-        if memory.write_slice(&bytes[written..written + part], address).is_err() {
-            break;
-        }
-        written += part;
-    }
-    written
-}
-
-/// The length of some ranges in bytes.
-pub(crate) fn total(ranges: &[GuestRange]) -> u64 {
-    ranges.iter().map(|range| u64::from(range.length)).sum()
 }

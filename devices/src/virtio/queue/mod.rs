@@ -17,6 +17,7 @@ mod coalesce;
 pub(crate) mod memory;
 mod split;
 
-pub(crate) use chain::{CHAIN_MAX, total, write_at};
+pub(crate) use chain::CHAIN_MAX;
+pub(crate) use chain::ranges::{total, write_into};
 pub use chain::{ChainBuffers, ChainError};
 pub use split::{DescriptorChain, QueueError, SplitQueue};
