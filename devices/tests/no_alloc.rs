@@ -78,7 +78,7 @@ fn steady_load_allocates_nothing() {
                 locking: false,
                 ..OpenOptions::new(image.path())
             }) {
-                Err(error) if matches!(error.reason, OpenReason::NoDirect) => continue,
+                Err(error) if matches!(error.objection(), Some(OpenReason::NoDirect)) => continue,
                 result => result.unwrap(),
             };
             let memory =

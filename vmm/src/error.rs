@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use devices::block::BlockError;
-use devices::disk::{OpenError, OpenReason};
+use devices::disk::OpenError;
 
 pub use report::WithCauses;
 
@@ -116,12 +116,8 @@ pub enum VcpuError {
 impl Error {
     /// The image at `path`, as the user gave it, or a file that it builds on, cannot be a disk.
     pub(crate) fn disk(path: &Path, error: OpenError) -> Self {
-        let remedy = error.reason.remedy();
-        let source = match error.reason {
-            _ if error.path != path => error.into(),
-            OpenReason::Host(error) => error.into(),
-            reason => reason.into(),
-        };
+        let remedy = error.remedy;
+        let source = if error.path == path { error.reason } else { error.into() };
         Self::Disk { path: path.to_owned(), source, remedy }
     }
 

@@ -65,8 +65,8 @@ impl ErrorPolicies {
 
     /// Reports a host error to the VM and to the log.
     fn report(&self, operation: Kind, error: DiskError, action: ErrorAction) {
-        let nospace = error == DiskError::NoSpace;
         if action == ErrorAction::Stop {
+            let nospace = error == DiskError::NoSpace;
             self.set_io_status(if nospace { IoStatus::NoSpace } else { IoStatus::Failed });
         }
         let disk = &self.disk;
@@ -75,8 +75,7 @@ impl ErrorPolicies {
         }
         // A stop is always announced: the VM has to act, and there are no more of them than the queues hold.
         if action == ErrorAction::Stop || self.event_limit.admit(Instant::now()) {
-            let (device, reason) = (disk.clone(), error.strerror());
-            (self.events)(BlockEvent::IoError { device, operation, action, nospace, reason });
+            (self.events)(BlockEvent::IoError { device: disk.clone(), operation, action, error });
         }
     }
 }

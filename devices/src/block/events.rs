@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::stats::Kind;
+use crate::disk::DiskError;
 
 /// Where a disk's events go. Called on worker threads: it must not block, and must not call back into the device.
 pub type EventSink = Arc<dyn Fn(BlockEvent) + Send + Sync>;
@@ -19,10 +20,8 @@ pub enum BlockEvent {
         operation: Kind,
         /// What the error policy made of it.
         action: ErrorAction,
-        /// The host is out of space.
-        nospace: bool,
-        /// The host's words.
-        reason: String,
+        /// What the host reports.
+        error: DiskError,
     },
     /// The guest changed something past the offset that the operator set (QMP's BLOCK_WRITE_THRESHOLD). Comes once for each
     /// time that it was set.

@@ -8,7 +8,10 @@ use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::layer::{EngineLayer, Layer, LayeredDisk};
-use super::{Completion, DetectZeroes, Disk, Engine, GuestRange, Operation, Transfer};
+use super::{
+    Completion, DetectZeroes, DiscardMode, Disk, Engine, GuestRange, OpenOptions, OpenReason,
+    Operation, Transfer,
+};
 use crate::GuestMemory;
 
 /// The layer. With `unmap`, blocks of zeroes are deallocated.
@@ -21,6 +24,14 @@ struct ZeroDetection {
 struct EngineZeroDetection {
     unmap: bool,
     memory: GuestMemory,
+}
+
+/// Refuses to unmap blocks of zeroes where discards do not reach the image.
+pub(super) fn check(options: &OpenOptions) -> Result<(), OpenReason> {
+    match (options.detect_zeroes, options.discard) {
+        (DetectZeroes::Unmap, DiscardMode::Ignore) => Err(OpenReason::UnmapWithoutDiscard),
+        _ => Ok(()),
+    }
 }
 
 /// Adds the layer to `disk`, unless `mode` is off.

@@ -24,20 +24,6 @@ pub enum DiskError {
     OutOfRange,
 }
 
-impl DiskError {
-    /// The text of strerror(3) for the nearest errno, as QEMU's `BLOCK_IO_ERROR` has it.
-    pub fn strerror(self) -> String {
-        let errno = match self {
-            Self::Host(errno) => errno,
-            Self::NoSpace => libc::ENOSPC,
-            Self::Unsupported => libc::EOPNOTSUPP,
-            Self::OutOfRange => libc::EINVAL,
-        };
-        let text = io::Error::from_raw_os_error(errno).to_string();
-        text.split(" (os error").next().unwrap_or_default().to_owned()
-    }
-}
-
 impl From<io::Error> for DiskError {
     fn from(error: io::Error) -> Self {
         match (error.raw_os_error(), error.kind()) {
@@ -78,17 +64,18 @@ pub(super) fn is_refusal(error: &io::Error) -> bool {
 pub struct OpenError {
     /// The file that was refused: the image, or one of the backing files that it builds on.
     pub path: PathBuf,
-    /// What is wrong with it and what would help.
+    /// What is wrong with it and what would help: a [`FileError`], or what a format, a lock or an option objects to. An error of the
+    /// host is an [`io::Error`].
     #[source]
-    pub reason: OpenReason,
+    pub reason: Box<dyn std::error::Error + Send + Sync>,
+    /// What would help, where the reason has a cause of the host behind it, which a remedy in the message would separate from it.
+    pub remedy: Option<&'static str>,
 }
 
-/// What is wrong with an image. The message names the remedy, too; where the host has refused something, its error is the
-/// source.
+/// Why a file of the host cannot be opened as that of an image. The message names the remedy, too.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
 #[expect(missing_docs, reason = "each message says what its variant means")]
-pub enum OpenReason {
+pub enum FileError {
     #[error(
         "no such file; create one with `truncate -s 8G FILE` or give the path of an existing image"
     )]
@@ -101,87 +88,10 @@ pub enum OpenReason {
         "the host can only read it; use readonly=on, or snapshot=on for a disk whose writes vanish"
     )]
     ReadOnlyHost,
-    #[error(
-        "is {0} bytes long, less than one 512-byte sector; make it larger, for example with `truncate -s 8G FILE`"
-    )]
-    TooSmall(u64),
-    #[error(
-        "is in use by another program, or twice in this machine; a disk has any number of readers, or one writer: stop the other one, use readonly=on for both, or locking=off if you must"
-    )]
-    Locked,
-    #[error(
-        "the host uses this device (mounted, or part of a volume); unmount it, use readonly=on, or locking=off if you must"
-    )]
-    Mounted,
-    #[error("cannot be locked")]
-    CannotLock(#[source] io::Error),
-    #[error(
-        "cannot bypass the page cache here (no O_DIRECT); use cache=writeback or cache=writethrough"
-    )]
-    NoDirect,
-    #[error(
-        "is {length} bytes long, and with cache=none or directsync a writable image must be a multiple of {unit} here; use cache=writeback, or enlarge it with `truncate -s %{unit} FILE`"
-    )]
-    DirectTail { length: u64, unit: u32 },
-    #[error(
-        "cannot take SCSI commands; scsi=on needs a whole SCSI disk of the host (such as /dev/sda, not a partition or volume), format=raw, and no snapshot=on"
-    )]
-    NotScsi,
-    #[error(
-        "builds on the backing file {0:?}; use backing=on if you trust the image to choose files of this host"
-    )]
-    Backing(String),
-    #[error(
-        "does not call its backing file {0:?} raw or qcow2, and formats are not guessed; say it with `qemu-img rebase -u -b FILE -F FORMAT IMAGE`"
-    )]
-    BackingFormat(String),
-    #[error(
-        "builds on {0:?}, which only QEMU understands; name the file itself with `qemu-img rebase -u -b FILE -F FORMAT IMAGE`"
-    )]
-    BackingProtocol(String),
-    #[error(
-        "is the end of a chain of more than {0} backing files; shorten it with `qemu-img commit` or `qemu-img convert`"
-    )]
-    BackingChain(usize),
-    #[error("looks like a {0} image; use format=raw if the guest is to have its bytes, or {1}")]
-    LooksLike(&'static str, &'static str),
-    #[error(
-        "detect-zeroes=unmap needs discard=unmap; use detect-zeroes=on to keep blocks allocated"
-    )]
-    UnmapWithoutDiscard,
-    #[error("is not a qcow2 image; use format=raw if its bytes are the disk's")]
-    NotQcow2,
-    #[error("{0}, which is not supported; convert it with `qemu-img convert -O qcow2`")]
-    Qcow2Feature(&'static str),
-    #[error("{0}; repair it with `qemu-img check -r all IMAGE`, or use readonly=on")]
-    Qcow2Repair(&'static str),
-    #[error("is not usable as qcow2")]
-    Qcow2(#[source] io::Error),
-    #[error("cannot keep the writes of snapshot=on in {}", directory.display())]
-    Overlay { directory: PathBuf, source: io::Error },
-    #[error("the host refuses the system call {0}(2), which this format needs")]
-    Refused(&'static str, #[source] io::Error),
     #[error("changed while it was being opened; try again")]
     Changed,
     #[error(transparent)]
-    Host(io::Error),
-}
-
-impl OpenReason {
-    /// What would help, where the message has a cause of the host behind it, which a remedy in the message would separate
-    /// from it.
-    pub fn remedy(&self) -> Option<&'static str> {
-        match self {
-            Self::CannotLock(_) => {
-                Some("use locking=off and make sure that no other program writes the image")
-            }
-            Self::Qcow2(_) => Some(
-                "`qemu-img check` may tell more, and `qemu-img check -r all` may repair the image",
-            ),
-            Self::Overlay { .. } => Some("set TMPDIR to a directory with space"),
-            _ => None,
-        }
-    }
+    Host(#[from] io::Error),
 }
 
 fn permission_hint(writable: bool) -> &'static str {
@@ -192,18 +102,12 @@ fn permission_hint(writable: bool) -> &'static str {
     }
 }
 
-impl From<Errno> for OpenReason {
+impl From<Errno> for FileError {
     fn from(error: Errno) -> Self {
         match error {
             Errno::NOENT | Errno::NOTDIR => Self::Missing,
             Errno::ROFS => Self::ReadOnlyHost,
             error => Self::Host(error.into()),
         }
-    }
-}
-
-impl From<io::Error> for OpenReason {
-    fn from(error: io::Error) -> Self {
-        Self::Host(error)
     }
 }

@@ -13,9 +13,9 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use rustix::fs::{CWD, FileType, Mode, OFlags, SeekFrom, openat};
 use rustix::io::Errno;
 
-use super::error::is_refusal;
+use super::OpenOptions;
+use super::error::{FileError, is_refusal};
 use super::observer::{Change, ObservedBy};
-use super::{OpenOptions, OpenReason};
 
 /// What direct I/O requires of a transfer, in bytes; both are powers of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,18 +56,13 @@ impl HostFile {
         path: &Path,
         writable: bool,
         options: &OpenOptions,
-    ) -> Result<Self, OpenReason> {
+    ) -> Result<Self, FileError> {
         let (file, kind) = open(path, writable, options.cache.direct())?;
         Ok(Self { observer: options.observer.clone(), ..Self::new(file, kind, None) })
     }
 
-    /// Wraps a file that something else has opened, without a lock.
-    pub(super) fn from_file(file: File, direct: Option<Alignment>) -> Result<Self, OpenReason> {
-        let kind = file_kind(rustix::fs::fstat(&file)?.st_mode)?;
-        Ok(Self::new(file, kind, direct))
-    }
-
-    fn new(file: File, kind: FileKind, direct: Option<Alignment>) -> Self {
+    /// Wraps an open file, without a lock.
+    pub(super) fn new(file: File, kind: FileKind, direct: Option<Alignment>) -> Self {
         let failed_flush = AtomicI32::new(0);
         Self { file, kind, direct, lock: None, failed_flush, observer: None }
     }
@@ -161,7 +156,7 @@ impl AsFd for HostFile {
     }
 }
 
-fn open(path: &Path, writable: bool, direct: bool) -> Result<(File, FileKind), OpenReason> {
+fn open(path: &Path, writable: bool, direct: bool) -> Result<(File, FileKind), FileError> {
     // The kind is checked before opening, because opening some devices (a watchdog, a tape) has effects.
     let kind = file_kind(rustix::fs::stat(path)?.st_mode)?;
     let mut flags = if writable { OFlags::RDWR } else { OFlags::RDONLY };
@@ -174,27 +169,25 @@ fn open(path: &Path, writable: bool, direct: bool) -> Result<(File, FileKind), O
         flags |= OFlags::DIRECT;
     }
     let file = openat(CWD, path, flags, Mode::empty()).map_err(|error| match error {
-        Errno::ACCESS | Errno::PERM => OpenReason::Permission { writable },
-        // The error of a file system that does not support O_DIRECT.
-        Errno::INVAL if direct => OpenReason::NoDirect,
+        Errno::ACCESS | Errno::PERM => FileError::Permission { writable },
         error => error.into(),
     })?;
     if file_kind(rustix::fs::fstat(&file)?.st_mode)? != kind {
-        return Err(OpenReason::Changed);
+        return Err(FileError::Changed);
     }
     // O_NONBLOCK was for open(2) only. With it, io_uring would fail a transfer that has to wait.
     rustix::fs::fcntl_setfl(&file, rustix::fs::fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
     Ok((file.into(), kind))
 }
 
-fn file_kind(mode: u32) -> Result<FileKind, OpenReason> {
+fn file_kind(mode: u32) -> Result<FileKind, FileError> {
     match FileType::from_raw_mode(mode) {
         FileType::RegularFile => Ok(FileKind::Regular),
         FileType::BlockDevice => Ok(FileKind::BlockDevice),
-        FileType::Directory => Err(OpenReason::NotADisk("directory")),
-        FileType::Fifo => Err(OpenReason::NotADisk("fifo")),
-        FileType::Socket => Err(OpenReason::NotADisk("socket")),
-        FileType::CharacterDevice => Err(OpenReason::NotADisk("character device")),
-        _ => Err(OpenReason::NotADisk("special file")),
+        FileType::Directory => Err(FileError::NotADisk("directory")),
+        FileType::Fifo => Err(FileError::NotADisk("fifo")),
+        FileType::Socket => Err(FileError::NotADisk("socket")),
+        FileType::CharacterDevice => Err(FileError::NotADisk("character device")),
+        _ => Err(FileError::NotADisk("special file")),
     }
 }

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use super::host_file::{FileKind, HostFile};
 use super::lock::{self, LockError};
-use super::{Limits, OpenOptions, OpenReason, SECTOR, direct};
+use super::{FileError, Limits, OpenOptions, OpenReason, SECTOR, direct};
 
 /// Opens `path` with the cache mode and locking of `options`.
 pub(super) fn open(
@@ -20,11 +20,18 @@ pub(super) fn open(
     writable: bool,
     options: &OpenOptions,
 ) -> Result<HostFile, OpenReason> {
-    let mut file = HostFile::open(path, writable, options)?;
+    let direct = options.cache.direct();
+    let mut file = HostFile::open(path, writable, options).map_err(|error| match error {
+        // The error of a file system that does not support O_DIRECT.
+        FileError::Host(error) if direct && error.raw_os_error() == Some(libc::EINVAL) => {
+            OpenReason::NoDirect
+        }
+        error => error.into(),
+    })?;
     if options.locking {
         file.lock = Some(lock(path, &file.file, file.kind, writable)?);
     }
-    if options.cache.direct() {
+    if direct {
         file.direct = Some(direct::alignment(&file.file, file.kind)?.ok_or(OpenReason::NoDirect)?);
     }
     Ok(file)
@@ -53,7 +60,7 @@ fn lock(path: &Path, file: &File, kind: FileKind, writable: bool) -> Result<File
     })?;
     let identity = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
     if identity(rustix::fs::fstat(&description)?) != identity(rustix::fs::fstat(file)?) {
-        return Err(OpenReason::Changed);
+        return Err(FileError::Changed.into());
     }
     exclude(&description)?;
     Ok(description.into())
@@ -71,6 +78,13 @@ pub(super) fn check_length(path: &Path, length: u64) -> Result<(), OpenReason> {
         );
     }
     Ok(())
+}
+
+/// Refuses a writable image that direct I/O could not write to its end.
+pub(super) fn check_tail(file: &HostFile, length: u64) -> Result<(), OpenReason> {
+    let unit = file.unit();
+    let ends_on_unit = length.is_multiple_of(u64::from(unit));
+    ends_on_unit.then_some(()).ok_or(OpenReason::DirectTail { length, unit })
 }
 
 impl HostFile {

@@ -40,6 +40,7 @@ mod lock;
 pub mod log_writes;
 mod observer;
 mod open;
+mod open_reason;
 mod opened;
 mod options;
 mod other_formats;
@@ -53,9 +54,10 @@ pub mod temporary_file;
 #[cfg(test)]
 mod tests;
 
-pub use error::{Corruption, DiskError, OpenError, OpenReason};
+pub use error::{Corruption, DiskError, FileError, OpenError};
 pub use observer::{Change, ObservedBy, Observer};
 pub use open::open;
+pub use open_reason::OpenReason;
 pub use options::{Aio, CacheMode, DetectZeroes, DiscardMode, Format, OpenOptions, UnknownWord};
 pub use scsi::{CDB_MAX, SENSE_MAX, ScsiCommand, ScsiDirection, ScsiReply};
 

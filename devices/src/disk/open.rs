@@ -17,9 +17,9 @@ use super::raw::blocking::Blocking;
 use super::raw::{DirectIo, RawImage};
 use super::scsi::is_scsi_disk;
 use super::{
-    Aio, BackingImage, Corruption, DetectZeroes, DiscardMode, Disk, DiskError, Engine, EngineSetup,
-    Format, Lifetime, Limits, OpenError, OpenOptions, OpenReason, block_device, detect_zeroes,
-    image_file, other_formats,
+    Aio, BackingImage, Corruption, DiscardMode, Disk, DiskError, Engine, EngineSetup, Format,
+    Lifetime, Limits, OpenError, OpenOptions, OpenReason, block_device, detect_zeroes, image_file,
+    other_formats,
 };
 
 /// Opens an image as a disk.
@@ -27,10 +27,8 @@ use super::{
 /// # Errors
 /// Says in one line what is wrong. Nothing has been created or changed then.
 pub fn open(options: &OpenOptions) -> Result<Arc<dyn Disk>, OpenError> {
-    let refused = |reason| OpenError { path: options.path.clone(), reason };
-    if options.detect_zeroes == DetectZeroes::Unmap && options.discard == DiscardMode::Ignore {
-        return Err(refused(OpenReason::UnmapWithoutDiscard));
-    }
+    let refused = |reason: OpenReason| reason.of(&options.path);
+    detect_zeroes::check(options).map_err(refused)?;
     // With snapshot=on, the writes of the guest go to a temporary qcow2 image over the one that the user named.
     let overlay = options.snapshot && !options.read_only;
     let backend = if options.format.unwrap_or_default() == Format::Raw && !overlay {
@@ -51,13 +49,13 @@ fn open_raw(options: &OpenOptions) -> Result<Backend, OpenReason> {
     if options.scsi && !is_scsi_disk(&file.file) {
         return Err(OpenReason::NotScsi);
     }
-    let (length, unit) = (file.length()?, file.unit());
+    let length = file.length()?;
     image_file::check_length(&options.path, length)?;
     if options.format.is_none() {
         other_formats::refuse(&file)?;
     }
-    if !options.read_only && !length.is_multiple_of(u64::from(unit)) {
-        return Err(OpenReason::DirectTail { length, unit });
+    if !options.read_only {
+        image_file::check_tail(&file, length)?;
     }
     Ok(raw_image(file, options.discard == DiscardMode::Unmap)?)
 }
@@ -153,8 +151,8 @@ mod tests {
     use rustix::fs::{FileType, Mode};
 
     use super::*;
-    use crate::disk::CacheMode;
     use crate::disk::tests::rig::{refusal, without_forks};
+    use crate::disk::{CacheMode, FileError};
 
     fn image(directory: &Path, name: &str, length: u64) -> PathBuf {
         let path = directory.join(name);
@@ -213,11 +211,11 @@ mod tests {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o400)).unwrap();
         if rustix::process::geteuid().is_root() {
             eprintln!("running as root, whom no permission stops: only the wording is tested");
-            let error = OpenReason::Permission { writable: true }.to_string();
+            let error = FileError::Permission { writable: true }.to_string();
             assert!(error.contains("readonly=on"), "{error}");
             return;
         }
-        let error = open(&OpenOptions::new(&path)).err().unwrap().reason.to_string();
+        let error = refusal(&OpenOptions::new(&path));
         assert!(error.contains("permission denied") && error.contains("readonly=on"), "{error}");
         assert!(open(&OpenOptions { read_only: true, ..OpenOptions::new(&path) }).is_ok());
     }
@@ -257,7 +255,7 @@ mod tests {
 
         let _disk = open(&reader).unwrap();
         assert!(open(&reader).is_ok());
-        assert!(matches!(open(&writer).err().unwrap().reason, OpenReason::Locked));
+        assert!(matches!(open(&writer).err().unwrap().objection(), Some(OpenReason::Locked)));
     }
 
     /// What io_uring keeps open a little longer does not keep the lock.
@@ -281,8 +279,8 @@ mod tests {
             tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
         let path = image(directory.path(), "image", 4096 + 100);
         let options = OpenOptions { cache: CacheMode::None, ..OpenOptions::new(&path) };
-        match open(&options).err().map(|error| error.reason) {
-            Some(OpenReason::DirectTail { length: 4196, unit }) => assert!(unit >= 512),
+        match open(&options).err().as_ref().and_then(OpenError::objection) {
+            Some(OpenReason::DirectTail { length: 4196, unit }) => assert!(*unit >= 512),
             Some(OpenReason::NoDirect) => {
                 eprintln!("no O_DIRECT on this file system: nothing to test")
             }

@@ -45,8 +45,8 @@ use super::bounce::Bounce;
 use super::image_file::check_length;
 use super::job::Job;
 use super::{
-    BackingImage, Corruption, DiscardMode, DiskError, Limits, OpenError, OpenOptions, Operation,
-    SECTOR,
+    BackingImage, Corruption, DiscardMode, DiskError, Limits, OpenError, OpenOptions, OpenReason,
+    Operation, SECTOR,
 };
 use crate::lock;
 
@@ -85,7 +85,7 @@ impl Qcow2Image {
     pub(super) fn open(options: &OpenOptions, overlay: bool) -> Result<Self, OpenError> {
         let writable = !options.read_only && !overlay;
         let mut opened = chain::open(options, writable)?;
-        let refused = |reason| OpenError { path: options.path.clone(), reason };
+        let refused = |reason: OpenReason| reason.of(&options.path);
         check_length(&options.path, opened.layer.size()).map_err(refused)?;
         if overlay {
             opened = overlay::temporary_overlay(opened).map_err(refused)?;

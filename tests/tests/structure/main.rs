@@ -119,6 +119,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
         ],
     ),
     ("register pages", &["vmm/src/register_pages.rs"]),
+    ("refused images", &["devices/src/disk/open_reason.rs"]),
     ("refused command lines", &["cli/src/arguments/usage_error.rs"]),
     ("replay", &["cli/src/replay"]),
     (

@@ -63,33 +63,33 @@ impl EventLimit {
 #[cfg(test)]
 mod tests {
     use devices::block::Kind;
+    use devices::disk::DiskError;
 
     use super::*;
 
     #[test]
     fn a_disk_reports_its_first_error_at_once_and_the_last_one_later() {
-        let error = |device: &str, action, reason: &str| {
+        let error = |device: &str, action, errno| {
             MachineEvent::Disk(BlockEvent::IoError {
                 device: device.to_owned(),
                 operation: Kind::Write,
                 action,
-                nospace: false,
-                reason: reason.to_owned(),
+                error: DiskError::Host(errno),
             })
         };
         let mut limit = EventLimit::new().unwrap();
-        assert!(limit.admit(&error("vda", ErrorAction::Report, "first")).is_some());
+        assert!(limit.admit(&error("vda", ErrorAction::Report, libc::EIO)).is_some());
         for _ in 0..1000 {
-            assert!(limit.admit(&error("vda", ErrorAction::Report, "more")).is_none());
+            assert!(limit.admit(&error("vda", ErrorAction::Report, libc::EIO)).is_none());
         }
-        assert!(limit.admit(&error("vda", ErrorAction::Report, "last")).is_none());
-        assert!(limit.admit(&error("vda", ErrorAction::Stop, "stop")).is_some());
-        assert!(limit.admit(&error("vdb", ErrorAction::Report, "other")).is_some());
+        assert!(limit.admit(&error("vda", ErrorAction::Report, libc::ENODEV)).is_none());
+        assert!(limit.admit(&error("vda", ErrorAction::Stop, libc::EIO)).is_some());
+        assert!(limit.admit(&error("vdb", ErrorAction::Report, libc::EIO)).is_some());
         assert!(limit.admit(&MachineEvent::Stop).is_some());
         let held = limit.expire();
         assert_eq!(held.len(), 1);
-        assert_eq!(held[0]["data"]["reason"], "last");
-        assert!(limit.admit(&error("vda", ErrorAction::Report, "held back again")).is_none());
-        assert!(limit.admit(&error("vdb", ErrorAction::Report, "at once")).is_some());
+        assert_eq!(held[0]["data"]["reason"], "No such device");
+        assert!(limit.admit(&error("vda", ErrorAction::Report, libc::EIO)).is_none());
+        assert!(limit.admit(&error("vdb", ErrorAction::Report, libc::EIO)).is_some());
     }
 }

@@ -1,10 +1,11 @@
 //! The machine's events as QMP messages, with the names and members of QEMU's schema (qapi/run-state.json and
 //! qapi/block-core.json). `event_limit` decides which of them are sent, and `schema` describes their types to clients.
 
+use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use devices::block::{BlockEvent, ErrorAction, Kind};
-use devices::disk::Corruption;
+use devices::disk::{Corruption, DiskError};
 use serde_json::{Value, json};
 
 use crate::machine::{MachineEvent, Outcome};
@@ -53,6 +54,18 @@ pub(super) fn stamped(name: &str, data: Value) -> Value {
     message
 }
 
+/// The text of strerror(3) for the nearest errno, as QEMU has it.
+fn strerror(error: DiskError) -> String {
+    let errno = match error {
+        DiskError::Host(errno) => errno,
+        DiskError::NoSpace => libc::ENOSPC,
+        DiskError::Unsupported => libc::EOPNOTSUPP,
+        DiskError::OutOfRange => libc::EINVAL,
+    };
+    let text = io::Error::from_raw_os_error(errno).to_string();
+    text.split(" (os error").next().unwrap_or_default().to_owned()
+}
+
 fn name_and_data(event: &MachineEvent) -> Option<(&'static str, Value)> {
     Some(match event {
         MachineEvent::Stop => ("STOP", Value::Null),
@@ -65,7 +78,7 @@ fn name_and_data(event: &MachineEvent) -> Option<(&'static str, Value)> {
         }
         MachineEvent::GuestPanicked => ("GUEST_PANICKED", json!({ "action": "poweroff" })),
         MachineEvent::GuestCrashloaded => ("GUEST_CRASHLOADED", json!({ "action": "run" })),
-        MachineEvent::Disk(BlockEvent::IoError { device, operation, action, nospace, reason }) => (
+        MachineEvent::Disk(BlockEvent::IoError { device, operation, action, error }) => (
             "BLOCK_IO_ERROR",
             json!({
                 "device": device,
@@ -77,8 +90,8 @@ fn name_and_data(event: &MachineEvent) -> Option<(&'static str, Value)> {
                     ErrorAction::Ignore => "ignore",
                     ErrorAction::Stop => "stop",
                 },
-                "nospace": nospace,
-                "reason": reason,
+                "nospace": *error == DiskError::NoSpace,
+                "reason": strerror(*error),
             }),
         ),
         MachineEvent::Disk(BlockEvent::WriteThreshold { device, exceeded, threshold }) => (

@@ -262,7 +262,7 @@ mod tests {
     use std::collections::HashSet;
 
     use devices::block::{BlockEvent, ErrorAction, Kind};
-    use devices::disk::Corruption;
+    use devices::disk::{Corruption, DiskError};
 
     use super::*;
     use crate::control::arguments::optional;
@@ -336,8 +336,7 @@ mod tests {
                 device: "vda".to_owned(),
                 operation,
                 action,
-                nospace: true,
-                reason: "no space".to_owned(),
+                error: DiskError::NoSpace,
             })
         };
         let threshold =

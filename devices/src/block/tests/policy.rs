@@ -17,8 +17,7 @@ fn rig(policy: ErrorPolicy) -> Rig {
 }
 
 fn io_error(operation: Kind, action: ErrorAction, error: DiskError) -> BlockEvent {
-    let (nospace, reason) = (error == DiskError::NoSpace, error.strerror());
-    BlockEvent::IoError { device: "vda".to_owned(), operation, action, nospace, reason }
+    BlockEvent::IoError { device: "vda".to_owned(), operation, action, error }
 }
 
 #[test]

@@ -54,7 +54,7 @@ fn open_at_depth(
     options: &OpenOptions,
     depth: usize,
 ) -> Result<Opened, OpenError> {
-    let refused = |reason| OpenError { path: path.to_owned(), reason };
+    let refused = |reason: OpenReason| reason.of(path);
     let unusable = |error| refused(OpenReason::Qcow2(error));
     if depth > MAX_CHAIN {
         return Err(refused(OpenReason::BackingChain(MAX_CHAIN)));

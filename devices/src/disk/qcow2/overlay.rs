@@ -11,7 +11,7 @@ use super::chain::Opened;
 use super::header::Header;
 use super::ordered::OrderedStorage;
 use super::storage::HostStorage;
-use crate::disk::host_file::HostFile;
+use crate::disk::host_file::{FileKind, HostFile};
 use crate::disk::{OpenReason, SECTOR, temporary_file};
 
 /// Makes an empty qcow2 image over `base`.
@@ -21,7 +21,7 @@ pub(super) fn temporary_overlay(base: Opened) -> Result<Opened, OpenReason> {
     let (directory, file) = temporary_file::create(std::env::var_os("TMPDIR"));
     let (backing, size) = (base.size(), base.size() - base.size() % SECTOR);
     let create = || -> io::Result<Opened> {
-        let file = HostFile::from_file(file?, None).map_err(io::Error::other)?;
+        let file = HostFile::new(file?, FileKind::Regular, None);
         let storage = OrderedStorage::plain(HostStorage::new(&directory, &Arc::new(file), true)?);
         let overlay = Qcow2::create_builder(storage.clone())
             .size(size)

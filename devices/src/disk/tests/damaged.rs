@@ -209,7 +209,10 @@ fn backing_files_are_named_by_a_path() {
         [r#"json:{"driver":"raw","file.filename":"base"}"#, "nbd:localhost:1", "https://x/y"]
     {
         assert!(named(name));
-        assert!(matches!(open(&options).err().unwrap().reason, OpenReason::BackingProtocol(_)));
+        assert!(matches!(
+            open(&options).err().unwrap().objection(),
+            Some(OpenReason::BackingProtocol(_))
+        ));
     }
     qemu_img_ok(&["rebase", "-u", "-b", "base", "-F", "raw", text(&path)]);
     assert!(open(&options).is_ok());

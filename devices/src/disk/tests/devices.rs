@@ -127,12 +127,12 @@ fn a_device_that_the_host_uses_is_refused() {
     let claim =
         std::fs::File::options().read(true).custom_flags(exclusive).open(&device.0).unwrap();
     let options = OpenOptions::new(&device.0);
-    assert!(matches!(open(&options).err().unwrap().reason, OpenReason::Mounted));
+    assert!(matches!(open(&options).err().unwrap().objection(), Some(OpenReason::Mounted)));
     assert!(open(&OpenOptions { read_only: true, ..options.clone() }).is_ok());
     assert!(open(&OpenOptions { locking: false, ..options.clone() }).is_ok());
     drop(claim);
     let _disk = open(&options).unwrap();
-    assert!(matches!(open(&options).err().unwrap().reason, OpenReason::Locked));
+    assert!(matches!(open(&options).err().unwrap().objection(), Some(OpenReason::Locked)));
     // The loop device is detached by a child.
     drop(turn);
 }

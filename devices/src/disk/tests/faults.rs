@@ -7,7 +7,7 @@ use std::thread;
 
 use super::refusals::refuse;
 use super::rig::{self, DEPTH, Request, Rig, WRITE, directories, every_way};
-use crate::disk::host_file::HostFile;
+use crate::disk::host_file::{FileKind, HostFile};
 use crate::disk::{
     CacheMode, DetectZeroes, Disk, DiskError, OpenOptions, OpenReason, Operation, open,
 };
@@ -144,7 +144,7 @@ fn after_a_failed_flush_no_flush_succeeds() {
     for &aio in crate::disk::Aio::ALL {
         let options = OpenOptions { aio, ..OpenOptions::new(&path) };
         let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
-        let file = HostFile::from_file(file, None).unwrap();
+        let file = HostFile::new(file, FileKind::Regular, None);
         assert!(file.check_flushed(Err(std::io::Error::from_raw_os_error(libc::EIO))).is_err());
         let mut rig = Rig::new(rig::raw_disk(file, &options));
         for _ in 0..2 {
@@ -165,7 +165,7 @@ fn an_engine_dropped_by_another_thread() {
         let path = directory.path().join("image");
         std::fs::write(&path, vec![1; 1 << 20]).unwrap();
         let disk = match open(&OpenOptions { cache: CacheMode::None, ..OpenOptions::new(&path) }) {
-            Err(error) if matches!(error.reason, OpenReason::NoDirect) => continue,
+            Err(error) if matches!(error.objection(), Some(OpenReason::NoDirect)) => continue,
             result => result.unwrap(),
         };
         let requests: Vec<_> = (0..DEPTH.into())

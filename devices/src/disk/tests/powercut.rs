@@ -305,7 +305,7 @@ fn cut(setup: &Setup, seed: u64, states: usize) -> Option<(Vec<String>, usize)> 
     options.observer = Some(observer);
     let before = fs::read(&options.path).unwrap();
     let disk = match open(&options) {
-        Err(error) if matches!(error.reason, OpenReason::NoDirect) => return None,
+        Err(error) if matches!(error.objection(), Some(OpenReason::NoDirect)) => return None,
         result => result.unwrap(),
     };
     let mut random = Random(seed);

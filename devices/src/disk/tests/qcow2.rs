@@ -84,7 +84,9 @@ fn every_kind_of_qcow2_is_a_disk() {
                 // Not locked: a child that another test starts may have a copy of the lock when qemu-img comes.
                 let options = OpenOptions { cache, locking: false, ..options.clone() };
                 match open(&options) {
-                    Err(error) if matches!(error.reason, OpenReason::NoDirect) => continue,
+                    Err(error) if matches!(error.objection(), Some(OpenReason::NoDirect)) => {
+                        continue;
+                    }
                     result => drop(result.unwrap()),
                 }
                 eprintln!("{path:?}, cache={cache}");
@@ -132,7 +134,7 @@ fn a_snapshot_leaves_the_image_alone() {
             let before = fs::read(&path).unwrap();
             for cache in [CacheMode::None, CacheMode::Writeback] {
                 let options = OpenOptions { snapshot: true, cache, ..options.clone() };
-                if matches!(open(&options), Err(error) if matches!(error.reason, OpenReason::NoDirect))
+                if matches!(open(&options), Err(error) if matches!(error.objection(), Some(OpenReason::NoDirect)))
                 {
                     continue;
                 }
@@ -173,7 +175,7 @@ fn direct_io_of_a_sparse_image_is_aligned() {
         let options =
             OpenOptions { snapshot: true, cache: CacheMode::None, ..OpenOptions::new(&path) };
         let mut rig = match open(&options) {
-            Err(error) if matches!(error.reason, OpenReason::NoDirect) => continue,
+            Err(error) if matches!(error.objection(), Some(OpenReason::NoDirect)) => continue,
             result => Rig::new(result.unwrap()),
         };
         // Each leaves the rest of a cluster to be copied from the image.
@@ -363,10 +365,13 @@ fn unsuitable_qcow2_images_are_refused_in_one_line() {
         );
         // Each opening of the loop locks out the next, unless nothing is locked.
         let endless = OpenOptions { backing: true, locking: false, ..qcow2(&path("loop")) };
-        assert!(matches!(open(&endless).err().unwrap().reason, OpenReason::BackingChain(_)));
         assert!(matches!(
-            open(&OpenOptions { locking: true, ..endless }).err().unwrap().reason,
-            OpenReason::Locked
+            open(&endless).err().unwrap().objection(),
+            Some(OpenReason::BackingChain(_))
+        ));
+        assert!(matches!(
+            open(&OpenOptions { locking: true, ..endless }).err().unwrap().objection(),
+            Some(OpenReason::Locked)
         ));
     }
 }
@@ -382,6 +387,6 @@ fn a_backing_file_is_locked_against_writers() {
     let _turn = super::rig::without_forks();
     let _disk = open(options).unwrap();
     let base = OpenOptions::new(directory.path().join("content.raw"));
-    assert!(matches!(open(&base).err().unwrap().reason, OpenReason::Locked));
+    assert!(matches!(open(&base).err().unwrap().objection(), Some(OpenReason::Locked)));
     assert!(open(&OpenOptions { read_only: true, ..base }).is_ok());
 }

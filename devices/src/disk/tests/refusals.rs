@@ -251,5 +251,8 @@ fn detect_zeroes_unmap_needs_discards() {
         discard: crate::disk::DiscardMode::Ignore,
         ..OpenOptions::new(&path)
     };
-    assert!(matches!(open(&options).err().unwrap().reason, OpenReason::UnmapWithoutDiscard));
+    assert!(matches!(
+        open(&options).err().unwrap().objection(),
+        Some(OpenReason::UnmapWithoutDiscard)
+    ));
 }

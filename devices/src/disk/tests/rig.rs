@@ -11,8 +11,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::GuestMemory;
 use crate::disk::engine::uring;
-use crate::disk::host_file::Alignment;
-use crate::disk::host_file::HostFile;
+use crate::disk::host_file::{Alignment, FileKind, HostFile};
 use crate::disk::open::raw_image;
 use crate::disk::opened::OpenedDisk;
 use crate::disk::{
@@ -178,7 +177,7 @@ pub(super) fn every_way(path: &Path, detect_zeroes: DetectZeroes) -> Vec<(String
                 format!("{} aio={aio},cache={cache},detect-zeroes={detect_zeroes}", path.display());
             match open(&options) {
                 Ok(disk) => ways.push((name.clone(), disk)),
-                Err(error) if matches!(error.reason, OpenReason::NoDirect) => {
+                Err(error) if matches!(error.objection(), Some(OpenReason::NoDirect)) => {
                     eprintln!("not tested: {error}")
                 }
                 Err(error) => panic!("{error}"),
@@ -200,7 +199,7 @@ pub(super) fn demanding(options: &OpenOptions, alignment: Alignment) -> Option<A
     let mut flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
     flags |= rustix::fs::OFlags::DIRECT;
     let file = rustix::fs::open(&options.path, flags, rustix::fs::Mode::empty()).ok()?;
-    let file = HostFile::from_file(file.into(), Some(alignment)).unwrap();
+    let file = HostFile::new(file.into(), FileKind::Regular, Some(alignment));
     Some(raw_disk(file, options))
 }
 

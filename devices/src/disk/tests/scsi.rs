@@ -187,7 +187,7 @@ fn a_read_only_disk_takes_commands_that_read(device: &ScsiDebug) {
 fn only_whole_scsi_disks_take_commands(device: &ScsiDebug) {
     let refused = |options: OpenOptions| {
         let error = open(&options).map(|_| ()).unwrap_err();
-        assert!(matches!(error.reason, OpenReason::NotScsi), "{error}");
+        assert!(matches!(error.objection(), Some(OpenReason::NotScsi)), "{error}");
     };
     refused(OpenOptions { path: ScsiDebug::partition_of(&device.0), ..device.options() });
     refused(OpenOptions { snapshot: true, ..device.options() });
