@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, SeekFrom, openat};
@@ -15,7 +16,7 @@ use rustix::io::Errno;
 
 use super::OpenOptions;
 use super::error::{FileError, is_refusal};
-use super::observer::{Change, ObservedBy};
+use super::observer::{FileChange, Observer};
 
 /// What direct I/O requires of a transfer, in bytes; both are powers of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +48,7 @@ pub(super) struct HostFile {
     /// The errno of the first failed flush of a file that goes through the page cache, else 0. Linux drops data that it could not
     /// write, so the next fdatasync(2) would succeed without that data. Therefore every later flush fails with this errno.
     failed_flush: AtomicI32,
-    pub(super) observer: Option<ObservedBy>,
+    pub(super) observer: Option<Arc<dyn Observer>>,
 }
 
 impl HostFile {
@@ -58,7 +59,7 @@ impl HostFile {
         options: &OpenOptions,
     ) -> Result<Self, FileError> {
         let (file, kind) = open(path, writable, options.cache.direct())?;
-        Ok(Self { observer: options.observer.clone(), ..Self::new(file, kind, None) })
+        Ok(Self::new(file, kind, None))
     }
 
     /// Wraps an open file, without a lock.
@@ -86,31 +87,21 @@ impl HostFile {
             Err(error) if is_refusal(&error.into()) => rustix::fs::fsync(&self.file),
             result => result,
         };
-        let flush = || rustix::io::retry_on_intr(flush).map_err(io::Error::from);
-        self.check_flushed(self.observe(|| Change::Sync, flush))
-    }
-
-    /// Calls `make`, which makes the change, and reports its begin and end to the observer if there is one.
-    pub(super) fn observe<R>(
-        &self,
-        change: impl FnOnce() -> Change,
-        make: impl FnOnce() -> io::Result<R>,
-    ) -> io::Result<R> {
-        waypoint!();
-        let number = self.begin(change);
-        let result = make();
-        self.end(number, result.is_ok());
-        result
+        let change = self.begin(FileChange::Sync);
+        let result = rustix::io::retry_on_intr(flush);
+        self.end(change, result.is_ok());
+        self.check_flushed(result.map_err(io::Error::from))
     }
 
     /// Reports to the observer that a change is about to be made. Returns the observer's number for the change, to be passed to
     /// `end`. `None`: there is no observer.
-    pub(super) fn begin(&self, change: impl FnOnce() -> Change) -> Option<usize> {
-        self.observer.as_ref().map(|observed| observed.0.begin(change()))
+    pub(super) fn begin(&self, change: FileChange<'_>) -> Option<usize> {
+        waypoint!();
+        self.observer.as_ref().map(|observer| observer.begin(change))
     }
 
     pub(super) fn end(&self, number: Option<usize>, succeeded: bool) {
-        if let (Some(ObservedBy(observer)), Some(number)) = (&self.observer, number) {
+        if let (Some(observer), Some(number)) = (&self.observer, number) {
             observer.end(number, succeeded);
         }
     }
@@ -129,15 +120,6 @@ impl HostFile {
             0 => result,
             errno => Err(io::Error::from_raw_os_error(errno)),
         }
-    }
-
-    /// Called with the error of a durable write. An EIO may come from the flush that is part of the write, and may then concern
-    /// other data, too: it counts as a failed flush.
-    pub(super) fn durable_write_failed(&self, error: io::Error) -> io::Error {
-        if error.raw_os_error() == Some(libc::EIO) {
-            let _ = self.check_flushed(Err(io::Error::from_raw_os_error(libc::EIO)));
-        }
-        error
     }
 
     /// Whether the file is in memory (tmpfs or ramfs, linux/magic.h), so that no call on it waits for a device.

@@ -1,22 +1,22 @@
 //! A transfer while an engine executes it: what is left to do, and where its data is in guest memory.
 //!
 //! [`IoBuffers`] hold guest memory as iovecs, which is what system calls and io_uring take. They are raw pointers: no Rust
-//! reference to guest memory is ever formed, because the guest may write it at any moment. The copies in `take` and `fill` are
-//! memcpy(3) calls that read each byte once. If the guest writes at the same time, a copied byte is the old or the new one. The
-//! engine that made the iovecs keeps the memory mapped until the job is finished.
+//! reference to guest memory is ever formed, because the guest may write it at any moment. The engine that made the iovecs keeps the
+//! memory mapped until the job is finished.
 
 #![expect(unsafe_code, reason = "iovecs are raw pointers into guest memory")]
 
+mod copy;
+
 use std::io;
 use std::os::fd::AsFd;
-use std::ptr;
 use std::sync::Arc;
 
 use libc::iovec;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, VolatileSlice};
 
 use super::positioned_io::{IOV_MAX, READ, WRITE, transfer};
-use super::{Change, DeviceCommand, DiskError, GuestRange, Operation};
+use super::{DeviceCommand, DiskError, GuestRange, Operation};
 use crate::GuestMemory;
 
 /// What is left of a [`Transfer`](super::Transfer), with host addresses instead of guest ranges. Engines use jobs again, so
@@ -31,8 +31,6 @@ pub(super) struct Job {
     pub(super) buffers: IoBuffers,
     /// A command that is executed instead of `operation`, with its data in `buffers`.
     pub(super) command: Option<Arc<dyn DeviceCommand>>,
-    /// The observer's number for the change that the ring makes for this job.
-    pub(super) change: Option<usize>,
 }
 
 impl Job {
@@ -41,39 +39,6 @@ impl Job {
         self.buffers.advance(count as usize);
         self.offset += count;
         self.length -= count;
-    }
-
-    /// Copies the next `data.len()` bytes from guest memory, and advances past them.
-    pub(super) fn take(&mut self, data: &mut [u8]) {
-        self.copy(data);
-        self.advance(data.len() as u64);
-    }
-
-    fn copy(&self, data: &mut [u8]) {
-        for (guest, at, length) in self.buffers.parts(data.len()) {
-            // SAFETY: `guest` is valid for `length` bytes by the invariant, and is no part of `data`.
-            unsafe { ptr::copy_nonoverlapping(guest, data[at..at + length].as_mut_ptr(), length) };
-        }
-    }
-
-    /// The rest of a write, for an observer.
-    pub(super) fn to_change(&self, durable: bool) -> Change {
-        let mut data = vec![0; self.length as usize];
-        self.copy(&mut data);
-        Change::Write { offset: self.offset, data, durable }
-    }
-
-    /// Copies `data` into the next `data.len()` bytes of guest memory, and advances past them.
-    pub(super) fn fill(&mut self, data: &[u8]) {
-        for (guest, at, length) in self.buffers.parts(data.len()) {
-            // SAFETY: as in `take`, in the other direction.
-            unsafe { ptr::copy_nonoverlapping(data[at..at + length].as_ptr(), guest, length) };
-        }
-        self.advance(data.len() as u64);
-    }
-
-    pub(super) fn end(&self) -> u64 {
-        self.offset + self.length
     }
 }
 
@@ -159,11 +124,6 @@ impl IoBuffers {
         &rest[..rest.len().min(IOV_MAX)]
     }
 
-    /// All of the rest. `None`: one system call cannot take it.
-    pub(super) fn whole(&self) -> Option<&[iovec]> {
-        Some(self.rest()).filter(|rest| rest.len() <= IOV_MAX)
-    }
-
     fn advance(&mut self, mut count: usize) {
         while count > 0 && self.first < self.iovecs.len() {
             let iovec = &mut self.iovecs[self.first];
@@ -186,17 +146,5 @@ impl IoBuffers {
         waypoint!();
         // SAFETY: the iovecs are valid for reads by the invariant.
         unsafe { transfer(WRITE, file, self.pending(), offset, flags) }
-    }
-
-    /// The next `count` bytes, buffer by buffer. Each item is a part's address, how many bytes come before it, and its length.
-    fn parts(&self, count: usize) -> impl Iterator<Item = (*mut u8, usize, usize)> {
-        self.rest()
-            .iter()
-            .scan(0, move |at, iovec| {
-                let (start, length) = (*at, iovec.iov_len.min(count - *at));
-                *at += length;
-                Some((iovec.iov_base.cast(), start, length))
-            })
-            .take_while(|(_, _, length)| *length > 0)
     }
 }

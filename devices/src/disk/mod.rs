@@ -55,7 +55,6 @@ pub mod temporary_file;
 mod tests;
 
 pub use error::{Corruption, DiskError, FileError, OpenError};
-pub use observer::{Change, ObservedBy, Observer};
 pub use open::open;
 pub use open_reason::OpenReason;
 pub use options::{Aio, CacheMode, DetectZeroes, DiscardMode, Format, OpenOptions, UnknownWord};

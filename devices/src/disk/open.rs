@@ -11,6 +11,7 @@ use super::engine::ring::MakeRing;
 use super::engine::{QueueEngine, threads, uring};
 use super::host_file::{FileKind, HostFile};
 use super::job::Job;
+use super::observer::Observer;
 use super::opened::{Backend, OpenedDisk};
 use super::qcow2::Qcow2Image;
 use super::raw::blocking::Blocking;
@@ -27,16 +28,24 @@ use super::{
 /// # Errors
 /// Says in one line what is wrong. Nothing has been created or changed then.
 pub fn open(options: &OpenOptions) -> Result<Arc<dyn Disk>, OpenError> {
+    open_observed(options, None)
+}
+
+/// As [`open`], with an observer of each change of the image's file.
+pub(super) fn open_observed(
+    options: &OpenOptions,
+    observer: Option<Arc<dyn Observer>>,
+) -> Result<Arc<dyn Disk>, OpenError> {
     let refused = |reason: OpenReason| reason.of(&options.path);
     detect_zeroes::check(options).map_err(refused)?;
     // With snapshot=on, the writes of the guest go to a temporary qcow2 image over the one that the user named.
     let overlay = options.snapshot && !options.read_only;
     let backend = if options.format.unwrap_or_default() == Format::Raw && !overlay {
-        open_raw(options).map_err(refused)?
+        open_raw(options, observer).map_err(refused)?
     } else if options.scsi {
         return Err(refused(OpenReason::NotScsi));
     } else {
-        Backend::Qcow2(Box::new(Qcow2Image::open(options, overlay)?))
+        Backend::Qcow2(Box::new(Qcow2Image::open(options, overlay, observer)?))
     };
     let ring =
         options.aio == Aio::IoUring && matches!(backend, Backend::Raw(..)) && uring::available();
@@ -44,8 +53,12 @@ pub fn open(options: &OpenOptions) -> Result<Arc<dyn Disk>, OpenError> {
     Ok(detect_zeroes::over(Arc::new(disk), options.detect_zeroes))
 }
 
-fn open_raw(options: &OpenOptions) -> Result<Backend, OpenReason> {
-    let file = image_file::open(&options.path, !options.read_only, options)?;
+fn open_raw(
+    options: &OpenOptions,
+    observer: Option<Arc<dyn Observer>>,
+) -> Result<Backend, OpenReason> {
+    let mut file = image_file::open(&options.path, !options.read_only, options)?;
+    file.observer = observer;
     if options.scsi && !is_scsi_disk(&file.file) {
         return Err(OpenReason::NotScsi);
     }

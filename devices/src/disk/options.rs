@@ -9,8 +9,6 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::ObservedBy;
-
 /// Everything that decides how an image is opened and how its data is moved. `new` gives the defaults of `--disk`; the derived
 /// `Default` is what `new` starts from, without a path and without a lock.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,9 +36,6 @@ pub struct OpenOptions {
     pub backing: bool,
     /// `scsi=on`: the guest may send SCSI commands to the image, which must be a whole SCSI disk of the host.
     pub scsi: bool,
-    /// Sees each change of the image's file; no option of the command line.
-    #[serde(skip)]
-    pub observer: Option<ObservedBy>,
     /// `log-writes=`: the file for a log of what the guest writes. A saved machine does not choose it.
     #[serde(skip)]
     pub log_writes: Option<PathBuf>,

@@ -30,7 +30,7 @@ use std::io;
 use std::ops::{Deref, Range};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use imago::ShallowMapping;
 use imago::format::PreallocateMode;
@@ -44,6 +44,7 @@ use self::ordered::{Order, OrderedStorage};
 use super::bounce::Bounce;
 use super::image_file::check_length;
 use super::job::Job;
+use super::observer::Observer;
 use super::{
     BackingImage, Corruption, DiscardMode, DiskError, Limits, OpenError, OpenOptions, OpenReason,
     Operation, SECTOR,
@@ -82,9 +83,13 @@ pub(super) struct Qcow2Image {
 
 impl Qcow2Image {
     /// Opens the chain of images that `options` name, below a temporary overlay if `overlay` says so.
-    pub(super) fn open(options: &OpenOptions, overlay: bool) -> Result<Self, OpenError> {
+    pub(super) fn open(
+        options: &OpenOptions,
+        overlay: bool,
+        observer: Option<Arc<dyn Observer>>,
+    ) -> Result<Self, OpenError> {
         let writable = !options.read_only && !overlay;
-        let mut opened = chain::open(options, writable)?;
+        let mut opened = chain::open(options, writable, observer)?;
         let refused = |reason: OpenReason| reason.of(&options.path);
         check_length(&options.path, opened.layer.size()).map_err(refused)?;
         if overlay {
@@ -130,7 +135,7 @@ impl Qcow2Image {
         while job.length > 0 {
             let buffer = piece(bounce, job);
             self.shared().read(&mut *buffer, job.offset)?;
-            job.fill(buffer);
+            job.copy_to_guest(buffer);
         }
         Ok(())
     }
@@ -138,7 +143,7 @@ impl Qcow2Image {
     fn write(&self, job: &mut Job, bounce: &mut Bounce) -> io::Result<()> {
         while job.length > 0 {
             let (buffer, offset) = (piece(bounce, job), job.offset);
-            job.take(buffer);
+            job.copy_from_guest(buffer);
             self.put(&mut self.shared(), buffer, offset)?;
         }
         Ok(())

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::host_file::HostFile;
 use super::job::Job;
+use super::observer::FileChange;
 use super::{Lifetime, Limits, SECTOR};
 
 pub(super) mod blocking;
@@ -87,8 +88,11 @@ impl RawImage {
     /// Makes one system call that writes `job` or the start of it. Returns how many bytes were written.
     pub(super) fn write_some(&self, job: &Job, flags: i32) -> io::Result<u64> {
         waypoint!();
-        let change = || job.to_change(flags & libc::RWF_DSYNC != 0);
-        self.file.observe(change, || job.buffers.write_to(&self.file, job.offset, flags))
+        let change = FileChange::Write { job, durable: flags & libc::RWF_DSYNC != 0 };
+        let change = self.file.begin(change);
+        let result = job.buffers.write_to(&self.file, job.offset, flags);
+        self.file.end(change, result.is_ok());
+        result
     }
 
     pub(super) fn capacity(&self) -> u64 {

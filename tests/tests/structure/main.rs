@@ -161,7 +161,11 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("temporary files", &["devices/src/disk/temporary_file.rs"]),
     (
         "threads that wait for the host",
-        &["devices/src/disk/engine/threads.rs", "devices/src/disk/raw/blocking.rs"],
+        &[
+            "devices/src/disk/engine/threads.rs",
+            "devices/src/disk/job/copy.rs",
+            "devices/src/disk/raw/blocking.rs",
+        ],
     ),
     ("throttling", &["devices/src/block/throttle"]),
     ("timeout", &["vmm/src/timeout.rs"]),

@@ -22,9 +22,10 @@ use io_uring::{IoUring, opcode, squeue, types};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::ring::{Ring, RingResult};
+use crate::disk::Operation;
 use crate::disk::job::Job;
+use crate::disk::observer::{FileChange, Observer};
 use crate::disk::raw::{DirectIo, RawImage};
-use crate::disk::{Change, ObservedBy, Operation};
 use crate::log_limit::LogLimit;
 
 /// The image, by its index among the ring's registered files.
@@ -34,7 +35,7 @@ const IMAGE: types::Fixed = types::Fixed(0);
 struct Uring {
     uring: IoUring,
     /// Jobs in the ring, by tag. The kernel has pointers into guest memory, and into the iovec lists of these jobs.
-    jobs: Vec<Option<Box<Job>>>,
+    jobs: Vec<Option<InRing>>,
     in_flight: usize,
     /// Tags of jobs that the kernel has not taken yet, in order.
     queued: Vec<u32>,
@@ -43,8 +44,14 @@ struct Uring {
     /// The kernel has refused submissions for good.
     broken: bool,
     shortages: Arc<LogLimit>,
-    observer: Option<ObservedBy>,
+    observer: Option<Arc<dyn Observer>>,
     direct: Option<Arc<dyn DirectIo>>,
+}
+
+/// A job in the ring, and the observer's number for the change that it makes.
+struct InRing {
+    job: Box<Job>,
+    change: Option<usize>,
 }
 
 /// Whether this host allows io_uring. Tries it once for the process, and warns the user once.
@@ -145,14 +152,14 @@ impl Ring for Uring {
         self.in_flight
     }
 
-    fn submit(&mut self, mut job: Box<Job>) -> Result<(), Box<Job>> {
+    fn submit(&mut self, job: Box<Job>) -> Result<(), Box<Job>> {
         let free = self.jobs.get(job.tag as usize).is_some_and(Option::is_none);
         let Some(entry) = entry(&job).filter(|_| free && !self.broken) else { return Err(job) };
         if !self.direct.as_ref().is_none_or(|direct| direct.try_lock_units(&job)) {
             // Another write has locked some of the units. A thread of the pool waits for them.
             return Err(job);
         }
-        self.begin(&mut job);
+        let change = self.begin(&job);
         // SAFETY: the entry's pointers stay valid until the completion: guest memory by the invariant of `IoBuffers`, the
         // iovec list because `jobs` keeps the job, untouched, until `reap` has seen its completion.
         match unsafe { self.uring.submission().push(&entry.user_data(u64::from(job.tag))) } {
@@ -160,11 +167,11 @@ impl Ring for Uring {
                 self.queued.push(job.tag);
                 self.in_flight += 1;
                 let tag = job.tag as usize;
-                self.jobs[tag] = Some(job);
+                self.jobs[tag] = Some(InRing { job, change });
                 Ok(())
             }
             Err(_full) => {
-                end(&self.observer, self.direct.as_deref(), &mut job, false);
+                end(&self.observer, self.direct.as_deref(), &job, change, false);
                 Err(job)
             }
         }
@@ -207,11 +214,12 @@ impl Ring for Uring {
                 return;
             }
             for entry in self.uring.completion() {
-                if let Some(mut job) =
+                if let Some(InRing { job, change }) =
                     self.jobs.get_mut(entry.user_data() as usize).and_then(Option::take)
                 {
                     self.in_flight -= 1;
-                    end(&self.observer, self.direct.as_deref(), &mut job, entry.result() >= 0);
+                    let succeeded = entry.result() >= 0;
+                    end(&self.observer, self.direct.as_deref(), &job, change, succeeded);
                     completed.push_back((job, ring_result(entry.result())));
                 }
             }
@@ -219,8 +227,10 @@ impl Ring for Uring {
             if self.broken {
                 for tag in self.queued.drain(..) {
                     self.in_flight -= 1;
-                    let Some(mut job) = self.jobs[tag as usize].take() else { continue };
-                    end(&self.observer, self.direct.as_deref(), &mut job, false);
+                    let Some(InRing { job, change }) = self.jobs[tag as usize].take() else {
+                        continue;
+                    };
+                    end(&self.observer, self.direct.as_deref(), &job, change, false);
                     completed.push_back((job, None));
                 }
             }
@@ -248,29 +258,29 @@ impl Ring for Uring {
 
 /// Called for each job that leaves the ring: unlocks the job's units, and reports the end of its change to the observer.
 fn end(
-    observer: &Option<ObservedBy>,
+    observer: &Option<Arc<dyn Observer>>,
     direct: Option<&dyn DirectIo>,
-    job: &mut Job,
+    job: &Job,
+    change: Option<usize>,
     succeeded: bool,
 ) {
     if let Some(direct) = direct {
         direct.unlock_units(job);
     }
-    if let (Some(ObservedBy(observer)), Some(change)) = (observer, job.change.take()) {
+    if let (Some(observer), Some(change)) = (observer, change) {
         observer.end(change, succeeded);
     }
 }
 
 impl Uring {
     /// Reports to the observer, if there is one, what the ring is about to change.
-    fn begin(&self, job: &mut Job) {
-        if let Some(ObservedBy(observer)) = &self.observer {
-            job.change = match job.operation {
-                Operation::Write { durable } => Some(observer.begin(job.to_change(durable))),
-                Operation::Flush => Some(observer.begin(Change::Sync)),
-                _ => None,
-            };
-        }
+    fn begin(&self, job: &Job) -> Option<usize> {
+        let change = match job.operation {
+            Operation::Write { durable } => FileChange::Write { job, durable },
+            Operation::Flush => FileChange::Sync,
+            _ => return None,
+        };
+        self.observer.as_ref().map(|observer| observer.begin(change))
     }
 
     /// Lets the kernel post completions, and waits for `wait_for` of them.

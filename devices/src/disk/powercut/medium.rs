@@ -7,7 +7,13 @@
 
 use std::collections::BTreeMap;
 
-use crate::disk::Change;
+/// A change of the file, as [`FileChange`](crate::disk::observer::FileChange), with a copy of what was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::disk) enum Change {
+    Write { offset: u64, data: Vec<u8>, durable: bool },
+    Zero { offset: u64, length: u64 },
+    Sync,
+}
 
 const SECTOR: u64 = 512;
 

@@ -1,6 +1,6 @@
 //! The power-cut rig: what the medium of an image may hold after a power cut, and whether that is sound.
 //!
-//! A [`Log`] observes the file of an open image ([`Observer`](super::Observer)) and numbers the moments at which each change
+//! A [`Log`] observes the file of an open image ([`Observer`]) and numbers the moments at which each change
 //! begins and ends. Its user notes the moments at which a guest's requests begin and end by the same numbers
 //! ([`Log::moment`]). Afterwards a [`Replay`](medium::Replay) goes through the moments: at each the medium is some
 //! [`State`](medium::State) of many legal ones, which [`choices`] enumerates. A state of a qcow2 image is judged by
@@ -13,31 +13,25 @@
 //! A process that is killed leaves the state in which every change that has begun is there, or begun and cut short: it is
 //! among the states of a power cut.
 //!
-//! Only tests use this. It hooks in by [`OpenOptions::observer`](super::OpenOptions), so that the core does not know it.
+//! Only tests use this. It hooks in as the [`Observer`] that an image is opened with, so that the core does not know it.
 
 pub(super) mod medium;
 pub(super) mod qcow2;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
-use self::medium::{Moment, Recorded, State};
-use super::{Change, ObservedBy, Observer};
+use self::medium::{Change, Moment, Recorded, State};
+use super::observer::{FileChange, Observer};
 
 /// The changes of one file, in the order in which they began.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(super) struct Log {
     changes: Mutex<Vec<Recorded>>,
     clock: AtomicU64,
 }
 
 impl Log {
-    /// A new log, and what to open an image with so that it fills.
-    pub(super) fn new() -> (Arc<Self>, ObservedBy) {
-        let log = Arc::new(Self::default());
-        (Arc::clone(&log), ObservedBy(log))
-    }
-
     /// This moment: later than all before, earlier than all after.
     pub(super) fn moment(&self) -> u64 {
         self.clock.fetch_add(1, Ordering::SeqCst)
@@ -51,7 +45,19 @@ impl Log {
 }
 
 impl Observer for Log {
-    fn begin(&self, change: Change) -> usize {
+    fn begin(&self, change: FileChange<'_>) -> usize {
+        let change = match change {
+            FileChange::Write { job, durable } => {
+                let mut data = vec![0; job.length as usize];
+                job.peek(&mut data);
+                Change::Write { offset: job.offset, data, durable }
+            }
+            FileChange::WriteBytes { offset, data } => {
+                Change::Write { offset, data, durable: false }
+            }
+            FileChange::Zero { offset, length } => Change::Zero { offset, length },
+            FileChange::Sync => Change::Sync,
+        };
         let mut changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
         let thread = std::thread::current().id();
         changes.push(Recorded { change, begin: self.moment(), end: u64::MAX, thread });

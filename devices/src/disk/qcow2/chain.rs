@@ -13,6 +13,7 @@ use imago::raw::Raw;
 use super::header::{self, Header};
 use super::ordered::OrderedStorage;
 use super::storage::HostStorage;
+use crate::disk::observer::Observer;
 use crate::disk::{
     BackingImage, Format, OpenError, OpenOptions, OpenReason, image_file, other_formats,
 };
@@ -43,8 +44,13 @@ impl Opened {
 }
 
 /// Opens the image that `options` name and, if it is one that builds on others, those too.
-pub(super) fn open(options: &OpenOptions, writable: bool) -> Result<Opened, OpenError> {
-    open_at_depth(&options.path, options.format.unwrap_or_default(), writable, options, 0)
+pub(super) fn open(
+    options: &OpenOptions,
+    writable: bool,
+    observer: Option<Arc<dyn Observer>>,
+) -> Result<Opened, OpenError> {
+    let format = options.format.unwrap_or_default();
+    open_at_depth(&options.path, format, writable, options, observer, 0)
 }
 
 fn open_at_depth(
@@ -52,6 +58,7 @@ fn open_at_depth(
     format: Format,
     writable: bool,
     options: &OpenOptions,
+    observer: Option<Arc<dyn Observer>>,
     depth: usize,
 ) -> Result<Opened, OpenError> {
     let refused = |reason: OpenReason| reason.of(path);
@@ -59,7 +66,9 @@ fn open_at_depth(
     if depth > MAX_CHAIN {
         return Err(refused(OpenReason::BackingChain(MAX_CHAIN)));
     }
-    let file = Arc::new(image_file::open(path, writable, options).map_err(refused)?);
+    let mut file = image_file::open(path, writable, options).map_err(refused)?;
+    file.observer = observer.clone();
+    let file = Arc::new(file);
     let header = match format {
         Format::Raw => {
             // Only an image that the user has named can be without a format.
@@ -92,7 +101,7 @@ fn open_at_depth(
         Some(name) => {
             let format = header.backing_format.as_ref().and_then(|word| word.parse().ok());
             let (path, format) = backing(path, name, format, options).map_err(refused)?;
-            Some(open_at_depth(&path, format, false, options, depth + 1)?)
+            Some(open_at_depth(&path, format, false, options, observer, depth + 1)?)
         }
         None => None,
     };

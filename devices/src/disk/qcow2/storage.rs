@@ -18,10 +18,11 @@ use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
 use imago::{Storage, StorageOpenOptions};
 
+use crate::disk::OpenReason;
 use crate::disk::error::is_refusal;
 use crate::disk::host_file::HostFile;
+use crate::disk::observer::FileChange;
 use crate::disk::positioned_io::{Direction, READ, WRITE};
-use crate::disk::{Change, OpenReason};
 
 /// imago's view of a host file, with the alignment of its transfers.
 #[derive(Debug)]
@@ -95,10 +96,10 @@ impl Storage for HostStorage {
     }
 
     unsafe fn pure_writev(&self, buffers: IoVector<'_>, offset: u64) -> io::Result<()> {
-        let change = self.host.begin(|| {
+        let change = self.host.observer.as_ref().and_then(|_| {
             let mut data = vec![0; buffers.len() as usize];
             buffers.copy_into_slice(&mut data);
-            Change::Write { offset, data, durable: false }
+            self.host.begin(FileChange::WriteBytes { offset, data })
         });
         // SAFETY: as in `pure_readv`.
         let result = unsafe { self.file.pure_writev(buffers, offset) };
@@ -107,7 +108,7 @@ impl Storage for HostStorage {
     }
 
     unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
-        let change = || Change::Zero { offset, length };
+        let change = FileChange::Zero { offset, length };
         // SAFETY: as in `pure_readv`.
         let zeroed =
             self.host.observe(change, || unsafe { self.file.pure_write_zeroes(offset, length) });
@@ -115,7 +116,7 @@ impl Storage for HostStorage {
     }
 
     unsafe fn pure_write_allocated_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
-        let change = || Change::Zero { offset, length };
+        let change = FileChange::Zero { offset, length };
         // SAFETY: as in `pure_readv`.
         let zeroed = self
             .host

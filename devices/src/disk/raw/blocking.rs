@@ -12,8 +12,9 @@ use super::ranges::{Ranges, is_unsupported};
 use super::{DirectIo, RawImage};
 use crate::disk::bounce::Bounce;
 use crate::disk::direct::Direct;
-use crate::disk::host_file::FileKind;
+use crate::disk::host_file::{FileKind, HostFile};
 use crate::disk::job::Job;
+use crate::disk::observer::FileChange;
 use crate::disk::{DiskError, Operation, SECTOR};
 
 /// What these operations have learned about the image's host.
@@ -80,14 +81,15 @@ impl Blocking {
             }
         }
         let (file, offset, length) = (image.file(), job.offset, job.length);
-        bounce.read(file, file.unit(), offset, length, |data| job.fill(data))
+        bounce.read(file, file.unit(), offset, length, |data| job.copy_to_guest(data))
     }
 
     fn write(&self, image: &RawImage, job: &mut Job, bounce: &mut Bounce) -> io::Result<()> {
         self.write_aligned(image, job, 0)?;
         let (file, offset, length) = (image.file(), job.offset, job.length);
-        let change = file.begin(|| job.to_change(false));
-        let result = bounce.write(file, file.unit(), offset, length, |data| job.take(data));
+        let change = file.begin(FileChange::Write { job, durable: false });
+        let result =
+            bounce.write(file, file.unit(), offset, length, |data| job.copy_from_guest(data));
         file.end(change, result.is_ok());
         result
     }
@@ -114,7 +116,7 @@ impl Blocking {
                 Err(error) if is_unsupported(&error) => {
                     self.no_durable_writes.store(true, Ordering::Relaxed);
                 }
-                result => result.map_err(|error| image.file().durable_write_failed(error))?,
+                result => result.inspect_err(|error| durable_write_failed(image.file(), error))?,
             }
         }
         if job.length == 0 {
@@ -122,6 +124,14 @@ impl Blocking {
         }
         self.write(image, job, bounce)?;
         image.file().flush()
+    }
+}
+
+/// Called with the error of a durable write. An EIO may come from the flush that is part of the write, and may then concern
+/// other data, too: it counts as a failed flush.
+fn durable_write_failed(file: &HostFile, error: &io::Error) {
+    if error.raw_os_error() == Some(libc::EIO) {
+        let _ = file.check_flushed(Err(io::Error::from_raw_os_error(libc::EIO)));
     }
 }
 

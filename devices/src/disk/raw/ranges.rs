@@ -14,11 +14,12 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Setter, ioctl};
 
+use crate::disk::Limits;
 use crate::disk::bounce::Bounce;
 use crate::disk::error::is_refusal;
 use crate::disk::host_file::{FileKind, HostFile};
 use crate::disk::job::Job;
-use crate::disk::{Change, Limits};
+use crate::disk::observer::FileChange;
 
 const BLKDISCARD: Opcode = 0x1277;
 const BLKSECDISCARD: Opcode = 0x127d;
@@ -77,10 +78,9 @@ impl Ranges {
             }
         }
         let (offset, length) = (job.offset, job.length);
-        file.observe(
-            || Change::Zero { offset, length },
-            || bounce.write(file, file.unit(), offset, length, |data| data.fill(0)),
-        )
+        file.observe(FileChange::Zero { offset, length }, || {
+            bounce.write(file, file.unit(), offset, length, |data| data.fill(0))
+        })
     }
 }
 
@@ -99,7 +99,19 @@ impl HostFile {
     fn fallocate(&self, mode: FallocateFlags, offset: u64, length: u64) -> io::Result<()> {
         let mode = mode | FallocateFlags::KEEP_SIZE;
         let call = || rustix::fs::fallocate(self.for_ranges(), mode, offset, length);
-        self.observe(|| Change::Zero { offset, length }, || Ok(rustix::io::retry_on_intr(call)?))
+        self.observe(FileChange::Zero { offset, length }, || Ok(rustix::io::retry_on_intr(call)?))
+    }
+
+    /// Calls `make`, which makes the change, and reports its begin and end to the observer if there is one.
+    pub(in crate::disk) fn observe<R>(
+        &self,
+        change: FileChange<'_>,
+        make: impl FnOnce() -> io::Result<R>,
+    ) -> io::Result<R> {
+        let number = self.begin(change);
+        let result = make();
+        self.end(number, result.is_ok());
+        result
     }
 
     fn discard_blocks(&self, offset: u64, length: u64) -> io::Result<()> {

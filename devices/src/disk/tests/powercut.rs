@@ -11,17 +11,19 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 
 mod history;
 
 use self::history::{Change, History, Value};
 use super::rig::{self, Request, Rig};
 use crate::disk::engine::uring;
+use crate::disk::open::open_observed;
 use crate::disk::powercut::medium::{Recorded, Replay, State};
 use crate::disk::powercut::{Log, Random, choices, qcow2::Image};
 use crate::disk::qcow2::without;
 use crate::disk::{
-    Aio, CacheMode, DiscardMode, Format, OpenOptions, OpenReason, Operation, SECTOR, open,
+    Aio, CacheMode, DiscardMode, Format, OpenOptions, OpenReason, Operation, SECTOR,
 };
 
 /// A kind of image, and how it is used.
@@ -300,11 +302,10 @@ fn cut(setup: &Setup, seed: u64, states: usize) -> Option<(Vec<String>, usize)> 
     // In memory, files have no direct I/O, and raw ones are never made durable.
     let is_in_memory = !setup.cache.direct() && setup.create.is_some();
     let place = if is_in_memory { memory() } else { rig::directories().swap_remove(0) };
-    let (judges, mut options) = (memory(), setup.create(place.path())?);
-    let (log, observer) = Log::new();
-    options.observer = Some(observer);
+    let (judges, options) = (memory(), setup.create(place.path())?);
+    let log = Arc::new(Log::default());
     let before = fs::read(&options.path).unwrap();
-    let disk = match open(&options) {
+    let disk = match open_observed(&options, Some(Arc::clone(&log) as _)) {
         Err(error) if matches!(error.objection(), Some(OpenReason::NoDirect)) => return None,
         result => result.unwrap(),
     };
