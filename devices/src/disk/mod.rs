@@ -31,6 +31,7 @@ mod detect_zeroes;
 mod direct;
 mod engine;
 mod error;
+mod execute;
 mod host_file;
 mod image_file;
 pub mod injected_faults;

@@ -3,22 +3,16 @@
 //! Each format is a variant of [`Backend`], and this is the only file that names them all. Engines call [`OpenedDisk`]. For a raw
 //! image they also use its file directly, since no format has to translate.
 
-#![expect(unsafe_code, reason = "device commands move data from and to guest memory")]
-
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags};
-use vm_memory::{Bytes, GuestAddress};
 
-use super::bounce::Bounce;
 use super::engine::ring::MakeRing;
-use super::job::Job;
 use super::qcow2::Qcow2Image;
 use super::raw::RawImage;
 use super::raw::blocking::Blocking;
-use super::{DiskError, GuestRange, OpenOptions, Operation};
-use crate::GuestMemory;
+use super::OpenOptions;
 use crate::log_limit::LogLimit;
 
 /// An opened image, by its format. Any thread may make the blocking calls.
@@ -74,31 +68,5 @@ impl OpenedDisk {
             Backend::Raw(image, _) => image.capacity(),
             Backend::Qcow2(image) => image.capacity(),
         }
-    }
-
-    /// Executes what is left of `job` on the calling thread, which may have to wait. `bounce` belongs to that thread.
-    pub(super) fn execute(&self, job: &mut Job, bounce: &mut Bounce) -> Result<(), DiskError> {
-        match (&self.backend, job.command.take()) {
-            (Backend::Raw(image, blocking), None) => blocking.execute(image, job, bounce),
-            (Backend::Qcow2(image), None) => image.execute(job, bounce),
-            (Backend::Raw(image, _), Some(command)) if self.scsi => {
-                let data = job.buffers.whole().ok_or(DiskError::Host(libc::EINVAL))?;
-                // SAFETY: the iovecs are valid by the invariant of `IoBuffers`.
-                unsafe { command.execute(image.file().as_fd(), data) }
-            }
-            (_, Some(_)) => Err(DiskError::Unsupported),
-        }
-    }
-
-    /// The first 512 bytes, read into memory that is no guest's.
-    pub(super) fn first_sector(&self) -> Option<[u8; 512]> {
-        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 4096)]).ok()?;
-        let mut job = Job { operation: Operation::Read, length: 512, ..Job::default() };
-        let range = GuestRange { address: GuestAddress(0), length: 512 };
-        // SAFETY: `memory` is dropped after `job`, which was made later.
-        unsafe { job.buffers.resolve(&memory, &[range]) }.ok()?;
-        self.execute(&mut job, &mut Bounce::default()).ok()?;
-        let mut sector = [0; 512];
-        memory.read_slice(&mut sector, range.address).ok().map(|()| sector)
     }
 }

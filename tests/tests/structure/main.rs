@@ -163,6 +163,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
         "threads that wait for the host",
         &[
             "devices/src/disk/engine/threads.rs",
+            "devices/src/disk/execute.rs",
             "devices/src/disk/job/copy.rs",
             "devices/src/disk/raw/blocking.rs",
         ],
