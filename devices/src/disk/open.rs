@@ -5,9 +5,10 @@
 use std::io;
 use std::sync::Arc;
 
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
 use super::bounce::Bounce;
 use super::direct::Direct;
-use super::engine::ring::MakeRing;
 use super::engine::{QueueEngine, threads, uring};
 use super::host_file::{FileKind, HostFile};
 use super::job::Job;
@@ -47,9 +48,9 @@ pub(super) fn open_observed(
     } else {
         Backend::Qcow2(Box::new(Qcow2Image::open(options, overlay, observer)?))
     };
-    let ring =
-        options.aio == Aio::IoUring && matches!(backend, Backend::Raw(..)) && uring::available();
-    let disk = OpenedDisk::new(backend, options, ring.then_some(uring::make as MakeRing));
+    let is_raw = matches!(backend, Backend::Raw(..));
+    let uses_ring = options.aio == Aio::IoUring && is_raw && uring::available();
+    let disk = OpenedDisk::new(backend, options, uses_ring);
     Ok(detect_zeroes::over(Arc::new(disk), options.detect_zeroes))
 }
 
@@ -151,7 +152,11 @@ impl Disk for OpenedDisk {
     }
 
     fn engine(self: Arc<Self>, setup: EngineSetup) -> io::Result<Box<dyn Engine>> {
-        Ok(Box::new(QueueEngine::new(self, setup, threads::make)?))
+        let depth = setup.depth.max(1) as usize;
+        let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
+        let ring = if self.uses_ring { uring::make(&self, depth, &event)? } else { None };
+        let pool = threads::make(&self, depth, &setup, ring.is_some(), &event)?;
+        Ok(Box::new(QueueEngine::new(self, setup.memory, depth, event, ring, pool)))
     }
 }
 

@@ -4,15 +4,13 @@
 //! image they also use its file directly, since no format has to translate.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags};
 
-use super::engine::ring::MakeRing;
+use super::OpenOptions;
 use super::qcow2::Qcow2Image;
 use super::raw::RawImage;
 use super::raw::blocking::Blocking;
-use super::OpenOptions;
 use crate::log_limit::LogLimit;
 
 /// An opened image, by its format. Any thread may make the blocking calls.
@@ -28,27 +26,23 @@ pub(super) struct OpenedDisk {
     pub(super) ignore_flush: bool,
     /// The guest may send SCSI commands to the image's device (`scsi=on`).
     pub(super) scsi: bool,
-    /// Makes the ring of an engine. `None`: engines have no ring, and use threads instead.
-    pub(super) make_ring: Option<MakeRing>,
+    /// Engines get an io_uring where the host allows it (`aio=io_uring`).
+    pub(super) uses_ring: bool,
     /// The rate limit of messages about what the host refuses to this disk's engines.
-    pub(super) shortages: Arc<LogLimit>,
+    pub(super) shortages: LogLimit,
     /// The file that the user named, to ask for its size on the host.
     pub(super) file: Option<OwnedFd>,
 }
 
 impl OpenedDisk {
-    pub(super) fn new(
-        backend: Backend,
-        options: &OpenOptions,
-        make_ring: Option<MakeRing>,
-    ) -> Self {
+    pub(super) fn new(backend: Backend, options: &OpenOptions, uses_ring: bool) -> Self {
         Self {
             backend,
             read_only: options.read_only,
             ignore_flush: options.cache.ignores_flush() || options.snapshot,
             scsi: options.scsi,
-            make_ring,
-            shortages: Arc::default(),
+            uses_ring,
+            shortages: LogLimit::new(),
             file: rustix::fs::open(&options.path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
                 .ok(),
         }

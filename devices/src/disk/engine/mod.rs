@@ -1,10 +1,10 @@
 //! The engine of one worker: it executes each transfer on the cheapest route that can serve it.
 //!
 //! The engine checks a transfer and turns its guest ranges into host addresses: the transfer becomes a [`Job`]. [`route`] then
-//! decides who moves the data: the worker itself (`inline`), the kernel (`ring`), or a thread that may wait (`pool`). The last two
-//! are plugged in. If only part of a job is done, the engine starts the rest again, on the route that suits the rest. Errors that
-//! come from a route and not from the file (a full ring, a seccomp filter) send the job to the pool, and the result of the pool's
-//! system call counts.
+//! decides who moves the data: the worker itself (`inline`), io_uring, or a thread of the pool, which may wait. The last two are each
+//! an [`Executor`] that is plugged in. Each route gives an [`Outcome`]. If only a part of the job is done, the engine starts the rest
+//! again, on the route that suits the rest. Errors that come from a route and not from the file (a full ring, a seccomp filter) send
+//! the job to the pool, and the result of the pool's system call counts.
 
 #![expect(
     unsafe_code,
@@ -12,27 +12,22 @@
 )]
 
 use std::collections::VecDeque;
-use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use self::inline::Inline;
-use self::pool::{MakePool, Pool};
-use self::ring::{Ring, RingResult};
+use self::executor::{Executor, Outcome};
 use super::job::Job;
 use super::opened::OpenedDisk;
 use super::raw::Medium;
 use super::{
-    Completion, DeviceCommand, DiskError, Engine, EngineSetup, GuestRange, MIN_THREADS, Operation,
-    SECTOR, Transfer,
+    Completion, DeviceCommand, DiskError, Engine, GuestRange, Operation, SECTOR, Transfer,
 };
 use crate::GuestMemory;
 
+pub(super) mod executor;
 mod inline;
-mod pool;
-pub(super) mod ring;
 pub(super) mod threads;
 pub(super) mod uring;
 
@@ -55,8 +50,8 @@ struct RouteOptions {
     ring: bool,
     /// The file system can read without waiting (RWF_NOWAIT).
     reads_inline: bool,
-    /// No buffered write has stalled lately.
-    writes_inline: bool,
+    /// How many more buffered writes go to the pool after one has stalled.
+    backoff: u32,
     /// Flushes are executed. `false` with `cache=unsafe` and `snapshot=on`.
     flushes: bool,
 }
@@ -78,26 +73,25 @@ fn route(operation: Operation, length: u64, medium: Medium, options: RouteOption
         }
         (Read, Medium::PageCache) if options.reads_inline => Route::Inline,
         // io_uring would give buffered writes to kernel threads, one at a time for each file.
-        (Write { durable: false }, Medium::PageCache) if options.writes_inline => Route::Inline,
+        (Write { durable: false }, Medium::PageCache) if options.backoff == 0 => Route::Inline,
         _ => Route::Pool,
     }
 }
 
 pub(super) struct QueueEngine {
     disk: Arc<OpenedDisk>,
+    options: RouteOptions,
     /// Jobs that are not in use. They keep the allocations of their buffer lists, so that a busy queue allocates nothing.
     #[expect(clippy::vec_box, reason = "a job changes hands several times: its pointer is moved")]
     spare: Vec<Box<Job>>,
     /// Completions for the next `reap`.
     finished: Vec<Completion>,
     /// Scratch: jobs that the ring and the pool have just given back.
-    reaped: VecDeque<(Box<Job>, RingResult)>,
-    pooled: VecDeque<(Box<Job>, Result<(), DiskError>)>,
-    inline: Inline,
-    ring: Option<Box<dyn Ring>>,
-    pool: Box<dyn Pool>,
-    /// How many jobs the pool has.
-    with_pool: usize,
+    reaped: VecDeque<(Box<Job>, Outcome)>,
+    ring: Option<Box<dyn Executor>>,
+    pool: Box<dyn Executor>,
+    /// How many jobs the ring and the pool have.
+    in_flight: usize,
     /// Ring and pool write to it when jobs finish.
     event: EventFd,
     /// The buffers of all jobs point into it. `drop` waits for the jobs before it drops the memory.
@@ -105,46 +99,28 @@ pub(super) struct QueueEngine {
 }
 
 impl QueueEngine {
+    /// An engine for at most `depth` transfers at a time. `ring` and `pool` write to `event`.
     pub(super) fn new(
         disk: Arc<OpenedDisk>,
-        setup: EngineSetup,
-        make_pool: MakePool,
-    ) -> io::Result<Self> {
-        let EngineSetup { memory, depth, threads, spawn } = setup;
-        let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
-        let depth = depth.max(1) as usize;
-        let image = disk.raw();
-        // A file in memory is served inline and needs no ring.
-        let on_device = image.filter(|image| !image.is_in_memory());
-        let ring = disk.make_ring.zip(on_device);
-        let ring = ring.map(|(make, image)| make(image, depth, &event, &disk.shortages));
-        let ring = match ring.transpose() {
-            // Without file descriptors nothing else would work either.
-            Err(error) if error.raw_os_error() == Some(libc::EMFILE) => return Err(error),
-            Err(error) => {
-                if let Some(suppressed) = disk.shortages.admit() {
-                    tracing::warn!(%error, suppressed, "no io_uring for a disk's queue: it uses threads");
-                }
-                None
-            }
-            Ok(ring) => ring,
-        };
-        // A pool that is rarely used gets few threads: making a thread delays the guest's start.
-        let is_rarely_used = ring.is_some() || image.is_some() && on_device.is_none();
-        let threads = if is_rarely_used { threads.min(MIN_THREADS) } else { threads };
-        Ok(Self {
-            inline: Inline::default(),
-            ring,
-            pool: make_pool(Arc::clone(&disk), depth, threads, event.try_clone()?, &spawn),
-            with_pool: 0,
+        memory: GuestMemory,
+        depth: usize,
+        event: EventFd,
+        ring: Option<Box<dyn Executor>>,
+        pool: Box<dyn Executor>,
+    ) -> Self {
+        let (ring_exists, flushes) = (ring.is_some(), !disk.ignore_flush);
+        Self {
+            disk,
+            options: RouteOptions { ring: ring_exists, reads_inline: true, backoff: 0, flushes },
             spare: Vec::with_capacity(depth),
             finished: Vec::with_capacity(depth),
             reaped: VecDeque::with_capacity(depth),
-            pooled: VecDeque::with_capacity(depth),
-            disk,
+            ring,
+            pool,
+            in_flight: 0,
             event,
             memory,
-        })
+        }
     }
 
     /// Checks a transfer and fills `job` from it.
@@ -152,6 +128,8 @@ impl QueueEngine {
         let Transfer { tag, operation, offset, length, ranges } = *transfer;
         (job.tag, job.operation, job.offset, job.length) = (tag, operation, offset, length);
         if operation == Operation::Flush {
+            // It moves nothing, whatever the caller says.
+            job.length = 0;
             return Ok(());
         }
         if operation != Operation::Read && self.disk.read_only {
@@ -179,51 +157,64 @@ impl QueueEngine {
     }
 
     /// Executes a job, or what is left of it, on the route that suits it.
-    fn start(&mut self, mut job: Box<Job>) {
-        let options = RouteOptions {
-            ring: self.ring.is_some(),
-            reads_inline: self.inline.reads(),
-            writes_inline: self.inline.writes(),
-            flushes: !self.disk.ignore_flush,
-        };
+    fn start(&mut self, job: Box<Job>) {
+        let mut next = Some(job);
+        while let Some(job) = next {
+            next = self.start_once(job);
+        }
+    }
+
+    /// As `start`. Returns the job if only a part of it is done.
+    fn start_once(&mut self, mut job: Box<Job>) -> Option<Box<Job>> {
         let raw = self.disk.raw();
         let medium = raw.map_or(Medium::Translated, |raw| raw.medium(&job));
-        match (route(job.operation, job.length, medium, options), raw, &mut self.ring) {
-            (Route::Done, ..) => return self.finish(job, Ok(())),
+        match (route(job.operation, job.length, medium, self.options), raw, &mut self.ring) {
+            (Route::Done, ..) => {
+                self.finish(job, Ok(()));
+                return None;
+            }
             (Route::Inline, Some(raw), _) => {
-                if let Some(result) = self.inline.attempt(raw, medium, &mut job) {
-                    return self.finish(job, result);
-                }
+                let outcome = inline::attempt(raw, medium, &job, &mut self.options);
+                return self.take_back(job, outcome);
             }
             (Route::Ring, _, Some(ring)) => match ring.submit(job) {
-                Ok(()) => return,
+                Ok(()) => {
+                    self.in_flight += 1;
+                    return None;
+                }
                 Err(refused) => job = refused,
             },
-            _ => self.inline.note_pooled(&job),
+            _ if job.operation == (Operation::Write { durable: false }) => {
+                self.options.backoff = self.options.backoff.saturating_sub(1);
+            }
+            _ => {}
         }
         self.submit_to_pool(job);
+        None
     }
 
     /// Hands a job to a thread that may wait for the host.
     fn submit_to_pool(&mut self, job: Box<Job>) {
-        self.with_pool += 1;
-        self.pool.submit(job);
+        match self.pool.submit(job) {
+            Ok(()) => self.in_flight += 1,
+            Err(job) => self.finish(job, Err(DiskError::Unsupported)),
+        }
     }
 
-    /// The ring gave a job back: finishes the job, or starts the rest of it.
-    fn take_back(&mut self, mut job: Box<Job>, result: RingResult) {
-        let Some(raw) = self.disk.raw() else { unreachable!("only raw images have a ring") };
-        let result = match (job.operation, result) {
-            (_, None) => return self.submit_to_pool(job),
-            (Operation::Flush, Some(result)) => raw.file().check_flushed(result.map(drop)),
-            (_, Some(Ok(0))) => Err(io::ErrorKind::UnexpectedEof.into()),
-            (_, Some(Ok(count))) => {
+    /// A route is done with a job: finishes it, or hands it to the pool. Returns the job if only a part of it is done.
+    fn take_back(&mut self, mut job: Box<Job>, outcome: Outcome) -> Option<Box<Job>> {
+        match outcome {
+            None => self.submit_to_pool(job),
+            Some(Ok(count)) if count == job.length => self.finish(job, Ok(())),
+            // The file ends before: another program has truncated it.
+            Some(Ok(0)) => self.finish(job, Err(DiskError::Host(libc::EIO))),
+            Some(Ok(count)) => {
                 job.advance(count);
-                return self.start(job);
+                return Some(job);
             }
-            (_, Some(Err(error))) => Err(error),
-        };
-        self.finish(job, result.map_err(DiskError::from));
+            Some(Err(error)) => self.finish(job, Err(error)),
+        }
+        None
     }
 
     /// Queues the completion of a job for `reap`, and keeps the job for another transfer.
@@ -268,20 +259,19 @@ impl Engine for QueueEngine {
     }
 
     fn reap(&mut self, done: &mut Vec<Completion>) {
-        if self.with_pool > 0 {
-            self.pool.reap(&mut self.pooled);
-            while let Some((job, result)) = self.pooled.pop_front() {
-                self.with_pool -= 1;
-                self.finish(job, result);
+        while self.in_flight > 0 {
+            self.pool.reap(&mut self.reaped);
+            if let Some(ring) = &mut self.ring {
+                ring.reap(&mut self.reaped);
             }
-        }
-        while let Some(ring) = &mut self.ring {
-            ring.reap(&mut self.reaped);
             if self.reaped.is_empty() {
                 break;
             }
-            while let Some((job, result)) = self.reaped.pop_front() {
-                self.take_back(job, result);
+            while let Some((job, outcome)) = self.reaped.pop_front() {
+                self.in_flight -= 1;
+                if let Some(rest) = self.take_back(job, outcome) {
+                    self.start(rest);
+                }
             }
             // Jobs of which a part was left are in the ring again.
             self.commit();
@@ -296,17 +286,15 @@ impl Engine for QueueEngine {
     fn drain(&mut self, done: &mut Vec<Completion>) {
         self.commit();
         self.reap(done);
-        while let Some(ring) = self.ring.as_mut().filter(|ring| ring.in_flight() > 0) {
-            if let Err(error) = ring.wait() {
+        loop {
+            let busy = self.ring.iter_mut().chain([&mut self.pool]).find(|of| of.in_flight() > 0);
+            let Some(busy) = busy else { return };
+            if let Err(error) = busy.wait() {
                 tracing::error!(%error, "a disk engine was moved to another thread with transfers in flight");
                 // The kernel may still write to guest memory, which must therefore never be unmapped.
                 std::mem::forget(self.memory.clone());
-                break;
+                return;
             }
-            self.reap(done);
-        }
-        while self.with_pool > 0 {
-            self.pool.wait();
             self.reap(done);
         }
     }
@@ -379,7 +367,7 @@ mod tests {
                             let options = RouteOptions {
                                 ring,
                                 reads_inline,
-                                writes_inline,
+                                backoff: u32::from(!writes_inline),
                                 flushes: !ignored,
                             };
                             decided.insert(match route(operation, 512, medium, options) {

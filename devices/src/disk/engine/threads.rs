@@ -1,8 +1,8 @@
 //! Threads that wait for the host. With `aio=threads` or qcow2 they execute every job that may have to wait. Beside io_uring they
 //! execute what io_uring cannot, such as discards and device commands.
 //!
-//! A capability: jobs that the worker executes itself (`inline`) do not come here. It hooks in as a [`Pool`], which `open` gives to each
-//! engine.
+//! A capability: jobs that the worker executes itself (`inline`) do not come here. It hooks in as an [`Executor`], which `open` gives to
+//! each engine.
 //!
 //! Each engine has a pool of its own. All threads are started with the pool, because a confined process cannot start any later. When
 //! the pool is dropped, they finish the queued jobs and end. If the host refuses a thread (RLIMIT_NPROC, a pids cgroup), the pool has
@@ -10,22 +10,23 @@
 
 use std::any::Any;
 use std::collections::VecDeque;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::pool::Pool;
-use crate::disk::DiskError;
+use super::executor::{Executor, Outcome};
 use crate::disk::bounce::Bounce;
 use crate::disk::job::Job;
 use crate::disk::opened::OpenedDisk;
+use crate::disk::raw::RawImage;
+use crate::disk::{DiskError, EngineSetup, MIN_THREADS};
 use crate::lock;
-use crate::spawn::Spawn;
 
 /// The result of a job. The outer error is a panic in the job, which `reap` resumes on the worker's thread.
-type Outcome = Result<Result<(), DiskError>, Box<dyn Any + Send>>;
+type Caught = Result<Result<(), DiskError>, Box<dyn Any + Send>>;
 
 /// The threads of one engine, and their jobs. The worker that owns the engine adds and reaps jobs. It shares only the queue of
 /// jobs with the threads, which touch guest memory while the worker does other things.
@@ -47,36 +48,43 @@ struct Shared {
 
 struct State {
     queue: VecDeque<Box<Job>>,
-    finished: Vec<(Box<Job>, Outcome)>,
+    finished: Vec<(Box<Job>, Caught)>,
     stop: bool,
 }
 
-/// Makes a pool of at most `threads` threads, for at most `depth` jobs at a time. It writes to `event` when jobs finish.
+/// Makes a pool for at most `depth` jobs at a time, with at most the threads that `setup` says. It writes to `event` when jobs finish.
+/// A pool that is rarely used, since the engine `has_ring` or the file is in memory, gets few threads: making a thread delays the
+/// guest's start.
+///
+/// # Errors
+/// When the host has no descriptor left.
 pub(in crate::disk) fn make(
-    disk: Arc<OpenedDisk>,
+    disk: &Arc<OpenedDisk>,
     depth: usize,
-    threads: usize,
-    event: EventFd,
-    spawn: &Spawn,
-) -> Box<dyn Pool> {
+    setup: &EngineSetup,
+    has_ring: bool,
+    event: &EventFd,
+) -> io::Result<Box<dyn Executor>> {
+    let is_rarely_used = has_ring || disk.raw().is_some_and(RawImage::is_in_memory);
+    let most = if is_rarely_used { setup.threads.min(MIN_THREADS) } else { setup.threads };
     let state = State {
         queue: VecDeque::with_capacity(depth),
         finished: Vec::with_capacity(depth),
         stop: false,
     };
     let shared = Arc::new(Shared {
-        disk,
+        disk: Arc::clone(disk),
         state: Mutex::new(state),
         queued: Condvar::new(),
         finished: Condvar::new(),
-        event,
+        event: event.try_clone()?,
     });
-    let wanted = threads.clamp(1, depth);
+    let wanted = most.clamp(1, depth);
     let mut threads = Vec::with_capacity(wanted);
     for number in 0..wanted {
         let of_thread = Arc::clone(&shared);
         let body = Box::new(move || work(&of_thread, true));
-        match spawn(format!("disk-io-{number}"), body) {
+        match (setup.spawn)(format!("disk-io-{number}"), body) {
             Ok(thread) => threads.push(thread),
             Err(error) => {
                 if let Some(suppressed) = shared.disk.shortages.admit() {
@@ -86,12 +94,12 @@ pub(in crate::disk) fn make(
             }
         }
     }
-    Box::new(Threads { shared, threads, in_flight: 0 })
+    Ok(Box::new(Threads { shared, threads, in_flight: 0 }))
 }
 
-impl Pool for Threads {
+impl Executor for Threads {
     /// Queues a job for the threads, or executes it here if there are none.
-    fn submit(&mut self, job: Box<Job>) {
+    fn submit(&mut self, job: Box<Job>) -> Result<(), Box<Job>> {
         self.in_flight += 1;
         lock(&self.shared.state).queue.push_back(job);
         if self.threads.is_empty() {
@@ -99,9 +107,12 @@ impl Pool for Threads {
         } else {
             self.shared.queued.notify_one();
         }
+        Ok(())
     }
 
-    fn reap(&mut self, done: &mut VecDeque<(Box<Job>, Result<(), DiskError>)>) {
+    fn commit(&mut self) {}
+
+    fn reap(&mut self, done: &mut VecDeque<(Box<Job>, Outcome)>) {
         if self.in_flight == 0 {
             return;
         }
@@ -113,16 +124,23 @@ impl Pool for Threads {
                 true => Err(DiskError::Host(libc::EIO)),
                 false => resume_unwind(panic),
             });
-            (job, result)
+            // All of it is done: of a read or write nothing is left.
+            let moved = job.length;
+            (job, Some(result.map(|()| moved)))
         }));
     }
 
-    fn wait(&self) {
+    fn wait(&mut self) -> io::Result<()> {
         let state = lock(&self.shared.state);
         let waiting = |state: &mut State| self.in_flight > 0 && state.finished.is_empty();
         drop(
             self.shared.finished.wait_while(state, waiting).unwrap_or_else(PoisonError::into_inner),
         );
+        Ok(())
+    }
+
+    fn in_flight(&self) -> usize {
+        self.in_flight
     }
 }
 

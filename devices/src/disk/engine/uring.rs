@@ -1,6 +1,6 @@
 //! io_uring (`aio=io_uring`): the kernel executes reads, direct writes and flushes while the worker does something else.
 //!
-//! A capability: without it the pool's threads do the same. It hooks in as a [`Ring`], which `open` plugs into an image.
+//! A capability: without it the pool's threads do the same. It hooks in as an [`Executor`], which `open` gives to an engine.
 //!
 //! A ring belongs to one worker and one image. A batch of jobs costs one io_uring_enter(2). Collecting completions costs at most
 //! one more, and none if there are no completions, which the ring's shared memory shows. The ring is restricted to transfers of
@@ -21,12 +21,12 @@ use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue, types};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::ring::{Ring, RingResult};
-use crate::disk::Operation;
+use super::executor::{Executor, Outcome};
 use crate::disk::job::Job;
-use crate::disk::observer::{FileChange, Observer};
-use crate::disk::raw::{DirectIo, RawImage};
-use crate::log_limit::LogLimit;
+use crate::disk::observer::FileChange;
+use crate::disk::opened::OpenedDisk;
+use crate::disk::raw::RawImage;
+use crate::disk::{DiskError, Operation};
 
 /// The image, by its index among the ring's registered files.
 const IMAGE: types::Fixed = types::Fixed(0);
@@ -43,9 +43,8 @@ struct Uring {
     enabled: bool,
     /// The kernel has refused submissions for good.
     broken: bool,
-    shortages: Arc<LogLimit>,
-    observer: Option<Arc<dyn Observer>>,
-    direct: Option<Arc<dyn DirectIo>>,
+    /// The disk, whose image is raw.
+    disk: Arc<OpenedDisk>,
 }
 
 /// A job in the ring, and the observer's number for the change that it makes.
@@ -80,12 +79,17 @@ fn is_own_error(errno: i32) -> bool {
 }
 
 /// Translates the result of a completion queue entry: a number of bytes, or a negative errno.
-fn ring_result(result: i32) -> RingResult {
-    match u64::try_from(result) {
-        Ok(count) => Some(Ok(count)),
-        Err(_) if is_own_error(-result) => None,
-        Err(_) => Some(Err(io::Error::from_raw_os_error(-result))),
-    }
+fn outcome(disk: &OpenedDisk, operation: Operation, result: i32) -> Outcome {
+    let result = match u64::try_from(result) {
+        Ok(count) => Ok(count),
+        Err(_) if is_own_error(-result) => return None,
+        Err(_) => Err(io::Error::from_raw_os_error(-result)),
+    };
+    let result = match operation {
+        Operation::Flush => disk.raw()?.file().check_flushed(result.map(drop)).map(|()| 0),
+        _ => result,
+    };
+    Some(result.map_err(DiskError::from))
 }
 
 /// A ring that is not enabled yet, with the setup flags that make completions cheap, if the kernel knows them.
@@ -119,35 +123,47 @@ fn restrict(uring: &IoUring) -> io::Result<()> {
     uring.submitter().register_restrictions(&mut [read, readv, write, writev, fsync, fixed_file])
 }
 
-/// A ring for `image`. `shortages` limits the messages about what the kernel refuses.
+/// A ring for the image of `disk`, of at most `depth` jobs. It writes to `event` when jobs finish. `None`: the image is not raw, or its
+/// file is in memory, so that no job would come here; or the host refuses a ring, for now or for good, which is logged.
 ///
 /// # Errors
-/// What the host says when it refuses a ring, for now or for good.
+/// Without file descriptors. Nothing else would work then, either.
 pub(in crate::disk) fn make(
-    image: &RawImage,
+    disk: &Arc<OpenedDisk>,
     depth: usize,
     event: &EventFd,
-    shortages: &Arc<LogLimit>,
-) -> io::Result<Box<dyn Ring>> {
+) -> io::Result<Option<Box<dyn Executor>>> {
+    let Some(image) = disk.raw().filter(|image| !image.is_in_memory()) else { return Ok(None) };
+    match set_up(image, depth, event) {
+        Ok(uring) => Ok(Some(Box::new(Uring {
+            uring,
+            jobs: (0..depth).map(|_| None).collect(),
+            in_flight: 0,
+            queued: Vec::with_capacity(depth),
+            enabled: false,
+            broken: false,
+            disk: Arc::clone(disk),
+        }))),
+        Err(error) if error.raw_os_error() == Some(libc::EMFILE) => Err(error),
+        Err(error) => {
+            if let Some(suppressed) = disk.shortages.admit() {
+                tracing::warn!(%error, suppressed, "no io_uring for a disk's queue: it uses threads");
+            }
+            Ok(None)
+        }
+    }
+}
+
+fn set_up(image: &RawImage, depth: usize, event: &EventFd) -> io::Result<IoUring> {
     let mut uring = build(u32::try_from(depth).unwrap_or(u32::MAX))?;
     uring.submitter().register_files(&[image.file().file.as_raw_fd()])?;
     uring.submitter().register_eventfd(event.as_raw_fd())?;
     restrict(&uring)?;
     uring.completion().disable_eventfd();
-    Ok(Box::new(Uring {
-        uring,
-        jobs: (0..depth).map(|_| None).collect(),
-        in_flight: 0,
-        queued: Vec::with_capacity(depth),
-        enabled: false,
-        broken: false,
-        shortages: Arc::clone(shortages),
-        observer: image.file().observer.clone(),
-        direct: image.direct.clone(),
-    }))
+    Ok(uring)
 }
 
-impl Ring for Uring {
+impl Executor for Uring {
     fn in_flight(&self) -> usize {
         self.in_flight
     }
@@ -155,11 +171,8 @@ impl Ring for Uring {
     fn submit(&mut self, job: Box<Job>) -> Result<(), Box<Job>> {
         let free = self.jobs.get(job.tag as usize).is_some_and(Option::is_none);
         let Some(entry) = entry(&job).filter(|_| free && !self.broken) else { return Err(job) };
-        if !self.direct.as_ref().is_none_or(|direct| direct.try_lock_units(&job)) {
-            // Another write has locked some of the units. A thread of the pool waits for them.
-            return Err(job);
-        }
-        let change = self.begin(&job);
+        // If another write has locked some of the job's units, a thread of the pool waits for them.
+        let Ok(change) = begin(&self.disk, &job) else { return Err(job) };
         // SAFETY: the entry's pointers stay valid until the completion: guest memory by the invariant of `IoBuffers`, the
         // iovec list because `jobs` keeps the job, untouched, until `reap` has seen its completion.
         match unsafe { self.uring.submission().push(&entry.user_data(u64::from(job.tag))) } {
@@ -171,8 +184,9 @@ impl Ring for Uring {
                 Ok(())
             }
             Err(_full) => {
-                end(&self.observer, self.direct.as_deref(), &job, change, false);
-                Err(job)
+                let taken = InRing { job, change };
+                end(&self.disk, &taken, false);
+                Err(taken.job)
             }
         }
     }
@@ -193,7 +207,7 @@ impl Ring for Uring {
                         return;
                     }
                     _ => {
-                        if let Some(suppressed) = self.shortages.admit() {
+                        if let Some(suppressed) = self.disk.shortages.admit() {
                             tracing::warn!(%error, suppressed, "io_uring refuses transfers: a disk's queue uses threads from now on");
                         }
                         self.broken = true;
@@ -203,7 +217,7 @@ impl Ring for Uring {
         }
     }
 
-    fn reap(&mut self, completed: &mut VecDeque<(Box<Job>, RingResult)>) {
+    fn reap(&mut self, completed: &mut VecDeque<(Box<Job>, Outcome)>) {
         if self.in_flight == 0 {
             return;
         }
@@ -214,24 +228,21 @@ impl Ring for Uring {
                 return;
             }
             for entry in self.uring.completion() {
-                if let Some(InRing { job, change }) =
-                    self.jobs.get_mut(entry.user_data() as usize).and_then(Option::take)
-                {
+                let tag = entry.user_data() as usize;
+                if let Some(done) = self.jobs.get_mut(tag).and_then(Option::take) {
                     self.in_flight -= 1;
-                    let succeeded = entry.result() >= 0;
-                    end(&self.observer, self.direct.as_deref(), &job, change, succeeded);
-                    completed.push_back((job, ring_result(entry.result())));
+                    end(&self.disk, &done, entry.result() >= 0);
+                    let outcome = outcome(&self.disk, done.job.operation, entry.result());
+                    completed.push_back((done.job, outcome));
                 }
             }
             self.commit();
             if self.broken {
                 for tag in self.queued.drain(..) {
                     self.in_flight -= 1;
-                    let Some(InRing { job, change }) = self.jobs[tag as usize].take() else {
-                        continue;
-                    };
-                    end(&self.observer, self.direct.as_deref(), &job, change, false);
-                    completed.push_back((job, None));
+                    let Some(refused) = self.jobs[tag as usize].take() else { continue };
+                    end(&self.disk, &refused, false);
+                    completed.push_back((refused.job, None));
                 }
             }
             if self.in_flight == 0 {
@@ -256,33 +267,30 @@ impl Ring for Uring {
     }
 }
 
+/// Called for each job before it is put into the ring: locks its units for direct I/O, and reports to the observer what will be
+/// changed. Returns the observer's number for the change. `Err`: another write has locked some of the units.
+fn begin(disk: &OpenedDisk, job: &Job) -> Result<Option<usize>, ()> {
+    let image = disk.raw().ok_or(())?;
+    if !image.direct.as_ref().is_none_or(|direct| direct.try_lock_units(job)) {
+        return Err(());
+    }
+    Ok(match job.operation {
+        Operation::Write { durable } => image.file().begin(FileChange::Write { job, durable }),
+        Operation::Flush => image.file().begin(FileChange::Sync),
+        _ => None,
+    })
+}
+
 /// Called for each job that leaves the ring: unlocks the job's units, and reports the end of its change to the observer.
-fn end(
-    observer: &Option<Arc<dyn Observer>>,
-    direct: Option<&dyn DirectIo>,
-    job: &Job,
-    change: Option<usize>,
-    succeeded: bool,
-) {
-    if let Some(direct) = direct {
+fn end(disk: &OpenedDisk, InRing { job, change }: &InRing, succeeded: bool) {
+    let Some(image) = disk.raw() else { return };
+    if let Some(direct) = &image.direct {
         direct.unlock_units(job);
     }
-    if let (Some(observer), Some(change)) = (observer, change) {
-        observer.end(change, succeeded);
-    }
+    image.file().end(*change, succeeded);
 }
 
 impl Uring {
-    /// Reports to the observer, if there is one, what the ring is about to change.
-    fn begin(&self, job: &Job) -> Option<usize> {
-        let change = match job.operation {
-            Operation::Write { durable } => FileChange::Write { job, durable },
-            Operation::Flush => FileChange::Sync,
-            _ => return None,
-        };
-        self.observer.as_ref().map(|observer| observer.begin(change))
-    }
-
     /// Lets the kernel post completions, and waits for `wait_for` of them.
     fn enter(&self, wait_for: u32) -> io::Result<()> {
         const GET_EVENTS: u32 = 1;

@@ -206,8 +206,8 @@ pub(super) fn demanding(options: &OpenOptions, alignment: Alignment) -> Option<A
 /// A raw disk over `file`, served as `options` say.
 pub(super) fn raw_disk(file: HostFile, options: &OpenOptions) -> Arc<dyn Disk> {
     let backend = raw_image(file, true).unwrap();
-    let ring = options.aio == Aio::IoUring && uring::available();
-    Arc::new(OpenedDisk::new(backend, options, ring.then_some(uring::make as _)))
+    let uses_ring = options.aio == Aio::IoUring && uring::available();
+    Arc::new(OpenedDisk::new(backend, options, uses_ring))
 }
 
 /// What a user reads about an image that is refused: the error and its causes.
