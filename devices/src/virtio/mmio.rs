@@ -22,9 +22,9 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::driver_registers::DriverRegisters;
-use self::queue_registers::{QueuePhase, QueueRegisters};
+use self::queue_registers::{InvalidQueue, QueuePhase, QueueRegisters};
 pub use self::state::{RestoreError, TransportState};
-use super::device::{Activation, ActiveQueue, RingPosition, VirtioDevice};
+use super::device::{Activation, ActiveQueue, VirtioDevice};
 use super::drain::Drain;
 use super::interrupt::Interrupt;
 use super::registers::RegisterPage;
@@ -151,9 +151,12 @@ impl MmioTransport {
         let queue = index.map(|index| self.registers.queue(index));
         let ready = queue.is_some_and(|queue| queue.phase == QueuePhase::Enabled);
         let resets = matches!(self.activity, Activity::ResettingQueue(stopping, _) if Some(stopping) == index);
-        let features = half(self.offered, self.registers.device_features_sel);
+        let features = match self.registers.device_features_sel {
+            half @ (0 | 1) => (self.offered >> (32 * half)) as u32,
+            _ => 0,
+        };
         page.store(Register::DeviceFeatures, features);
-        page.store(Register::QueueNumMax, queue.map_or(0, |queue| queue.max_size().into()));
+        page.store(Register::QueueNumMax, queue.map_or(0, |queue| queue.max_size.into()));
         page.store(Register::QueueReady, ready.into());
         page.store(Register::QueueReset, resets.into());
         self.interrupt
@@ -165,7 +168,7 @@ impl MmioTransport {
         match register {
             Register::QueueNotify => self.notify(value),
             Register::InterruptAck => self.interrupt.acknowledge(value),
-            Register::Status if value == 0 => self.reset(),
+            Register::Status if value == 0 => BusDevice::reset(self),
             _ if drains => self.complain("the driver did not wait for a reset"),
             Register::DeviceFeaturesSel => self.registers.device_features_sel = value,
             Register::DriverFeaturesSel => self.registers.driver_features_sel = value,
@@ -246,7 +249,7 @@ impl MmioTransport {
     }
 
     fn driver_ok(&mut self) {
-        match self.start(&[]) {
+        match self.start(|_| {}) {
             Ok(()) => {
                 self.publish();
                 // Changed after the driver had looked, but before the device could tell it: shown since, but not reported.
@@ -258,17 +261,14 @@ impl MmioTransport {
         }
     }
 
-    /// Hands the enabled queues over, each at its position in `positions`, or at the start of its rings.
-    fn start(&mut self, positions: &[RingPosition]) -> io::Result<()> {
+    /// Hands the enabled queues over, as `prepare` changes them.
+    fn start(&mut self, prepare: impl Fn(&mut ActiveQueue)) -> io::Result<()> {
         let enabled = (0_u16..)
             .zip(&self.registers.queues)
             .filter(|(_, queue)| queue.phase == QueuePhase::Enabled);
-        let queues = enabled
-            .map(|(index, _)| {
-                let position = positions.iter().find(|position| position.queue == index);
-                self.active_queue(index, position.copied())
-            })
-            .collect::<io::Result<Vec<_>>>()?;
+        let queues = enabled.map(|(index, _)| self.active_queue(index));
+        let mut queues = queues.collect::<Result<Vec<_>, _>>().map_err(io::Error::other)?;
+        queues.iter_mut().for_each(prepare);
         self.device.start(Activation {
             memory: self.memory.clone(),
             features: self.registers.features(),
@@ -284,20 +284,6 @@ impl MmioTransport {
             tracing::error!(device_id = self.device.device_id(), %error, suppressed, "{what}");
         }
         self.interrupt.device_needs_reset();
-    }
-
-    /// The status reads 0 only once the device has stopped (§2.4.1).
-    fn reset(&mut self) {
-        self.begin_reset();
-        self.catch_up();
-    }
-
-    /// Begins a device reset: Status reads as before until the drain is done, and no thread of the device touches guest memory
-    /// from then on. A reset that has begun already is not begun a second time.
-    fn begin_reset(&mut self) {
-        if !matches!(self.activity, Activity::Resetting(_)) {
-            self.activity = Activity::Resetting(self.device.reset());
-        }
     }
 
     /// Takes in what device threads and the kernel have finished since the last access.
@@ -358,16 +344,13 @@ impl MmioTransport {
         let Some(index) = self.registers.configurable(self.has_started()) else {
             return self.complain("the driver enabled a queue at the wrong time");
         };
-        let start = RingPosition::default();
-        if let Err(error) =
-            self.registers.queue(index).build(&self.memory, self.registers.accepted, start)
-        {
-            return self.complain(error);
-        }
+        let queue = match self.active_queue(index) {
+            Ok(queue) => queue,
+            Err(error) => return self.complain(error),
+        };
         self.registers.queues[usize::from(index)].phase = QueuePhase::Enabled;
         if self.has_started()
-            && let Err(error) =
-                self.active_queue(index, None).and_then(|queue| self.device.start_queue(queue))
+            && let Err(error) = self.device.start_queue(queue)
         {
             self.fail("the device did not start a queue", &error);
         }
@@ -385,18 +368,14 @@ impl MmioTransport {
         }
     }
 
-    /// The enabled queue `index` as the device gets it.
+    /// The queue `index` as the device gets it.
     ///
     /// # Errors
-    /// When the host has no eventfd left. The registers were judged when the queue was enabled.
-    fn active_queue(&self, index: u16, position: Option<RingPosition>) -> io::Result<ActiveQueue> {
-        let queue = self
-            .registers
-            .queue(index)
-            .build(&self.memory, self.registers.accepted, position.unwrap_or_default())
-            .map_err(io::Error::other)?;
+    /// When the driver's values are not a queue.
+    fn active_queue(&self, index: u16) -> Result<ActiveQueue, InvalidQueue> {
+        let queue = self.registers.queue(index).build(&self.memory, self.registers.accepted)?;
         let kick = Arc::clone(&self.kicks[usize::from(index)]);
-        Ok(ActiveQueue { index, queue, kick, restored: position.is_some() })
+        Ok(ActiveQueue { index, queue, kick, restored: false })
     }
 }
 
@@ -421,8 +400,13 @@ impl BusDevice for MmioTransport {
         self.publish();
     }
 
+    /// Begins a device reset: Status reads as before until the drain is done (§2.4.1), and no thread of the device touches guest
+    /// memory from then on. A reset that has begun already is not begun a second time.
     fn reset(&mut self) {
-        MmioTransport::reset(self);
+        if !matches!(self.activity, Activity::Resetting(_)) {
+            self.activity = Activity::Resetting(self.device.reset());
+        }
+        self.catch_up();
     }
 
     fn draining(&mut self) -> Option<Drain> {
@@ -431,14 +415,5 @@ impl BusDevice for MmioTransport {
             Activity::ResettingQueue(_, drain) | Activity::Resetting(drain) => Some(drain.clone()),
             Activity::Idle | Activity::Started => None,
         }
-    }
-}
-
-/// 32 of 64 feature bits; there are none beyond.
-fn half(features: u64, select: u32) -> u32 {
-    match select {
-        0 => features as u32,
-        1 => (features >> 32) as u32,
-        _ => 0,
     }
 }

@@ -5,13 +5,13 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::queue_registers::{QueuePhase, QueueRegisters};
+use super::queue_registers::{QueuePhase, QueueRegisters, set_half};
 use crate::virtio::spec::{
     F_VERSION_1, STATUS_DRIVER, STATUS_DRIVER_OK, STATUS_FAILED, STATUS_FEATURES_OK,
 };
 
 /// The registers that the driver writes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct DriverRegisters {
     /// Feature bits that the driver wrote; agreed on once FEATURES_OK is set.
     pub(super) accepted: u64,
@@ -29,26 +29,13 @@ pub(super) struct DriverRegisters {
 
 impl DriverRegisters {
     pub(super) fn new(queues: Vec<QueueRegisters>) -> Self {
-        Self {
-            accepted: 0,
-            accepted_unknown: false,
-            status: 0,
-            device_features_sel: 0,
-            driver_features_sel: 0,
-            queue_sel: 0,
-            generation: 0,
-            queues,
-        }
+        Self { queues, ..Self::default() }
     }
 
     /// As at power-on.
     pub(super) fn reset(&mut self) {
-        let mut queues = std::mem::take(&mut self.queues);
-        queues.iter_mut().for_each(|queue| {
-            queue.forget();
-            queue.phase = QueuePhase::Disabled;
-        });
-        *self = Self::new(queues);
+        let queues = self.queues.iter().map(|queue| QueueRegisters::at_power_on(queue.max_size));
+        *self = Self::new(queues.collect());
     }
 
     /// The negotiated feature bits, 0 before FEATURES_OK.
@@ -62,8 +49,7 @@ impl DriverRegisters {
             return Err("the driver chose features outside of feature negotiation");
         }
         match self.driver_features_sel {
-            0 => self.accepted = (self.accepted & !u64::from(u32::MAX)) | u64::from(value),
-            1 => self.accepted = (self.accepted & u64::from(u32::MAX)) | u64::from(value) << 32,
+            half @ (0 | 1) => set_half(&mut self.accepted, half, value),
             _ => self.accepted_unknown |= value != 0,
         }
         Ok(())

@@ -8,7 +8,6 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory as _, Permissions};
 
 use crate::GuestMemory;
-use crate::virtio::device::RingPosition;
 use crate::virtio::spec::mmio::Register;
 use crate::virtio::spec::{F_EVENT_IDX, ring};
 
@@ -21,9 +20,10 @@ use crate::virtio::spec::{F_EVENT_IDX, ring};
 /// | `Enabled` | QueueReset=1, or QueueReady=0, of a started device with RING_RESET | `Reset` |
 /// | `Reset` | QueueReady=1 | `Enabled` |
 /// | any | Status=0 | `Disabled` |
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum QueuePhase {
     /// Not in use; can be configured until DRIVER_OK.
+    #[default]
     Disabled,
     /// QueueReady is 1: its registers are settled, and a started device has it.
     Enabled,
@@ -33,9 +33,9 @@ pub(super) enum QueuePhase {
 }
 
 /// One queue as the driver describes it. The values are stored as written and judged when the queue is enabled.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct QueueRegisters {
-    max_size: u16,
+    pub(super) max_size: u16,
     pub(super) phase: QueuePhase,
     size: u32,
     /// Guest-physical addresses; 0: never written.
@@ -64,46 +64,33 @@ impl QueueRegisters {
     /// When the device's own maximum is not a queue size.
     pub(super) fn new(max_size: u16) -> io::Result<Self> {
         Queue::new(max_size).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
-        Ok(Self {
-            max_size,
-            phase: QueuePhase::Disabled,
-            size: max_size.into(),
-            descriptor_table: 0,
-            available_ring: 0,
-            used_ring: 0,
-        })
+        Ok(Self::at_power_on(max_size))
     }
 
-    pub(super) fn max_size(&self) -> u16 {
-        self.max_size
+    pub(super) fn at_power_on(max_size: u16) -> Self {
+        Self { max_size, size: max_size.into(), ..Self::default() }
     }
 
     /// Size and addresses as at power-on. The phase stays.
     pub(super) fn forget(&mut self) {
-        self.size = self.max_size.into();
-        (self.descriptor_table, self.available_ring, self.used_ring) = (0, 0, 0);
+        *self = Self { phase: self.phase, ..Self::at_power_on(self.max_size) };
     }
 
     pub(super) fn write(&mut self, register: Register, value: u32) {
         match register {
             Register::QueueNum => self.size = value,
-            Register::QueueDescLow => set_low(&mut self.descriptor_table, value),
-            Register::QueueDescHigh => set_high(&mut self.descriptor_table, value),
-            Register::QueueDriverLow => set_low(&mut self.available_ring, value),
-            Register::QueueDriverHigh => set_high(&mut self.available_ring, value),
-            Register::QueueDeviceLow => set_low(&mut self.used_ring, value),
-            Register::QueueDeviceHigh => set_high(&mut self.used_ring, value),
+            Register::QueueDescLow => set_half(&mut self.descriptor_table, 0, value),
+            Register::QueueDescHigh => set_half(&mut self.descriptor_table, 1, value),
+            Register::QueueDriverLow => set_half(&mut self.available_ring, 0, value),
+            Register::QueueDriverHigh => set_half(&mut self.available_ring, 1, value),
+            Register::QueueDeviceLow => set_half(&mut self.used_ring, 0, value),
+            Register::QueueDeviceHigh => set_half(&mut self.used_ring, 1, value),
             _ => {}
         }
     }
 
-    /// The queue that these registers describe, to be served from `position` on.
-    pub(super) fn build(
-        &self,
-        memory: &GuestMemory,
-        features: u64,
-        position: RingPosition,
-    ) -> Result<Queue, InvalidQueue> {
+    /// The queue that these registers describe, to be served from the start of its rings.
+    pub(super) fn build(&self, memory: &GuestMemory, features: u64) -> Result<Queue, InvalidQueue> {
         let invalid_size = |_| InvalidQueue::Size(self.size);
         let size = u16::try_from(self.size).map_err(|_| InvalidQueue::Size(self.size))?;
         let mut queue = Queue::new(self.max_size).map_err(invalid_size)?;
@@ -146,19 +133,15 @@ impl QueueRegisters {
         queue.try_set_avail_ring_address(GuestAddress(self.available_ring)).map_err(misaligned)?;
         queue.try_set_used_ring_address(GuestAddress(self.used_ring)).map_err(misaligned)?;
         queue.set_event_idx(features & F_EVENT_IDX != 0);
-        queue.set_next_avail(position.next_available);
-        queue.set_next_used(position.next_used);
         queue.set_ready(true);
         Ok(queue)
     }
 }
 
-fn set_low(address: &mut u64, value: u32) {
-    *address = (*address & !u64::from(u32::MAX)) | u64::from(value);
-}
-
-fn set_high(address: &mut u64, value: u32) {
-    *address = (*address & u64::from(u32::MAX)) | u64::from(value) << 32;
+/// Replaces the low half (0) or the high half (1) of a value that the driver writes in two registers.
+pub(super) fn set_half(of: &mut u64, half: u32, value: u32) {
+    let shift = 32 * half;
+    *of = (*of & !(u64::from(u32::MAX) << shift)) | u64::from(value) << shift;
 }
 
 #[cfg(test)]

@@ -5,11 +5,11 @@
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use virtio_queue::QueueT;
 
 use super::driver_registers::DriverRegisters;
-use super::queue_registers::QueueRegisters;
 use super::{Activity, MmioTransport};
-use crate::virtio::device::RingPosition;
+use crate::virtio::device::{ActiveQueue, RingPosition};
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::registers::CONFIG_SIZE;
 use crate::virtio::spec::STATUS_DEVICE_NEEDS_RESET;
@@ -61,7 +61,7 @@ impl TransportState {
         registers: &DriverRegisters,
     ) -> Result<(), RestoreError> {
         let sizes = |registers: &DriverRegisters| {
-            registers.queues.iter().map(QueueRegisters::max_size).collect::<Vec<_>>()
+            registers.queues.iter().map(|queue| queue.max_size).collect::<Vec<_>>()
         };
         let saved = self.device_id;
         if saved != present {
@@ -123,7 +123,15 @@ impl MmioTransport {
         self.interrupt.restore(&state.interrupt);
         self.page().set(Register::Status, self.registers.status);
         if state.started {
-            self.start(&state.positions).map_err(RestoreError::Start)?;
+            let go_on = |active: &mut ActiveQueue| {
+                let mut positions = state.positions.iter();
+                if let Some(at) = positions.find(|position| position.queue == active.index) {
+                    active.queue.set_next_avail(at.next_available);
+                    active.queue.set_next_used(at.next_used);
+                    active.restored = true;
+                }
+            };
+            self.start(go_on).map_err(RestoreError::Start)?;
         }
         self.publish();
         // The image may have another size by now.

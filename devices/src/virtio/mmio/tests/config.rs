@@ -83,8 +83,10 @@ fn the_page_shows_what_the_driver_selects() {
     driver.write(Register::QueueSel, 0);
     driver.write(Register::QueueReset, 1);
     assert_eq!((page.load(Register::QueueReset), page.load(Register::QueueReady)), (0, 0));
-    for select in [0, 1, 2, u32::MAX] {
+    let offered = driver.transport.offered;
+    let halves = [(0, offered as u32), (1, (offered >> 32) as u32), (2, 0), (u32::MAX, 0)];
+    for (select, features) in halves {
         driver.write(Register::DeviceFeaturesSel, select);
-        assert_eq!(page.load(Register::DeviceFeatures), half(driver.transport.offered, select));
+        assert_eq!(page.load(Register::DeviceFeatures), features);
     }
 }

@@ -17,7 +17,7 @@ use vm_memory::GuestAddress;
 
 use super::*;
 use crate::log_limit::tests::Log;
-use crate::virtio::device::ActiveQueue;
+use crate::virtio::device::{ActiveQueue, RingPosition};
 use crate::virtio::spec::mmio::{INTERRUPT_CONFIG_CHANGE, INTERRUPT_USED_BUFFER};
 use crate::virtio::spec::{
     F_EVENT_IDX, F_INDIRECT_DESC, F_NOTIFICATION_DATA, STATUS_DEVICE_NEEDS_RESET,

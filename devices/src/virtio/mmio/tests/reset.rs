@@ -57,10 +57,12 @@ fn a_reset_forgets_the_features() {
 #[test]
 fn a_reset_that_has_begun_stops_the_device_once() {
     let mut driver = Driver::at(Progress::DriverOk, GOOD);
+    driver.shared.slow.store(true, Ordering::Relaxed);
     driver.calls();
-    driver.transport.begin_reset();
-    driver.transport.begin_reset();
+    driver.transport.reset();
+    driver.transport.reset();
     assert_eq!(driver.calls(), [Call::Stop]);
+    driver.shared.finish_drains();
     driver.write(Register::QueueSel, 0);
     driver.write(Register::QueueReset, 1);
     driver.enable_queue(0);
