@@ -9,7 +9,7 @@ use std::time::{self, Duration};
 
 /// A moment, in nanoseconds since this process first asked. 64 bits last for 584 years.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Instant(u64);
+pub struct Instant(pub(crate) u64);
 
 impl Instant {
     /// The moment of the call.

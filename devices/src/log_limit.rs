@@ -1,64 +1,44 @@
 //! A limit for messages that a guest can provoke: one a second for each place that has its own limit.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::clock::Instant;
 
 /// Shortest time between two messages.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Decides whether a message may be written now, and counts those that may not. Shared by reference between threads.
+/// Decides whether a message may be written now, and counts those that may not. The first message is admitted at once. Shared by
+/// reference between threads.
 ///
 /// ```
-/// let limit = devices::log_limit::LogLimit::new();
+/// let limit = devices::log_limit::LogLimit::default();
 /// if let Some(suppressed) = limit.admit() {
 ///     eprintln!("bad request ({suppressed} more were not reported)");
 /// }
 /// ```
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct LogLimit {
-    created: Instant,
-    /// When the next message is due, in milliseconds since `created`.
+    /// When the next message is due, as an [`Instant`]'s number.
     next: AtomicU64,
     suppressed: AtomicU64,
 }
 
 impl LogLimit {
-    /// A limit that admits the first message at once.
-    pub fn new() -> Self {
-        Self { created: Instant::now(), next: AtomicU64::new(0), suppressed: AtomicU64::new(0) }
-    }
-
     /// `Some(n)`: write the message; n earlier ones were suppressed since the last. `None`: stay silent.
     pub fn admit(&self) -> Option<u64> {
-        self.admit_at(self.created.elapsed())
+        self.admit_at(Instant::now())
     }
 
-    fn admit_at(&self, now: Duration) -> Option<u64> {
-        let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        let next = self.next.load(Ordering::Relaxed);
+    fn admit_at(&self, now: Instant) -> Option<u64> {
+        use Ordering::Relaxed;
+        let (next, after) = (self.next.load(Relaxed), (now + INTERVAL).0);
         // The exchange lets one of several threads that arrive together through.
-        let due = milliseconds(now) >= next
-            && self
-                .next
-                .compare_exchange(
-                    next,
-                    milliseconds(now + INTERVAL),
-                    Ordering::Relaxed,
-                    Ordering::Relaxed,
-                )
-                .is_ok();
-        if due {
-            Some(self.suppressed.swap(0, Ordering::Relaxed))
-        } else {
-            self.suppressed.fetch_add(1, Ordering::Relaxed);
-            None
+        if now.0 < next || self.next.compare_exchange(next, after, Relaxed, Relaxed).is_err() {
+            self.suppressed.fetch_add(1, Relaxed);
+            return None;
         }
-    }
-}
-
-impl Default for LogLimit {
-    fn default() -> Self {
-        Self::new()
+        Some(self.suppressed.swap(0, Relaxed))
     }
 }
 
@@ -121,8 +101,8 @@ pub(crate) mod tests {
 
     #[test]
     fn one_message_an_interval_and_the_rest_counted() {
-        let limit = LogLimit::new();
-        let at = |milliseconds| limit.admit_at(Duration::from_millis(milliseconds));
+        let (limit, start) = (LogLimit::default(), Instant::now());
+        let at = |milliseconds| limit.admit_at(start + Duration::from_millis(milliseconds));
         assert_eq!(at(0), Some(0));
         assert_eq!(at(1), None);
         assert_eq!(at(999), None);

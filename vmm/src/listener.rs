@@ -57,7 +57,7 @@ impl Listener {
     /// Accepts the next client, with a non-blocking socket. `None`: there is none. Poll the listener for edges, and call this until it
     /// returns `None`. If the host cannot accept a client now, the client stays in the backlog until another one connects.
     pub(crate) fn accept(&self) -> Option<UnixStream> {
-        static REFUSED: LazyLock<LogLimit> = LazyLock::new(LogLimit::new);
+        static REFUSED: LazyLock<LogLimit> = LazyLock::new(LogLimit::default);
         match accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(client) => return Some(client.into()),
             Err(Errno::AGAIN | Errno::CONNABORTED | Errno::INTR) => {}

@@ -42,7 +42,7 @@ impl OpenedDisk {
             ignore_flush: options.cache.ignores_flush() || options.snapshot,
             scsi: options.scsi,
             uses_ring,
-            shortages: LogLimit::new(),
+            shortages: LogLimit::default(),
             file: rustix::fs::open(&options.path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
                 .ok(),
         }

@@ -93,7 +93,7 @@ impl SerialDevice {
             on_input_drained,
             input_blocked: false,
             polls: 0,
-            log_limit: LogLimit::new(),
+            log_limit: LogLimit::default(),
         }
     }
 

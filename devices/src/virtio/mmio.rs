@@ -104,8 +104,8 @@ impl MmioTransport {
             acknowledgements,
             registers: DriverRegisters::new(queues),
             activity: Activity::Idle,
-            log_limit: LogLimit::new(),
-            failure_limit: LogLimit::new(),
+            log_limit: LogLimit::default(),
+            failure_limit: LogLimit::default(),
         };
         transport.publish_constants();
         transport.publish();

@@ -48,7 +48,7 @@ impl DebugListener {
                     Ok(client) => Some(client),
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
                     Err(error) => {
-                        static REFUSED: LazyLock<LogLimit> = LazyLock::new(LogLimit::new);
+                        static REFUSED: LazyLock<LogLimit> = LazyLock::new(LogLimit::default);
                         if let Some(suppressed) = REFUSED.admit() {
                             tracing::warn!(%error, suppressed, "--gdb: a debugger cannot be served");
                         }

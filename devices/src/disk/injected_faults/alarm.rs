@@ -32,7 +32,7 @@ impl Alarm {
             let edges = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
             descriptor.map_or(Ok(()), |fd| epoll.ctl(ControlOperation::Add, fd, edges))?;
         }
-        Ok(Self { epoll, timer, wake, limit: LogLimit::new() })
+        Ok(Self { epoll, timer, wake, limit: LogLimit::default() })
     }
 
     /// Wakes the worker after `wait`. An earlier call no longer has an effect.

@@ -52,7 +52,7 @@ pub(super) struct Hit {
 
 impl Faults {
     pub(super) fn new(rules: Vec<FaultRule>) -> Self {
-        let faults = Self { state: Mutex::default(), limit: LogLimit::new() };
+        let faults = Self { state: Mutex::default(), limit: LogLimit::default() };
         for rule in rules {
             lock(&faults.state).push(rule);
         }
