@@ -3,10 +3,11 @@
 //! A bus is built once and then shared by all vCPU threads as `Arc<Bus>`. Finding a device takes no lock; each device has one
 //! of its own, held for the length of one access.
 
+mod reset;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Instant;
 
 use thiserror::Error;
 
@@ -62,11 +63,6 @@ impl Unfinished {
         })
     }
 
-    /// Waits until the write has taken effect (`None`), or it is `deadline`.
-    pub fn wait_until(self, deadline: Instant) -> Option<Self> {
-        self.wait(|drain| drain.wait(deadline.saturating_duration_since(Instant::now())))
-    }
-
     fn wait(mut self, is_done: impl Fn(&Drain) -> bool) -> Option<Self> {
         // Another vCPU may have begun another reset of the device meanwhile.
         while is_done(&self.drain) {
@@ -78,29 +74,16 @@ impl Unfinished {
 
 /// Why a device cannot be put on a bus. Both are mistakes in the machine's address map.
 #[derive(Debug, Error, PartialEq, Eq)]
+#[expect(missing_docs, reason = "each message says what the fields and the variant are")]
 pub enum BusError {
-    /// The range is empty or goes past the last address.
     #[error(
         "address range {base:#x}+{length:#x} is empty or wraps around; correct the machine's address map"
     )]
-    Invalid {
-        /// First address.
-        base: u64,
-        /// Bytes.
-        length: u64,
-    },
-    /// The range meets that of another device.
+    Invalid { base: u64, length: u64 },
     #[error(
         "address range {base:#x}+{length:#x} overlaps the device at {other:#x}; correct the machine's address map"
     )]
-    Overlap {
-        /// First address.
-        base: u64,
-        /// Bytes.
-        length: u64,
-        /// First address of the device that was there before.
-        other: u64,
-    },
+    Overlap { base: u64, length: u64, other: u64 },
 }
 
 struct Entry {
@@ -152,16 +135,6 @@ impl Bus {
         Unfinished::of(self.with_device(address, data.len(), write)?)
     }
 
-    /// Begins to reset every device, and returns the resets that wait for their device's threads.
-    pub fn reset(&self) -> Vec<Unfinished> {
-        let reset = |Entry { device, .. }: &Entry| {
-            // A poisoned device: as in `with_device`.
-            device.lock().ok()?.reset();
-            Unfinished::of(device)
-        };
-        self.entries.values().filter_map(reset).collect()
-    }
-
     /// Runs `access` on the device that has all `width` bytes at `address`, and returns the device. No device claims an
     /// access that straddles the end of its range.
     fn with_device(
@@ -183,6 +156,8 @@ impl Bus {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
 
     /// Reads as `id` in every byte; remembers the last write; drains what the test put there.

@@ -3,7 +3,7 @@
 //! `std::time::Instant` keeps seconds and nanoseconds apart, so that a difference costs 40 instructions; here it is a
 //! subtraction. Workers take one [`Instant`] a batch and compute with it for every request.
 
-use std::ops::{Add, AddAssign, Sub};
+use std::ops::{Add, Sub};
 use std::sync::LazyLock;
 use std::time::{self, Duration};
 
@@ -33,12 +33,6 @@ impl Add<Duration> for Instant {
     }
 }
 
-impl AddAssign<Duration> for Instant {
-    fn add_assign(&mut self, duration: Duration) {
-        *self = *self + duration;
-    }
-}
-
 impl Sub for Instant {
     type Output = Duration;
 
@@ -49,7 +43,15 @@ impl Sub for Instant {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::AddAssign;
+
     use super::*;
+
+    impl AddAssign<Duration> for Instant {
+        fn add_assign(&mut self, duration: Duration) {
+            *self = *self + duration;
+        }
+    }
 
     #[test]
     fn differences_are_those_of_the_standard_clock() {

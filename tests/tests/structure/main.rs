@@ -27,6 +27,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     (
         "console input",
         &[
+            "devices/src/legacy/serial/input.rs",
             "vmm/src/console/ends.rs",
             "vmm/src/console/escape.rs",
             "vmm/src/console/input.rs",
@@ -126,6 +127,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
         "reset",
         &[
             "arch/src/cpu/changeable_msrs.rs",
+            "devices/src/bus/reset.rs",
             "vmm/src/irq_chips.rs",
             "vmm/src/machine/reset.rs",
             "vmm/src/memory/clear.rs",
