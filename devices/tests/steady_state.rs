@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use devices::block::Kind;
 use devices::disk::{
-    self, Aio, BackingImage, Completion, DeviceCommand, Disk, DiskError, Engine, EngineSetup,
-    GuestRange, Lifetime, Limits, OpenOptions, Transfer,
+    self, Aio, Completion, DeviceCommand, Disk, DiskError, DiskInfo, Engine, EngineSetup,
+    GuestRange, OpenOptions, Transfer,
 };
 
 mod support;
@@ -49,8 +49,8 @@ struct CountedEngine {
 }
 
 impl Disk for Counted {
-    fn lifetime(&self) -> Option<Lifetime> {
-        self.disk.lifetime()
+    fn info(&self) -> &DiskInfo {
+        self.disk.info()
     }
 
     fn first_sector(&self) -> Option<[u8; 512]> {
@@ -61,20 +61,8 @@ impl Disk for Counted {
         self.disk.allocated()
     }
 
-    fn backing_images(&self) -> &[BackingImage] {
-        self.disk.backing_images()
-    }
-
     fn capacity(&self) -> u64 {
         self.disk.capacity()
-    }
-
-    fn read_only(&self) -> bool {
-        self.disk.read_only()
-    }
-
-    fn limits(&self) -> Limits {
-        self.disk.limits()
     }
 
     fn refresh_capacity(&self) -> std::io::Result<u64> {

@@ -56,7 +56,7 @@ impl ConfigSpace {
         if options.num_queues > 1 {
             features |= blk::F_MQ;
         }
-        if disk.read_only() {
+        if disk.info().read_only {
             features |= blk::F_RO;
         }
         request_types.iter().for_each(|types| types.offer(disk, &mut features, &mut base));
@@ -92,7 +92,7 @@ mod tests {
         let mut options = BlockOptions::new("vda");
         let mut disk = TestDisk::new(8);
         change(&mut options, &mut disk);
-        let sizes = options.check(&disk.limits).unwrap();
+        let sizes = options.check(&disk.info.limits).unwrap();
         let geometry = Box::new(geometry::rule(options.geometry, &disk));
         let request_types = request_types(&options, &disk);
         ConfigSpace::new(&options, &sizes, &disk, geometry, &request_types)
@@ -119,11 +119,17 @@ mod tests {
         for (expected, facts) in [
             (all, config_space(|_, _| {})),
             (all | blk::F_MQ, config_space(|options, _| options.num_queues = 4)),
-            (all | blk::F_LIFETIME, config_space(|_, disk| disk.lifetime = Some(lifetime))),
-            (all & !blk::F_SECURE_ERASE, config_space(|_, disk| disk.limits.secure_erase = false)),
-            (all & !blk::F_DISCARD, config_space(|_, disk| disk.limits.discard_granularity = 0)),
+            (all | blk::F_LIFETIME, config_space(|_, disk| disk.info.lifetime = Some(lifetime))),
+            (
+                all & !blk::F_SECURE_ERASE,
+                config_space(|_, disk| disk.info.limits.secure_erase = false),
+            ),
+            (
+                all & !blk::F_DISCARD,
+                config_space(|_, disk| disk.info.limits.discard_granularity = 0),
+            ),
             // A read-only disk offers nothing that writes.
-            (blk::F_RO, config_space(|_, disk| disk.read_only = true)),
+            (blk::F_RO, config_space(|_, disk| disk.info.read_only = true)),
         ] {
             assert_eq!(facts.features, ALWAYS | expected);
         }
@@ -164,7 +170,7 @@ mod tests {
     #[test]
     fn options_override_the_disk() {
         let facts = config_space(|options, disk| {
-            disk.limits.alignment_offset = 1 << 12;
+            disk.info.limits.alignment_offset = 1 << 12;
             options.queue_size = 1024;
             options.logical_block_size = Some(1024);
             options.physical_block_size = Some(8192);
@@ -184,7 +190,7 @@ mod tests {
     #[test]
     fn limits_are_zero_exactly_when_nothing_is_offered() {
         let none = Limits { discard_granularity: 0, secure_erase: false, ..TestDisk::LIMITS };
-        let config = config_space(|_, disk| disk.limits = none).config(0, true);
+        let config = config_space(|_, disk| disk.info.limits = none).config(0, true);
         assert_eq!(
             (config.max_discard_sectors, config.max_discard_seg, config.discard_sector_alignment),
             (0, 0, 0)
@@ -194,7 +200,7 @@ mod tests {
         assert_eq!(config.write_zeroes_may_unmap, 0);
         // Finer than a logical block there is nothing to discard.
         let coarse = config_space(|options, disk| {
-            disk.limits.discard_granularity = 512;
+            disk.info.limits.discard_granularity = 512;
             options.logical_block_size = Some(4096);
         });
         assert_eq!(coarse.config(0, true).discard_sector_alignment, 8);

@@ -93,7 +93,7 @@ pub(super) fn share(
     events: EventSink,
     workers: usize,
 ) -> Result<Arc<Shared>, BlockError> {
-    let sizes = options.check(&disk.limits())?;
+    let sizes = options.check(&disk.info().limits)?;
     let request_types = request_types(&options, &*disk);
     let geometry = Box::new(geometry::rule(options.geometry, &*disk));
     Ok(Arc::new(Shared {
@@ -117,8 +117,8 @@ pub(super) fn share(
 
 /// The request types that a disk serves beside reads, writes and flushes.
 pub(super) fn request_types(options: &BlockOptions, disk: &dyn Disk) -> Vec<Box<dyn RequestTypes>> {
-    let identity = Identity::new(options.serial.as_deref(), disk.lifetime());
-    let scsi = ScsiCommands { enabled: disk.scsi() };
+    let identity = Identity::new(options.serial.as_deref(), disk.info().lifetime);
+    let scsi = ScsiCommands { enabled: disk.info().scsi };
     vec![Box::new(Segments), Box::new(identity), Box::new(scsi)]
 }
 

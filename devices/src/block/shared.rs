@@ -71,7 +71,7 @@ impl Shared {
             capacity: self.disk.capacity(),
             block_size: u64::from(self.config_space.block_size),
             size_max: self.config_space.size_max(features),
-            read_only: self.disk.read_only(),
+            read_only: self.disk.info().read_only,
             write_through: !self.writeback(features),
         }
     }

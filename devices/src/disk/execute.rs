@@ -21,7 +21,7 @@ impl OpenedDisk {
         match (&self.backend, job.command.take()) {
             (Backend::Raw(image, blocking), None) => blocking.execute(image, job, bounce),
             (Backend::Qcow2(image), None) => image.execute(job, bounce),
-            (Backend::Raw(image, _), Some(command)) if self.scsi => {
+            (Backend::Raw(image, _), Some(command)) if self.info.scsi => {
                 let data = job.buffers.whole().ok_or(DiskError::Host(libc::EINVAL))?;
                 // SAFETY: the iovecs are valid by the invariant of `IoBuffers`.
                 unsafe { command.execute(image.file().as_fd(), data) }

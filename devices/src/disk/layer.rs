@@ -8,8 +8,8 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use super::{
-    BackingImage, Completion, Corruption, DeviceCommand, Disk, DiskError, Engine, EngineSetup,
-    GuestRange, Lifetime, Limits, Transfer,
+    Completion, Corruption, DeviceCommand, Disk, DiskError, DiskInfo, Engine, EngineSetup,
+    GuestRange, Transfer,
 };
 use crate::GuestMemory;
 
@@ -71,24 +71,12 @@ impl<L: Layer> Disk for LayeredDisk<L> {
         self.disk.capacity()
     }
 
-    fn read_only(&self) -> bool {
-        self.disk.read_only()
-    }
-
-    fn limits(&self) -> Limits {
-        self.disk.limits()
-    }
-
-    fn lifetime(&self) -> Option<Lifetime> {
-        self.disk.lifetime()
+    fn info(&self) -> &DiskInfo {
+        self.disk.info()
     }
 
     fn first_sector(&self) -> Option<[u8; 512]> {
         self.disk.first_sector()
-    }
-
-    fn scsi(&self) -> bool {
-        self.disk.scsi()
     }
 
     fn refresh_capacity(&self) -> io::Result<u64> {
@@ -103,10 +91,6 @@ impl<L: Layer> Disk for LayeredDisk<L> {
 
     fn allocated(&self) -> u64 {
         self.disk.allocated()
-    }
-
-    fn backing_images(&self) -> &[BackingImage] {
-        self.disk.backing_images()
     }
 
     fn take_corruption(&self) -> Option<Corruption> {

@@ -164,6 +164,21 @@ pub struct Lifetime {
     pub device_lifetime_est_typ_b: u16,
 }
 
+/// What does not change while a disk is open.
+#[derive(Clone, Debug)]
+pub struct DiskInfo {
+    /// Writes, discards and zeroes are refused.
+    pub read_only: bool,
+    /// What the host's file or device prefers.
+    pub limits: Limits,
+    /// How worn the medium was when the image was opened, if the host knows.
+    pub lifetime: Option<Lifetime>,
+    /// Engines take SCSI commands: the image is a SCSI disk of the host, and `scsi=on` allows the guest to send them.
+    pub scsi: bool,
+    /// The images of a chain that are below this one, the nearest first. As in QEMU, the base of `snapshot=on` is one of them.
+    pub backing_images: Vec<BackingImage>,
+}
+
 /// A command for the device behind a disk that is no transfer, such as a SCSI command. An engine executes it without knowing
 /// its content. The reply stays in the command, where the submitter finds it.
 pub trait DeviceCommand: Any + Send + Sync {
@@ -185,22 +200,11 @@ pub trait Disk: Any + Send + Sync {
     /// The size in bytes now, a multiple of 512. `resize` and `refresh_capacity` change it at any moment.
     fn capacity(&self) -> u64;
 
-    /// Whether writes, discards and zeroes are refused.
-    fn read_only(&self) -> bool;
-
-    /// What the host's file or device prefers. It does not change while the disk is open.
-    fn limits(&self) -> Limits;
-
-    /// How worn the medium was when the image was opened, if the host knows.
-    fn lifetime(&self) -> Option<Lifetime>;
+    /// What does not change while the disk is open.
+    fn info(&self) -> &DiskInfo;
 
     /// The first 512 bytes, where a partition table may state the geometry. Read on the calling thread. `None`: unreadable.
     fn first_sector(&self) -> Option<[u8; 512]>;
-
-    /// Whether engines take SCSI commands: the image is a SCSI disk of the host, and `scsi=on` allows the guest to send them.
-    fn scsi(&self) -> bool {
-        false
-    }
 
     /// Reads the size of the file or device again, which another program may have changed, and returns the new capacity.
     ///
@@ -217,9 +221,6 @@ pub trait Disk: Any + Send + Sync {
 
     /// Bytes that the image occupies on the host. For a qcow2 chain, those of its first file. 0 if the host does not say.
     fn allocated(&self) -> u64;
-
-    /// The images of a chain that are below this one, the nearest first. As in QEMU, the base of `snapshot=on` is one of them.
-    fn backing_images(&self) -> &[BackingImage];
 
     /// Returns the damage that a transfer has found in the image, and then `None`. Does not wait for the host.
     fn take_corruption(&self) -> Option<Corruption> {

@@ -19,9 +19,8 @@ use super::raw::blocking::Blocking;
 use super::raw::{DirectIo, RawImage};
 use super::scsi::is_scsi_disk;
 use super::{
-    Aio, BackingImage, Corruption, DiscardMode, Disk, DiskError, Engine, EngineSetup, Format,
-    Lifetime, Limits, OpenError, OpenOptions, OpenReason, block_device, detect_zeroes, image_file,
-    other_formats,
+    Corruption, DiscardMode, Disk, DiskError, DiskInfo, Engine, EngineSetup, Format, OpenError,
+    OpenOptions, OpenReason, block_device, detect_zeroes, image_file, other_formats,
 };
 
 /// Opens an image as a disk.
@@ -41,23 +40,22 @@ pub(super) fn open_observed(
     detect_zeroes::check(options).map_err(refused)?;
     // With snapshot=on, the writes of the guest go to a temporary qcow2 image over the one that the user named.
     let overlay = options.snapshot && !options.read_only;
-    let backend = if options.format.unwrap_or_default() == Format::Raw && !overlay {
+    let (backend, info) = if options.format.unwrap_or_default() == Format::Raw && !overlay {
         open_raw(options, observer).map_err(refused)?
     } else if options.scsi {
         return Err(refused(OpenReason::NotScsi));
     } else {
-        Backend::Qcow2(Box::new(Qcow2Image::open(options, overlay, observer)?))
+        let (image, info) = Qcow2Image::open(options, overlay, observer)?;
+        (Backend::Qcow2(Box::new(image)), info)
     };
-    let is_raw = matches!(backend, Backend::Raw(..));
-    let uses_ring = options.aio == Aio::IoUring && is_raw && uring::available();
-    let disk = OpenedDisk::new(backend, options, uses_ring);
+    let disk = OpenedDisk::new(backend, info, options);
     Ok(detect_zeroes::over(Arc::new(disk), options.detect_zeroes))
 }
 
 fn open_raw(
     options: &OpenOptions,
     observer: Option<Arc<dyn Observer>>,
-) -> Result<Backend, OpenReason> {
+) -> Result<(Backend, DiskInfo), OpenReason> {
     let mut file = image_file::open(&options.path, !options.read_only, options)?;
     file.observer = observer;
     if options.scsi && !is_scsi_disk(&file.file) {
@@ -71,11 +69,12 @@ fn open_raw(
     if !options.read_only {
         image_file::check_tail(&file, length)?;
     }
-    Ok(raw_image(file, options.discard == DiscardMode::Unmap)?)
+    Ok(raw_image(file, options)?)
 }
 
-/// The raw image in `file`. `discard`: the guest's discards reach the file.
-pub(super) fn raw_image(file: HostFile, discard: bool) -> io::Result<Backend> {
+/// The raw image in `file`.
+pub(super) fn raw_image(file: HostFile, options: &OpenOptions) -> io::Result<(Backend, DiskInfo)> {
+    let discard = options.discard == DiscardMode::Unmap;
     let (limits, lifetime) = match file.kind {
         FileKind::Regular => (file.limits(discard), None),
         FileKind::BlockDevice => {
@@ -84,9 +83,9 @@ pub(super) fn raw_image(file: HostFile, discard: bool) -> io::Result<Backend> {
     };
     let direct = file.direct.map(|alignment| Arc::new(Direct::new(alignment)));
     let takes = direct.clone().map(|direct| direct as Arc<dyn DirectIo>);
-    let image = RawImage::new(file, limits, lifetime, takes)?;
-    let blocking = Blocking::new(&image, direct, discard);
-    Ok(Backend::Raw(image, blocking))
+    let backend = Backend::Raw(RawImage::new(file, takes)?, Blocking::new(limits, direct, discard));
+    let OpenOptions { read_only, scsi, .. } = *options;
+    Ok((backend, DiskInfo { read_only, limits, lifetime, scsi, backing_images: Vec::new() }))
 }
 
 impl Disk for OpenedDisk {
@@ -94,27 +93,12 @@ impl Disk for OpenedDisk {
         self.capacity()
     }
 
-    fn read_only(&self) -> bool {
-        self.read_only
-    }
-
-    fn limits(&self) -> Limits {
-        match &self.backend {
-            Backend::Raw(image, _) => image.limits(),
-            Backend::Qcow2(image) => image.limits(),
-        }
-    }
-
-    fn lifetime(&self) -> Option<Lifetime> {
-        self.raw()?.lifetime()
+    fn info(&self) -> &DiskInfo {
+        &self.info
     }
 
     fn first_sector(&self) -> Option<[u8; 512]> {
         self.first_sector()
-    }
-
-    fn scsi(&self) -> bool {
-        self.scsi
     }
 
     fn refresh_capacity(&self) -> io::Result<u64> {
@@ -124,17 +108,13 @@ impl Disk for OpenedDisk {
         }
     }
 
-    fn backing_images(&self) -> &[BackingImage] {
-        if let Backend::Qcow2(image) = &self.backend { &image.below } else { &[] }
-    }
-
     fn take_corruption(&self) -> Option<Corruption> {
         if let Backend::Qcow2(image) = &self.backend { image.take_corruption() } else { None }
     }
 
     fn resize(&self, bytes: u64) -> io::Result<()> {
         match &self.backend {
-            _ if self.read_only => {
+            _ if self.info.read_only => {
                 Err(io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "the disk is read-only"))
             }
             Backend::Raw(image, _) => image.resize(bytes),

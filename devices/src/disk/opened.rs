@@ -7,10 +7,11 @@ use std::os::fd::OwnedFd;
 
 use rustix::fs::{Mode, OFlags};
 
-use super::OpenOptions;
+use super::engine::uring;
 use super::qcow2::Qcow2Image;
 use super::raw::RawImage;
 use super::raw::blocking::Blocking;
+use super::{Aio, DiskInfo, OpenOptions};
 use crate::log_limit::LogLimit;
 
 /// An opened image, by its format. Any thread may make the blocking calls.
@@ -22,10 +23,8 @@ pub(super) enum Backend {
 /// An opened image, and the options that decide how it is served.
 pub(super) struct OpenedDisk {
     pub(super) backend: Backend,
-    pub(super) read_only: bool,
+    pub(super) info: DiskInfo,
     pub(super) ignore_flush: bool,
-    /// The guest may send SCSI commands to the image's device (`scsi=on`).
-    pub(super) scsi: bool,
     /// Engines get an io_uring where the host allows it (`aio=io_uring`).
     pub(super) uses_ring: bool,
     /// The rate limit of messages about what the host refuses to this disk's engines.
@@ -35,12 +34,13 @@ pub(super) struct OpenedDisk {
 }
 
 impl OpenedDisk {
-    pub(super) fn new(backend: Backend, options: &OpenOptions, uses_ring: bool) -> Self {
+    pub(super) fn new(backend: Backend, info: DiskInfo, options: &OpenOptions) -> Self {
+        let is_raw = matches!(backend, Backend::Raw(..));
+        let uses_ring = options.aio == Aio::IoUring && is_raw && uring::available();
         Self {
             backend,
-            read_only: options.read_only,
+            info,
             ignore_flush: options.cache.ignores_flush() || options.snapshot,
-            scsi: options.scsi,
             uses_ring,
             shortages: LogLimit::default(),
             file: rustix::fs::open(&options.path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())

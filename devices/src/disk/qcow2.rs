@@ -46,7 +46,7 @@ use super::image_file::check_length;
 use super::job::Job;
 use super::observer::Observer;
 use super::{
-    BackingImage, Corruption, DiscardMode, DiskError, Limits, OpenError, OpenOptions, OpenReason,
+    Corruption, DiscardMode, DiskError, DiskInfo, Limits, OpenError, OpenOptions, OpenReason,
     Operation, SECTOR,
 };
 use crate::lock;
@@ -74,9 +74,6 @@ pub(super) struct Qcow2Image {
     has_zero_clusters: bool,
     /// Bytes of the layer below; 0 without one.
     backing: u64,
-    /// The images that it builds on.
-    pub(super) below: Vec<BackingImage>,
-    limits: Limits,
     /// Discards reach the image (`discard=unmap`).
     discard: bool,
 }
@@ -87,7 +84,7 @@ impl Qcow2Image {
         options: &OpenOptions,
         overlay: bool,
         observer: Option<Arc<dyn Observer>>,
-    ) -> Result<Self, OpenError> {
+    ) -> Result<(Self, DiskInfo), OpenError> {
         let writable = !options.read_only && !overlay;
         let mut opened = chain::open(options, writable, observer)?;
         let refused = |reason: OpenReason| reason.of(&options.path);
@@ -108,7 +105,7 @@ impl Qcow2Image {
             discard_granularity: if discards { header.cluster as u32 } else { 0 },
             secure_erase: false,
         };
-        Ok(Self {
+        let image = Self {
             path: options.path.clone(),
             capacity: AtomicU64::new(sectors(layer.size())),
             top: RwLock::new(layer),
@@ -117,10 +114,11 @@ impl Qcow2Image {
             has_zero_clusters: header.version >= 3,
             header,
             backing,
-            below,
-            limits,
             discard: discards,
-        })
+        };
+        let read_only = options.read_only;
+        let (lifetime, scsi, backing_images) = (None, false, below);
+        Ok((image, DiskInfo { read_only, limits, lifetime, scsi, backing_images }))
     }
 
     fn shared(&self) -> RwLockReadGuard<'_, Layer> {
@@ -427,10 +425,6 @@ fn unsupported(why: &str) -> io::Error {
 impl Qcow2Image {
     pub(super) fn capacity(&self) -> u64 {
         self.capacity.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn limits(&self) -> Limits {
-        self.limits
     }
 
     pub(super) fn take_corruption(&self) -> Option<Corruption> {

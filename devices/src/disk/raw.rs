@@ -8,10 +8,10 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::SECTOR;
 use super::host_file::HostFile;
 use super::job::Job;
 use super::observer::FileChange;
-use super::{Lifetime, Limits, SECTOR};
 
 pub(super) mod blocking;
 mod ranges;
@@ -47,23 +47,15 @@ pub(super) trait DirectIo: Send + Sync {
 pub(super) struct RawImage {
     file: HostFile,
     in_memory: bool,
-    limits: Limits,
-    lifetime: Option<Lifetime>,
     capacity: AtomicU64,
     /// For a file that was opened for direct I/O.
     pub(super) direct: Option<Arc<dyn DirectIo>>,
 }
 
 impl RawImage {
-    /// `limits` and `lifetime` are those of the file.
-    pub(super) fn new(
-        file: HostFile,
-        limits: Limits,
-        lifetime: Option<Lifetime>,
-        direct: Option<Arc<dyn DirectIo>>,
-    ) -> io::Result<Self> {
+    pub(super) fn new(file: HostFile, direct: Option<Arc<dyn DirectIo>>) -> io::Result<Self> {
         let (in_memory, capacity) = (file.in_memory(), AtomicU64::new(0));
-        let image = Self { file, in_memory, limits, lifetime, capacity, direct };
+        let image = Self { file, in_memory, capacity, direct };
         image.refresh_capacity()?;
         Ok(image)
     }
@@ -97,14 +89,6 @@ impl RawImage {
 
     pub(super) fn capacity(&self) -> u64 {
         self.capacity.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn limits(&self) -> Limits {
-        self.limits
-    }
-
-    pub(super) fn lifetime(&self) -> Option<Lifetime> {
-        self.lifetime
     }
 
     pub(super) fn refresh_capacity(&self) -> io::Result<u64> {

@@ -198,12 +198,12 @@ pub(super) fn query_nodes(machine: &Machine) -> Value {
 fn node_info(disk: &MachineDisk) -> Value {
     let MachineDisk { config, handle, image, .. } = disk;
     let path = config.image.path.to_string_lossy();
-    let (cache, below) = (config.image.cache, image.backing_images());
+    let (cache, below) = (config.image.cache, &image.info().backing_images);
     let mut inserted = json!({
         "node-name": config.id,
         "file": path,
         "drv": config.image.format.unwrap_or_default().to_string(),
-        "ro": image.read_only(),
+        "ro": image.info().read_only,
         "backing_file_depth": below.len(),
         "encrypted": false,
         "detect_zeroes": config.image.detect_zeroes.to_string(),

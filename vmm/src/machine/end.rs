@@ -72,7 +72,7 @@ impl Machine {
 
 /// Begins to flush a disk on its own background thread, so that a disk that hangs does not delay the others.
 fn begin_flush(disk: &MachineDisk) -> DiskState {
-    if disk.image.read_only() {
+    if disk.image.info().read_only {
         return DiskState::Flushed;
     }
     let (image, device) = (Arc::clone(&disk.image), disk.config.id.clone());

@@ -126,7 +126,7 @@ pub(crate) fn begin_in_background(
 fn check(machine: &Machine) -> Result<(), Error> {
     let hardware = &machine.hardware;
     check_pages(&hardware.memory).map_err(Error::save)?;
-    let mut written = hardware.disks.iter().filter(|disk| !disk.image.read_only());
+    let mut written = hardware.disks.iter().filter(|disk| !disk.image.info().read_only);
     match written.next() {
         Some(disk) if machine.state() == RunState::Running => {
             Err(saved::unsaveable(&disk.config.id, DISK_GOES_ON))

@@ -157,7 +157,7 @@ fn prepare(
     let bytes = memory.iter().map(GuestMemoryRegion::len).sum();
     progress.ram.total.store(bytes, Ordering::Relaxed);
     progress.ram.remaining.store(bytes, Ordering::Relaxed);
-    let flushed = |disk: &&MachineDisk| purpose.is_save() && !disk.image.read_only();
+    let flushed = |disk: &&MachineDisk| purpose.is_save() && !disk.image.info().read_only;
     let disks = machine.hardware.disks.iter().filter(flushed);
     let disks = disks.map(|disk| (Arc::clone(&disk.image), disk.config.id.clone())).collect();
     let job = Job { saved, memory, map: PageMap::read(), mapped, target, progress };

@@ -50,7 +50,7 @@ impl RequestTypes for Identity {
     }
 
     fn offer(&self, disk: &dyn Disk, features: &mut u64, _: &mut blk::Config) {
-        if disk.lifetime().is_some() {
+        if disk.info().lifetime.is_some() {
             *features |= blk::F_LIFETIME;
         }
     }

@@ -37,10 +37,10 @@ impl RequestTypes for Segments {
     }
 
     fn offer(&self, disk: &dyn Disk, features: &mut u64, config: &mut blk::Config) {
-        if disk.read_only() {
+        if disk.info().read_only {
             return;
         }
-        let limits = disk.limits();
+        let limits = disk.info().limits;
         *features |= blk::F_WRITE_ZEROES;
         config.max_write_zeroes_sectors = MAX_SEGMENT_SECTORS;
         config.max_write_zeroes_seg = MAX_SEGMENTS;

@@ -10,8 +10,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::GuestMemory;
 use crate::disk::{
-    BackingImage, Completion, DeviceCommand, Disk, DiskError, Engine, EngineSetup, GuestRange,
-    Lifetime, Limits, Operation, ScsiCommand, ScsiDirection, ScsiReply, Transfer,
+    Completion, DeviceCommand, Disk, DiskError, DiskInfo, Engine, EngineSetup, GuestRange, Limits,
+    Operation, ScsiCommand, ScsiDirection, ScsiReply, Transfer,
 };
 
 /// A transfer as the engine got it.
@@ -60,11 +60,8 @@ pub(in crate::block) struct TestDisk {
     state: Mutex<State>,
     changed: Condvar,
     capacity: AtomicU64,
-    pub(in crate::block) read_only: bool,
-    pub(in crate::block) limits: Limits,
-    pub(in crate::block) lifetime: Option<Lifetime>,
+    pub(in crate::block) info: DiskInfo,
     pub(in crate::block) first_sector: Option<[u8; 512]>,
-    pub(in crate::block) scsi: bool,
     pub(in crate::block) merges: bool,
     completion: EventFd,
 }
@@ -91,11 +88,14 @@ impl TestDisk {
             state: Mutex::new(State { data, ..State::default() }),
             changed: Condvar::new(),
             capacity: AtomicU64::new(sectors * 512),
-            read_only: false,
-            limits: Self::LIMITS,
-            lifetime: None,
+            info: DiskInfo {
+                read_only: false,
+                limits: Self::LIMITS,
+                lifetime: None,
+                scsi: false,
+                backing_images: Vec::new(),
+            },
             first_sector: None,
-            scsi: false,
             merges: true,
             completion: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap(),
         }
@@ -229,32 +229,16 @@ impl Disk for TestDisk {
         0
     }
 
-    fn backing_images(&self) -> &[BackingImage] {
-        &[]
-    }
-
     fn capacity(&self) -> u64 {
         self.capacity.load(Ordering::SeqCst)
     }
 
-    fn read_only(&self) -> bool {
-        self.read_only
-    }
-
-    fn limits(&self) -> Limits {
-        self.limits
+    fn info(&self) -> &DiskInfo {
+        &self.info
     }
 
     fn first_sector(&self) -> Option<[u8; 512]> {
         self.first_sector
-    }
-
-    fn lifetime(&self) -> Option<Lifetime> {
-        self.lifetime
-    }
-
-    fn scsi(&self) -> bool {
-        self.scsi
     }
 
     fn refresh_capacity(&self) -> std::io::Result<u64> {

@@ -66,7 +66,7 @@ impl Fuzz {
             (options.read_errors, options.write_errors) = (policy(input), policy(input));
             options.num_queues = QUEUES;
             options.poll = Duration::ZERO;
-            setup.disk.read_only = input.below(8) == 1;
+            setup.disk.info.read_only = input.below(8) == 1;
             setup.accepted =
                 !input.pick(&[0, spec::F_EVENT_IDX, spec::F_INDIRECT_DESC, blk::F_FLUSH]);
             (setup.queues, setup.ring_size, setup.memory) = (QUEUES, SIZE, MEMORY);

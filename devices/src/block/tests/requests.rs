@@ -59,7 +59,7 @@ fn get_id_is_padded_with_nul_and_cut_to_the_buffer() {
         for read_only in [false, true] {
             let mut rig = Rig::with(|setup| {
                 setup.options.serial = serial.map(str::to_owned);
-                setup.disk.read_only = read_only;
+                setup.disk.info.read_only = read_only;
             });
             let data = rig.driver.writable(room);
             let sent = rig.driver.send(0, blk::T_GET_ID, 0, (room > 0).then_some(data));
@@ -80,7 +80,7 @@ fn get_id_writes_no_more_than_20_bytes() {
 
 #[test]
 fn a_read_only_disk_refuses_writes_and_nothing_else() {
-    let mut rig = Rig::with(|setup| setup.disk.read_only = true);
+    let mut rig = Rig::with(|setup| setup.disk.info.read_only = true);
     let before = rig.disk.data();
     let sent = rig.driver.send_write(0, 0, &[1; 512]);
     assert_eq!(rig.outcome(&sent), Outcome::IOERR);
@@ -124,7 +124,7 @@ fn lifetime_is_told_where_the_host_tells() {
 
     let lifetime =
         Lifetime { pre_eol_info: 1, device_lifetime_est_typ_a: 2, device_lifetime_est_typ_b: 0x0b };
-    let mut rig = Rig::with(|setup| setup.disk.lifetime = Some(lifetime));
+    let mut rig = Rig::with(|setup| setup.disk.info.lifetime = Some(lifetime));
     let data = rig.driver.writable(6);
     let sent = rig.driver.send(0, blk::T_GET_LIFETIME, 0, Some(data));
     assert_eq!(rig.outcome(&sent), Outcome::ok(6));

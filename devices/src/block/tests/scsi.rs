@@ -21,7 +21,7 @@ const GOOD: ScsiReply = ScsiReply {
 
 /// A disk that takes SCSI commands, and what becomes of them.
 fn rig(reply: Option<ScsiReply>) -> Rig {
-    let rig = Rig::with(|setup| setup.disk.scsi = true);
+    let rig = Rig::with(|setup| setup.disk.info.scsi = true);
     rig.disk.reply(reply);
     rig
 }
@@ -217,7 +217,7 @@ fn packets_that_lack_a_part_or_have_too_much_are_refused() {
 #[test]
 fn what_the_host_refuses_is_no_disk_error() {
     let mut rig = Rig::with(|setup| {
-        setup.disk.scsi = true;
+        setup.disk.info.scsi = true;
         setup.options.write_errors = ErrorPolicy::Stop;
         setup.options.read_errors = ErrorPolicy::Stop;
     });

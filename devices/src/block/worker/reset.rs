@@ -102,7 +102,7 @@ impl DeviceReset {
             if !dispatcher.is_empty() {
                 return false;
             }
-            self.flushes = worker.interrupt.is_some() && !worker.shared.disk.read_only();
+            self.flushes = worker.interrupt.is_some() && !worker.shared.disk.info().read_only;
             if self.flushes {
                 dispatcher.flushing = true;
                 // Nothing else is in flight, so no other transfer has this tag.

@@ -132,7 +132,7 @@ impl QueueEngine {
             job.length = 0;
             return Ok(());
         }
-        if operation != Operation::Read && self.disk.read_only {
+        if operation != Operation::Read && self.disk.info.read_only {
             return Err(DiskError::Host(libc::EROFS));
         }
         // The disk may have shrunk since the caller looked.

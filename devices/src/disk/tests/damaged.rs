@@ -198,10 +198,11 @@ fn backing_files_are_named_by_a_path() {
     // As QEMU counts, for `query-block`.
     for (snapshot, names) in [(false, &["base"][..]), (true, &["image", "base"])] {
         let disk = open(&OpenOptions { snapshot, ..options.clone() }).unwrap();
-        let below: Vec<_> = disk.backing_images().iter().map(|image| image.path.clone()).collect();
+        let below: Vec<_> =
+            disk.info().backing_images.iter().map(|image| image.path.clone()).collect();
         let expected: Vec<_> = names.iter().map(|name| directory.path().join(name)).collect();
         assert_eq!(below, expected);
-        let base = disk.backing_images().last().unwrap();
+        let base = disk.info().backing_images.last().unwrap();
         assert_eq!((base.format, base.capacity), (Format::Raw, 1 << 20));
         assert!(base.allocated >= 1 << 20);
     }

@@ -10,7 +10,6 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::GuestMemory;
-use crate::disk::engine::uring;
 use crate::disk::host_file::{Alignment, FileKind, HostFile};
 use crate::disk::open::raw_image;
 use crate::disk::opened::OpenedDisk;
@@ -205,9 +204,8 @@ pub(super) fn demanding(options: &OpenOptions, alignment: Alignment) -> Option<A
 
 /// A raw disk over `file`, served as `options` say.
 pub(super) fn raw_disk(file: HostFile, options: &OpenOptions) -> Arc<dyn Disk> {
-    let backend = raw_image(file, true).unwrap();
-    let uses_ring = options.aio == Aio::IoUring && uring::available();
-    Arc::new(OpenedDisk::new(backend, options, uses_ring))
+    let (backend, info) = raw_image(file, options).unwrap();
+    Arc::new(OpenedDisk::new(backend, info, options))
 }
 
 /// What a user reads about an image that is refused: the error and its causes.

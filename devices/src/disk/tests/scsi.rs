@@ -111,7 +111,7 @@ fn done(reply: Result<ScsiReply, DiskError>) -> ScsiReply {
 fn commands_reach_a_scsi_disk_and_its_replies_come_back() {
     let Some(device) = ScsiDebug::new() else { return };
     let disk = open(&device.options()).unwrap();
-    assert!(disk.scsi());
+    assert!(disk.info().scsi);
     let mut rig = Rig::new(disk);
     done(command(&mut rig, &TEST_UNIT_READY, ScsiDirection::None, &[]));
 
