@@ -43,6 +43,7 @@ mod observer;
 mod open;
 mod open_reason;
 mod opened;
+mod option_words;
 mod options;
 mod other_formats;
 mod positioned_io;
@@ -58,7 +59,8 @@ mod tests;
 pub use error::{Corruption, DiskError, FileError, OpenError};
 pub use open::open;
 pub use open_reason::OpenReason;
-pub use options::{Aio, CacheMode, DetectZeroes, DiscardMode, Format, OpenOptions, UnknownWord};
+pub use option_words::UnknownWord;
+pub use options::{Aio, CacheMode, DetectZeroes, DiscardMode, Format, OpenOptions};
 pub use scsi::{CDB_MAX, SENSE_MAX, ScsiCommand, ScsiDirection, ScsiReply};
 
 /// Bytes of a sector, the unit of capacities and of every transfer's offset and length.

@@ -1,11 +1,9 @@
 //! How to open an image: the host's half of `--disk`, with QEMU's words and meanings.
 //!
-//! Each option is an enum whose words come from one table, so that parsing, printing and the list of known words agree. The
-//! guest's half, such as the serial number and the error policy, is in `block/options.rs`.
+//! `option_words` parses and prints the values. The guest's half, such as the serial number and the error policy, is in
+//! `block/options.rs`.
 
-use std::fmt;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
@@ -51,73 +49,32 @@ impl OpenOptions {
     }
 }
 
-/// A word that an option does not know. The message lists the words that it knows.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{given}` is not one of {known}")]
-pub struct UnknownWord {
-    given: String,
-    known: &'static str,
+/// What the image's bytes mean.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// The bytes are the disk's, and the image is as long as the disk.
+    #[default]
+    Raw,
+    /// A QEMU copy-on-write image, version 2 or 3, which is only as large as what was written to it.
+    Qcow2,
 }
 
-/// Defines an option's enum together with its words, so that the two cannot drift apart.
-macro_rules! option_words {
-    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $word:literal,)+ }) => {
-        $(#[$doc])*
-        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-        pub enum $name {
-            $($(#[$variant_doc])* #[serde(rename = $word)] $variant,)+
-        }
-
-        impl $name {
-            /// Every value, the default first, in the order of the help.
-            pub const ALL: &[Self] = &[$(Self::$variant),+];
-        }
-
-        impl FromStr for $name {
-            type Err = UnknownWord;
-
-            fn from_str(word: &str) -> Result<Self, UnknownWord> {
-                match word {
-                    $($word => Ok(Self::$variant),)+
-                    _ => Err(UnknownWord { given: word.to_owned(), known: concat!($("`", $word, "` "),+).trim_ascii_end() }),
-                }
-            }
-        }
-
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(match self { $(Self::$variant => $word,)+ })
-            }
-        }
-    };
-}
-
-option_words! {
-    /// What the image's bytes mean.
-    Format {
-        /// The bytes are the disk's, and the image is as long as the disk.
-        #[default]
-        Raw = "raw",
-        /// A QEMU copy-on-write image, version 2 or 3, which is only as large as what was written to it.
-        Qcow2 = "qcow2",
-    }
-}
-
-option_words! {
-    /// Where written data may be when the guest's write completes: QEMU's cache modes.
-    CacheMode {
-        /// In the host's page cache, shared with the host's other programs. A flush makes it durable.
-        #[default]
-        Writeback = "writeback",
-        /// In the device's cache: the page cache is bypassed (O_DIRECT). A flush makes it durable.
-        None = "none",
-        /// On the medium: each write is durable before it completes. The page cache serves reads.
-        Writethrough = "writethrough",
-        /// On the medium, and the page cache is bypassed: `none` and `writethrough` together.
-        DirectSync = "directsync",
-        /// In the page cache, and a flush does nothing. Fast, and lost if the host loses power: for throw-away disks.
-        Unsafe = "unsafe",
-    }
+/// Where written data may be when the guest's write completes: QEMU's cache modes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CacheMode {
+    /// In the host's page cache, shared with the host's other programs. A flush makes it durable.
+    #[default]
+    Writeback,
+    /// In the device's cache: the page cache is bypassed (O_DIRECT). A flush makes it durable.
+    None,
+    /// On the medium: each write is durable before it completes. The page cache serves reads.
+    Writethrough,
+    /// On the medium, and the page cache is bypassed: `none` and `writethrough` together.
+    DirectSync,
+    /// In the page cache, and a flush does nothing. Fast, and lost if the host loses power: for throw-away disks.
+    Unsafe,
 }
 
 impl CacheMode {
@@ -137,71 +94,44 @@ impl CacheMode {
     }
 }
 
-option_words! {
-    /// What waits for the host's disk while the queue's worker goes on.
-    Aio {
-        /// The kernel, through an io_uring for each worker; threads where the host does not allow io_uring.
-        #[default]
-        IoUring = "io_uring",
-        /// Up to 16 threads, shared out to the disk's workers, at least 4 to each. Slower, but a hung transfer shows as a thread.
-        Threads = "threads",
-    }
+/// What waits for the host's disk while the queue's worker goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Aio {
+    /// The kernel, through an io_uring for each worker; threads where the host does not allow io_uring.
+    #[default]
+    IoUring,
+    /// Up to 16 threads, shared out to the disk's workers, at least 4 to each. Slower, but a hung transfer shows as a thread.
+    Threads,
 }
 
-option_words! {
-    /// What becomes of the guest's discards. The default differs from QEMU's, because most images are sparse files.
-    DiscardMode {
-        /// The discarded blocks are deallocated, so that the host has their space.
-        #[default]
-        Unmap = "unmap",
-        /// The guest is not offered discards, and blocks stay allocated.
-        Ignore = "ignore",
-    }
+/// What becomes of the guest's discards. The default differs from QEMU's, because most images are sparse files.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiscardMode {
+    /// The discarded blocks are deallocated, so that the host has their space.
+    #[default]
+    Unmap,
+    /// The guest is not offered discards, and blocks stay allocated.
+    Ignore,
 }
 
-option_words! {
-    /// What becomes of a write that has nothing but zeroes in it.
-    DetectZeroes {
-        /// Written as it is: writes are not searched for zeroes.
-        #[default]
-        Off = "off",
-        /// A write-zeroes operation that keeps its blocks allocated, which moves no data.
-        On = "on",
-        /// A write-zeroes operation that deallocates its blocks. QEMU demands `discard=unmap` with it.
-        Unmap = "unmap",
-    }
+/// What becomes of a write that has nothing but zeroes in it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DetectZeroes {
+    /// Written as it is: writes are not searched for zeroes.
+    #[default]
+    Off,
+    /// A write-zeroes operation that keeps its blocks allocated, which moves no data.
+    On,
+    /// A write-zeroes operation that deallocates its blocks. QEMU demands `discard=unmap` with it.
+    Unmap,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn words<
-        T: FromStr<Err = UnknownWord> + fmt::Display + PartialEq + fmt::Debug + Default + Copy,
-    >(
-        all: &[T],
-        known: &[&str],
-    ) {
-        assert_eq!(all[0], T::default());
-        assert_eq!(all.iter().map(T::to_string).collect::<Vec<_>>(), known);
-        for value in all {
-            assert_eq!(value.to_string().parse::<T>().as_ref(), Ok(value));
-        }
-        for bad in ["", "RAW", "on ", "none\n", "nonsense"] {
-            let error = bad.parse::<T>().unwrap_err().to_string();
-            assert!(error.starts_with(&format!("`{bad}` is not one of `{}`", known[0])), "{error}");
-            assert!(error.ends_with(&format!("`{}`", known[known.len() - 1])), "{error}");
-        }
-    }
-
-    #[test]
-    fn every_word_round_trips() {
-        words(Format::ALL, &["raw", "qcow2"]);
-        words(CacheMode::ALL, &["writeback", "none", "writethrough", "directsync", "unsafe"]);
-        words(Aio::ALL, &["io_uring", "threads"]);
-        words(DiscardMode::ALL, &["unmap", "ignore"]);
-        words(DetectZeroes::ALL, &["off", "on", "unmap"]);
-    }
 
     #[test]
     fn cache_modes_are_qemus() {

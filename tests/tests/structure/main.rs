@@ -49,7 +49,14 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("restore", &["vmm/src/snapshot/description.rs", "vmm/src/snapshot/incoming.rs"]),
     ("save and restore", &["vmm/src/snapshot", "vmm/src/machine/save_task.rs"]),
     ("save in QMP", &["vmm/src/control/deferred.rs", "vmm/src/control/migration.rs"]),
-    ("disk keys", &["cli/src/arguments/disk.rs", "cli/src/arguments/throttling.rs"]),
+    (
+        "disk keys",
+        &[
+            "devices/src/disk/option_words.rs",
+            "cli/src/arguments/disk.rs",
+            "cli/src/arguments/throttling.rs",
+        ],
+    ),
     ("schema of QMP", &["vmm/src/control/schema.rs"]),
     ("disks in QMP", &["vmm/src/control/disk_commands.rs", "vmm/src/control/metrics.rs"]),
     ("control (QMP)", &["vmm/src/control"]),
