@@ -65,7 +65,7 @@ pub(crate) fn follow() -> Vec<String> {
     let kick_of_queue = kick.try_clone().unwrap();
     let queues =
         vec![ActiveQueue { index: 0, queue, kick: Arc::new(kick_of_queue), restored: false }];
-    let interrupt = Interrupt::new(Arc::clone(&line) as Arc<dyn InterruptLine>);
+    let interrupt = Interrupt::new(Arc::clone(&line) as Arc<dyn InterruptLine>).unwrap();
     device
         .start(Activation { memory: memory.clone(), features: blk::F_FLUSH, queues, interrupt })
         .unwrap();

@@ -78,7 +78,7 @@ fn device_under_load(aio: Aio) -> (BlockDevice, tempfile::NamedTempFile) {
     let queues = vec![ActiveQueue { index: 0, queue, kick: Arc::new(kick), restored: false }];
     // Without SIZE_MAX a buffer may be as long as the driver likes.
     let features = device.features() & !blk::F_SIZE_MAX;
-    let interrupt = Interrupt::new(Arc::new(Line));
+    let interrupt = Interrupt::new(Arc::new(Line)).unwrap();
     device.start(Activation { memory, features, queues, interrupt }).unwrap();
     (device, image)
 }

@@ -4,9 +4,10 @@
 //! The registers lie in the [`RegisterPage`], where the driver reads them without an exit. Threads of the device set bits and
 //! pulse the line. The transport clears bits, when the driver acknowledges or resets.
 
+use std::io;
 use std::sync::{Arc, Mutex};
 
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::registers::{CONFIG_SIZE, RegisterPage};
 use super::spec::STATUS_DEVICE_NEEDS_RESET;
@@ -19,7 +20,7 @@ use crate::log_limit::LogLimit;
 ///
 /// Drivers acknowledge used buffers after nearly every interrupt. An exit for each acknowledgement would cost more than the
 /// interrupt. So KVM turns a write of `INTERRUPT_USED_BUFFER` to InterruptACK into an increment of an eventfd
-/// (`with_acknowledgements`). Bit 0 of InterruptStatus is cleared later, when minivmm next reads that eventfd: before it sets the
+/// (`acknowledgements`). Bit 0 of InterruptStatus is cleared later, when minivmm next reads that eventfd: before it sets the
 /// bit again, when a queue's worker wakes up, and at each access that reaches the transport.
 ///
 /// So a driver that polls InterruptStatus of an idle device may still read the bit after its acknowledgement, where virtio 1.2
@@ -30,11 +31,10 @@ pub struct Interrupt {
     line: Arc<dyn InterruptLine>,
 }
 
-#[derive(Default)]
 struct Shared {
     page: Arc<RegisterPage>,
     /// Counts the acknowledgements of used buffers that KVM turned into increments.
-    acknowledged: Option<EventFd>,
+    acknowledged: EventFd,
     /// Held while minivmm changes bit 0. Between a read of `acknowledged` and the clearing of the bit no other thread may set the
     /// bit: the driver's acknowledgement is older than that event.
     used_buffer: Mutex<()>,
@@ -44,15 +44,24 @@ struct Shared {
 }
 
 impl Interrupt {
-    /// An interrupt that pulses `line`. All acknowledgements reach the transport.
-    pub fn new(line: Arc<dyn InterruptLine>) -> Self {
-        Self { shared: Arc::default(), line }
+    /// An interrupt that pulses `line`.
+    ///
+    /// # Errors
+    /// When the host has no eventfd left.
+    pub fn new(line: Arc<dyn InterruptLine>) -> io::Result<Self> {
+        let shared = Shared {
+            page: Arc::default(),
+            acknowledged: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            used_buffer: Mutex::default(),
+            config_writer: Mutex::default(),
+            log_limit: LogLimit::default(),
+        };
+        Ok(Self { shared: Arc::new(shared), line })
     }
 
-    /// As `new`, but acknowledgements of used buffers may also arrive as increments of the non-blocking eventfd `acknowledged`.
-    pub fn with_acknowledgements(line: Arc<dyn InterruptLine>, acknowledged: EventFd) -> Self {
-        let shared = Shared { acknowledged: Some(acknowledged), ..Shared::default() };
-        Self { shared: Arc::new(shared), line }
+    /// Where acknowledgements of used buffers may arrive as increments, beside those that reach the transport.
+    pub fn acknowledgements(&self) -> &EventFd {
+        &self.shared.acknowledged
     }
 
     /// The device's registers as the driver reads them.
@@ -98,11 +107,6 @@ impl Interrupt {
         self.page().load(Register::InterruptStatus)
     }
 
-    /// `STATUS_DEVICE_NEEDS_RESET` or 0.
-    pub fn needs_reset(&self) -> u32 {
-        self.page().load(Register::Status) & STATUS_DEVICE_NEEDS_RESET
-    }
-
     /// The InterruptACK register: clears `bits`.
     pub fn acknowledge(&self, bits: u32) {
         self.page().clear(Register::InterruptStatus, bits);
@@ -121,7 +125,7 @@ impl Interrupt {
     /// Whether the driver acknowledged since the last call.
     fn take_acknowledgements(&self) -> bool {
         // An error is EAGAIN: the count is 0.
-        self.shared.acknowledged.as_ref().is_some_and(|count| count.read().is_ok())
+        self.shared.acknowledged.read().is_ok()
     }
 
     /// Device reset: InterruptStatus and Status read 0 again.
@@ -143,10 +147,7 @@ impl Interrupt {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
     use std::sync::atomic::{AtomicU32, Ordering};
-
-    use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK};
 
     use super::*;
 
@@ -163,7 +164,7 @@ mod tests {
     #[test]
     fn every_event_is_an_edge_and_stays_in_the_status_until_acknowledged() {
         let edges = Arc::new(Edges::default());
-        let device = Interrupt::new(Arc::clone(&edges) as _);
+        let device = Interrupt::new(Arc::clone(&edges) as _).unwrap();
         let page = device.page();
         let transport = device.clone();
         device.used_buffer();
@@ -179,9 +180,9 @@ mod tests {
     }
 
     fn with_eventfd() -> (Interrupt, EventFd) {
-        let acknowledged = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap();
-        let kernel = acknowledged.try_clone().unwrap();
-        (Interrupt::with_acknowledgements(Arc::new(Edges::default()), acknowledged), kernel)
+        let interrupt = Interrupt::new(Arc::new(Edges::default())).unwrap();
+        let kernel = interrupt.acknowledgements().try_clone().unwrap();
+        (interrupt, kernel)
     }
 
     #[test]
@@ -234,7 +235,7 @@ mod tests {
     #[test]
     fn giving_up_interrupts_the_driver_and_a_reset_forgets_it() {
         let edges = Arc::new(Edges::default());
-        let interrupt = Interrupt::new(Arc::clone(&edges) as _);
+        let interrupt = Interrupt::new(Arc::clone(&edges) as _).unwrap();
         let page = interrupt.page();
         let registers = || (page.load(Register::Status), page.load(Register::InterruptStatus));
         interrupt.device_needs_reset();
@@ -252,7 +253,7 @@ mod tests {
                 Err(io::ErrorKind::BrokenPipe.into())
             }
         }
-        let interrupt = Interrupt::new(Arc::new(Broken));
+        let interrupt = Interrupt::new(Arc::new(Broken)).unwrap();
         interrupt.used_buffer();
         assert_eq!(interrupt.page().load(Register::InterruptStatus), INTERRUPT_USED_BUFFER);
     }

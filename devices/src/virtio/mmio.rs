@@ -65,7 +65,6 @@ pub struct MmioTransport {
     interrupt: Interrupt,
     /// One for each queue, by index.
     kicks: Vec<Arc<EventFd>>,
-    acknowledgements: EventFd,
     /// Feature bits on offer: the device's and the transport's.
     offered: u64,
     registers: DriverRegisters,
@@ -93,15 +92,15 @@ impl MmioTransport {
             .iter()
             .map(|max| QueueRegisters::new(*max))
             .collect::<io::Result<Vec<_>>>()?;
-        let eventfd = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
-        let acknowledgements = eventfd()?;
         let transport = Self {
             offered: device.features() | F_VERSION_1 | F_RING_RESET,
             device,
             memory,
-            interrupt: Interrupt::with_acknowledgements(line, acknowledgements.try_clone()?),
-            kicks: queues.iter().map(|_| eventfd().map(Arc::new)).collect::<io::Result<_>>()?,
-            acknowledgements,
+            interrupt: Interrupt::new(line)?,
+            kicks: queues
+                .iter()
+                .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new))
+                .collect::<io::Result<_>>()?,
             registers: DriverRegisters::new(queues),
             activity: Activity::Idle,
             log_limit: LogLimit::default(),
@@ -121,7 +120,7 @@ impl MmioTransport {
     /// What the driver's acknowledgement of used buffers may write to: as an ioeventfd at `INTERRUPT_ACK_OFFSET` that matches
     /// `INTERRUPT_USED_BUFFER` as 32 bits.
     pub fn acknowledgements(&self) -> &EventFd {
-        &self.acknowledgements
+        self.interrupt.acknowledgements()
     }
 
     /// What the driver reads. Where the machine maps it into the guest, reads do not arrive here.

@@ -75,7 +75,7 @@ impl Load {
         queue.try_set_avail_ring_address(GuestAddress(AVAILABLE)).unwrap();
         queue.try_set_used_ring_address(GuestAddress(USED)).unwrap();
         queue.set_ready(true);
-        let interrupt = Interrupt::new(Arc::new(Line::default()));
+        let interrupt = Interrupt::new(Arc::new(Line::default())).unwrap();
         let kick_of_queue = kick.try_clone().unwrap();
         let queues =
             vec![ActiveQueue { index: 0, queue, kick: Arc::new(kick_of_queue), restored: false }];

@@ -114,7 +114,7 @@ impl Driver {
                 }
             })
             .collect();
-        let interrupt = Interrupt::new(Arc::clone(&line) as Arc<dyn InterruptLine>);
+        let interrupt = Interrupt::new(Arc::clone(&line) as Arc<dyn InterruptLine>).unwrap();
         Self { memory, end: bytes, interrupt, line, rings, next_buffer: BUFFERS }
     }
 

@@ -2,10 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-
 use super::rig::Rig;
-use crate::virtio::interrupt::Interrupt;
 use crate::virtio::spec::mmio::INTERRUPT_USED_BUFFER;
 use crate::virtio::spec::ring::AVAIL_F_NO_INTERRUPT;
 use crate::virtio::spec::{self, blk};
@@ -46,11 +43,8 @@ fn one_interrupt_for_completions_that_come_together() {
 
 #[test]
 fn a_worker_that_wakes_clears_an_acknowledged_interrupt() {
-    let kernel = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap();
     let mut rig = Rig::new();
-    let line = Arc::clone(&rig.driver.line);
-    rig.driver.interrupt = Interrupt::with_acknowledgements(line as _, kernel.try_clone().unwrap());
-    rig.reset();
+    let kernel = rig.driver.interrupt.acknowledgements().try_clone().unwrap();
     rig.driver.send_flush(0);
     rig.serve();
     assert_eq!(rig.driver.interrupt.status(), INTERRUPT_USED_BUFFER);

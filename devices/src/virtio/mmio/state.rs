@@ -143,6 +143,11 @@ impl MmioTransport {
 }
 
 impl Interrupt {
+    /// `STATUS_DEVICE_NEEDS_RESET` or 0.
+    pub fn needs_reset(&self) -> u32 {
+        self.page().load(Register::Status) & STATUS_DEVICE_NEEDS_RESET
+    }
+
     /// The registers, of a device whose threads are paused.
     pub(crate) fn save(&self) -> InterruptState {
         self.collect_acknowledgements();
