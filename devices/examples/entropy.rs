@@ -138,7 +138,7 @@ impl VirtioDevice for Entropy {
 
     fn ring_positions(&self) -> Vec<RingPosition> {
         let Some(server) = &self.server else { return Vec::new() };
-        let (next_available, next_used) = server.queue.lock().unwrap().position();
+        let (next_available, next_used) = server.queue.lock().unwrap().ring_indices();
         vec![RingPosition { queue: 0, next_available, next_used }]
     }
 }

@@ -165,6 +165,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
             "devices/src/block/worker/state.rs",
             "devices/src/legacy/serial/state.rs",
             "devices/src/virtio/mmio/state.rs",
+            "devices/src/virtio/queue/split/state.rs",
         ],
     ),
     ("temporary files", &["devices/src/disk/temporary_file.rs"]),

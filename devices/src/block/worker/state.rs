@@ -40,7 +40,7 @@ impl WorkerQueue {
     /// limiter.
     fn snapshot(&self, in_flight: impl Iterator<Item = u16>, waiting: Vec<u16>) -> QueueSnapshot {
         let stopped = self.stopped.iter().map(DescriptorChain::head);
-        let (next_avail, next_used) = self.split.position();
+        let (next_avail, next_used) = self.split.ring_indices();
         QueueSnapshot {
             queue: self.index,
             next_avail,

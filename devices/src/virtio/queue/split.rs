@@ -10,6 +10,8 @@
 //! index and the load of the driver's request for an interrupt, and `enable_notifications`, between the store that asks for a
 //! kick and the load of the available index.
 
+mod state;
+
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 
@@ -109,11 +111,6 @@ impl SplitQueue {
         self.queue
     }
 
-    /// The indices `next_avail` and `next_used`, from which the device of a restored machine goes on.
-    pub fn position(&self) -> (u16, u16) {
-        (self.queue.next_avail(), self.queue.next_used())
-    }
-
     /// How many chains wait in the available ring (virtio 1.2 §2.7.6). Everything that the driver wrote before it made
     /// them available is visible after this call.
     pub fn available(&self, memory: &GuestMemory) -> Result<u16, QueueError> {
@@ -156,16 +153,6 @@ impl SplitQueue {
     /// Chains taken and neither completed nor abandoned.
     pub(crate) fn outstanding(&self) -> u16 {
         self.outstanding
-    }
-
-    /// Makes the token of a chain that was outstanding in the snapshot from which this queue was restored. `None`: the queue
-    /// cannot have had that chain.
-    pub(crate) fn restore_chain(&mut self, head: u16) -> Option<DescriptorChain> {
-        let size = self.queue.size();
-        (head < size && self.outstanding < size).then(|| {
-            self.outstanding += 1;
-            DescriptorChain { head }
-        })
     }
 
     /// Follows the chain's descriptors and puts its buffers into `buffers`. `indirect`: INDIRECT_DESC was negotiated.
