@@ -26,15 +26,11 @@ pub enum DiskError {
 
 impl From<io::Error> for DiskError {
     fn from(error: io::Error) -> Self {
-        match (error.raw_os_error(), error.kind()) {
-            (Some(libc::ENOSPC | libc::EDQUOT), _) | (None, io::ErrorKind::StorageFull) => {
-                Self::NoSpace
-            }
-            (Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY), _)
-            | (None, io::ErrorKind::Unsupported) => Self::Unsupported,
-            (Some(errno), _) => Self::Host(errno),
-            // Another program has truncated the file.
-            (None, _) => Self::Host(libc::EIO),
+        match (error.kind(), error.raw_os_error()) {
+            (io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded, _) => Self::NoSpace,
+            (io::ErrorKind::Unsupported, _) | (_, Some(libc::ENOTTY)) => Self::Unsupported,
+            // Without an errno: another program has truncated the file.
+            (_, errno) => Self::Host(errno.unwrap_or(libc::EIO)),
         }
     }
 }

@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use crate::GuestMemory;
 pub use crate::GuestRange;
-use crate::spawn::{self, Spawn};
+use crate::spawn::Spawn;
 
 mod block_device;
 mod bounce;
@@ -252,13 +252,6 @@ pub struct EngineSetup {
     pub threads: usize,
     /// Starts these threads.
     pub spawn: Spawn,
-}
-
-impl EngineSetup {
-    /// For a worker that is the only one of its disk, with threads that are not confined.
-    pub fn new(memory: GuestMemory, depth: u32) -> Self {
-        Self { memory, depth, threads: MAX_THREADS, spawn: spawn::plain() }
-    }
 }
 
 /// The threads of a disk that wait for the host. The engines of its workers share them out, but none gets fewer than

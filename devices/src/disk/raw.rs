@@ -46,7 +46,8 @@ pub(super) trait DirectIo: Send + Sync {
 /// An open raw image. Each call may come from any thread, several at once.
 pub(super) struct RawImage {
     file: HostFile,
-    in_memory: bool,
+    /// Every transfer is a copy from or to the host's memory.
+    pub(super) in_memory: bool,
     capacity: AtomicU64,
     /// For a file that was opened for direct I/O.
     pub(super) direct: Option<Arc<dyn DirectIo>>,
@@ -54,7 +55,8 @@ pub(super) struct RawImage {
 
 impl RawImage {
     pub(super) fn new(file: HostFile, direct: Option<Arc<dyn DirectIo>>) -> io::Result<Self> {
-        let (in_memory, capacity) = (file.in_memory(), AtomicU64::new(0));
+        let in_memory = direct.is_none() && file.in_memory();
+        let capacity = AtomicU64::new(0);
         let image = Self { file, in_memory, capacity, direct };
         image.refresh_capacity()?;
         Ok(image)
@@ -70,11 +72,6 @@ impl RawImage {
             None if self.in_memory => Medium::Memory,
             None => Medium::PageCache,
         }
-    }
-
-    /// Whether every transfer is a copy from or to the host's memory.
-    pub(super) fn is_in_memory(&self) -> bool {
-        self.in_memory && self.direct.is_none()
     }
 
     /// Makes one system call that writes `job` or the start of it. Returns how many bytes were written.

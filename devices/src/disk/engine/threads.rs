@@ -21,9 +21,8 @@ use super::executor::{Executor, Outcome};
 use crate::disk::bounce::Bounce;
 use crate::disk::job::Job;
 use crate::disk::opened::OpenedDisk;
-use crate::disk::raw::RawImage;
-use crate::disk::{DiskError, EngineSetup, MIN_THREADS};
-use crate::lock;
+use crate::disk::{DiskError, EngineSetup, MAX_THREADS, MIN_THREADS};
+use crate::{GuestMemory, lock, spawn};
 
 /// The result of a job. The outer error is a panic in the job, which `reap` resumes on the worker's thread.
 type Caught = Result<Result<(), DiskError>, Box<dyn Any + Send>>;
@@ -52,6 +51,13 @@ struct State {
     stop: bool,
 }
 
+impl EngineSetup {
+    /// For a worker that is the only one of its disk, with threads that are not confined.
+    pub fn new(memory: GuestMemory, depth: u32) -> Self {
+        Self { memory, depth, threads: MAX_THREADS, spawn: spawn::plain() }
+    }
+}
+
 /// Makes a pool for at most `depth` jobs at a time, with at most the threads that `setup` says. It writes to `event` when jobs finish.
 /// A pool that is rarely used, since the engine `has_ring` or the file is in memory, gets few threads: making a thread delays the
 /// guest's start.
@@ -65,7 +71,7 @@ pub(in crate::disk) fn make(
     has_ring: bool,
     event: &EventFd,
 ) -> io::Result<Box<dyn Executor>> {
-    let is_rarely_used = has_ring || disk.raw().is_some_and(RawImage::is_in_memory);
+    let is_rarely_used = has_ring || disk.raw().is_some_and(|image| image.in_memory);
     let most = if is_rarely_used { setup.threads.min(MIN_THREADS) } else { setup.threads };
     let state = State {
         queue: VecDeque::with_capacity(depth),

@@ -133,7 +133,7 @@ pub(in crate::disk) fn make(
     depth: usize,
     event: &EventFd,
 ) -> io::Result<Option<Box<dyn Executor>>> {
-    let Some(image) = disk.raw().filter(|image| !image.is_in_memory()) else { return Ok(None) };
+    let Some(image) = disk.raw().filter(|image| !image.in_memory) else { return Ok(None) };
     match set_up(image, depth, event) {
         Ok(uring) => Ok(Some(Box::new(Uring {
             uring,
