@@ -19,8 +19,8 @@ use super::raw::blocking::Blocking;
 use super::raw::{DirectIo, RawImage};
 use super::scsi::is_scsi_disk;
 use super::{
-    Corruption, DiscardMode, Disk, DiskError, DiskInfo, Engine, EngineSetup, Format, OpenError,
-    OpenOptions, OpenReason, block_device, detect_zeroes, image_file, other_formats,
+    Aio, Corruption, DiscardMode, Disk, DiskError, DiskInfo, Engine, EngineSetup, Format,
+    OpenError, OpenOptions, OpenReason, block_device, detect_zeroes, image_file, other_formats,
 };
 
 /// Opens an image as a disk.
@@ -48,7 +48,9 @@ pub(super) fn open_observed(
         let (image, info) = Qcow2Image::open(options, overlay, observer)?;
         (Backend::Qcow2(Box::new(image)), info)
     };
-    let disk = OpenedDisk::new(backend, info, options);
+    let is_raw = matches!(backend, Backend::Raw(..));
+    let uses_ring = options.aio == Aio::IoUring && is_raw && uring::available();
+    let disk = OpenedDisk::new(backend, info, options, uses_ring);
     Ok(detect_zeroes::over(Arc::new(disk), options.detect_zeroes))
 }
 

@@ -7,11 +7,10 @@ use std::os::fd::OwnedFd;
 
 use rustix::fs::{Mode, OFlags};
 
-use super::engine::uring;
 use super::qcow2::Qcow2Image;
 use super::raw::RawImage;
 use super::raw::blocking::Blocking;
-use super::{Aio, DiskInfo, OpenOptions};
+use super::{DiskInfo, OpenOptions};
 use crate::log_limit::LogLimit;
 
 /// An opened image, by its format. Any thread may make the blocking calls.
@@ -34,9 +33,12 @@ pub(super) struct OpenedDisk {
 }
 
 impl OpenedDisk {
-    pub(super) fn new(backend: Backend, info: DiskInfo, options: &OpenOptions) -> Self {
-        let is_raw = matches!(backend, Backend::Raw(..));
-        let uses_ring = options.aio == Aio::IoUring && is_raw && uring::available();
+    pub(super) fn new(
+        backend: Backend,
+        info: DiskInfo,
+        options: &OpenOptions,
+        uses_ring: bool,
+    ) -> Self {
         Self {
             backend,
             info,

@@ -14,8 +14,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::RouteOptions;
 use super::executor::Outcome;
+use super::route::RouteOptions;
 use crate::disk::error::is_refusal;
 use crate::disk::job::Job;
 use crate::disk::raw::{Medium, RawImage};

@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::GuestMemory;
+use crate::disk::engine::uring;
 use crate::disk::host_file::{Alignment, FileKind, HostFile};
 use crate::disk::open::raw_image;
 use crate::disk::opened::OpenedDisk;
@@ -198,14 +199,20 @@ pub(super) fn demanding(options: &OpenOptions, alignment: Alignment) -> Option<A
     let mut flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
     flags |= rustix::fs::OFlags::DIRECT;
     let file = rustix::fs::open(&options.path, flags, rustix::fs::Mode::empty()).ok()?;
-    let file = HostFile::new(file.into(), FileKind::Regular, Some(alignment));
+    let mode = rustix::fs::fstat(&file).unwrap().st_mode;
+    let kind = match rustix::fs::FileType::from_raw_mode(mode) {
+        rustix::fs::FileType::BlockDevice => FileKind::BlockDevice,
+        _ => FileKind::Regular,
+    };
+    let file = HostFile::new(file.into(), kind, Some(alignment));
     Some(raw_disk(file, options))
 }
 
 /// A raw disk over `file`, served as `options` say.
 pub(super) fn raw_disk(file: HostFile, options: &OpenOptions) -> Arc<dyn Disk> {
     let (backend, info) = raw_image(file, options).unwrap();
-    Arc::new(OpenedDisk::new(backend, info, options))
+    let uses_ring = options.aio == Aio::IoUring && uring::available();
+    Arc::new(OpenedDisk::new(backend, info, options, uses_ring))
 }
 
 /// What a user reads about an image that is refused: the error and its causes.
