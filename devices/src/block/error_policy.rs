@@ -54,7 +54,7 @@ impl ErrorPolicies {
             write_errors,
             events,
             io_status: AtomicU8::new(IoStatus::Ok as u8),
-            log_limit: LogLimit::new(),
+            log_limit: LogLimit::default(),
             event_limit: EventLimit::default(),
         }
     }

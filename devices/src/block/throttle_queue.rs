@@ -44,7 +44,7 @@ impl ThrottleQueue {
             waiting: Default::default(),
             next_direction: Direction::Read,
             timer: TimerFd::new()?,
-            log_limit: LogLimit::new(),
+            log_limit: LogLimit::default(),
         })
     }
 
