@@ -78,6 +78,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
     ("error policies", &["devices/src/block/error_policy.rs"]),
     ("event devices", &["arch/src/tables/events.rs"]),
     ("exec", &["vmm/src/exec"]),
+    ("exits, shown", &["vmm/src/vcpu/exits/report.rs"]),
     ("explain", &["vmm/src/explain", "devices/src/virtio/spec/names.rs"]),
     ("gdb", &["vmm/src/gdb"]),
     ("first bytes of files", &["arch/src/boot/signatures.rs", "vmm/src/boot_image/describe.rs"]),

@@ -1,6 +1,6 @@
-//! How often the guest left KVM, and why: the measure of what a device costs. `--verbose` prints it at the end.
+//! How often the guest left KVM, and why: the measure of what a device costs.
 
-use std::fmt;
+mod report;
 
 use devices::counter::Counter;
 
@@ -27,19 +27,5 @@ impl Exits {
         self.0[reason as usize].add(1);
         let (reason, size) = (NAMES[reason as usize], data.len());
         tracing::trace!(target: "kvm_run_exit", reason, address, size, value = data);
-    }
-
-    pub(crate) fn by_reason(&self) -> impl Iterator<Item = (&'static str, u64)> {
-        NAMES.into_iter().zip(self.0.iter().map(Counter::get))
-    }
-}
-
-impl fmt::Display for Exits {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [reads, writes, port_reads, port_writes, other] = self.0.each_ref().map(Counter::get);
-        write!(
-            f,
-            "{reads} MMIO reads, {writes} MMIO writes, {port_reads} port reads, {port_writes} port writes, {other} others"
-        )
     }
 }

@@ -169,9 +169,3 @@ impl Vcpu {
         Err(VmEvent::Failed(Error::Vcpu { index: self.index, source }))
     }
 }
-
-impl Drop for Vcpu {
-    fn drop(&mut self) {
-        tracing::debug!(vcpu = self.index, exits = %self.exits, "exits to user space");
-    }
-}
