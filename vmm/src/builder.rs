@@ -146,7 +146,6 @@ pub fn build(
         console::attach_ports(&vm, &mut port_io, config, &mut sources, &mut outputs, &spawn)?;
     sources.extend(exec::attach(job, &vm, &mut port_io, &events, &spawn)?);
     sources.extend(PanicDump::open(config, &mut outputs)?);
-    let power_button = attach::line(&vm, layout::POWER_BUTTON_GSI);
     tracing::info!(target: "boot", "devices");
 
     // 6. Make vCPUs, which are paused on their threads.
@@ -188,7 +187,6 @@ pub fn build(
         boot_image,
         unmap_files,
         serial,
-        power_button,
     };
     let spawn = sandbox.spawn(Kind::DiskIo);
     let background =

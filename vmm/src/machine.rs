@@ -32,7 +32,6 @@ use arch::machine_layout::MachineLayout;
 use devices::block::{BlockEvent, BlockHandle};
 use devices::bus::Bus;
 use devices::disk::{Corruption, Disk};
-use devices::irq::InterruptLine;
 use devices::legacy::SerialDevice;
 use devices::virtio::drain::Drain;
 use devices::virtio::mmio::MmioTransport;
@@ -170,7 +169,6 @@ pub(crate) struct Hardware {
     /// Replaces pages of a saved machine's file that are mapped into guest memory by copies.
     pub unmap_files: Option<UnmapFiles>,
     pub serial: Vec<Arc<Mutex<SerialDevice>>>,
-    pub power_button: Arc<dyn InterruptLine>,
 }
 
 pub(crate) type PowerOnState = Box<dyn Fn(&Hardware) -> Result<(), Error>>;

@@ -1,6 +1,7 @@
 //! The table of commands, with QEMU's names, arguments and results. The functions of commands about disks, faults and traces are in
 //! modules of their own, and the commands about saving in `migration`.
 
+use arch::layout::POWER_BUTTON_GSI;
 use serde_json::{Map, Value, json};
 
 use super::arguments::{Argument, Arguments};
@@ -11,6 +12,7 @@ use super::migration::{self, Migration};
 use super::protocol::{Answer, Failure, version};
 use super::schema::{self, CommandTypes};
 use super::trace_commands as trace;
+use crate::attach;
 use crate::error::Error;
 use crate::machine::{Machine, MachineEvent, Outcome, RunState};
 
@@ -141,7 +143,8 @@ fn done(result: Result<(), Error>) -> Result<Answer, Failure> {
 
 /// Presses the ACPI power button.
 fn power_down(machine: &mut Machine) -> Result<(), Error> {
-    machine.hardware.power_button.pulse().map_err(Error::host("press the power button"))?;
+    let button = attach::line(&machine.hardware.vm, POWER_BUTTON_GSI);
+    button.pulse().map_err(Error::host("press the power button"))?;
     machine.emit(MachineEvent::Powerdown);
     Ok(())
 }
