@@ -72,6 +72,7 @@ pub struct Entry {
 /// A kernel image whose headers are sound, in the terms that both formats have in common.
 #[derive(Clone, Debug)]
 pub struct Kernel {
+    /// PVH where an ELF file has the note for it.
     protocol: Protocol,
     entry: u64,
     /// What has to be loaded. The ranges do not overlap in guest memory.
@@ -85,13 +86,6 @@ pub struct Kernel {
     cmdline_limit: usize,
     /// The zero page repeats a bzImage's header. ELF kernels have none.
     header: Option<setup_header>,
-}
-
-impl Kernel {
-    /// The protocol through which this kernel is entered: PVH where an ELF file has the note for it.
-    pub fn protocol(&self) -> Protocol {
-        self.protocol
-    }
 }
 
 /// What guest memory has to hold before the first instruction. Every byte of RAM that the plan does not name is zero,

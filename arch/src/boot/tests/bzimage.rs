@@ -34,7 +34,7 @@ pub(super) fn bzimage() -> Vec<u8> {
 #[test]
 fn a_bzimage_goes_where_it_need_not_move() {
     let kernel = parse(bzimage());
-    assert_eq!((kernel.protocol(), kernel.cmdline_limit), (Protocol::Linux64, 2047));
+    assert_eq!((kernel.protocol, kernel.cmdline_limit), (Protocol::Linux64, 2047));
     let plan = planned(&kernel, 64 * MIB, Some(5000));
     assert_eq!(
         plan.entry,

@@ -57,7 +57,7 @@ pub(super) fn notes(bytes: Vec<u8>) -> Part {
 #[test]
 fn an_elf_kernel_without_a_note_enters_in_64_bit_mode() {
     let kernel = parse(elf(&[code()]));
-    assert_eq!((kernel.protocol(), kernel.cmdline_limit), (Protocol::Linux64, 2047));
+    assert_eq!((kernel.protocol, kernel.cmdline_limit), (Protocol::Linux64, 2047));
     let plan = planned(&kernel, 32 * MIB, None);
     assert_eq!(
         plan.entry,
@@ -110,7 +110,7 @@ fn a_pvh_note_is_found_wherever_it_is() {
         // The other entry does not matter then.
         let elf = patched(elf(&parts), 24, &0xffff_ffff_8038_0000_u64.to_le_bytes());
         let kernel = parse(elf);
-        assert_eq!(kernel.protocol(), Protocol::Pvh, "{name}");
+        assert_eq!(kernel.protocol, Protocol::Pvh, "{name}");
         assert_eq!(
             planned(&kernel, 32 * MIB, None).entry,
             Entry {
@@ -129,7 +129,7 @@ fn a_pvh_note_is_found_wherever_it_is() {
         ("huge", [u32::MAX; 9].map(u32::to_le_bytes).as_flattened().to_vec()),
     ] {
         let kernel = parse(elf(&[code(), notes(bytes)]));
-        assert_eq!(kernel.protocol(), Protocol::Linux64, "{name}");
+        assert_eq!(kernel.protocol, Protocol::Linux64, "{name}");
     }
 }
 
