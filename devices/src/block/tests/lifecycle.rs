@@ -286,24 +286,26 @@ fn a_panic_on_a_worker_thread_is_reported() {
     assert!(machine.device.start_queue(machine.driver.active(0)).is_err());
 }
 
-/// The pause is in the thread's channel when the thread ends.
+/// The pause or the reset is in the thread's channel when the thread ends.
 #[test]
-fn a_thread_that_ends_before_it_gets_to_a_pause_stands_still() {
-    let mut machine = Machine::new(1);
-    machine.start();
-    let turn = Arc::new(Barrier::new(2));
-    let of_thread = Arc::clone(&turn);
-    machine.disk.judge(move |_| {
-        of_thread.wait();
-        of_thread.wait();
-        panic!("the engine exploded");
-    });
-    machine.driver.send_flush(0);
-    machine.driver.kick(0);
-    turn.wait();
-    let drain = machine.handle.pause();
-    turn.wait();
-    assert!(drain.wait(LONG));
+fn a_thread_that_ends_before_it_gets_to_a_pause_or_a_reset_stands_still() {
+    for reset in [false, true] {
+        let mut machine = Machine::new(1);
+        machine.start();
+        let turn = Arc::new(Barrier::new(2));
+        let of_thread = Arc::clone(&turn);
+        machine.disk.judge(move |_| {
+            of_thread.wait();
+            of_thread.wait();
+            panic!("the engine exploded");
+        });
+        machine.driver.send_flush(0);
+        machine.driver.kick(0);
+        turn.wait();
+        let drain = if reset { machine.device.reset() } else { machine.handle.pause() };
+        turn.wait();
+        assert!(drain.wait(LONG));
+    }
 }
 
 #[test]
