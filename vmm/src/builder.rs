@@ -28,6 +28,7 @@ use crate::events::event_channel;
 use crate::gdb::Gdb;
 use crate::halt_watch::HaltWatch;
 use crate::kernel_pages::{KernelPages, lease_outlasts};
+use crate::kvm::EmptyVm;
 use crate::machine::{Hardware, Machine, PowerOn, Reports};
 use crate::output_files::OutputFiles;
 use crate::sandbox::{Kind, Sandbox};
@@ -91,10 +92,11 @@ pub fn build(
 
     // 3. Make a VM in KVM, with memory slots. Interrupt controllers come later, because they make changes of the memory map and
     // of ioeventfds slow (`register_memory`).
-    let kvm_fd = kvm::open()?;
-    check_cpus(&kvm_fd, config.cpus)?;
-    let vm = Arc::new(kvm::create_vm(&kvm_fd)?);
-    affinity::keep_idle_in_guest(config, &kvm_fd, &vm)?;
+    let made = incoming.as_mut().and_then(|incoming| Option::take(&mut incoming.vm));
+    let host = made.map_or_else(EmptyVm::new, Ok)?;
+    let (kvm_fd, vm) = (&host.kvm, Arc::clone(&host.vm));
+    check_cpus(kvm_fd, config.cpus)?;
+    affinity::keep_idle_in_guest(config, kvm_fd, &vm)?;
     kvm::register_memory(&vm, &memory)?;
     tracing::info!(target: "boot", "VM and memory");
 
@@ -104,7 +106,7 @@ pub fn build(
             let image = boot_image.as_ref().ok_or(Error::NoBootImage)?;
             (VcpuStart::Boot(image.load(&memory)?), None)
         }
-        Some(incoming) => incoming.load(&kvm_fd, &memory, generation_id.as_ref())?,
+        Some(incoming) => incoming.load(&host, &memory, generation_id.as_ref())?,
     };
     tracing::info!(target: "boot", "kernel loaded");
 
@@ -113,7 +115,7 @@ pub fn build(
     let (events, receiver) = event_channel().map_err(Error::host("make an eventfd"))?;
     let (reports, report) = Reports::new(&events, receiver, config.dump_on_panic.is_some());
     let (mut port_io, mut mmio) = (Bus::default(), Bus::default());
-    let map_registers = register_pages::are_used(config, &kvm_fd);
+    let map_registers = register_pages::are_used(config, kvm_fd);
     let mut attacher = DiskAttacher {
         vm: &vm,
         memory: &memory,
@@ -153,7 +155,8 @@ pub fn build(
     let (port_io, mmio) = (Arc::new(port_io), Arc::new(mmio));
     let buses = [Arc::clone(&port_io), Arc::clone(&mmio)];
     let setup = VcpuSetup {
-        kvm: &kvm_fd,
+        kvm: kvm_fd,
+        supported: &host.cpuid,
         vm: &vm,
         count: config.cpus,
         legacy_pic: !config.acpi,
@@ -165,7 +168,7 @@ pub fn build(
     };
     let spawn = sandbox.spawn(Kind::Vcpu);
     let vcpus = start_vcpus(&setup, &start, &config.vcpu_affinity, &spawn)?;
-    let power_on = PowerOn::read(&kvm_fd, &vm, &vcpus, config.nested)?;
+    let power_on = PowerOn::read(kvm_fd, &vm, &vcpus, config.nested)?;
     if let VcpuStart::Boot(entry) = &start {
         vcpus.iter().try_for_each(|vcpu| vcpu.with_paused(|vcpu| vcpu.start_at(entry)))?;
     }

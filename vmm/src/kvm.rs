@@ -1,13 +1,15 @@
 //! Opens /dev/kvm, says why it cannot be used, and makes an empty VM.
 //!
-//! The builder calls each of these functions once. It shares the VM's file descriptor: vCPUs, interrupt lines and the machine's clock
+//! The builder calls each of these functions once; `--incoming defer` makes the empty VM while it waits. It shares the VM's file descriptor: vCPUs, interrupt lines and the machine's clock
 //! use it directly.
 
 use std::io;
+use std::sync::Arc;
 
 use arch::layout;
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -24,11 +26,28 @@ const REQUIRED: [(Cap, &str); 5] = [
     (Cap::ExtCpuid, "extended CPUID (KVM_CAP_EXT_CPUID)"),
 ];
 
+/// What every machine begins with, whatever its configuration.
+pub(crate) struct EmptyVm {
+    pub(crate) kvm: Kvm,
+    /// No memory, no interrupt controllers.
+    pub(crate) vm: Arc<VmFd>,
+    /// The CPUID leaves that KVM supports on this host.
+    pub(crate) cpuid: CpuId,
+}
+
+impl EmptyVm {
+    /// # Errors
+    /// No /dev/kvm, no permission, an old KVM, or KVM refuses.
+    pub(crate) fn new() -> Result<Self, Error> {
+        let kvm = open()?;
+        let vm = Arc::new(create_vm(&kvm)?);
+        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
+        Ok(Self { cpuid: cpuid.map_err(Error::kvm("read the supported CPUID"))?, vm, kvm })
+    }
+}
+
 /// Opens /dev/kvm and checks that it can do the work.
-///
-/// # Errors
-/// No device, no permission, an old KVM.
-pub(crate) fn open() -> Result<Kvm, Error> {
+fn open() -> Result<Kvm, Error> {
     let kvm = Kvm::new().map_err(|error| Error::NoKvm(error.into()))?;
     match kvm.get_api_version() {
         version if version == KVM_API_VERSION as i32 => {}
@@ -47,11 +66,7 @@ pub(crate) fn open() -> Result<Kvm, Error> {
     Ok(kvm)
 }
 
-/// An empty VM: no memory, no interrupt controllers.
-///
-/// # Errors
-/// When KVM refuses.
-pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
+fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
     let vm = loop {
         match kvm.create_vm() {
             // A pending signal, or task work of io_uring, interrupts the registration of KVM's MMU notifier

@@ -21,6 +21,7 @@ use super::server::{CLIENTS_MAX, ControlServer};
 use crate::chardev;
 use crate::config::VmConfig;
 use crate::error::Error;
+use crate::kvm::EmptyVm;
 use crate::signals::Signals;
 use crate::snapshot::{Incoming, IncomingConfig, SavedConfig, remove_unfinished};
 
@@ -58,7 +59,7 @@ enum Step {
 /// client's path replaces theirs.
 ///
 /// # Errors
-/// The socket cannot be made.
+/// The socket cannot be made, or this host cannot run a VM.
 pub fn wait(
     config: &mut VmConfig,
     options: &IncomingConfig,
@@ -66,6 +67,8 @@ pub fn wait(
 ) -> Result<Awaited, Error> {
     let path = config.qmp.clone().unwrap_or_default();
     let mut server = listen(&path, config)?;
+    // So that the client waits less for the machine.
+    let vm = EmptyVm::new()?;
     let mut clients: Vec<Client> = Vec::new();
     let deadline = config.timeout.and_then(|limit| Instant::now().checked_add(limit));
     loop {
@@ -86,7 +89,7 @@ pub fn wait(
                 Ok(Step::End(Awaited::Incoming(mut incoming))) => {
                     server.adopt(mem::take(&mut clients));
                     server.migration().set_config(SavedConfig::of(config));
-                    incoming.control = Some(server);
+                    (incoming.control, incoming.vm) = (Some(server), Some(vm));
                     // The time limit counts from the start of the process.
                     config.timeout = left.or(config.timeout);
                     return Ok(Awaited::Incoming(incoming));

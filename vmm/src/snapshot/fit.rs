@@ -5,12 +5,13 @@
 //! guest keeps its CPUID leaves.
 
 use arch::cpu::cpuid;
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::{Cap, Kvm};
+use kvm_bindings::kvm_cpuid_entry2;
+use kvm_ioctls::Cap;
 
 use super::SnapshotError;
 use super::vcpu::SavedVcpu;
 use crate::error::Error;
+use crate::kvm::EmptyVm;
 
 /// Largest difference in the frequency of the TSC. Crystals of one model differ by less. It is KVM's default, too
 /// (`tsc_tolerance_ppm`).
@@ -31,10 +32,8 @@ const FEATURES: [(u32, u32, &[usize]); 8] = [
 const NAMES: [&str; 4] = ["EAX", "EBX", "ECX", "EDX"];
 
 /// Compares each saved vCPU's CPUID with the one that this host would give a new vCPU.
-pub(super) fn check(kvm: &Kvm, vcpus: &[SavedVcpu], nested: bool) -> Result<(), Error> {
-    let supported = kvm
-        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .map_err(Error::kvm("read the supported CPUID"))?;
+pub(super) fn check(host: &EmptyVm, vcpus: &[SavedVcpu], nested: bool) -> Result<(), Error> {
+    let EmptyVm { kvm, cpuid: supported, .. } = host;
     let count = u32::try_from(vcpus.len()).unwrap_or(u32::MAX);
     for (id, saved) in (0..count).zip(vcpus) {
         let vcpu = cpuid::Vcpu {

@@ -17,7 +17,6 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use arch::Structure;
-use kvm_ioctls::Kvm;
 
 use super::SnapshotError;
 use super::core_file::CoreFile;
@@ -33,6 +32,7 @@ use crate::control::ControlServer;
 use crate::error::Error;
 use crate::host_cpu;
 use crate::kernel_pages;
+use crate::kvm::EmptyVm;
 use crate::machine::{Machine, UnmapFiles};
 use crate::vcpu::VcpuStart;
 
@@ -86,6 +86,8 @@ impl IncomingConfig {
 pub struct Incoming {
     /// The control socket on which the file was named.
     pub(crate) control: Option<ControlServer>,
+    /// Made while the process waited for the file.
+    pub(crate) vm: Option<EmptyVm>,
     options: IncomingConfig,
     chain: Chain,
     saved: SavedMachine,
@@ -124,7 +126,7 @@ impl Incoming {
         let given = std::mem::take(&mut config.disks);
         let disks = merge_disks(&saved, given, options.trust_paths, config.qmp.is_some());
         config.disks = disks.map_err(failed)?;
-        Ok(Self { control: None, options, chain, saved })
+        Ok(Self { control: None, vm: None, options, chain, saved })
     }
 
     /// Describes the file at `path` in lines of text. With `compare_memory`, all of RAM is compared with its checksums, also that of the files
@@ -159,11 +161,11 @@ impl Incoming {
     /// The CPU does not suit this host, or the file cannot be read.
     pub(crate) fn load(
         &self,
-        kvm: &Kvm,
+        host: &EmptyVm,
         memory: &GuestMemory,
         generation_id: Option<&Structure>,
     ) -> Result<(VcpuStart, Option<UnmapFiles>), Error> {
-        fit::check(kvm, &self.saved.vcpus, self.saved.config.nested)
+        fit::check(host, &self.saved.vcpus, self.saved.config.nested)
             .map_err(|error| self.named(error))?;
         let mapped = self.map(memory).map_err(|error| self.named(error))?;
         if mapped.is_none() {

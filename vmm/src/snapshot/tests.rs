@@ -9,7 +9,7 @@ use arch::layout::{POWER_BUTTON_GSI, SERIAL_PORTS};
 use arch::machine_layout::{MachineLayout, MachineSpec};
 use devices::bus::{Bus, BusDevice};
 use devices::legacy::SerialDevice;
-use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_MAX_CPUID_ENTRIES, kvm_irqchip, kvm_msr_entry};
+use kvm_bindings::{KVM_IRQCHIP_IOAPIC, kvm_irqchip, kvm_msr_entry};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -24,7 +24,7 @@ use crate::GuestMemory;
 use crate::attach::{line, new_eventfd};
 use crate::events::event_channel;
 use crate::irq_chips::IrqChips;
-use crate::kvm;
+use crate::kvm::{self, EmptyVm};
 use crate::memory;
 use crate::vcpu::{Vcpu, VcpuSetup, VcpuStart, VcpuState, read_msrs};
 
@@ -36,13 +36,11 @@ const SPURIOUS: usize = 0xf0;
 
 /// A VM with one vCPU that has not run.
 fn machine() -> Option<(Kvm, Arc<VmFd>, Vcpu)> {
-    let Ok(kvm) = kvm::open() else {
+    let Ok(EmptyVm { kvm, vm, cpuid: supported }) = EmptyVm::new() else {
         eprintln!("skipped: there is no /dev/kvm");
         return None;
     };
-    let vm = Arc::new(kvm::create_vm(&kvm).unwrap());
     kvm::create_irq_chips(&vm).unwrap();
-    let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
     let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
     let leaves =
         cpuid::Vcpu { id: 0, count: 1, tsc_khz: None, tsc_deadline, nested: false, hints: 0 };
@@ -52,6 +50,7 @@ fn machine() -> Option<(Kvm, Arc<VmFd>, Vcpu)> {
     let (count, legacy_pic, nested) = (1, false, false);
     let setup = VcpuSetup {
         kvm: &kvm,
+        supported: &supported,
         vm: &vm,
         count,
         legacy_pic,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use arch::boot::Entry;
 use arch::cpu;
 use devices::bus::{Bus, Unfinished};
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
+use kvm_bindings::{CpuId, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use super::exits::Exits;
@@ -44,6 +44,8 @@ pub(crate) struct Vcpu {
 /// from 0; the boot vCPU is 0.
 pub(crate) struct VcpuSetup<'a> {
     pub kvm: &'a Kvm,
+    /// The CPUID leaves that KVM supports on this host.
+    pub supported: &'a CpuId,
     pub vm: &'a VmFd,
     pub count: u32,
     /// The guest uses the 8259s: without ACPI.
@@ -74,7 +76,7 @@ impl VcpuSetup<'_> {
     pub(crate) fn create(&self, index: u32, start: &VcpuStart) -> Result<Vcpu, Error> {
         let fd = self.vm.create_vcpu(u64::from(index)).map_err(Error::kvm("create a vCPU"))?;
         let leaves = match start {
-            VcpuStart::Boot(_) => self.cpuid(&fd, index)?,
+            VcpuStart::Boot(_) => self.cpuid(&fd, index),
             VcpuStart::Restore(cpuid) => cpuid.get(index as usize).cloned().unwrap_or_default(),
         };
         set_cpuid(&fd, &leaves)?;
@@ -96,11 +98,7 @@ impl VcpuSetup<'_> {
         })
     }
 
-    fn cpuid(&self, fd: &VcpuFd, index: u32) -> Result<Vec<kvm_cpuid_entry2>, Error> {
-        let supported = self
-            .kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(Error::kvm("read the supported CPUID"))?;
+    fn cpuid(&self, fd: &VcpuFd, index: u32) -> Vec<kvm_cpuid_entry2> {
         // An error means that KVM does not know the TSC frequency. The guest then measures it.
         let tsc_khz = fd.get_tsc_khz().ok().filter(|&khz| khz != 0);
         let tsc_deadline = self.kvm.check_extension(Cap::TscDeadlineTimer);
@@ -112,7 +110,7 @@ impl VcpuSetup<'_> {
             nested: self.nested,
             hints: self.hints,
         };
-        Ok(cpu::cpuid::for_vcpu(supported.as_slice(), &vcpu))
+        cpu::cpuid::for_vcpu(self.supported.as_slice(), &vcpu)
     }
 }
 
