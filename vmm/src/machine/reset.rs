@@ -1,7 +1,8 @@
 //! A reset: the guest starts again, and everything that it can see is as at power-on.
 //!
 //! A capability: QMP's `system_reset` asks for it. It hooks in as a [`Task`] of the machine's standstill. First it resets the devices,
-//! which may have to wait for the host's disk. When every other task is over, it resets interrupt controllers, memory and vCPUs.
+//! which may have to wait for the host's disk. When every other task is over, interrupt controllers and vCPUs get their state at
+//! power-on ([`PowerOn`]), memory is cleared, and the boot image is loaded again.
 
 use std::any::Any;
 use std::time::Instant;
@@ -96,7 +97,7 @@ impl Machine {
         self.background.run(wait)
     }
 
-    /// Resets interrupt controllers, memory and vCPUs. The devices have been reset, no vCPU runs, and no disk uses guest memory.
+    /// Resets interrupt controllers, vCPUs and memory, and boots again. The devices have been reset, no vCPU runs, and no disk uses guest memory.
     fn restart(&mut self) -> Result<(), Error> {
         let Hardware { vcpus, memory, power_on, boot_image, .. } = &self.hardware;
         power_on(&self.hardware)?;
