@@ -128,7 +128,7 @@ pub(super) fn place(workers: &[WorkerThread], index: u16) -> (&WorkerThread, usi
     (&workers[index % count], index / count)
 }
 
-/// Sends `command` to each of `workers`, with its part in the drain that is returned. A command may take as long as the host does.
+/// Sends `command` to each of `workers`, with its party in the drain that is returned. A command may take as long as the host does.
 fn drain(
     workers: &[WorkerThread],
     command: impl Fn(&mut Loop, Party, &mut EventOps<'_>) + Copy + Send + 'static,

@@ -39,8 +39,8 @@ pub(super) struct Dispatcher {
     merges: bool,
     batch: Batch,
     pub(super) in_flight: InFlight,
-    /// Tags of requests in pieces that have no piece with the engine: each has a next piece to submit, or is done. The first
-    /// is served next.
+    /// Tags of requests in pieces that have no piece with the engine: each has a next piece to submit, or is done. `submit_piece` takes
+    /// the first.
     pub(super) ready: VecDeque<u32>,
     /// The [`cost`] of what is with the engine, in bytes.
     with_engine: u64,
@@ -197,8 +197,8 @@ impl Dispatcher {
         (Some(self.in_flight.remove(tag)), next)
     }
 
-    /// Submits the next piece of the first `ready` request, if `submit` is true and there is room. Otherwise the request becomes the
-    /// last. But if it is done, or its queue `is_leaving`, returns it with its status.
+    /// Takes the first request of `ready`. If it is done, or its queue `is_leaving`, returns it with its status. Otherwise submits its
+    /// next piece. If `submit` is false or there is no room, the request becomes the last of `ready` instead.
     pub(super) fn submit_piece(
         &mut self,
         submit: bool,

@@ -1,7 +1,10 @@
-//! The error policies (`rerror`, `werror`): what becomes of a request that the host failed, and who hears of it.
+//! The error policies (`rerror`, `werror`): what becomes of a request that the host failed.
 //!
 //! A capability: a request passes it only when the host has failed it. `device` plugs [`ErrorPolicies`] in, which the workers know
 //! as [`HostErrors`].
+//!
+//! This file decides, logs, and sends an event to the VM. If the decision is to stop, the worker keeps the request (`queue`), and the
+//! main loop stops the machine (`machine::reports` in `vmm`).
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -73,7 +76,7 @@ impl ErrorPolicies {
         if let Some(suppressed) = self.log_limit.admit() {
             tracing::warn!(disk, ?operation, %error, ?action, suppressed, "the host failed a request");
         }
-        // A stop is always announced: the VM has to act, and there are no more of them than the queues hold.
+        // The event of a stop is always sent: the VM has to act, and there are no more stops than the queues hold requests.
         if action == ErrorAction::Stop || self.event_limit.admit(Instant::now()) {
             (self.events)(BlockEvent::IoError { device: disk.clone(), operation, action, error });
         }

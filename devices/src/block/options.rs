@@ -1,5 +1,5 @@
-//! The options of a virtio-blk device that `--disk` accepts beside those of the image, and which values and
-//! combinations are refused. Names and limits are QEMU's, where QEMU has the option.
+//! The options of a virtio-blk device that `--disk` accepts beside those of the image (`disk/options.rs`). Names and limits are
+//! QEMU's, where QEMU has the option. `option_checks` refuses values and combinations that cannot work.
 
 use std::io;
 use std::time::Duration;

@@ -1,7 +1,10 @@
 //! The requests of one worker that wait because of the disk's limits, in the order of arrival.
 //!
 //! It is the [`Limiter`] that `device` plugs into each worker. `throttle_group` decides how long a request has to wait. Discards and
-//! flushes are never limited, as in QEMU. A timer is set for the first of those that wait.
+//! flushes are never limited, as in QEMU.
+//!
+//! A timer is set for the first request that may start. It wakes the worker's thread (`worker_thread`), which calls
+//! [`Worker::release`](super::worker::Worker::release). A change of the limits (`operator`) has the same effect.
 
 use std::collections::VecDeque;
 use std::io;

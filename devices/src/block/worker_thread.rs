@@ -2,8 +2,11 @@
 //!
 //! The thread, its [`Worker`] and its engine are made with the device, because a confined process could not make them later.
 //!
-//! The device sends commands and waits for none of them, since the thread may be waiting for the host. A reset or a pause comes
-//! with a part in a drain instead: after each event the thread checks whether it is complete, and then finishes its part.
+//! The device sends commands and waits for none of them, since the thread may be waiting for the host. Instead, the command of a reset
+//! or a pause has a [`Party`] of a drain. After each event the thread checks whether the reset or pause is complete. If so, it drops
+//! the [`Party`], which finishes it.
+//!
+//! All that a worker does is called from here. So this thread alone takes requests, completes them and interrupts the driver for them.
 //!
 //! If the event loop fails or the worker panics, [`run`] sends an event to the VM, which stops.
 
@@ -144,7 +147,7 @@ pub(super) struct Loop {
     pub(super) worker: Worker,
     commands: Receiver<Command>,
     control: Arc<EventFd>,
-    /// This thread's part in the drain of a pause that is not complete. Dropping it finishes the part.
+    /// This thread's party in the drain of a pause that is not complete. It finishes when it is dropped.
     pausing: Option<Party>,
     exit: bool,
 }

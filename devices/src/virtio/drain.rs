@@ -2,10 +2,10 @@
 //! thread that must answer (a vCPU, the main loop) waits for the host's disk.
 //! `devices/docs/follow-one-reset.md` walks through a reset.
 //!
-//! A drain has one or more *parties*: threads of the device, for a disk its worker threads. Each party takes no new requests,
-//! waits for what the host already has, and hands its queues back by [`Drain::finish`]. From then on it does not touch guest
-//! memory. The drain is done when the last party has finished. It never fails, but it may last as long as the host keeps a
-//! request. So the main loop and `machine-job` wait with a deadline, and a vCPU waits until it is kicked.
+//! A drain has one or more *parties*: threads of the device, for a disk its worker threads. Each party takes no new requests and
+//! waits for what the host already has. In a reset it hands its queues back ([`Party::hand_back`]). Then it drops its [`Party`], and
+//! from then on does not touch guest memory. The drain is done when the last party has finished. It never fails, but it may last as
+//! long as the host keeps a request. So the main loop and `machine-job` wait with a deadline, and a vCPU that waits is woken by a kick.
 //!
 //! A thread waits for a drain in one of three ways: by [`Drain::wait`] with a timeout; by [`Drain::on_done`], if it waits for
 //! something else as well (a vCPU also waits for a kick); or by calling [`Drain::is_done`] now and then.
@@ -40,7 +40,7 @@ impl Drain {
         Self(Arc::new(Shared { state: Mutex::new(state), done: Condvar::new() }))
     }
 
-    /// Called by a party when it has finished, with the queues that it hands back.
+    /// A party has finished: called when its [`Party`] is dropped. `queues`: those that it hands back only now.
     pub fn finish(&self, queues: impl IntoIterator<Item = ActiveQueue>) {
         let mut state = lock(&self.0.state);
         state.queues.extend(queues);
@@ -85,12 +85,12 @@ impl Drain {
     }
 }
 
-/// A party that has no queues to hand back. It finishes when this value is dropped, also if its thread ends by a panic: a thread
-/// that has ended touches no guest memory.
+/// One party of a drain. It finishes when this value is dropped, also if its thread ends by a panic: a thread that has ended
+/// touches no guest memory.
 pub struct Party(pub Drain);
 
 impl Party {
-    /// Hands back a queue of this party.
+    /// Hands back a queue of this party, for [`Drain::take_queues`]. The party has not finished by that.
     pub fn hand_back(&self, queue: ActiveQueue) {
         lock(&self.0.0.state).queues.push(queue);
     }

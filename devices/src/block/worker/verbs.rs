@@ -190,7 +190,8 @@ impl Worker {
         }
     }
 
-    /// Interrupts the driver, if it wants an interrupt for what was published. Only `serve` delays this call.
+    /// Interrupts the driver, if it wants an interrupt for what was published. The passes of one turn share a call of this. But if an
+    /// interrupt is due while the worker busy-polls, it is sent at once.
     pub(super) fn notify(&mut self) {
         // The queues share the line, and a driver that is interrupted looks at all of them. So every coalescer is reset.
         let mut wanted = false;
