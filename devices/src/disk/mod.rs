@@ -5,15 +5,16 @@
 //! for each transfer, `commit` once for each batch, and `reap` for what is finished. `block/` calls these two traits, its tests
 //! implement them, and [`open()`] makes the real ones. Nothing here knows virtio.
 //!
-//! A cached write to a raw image passes these files:
+//! `open.rs` puts a disk together from a host file, a format and the parts of its engines. Then a cached write to a raw image passes
+//! these files:
 //!
-//! - `open.rs` puts a disk together from a host file, a format and an engine;
-//! - `opened.rs` names the formats, and `raw.rs` and `qcow2.rs` are formats;
-//! - `host_file.rs` is the file below each of them;
-//! - `engine/` moves the data, with `job.rs` and `positioned_io.rs`.
+//! - `engine/` moves the data, with `job.rs` and `positioned_io.rs`; `engine/route.rs` decides who moves it;
+//! - `opened.rs` names the formats, and `raw.rs` is the raw one;
+//! - `host_file.rs` is the file below each format.
 //!
-//! Beside that path: `image_file.rs` locks a file, `direct.rs` and `bounce.rs` are direct I/O, `block_device.rs` asks what only
-//! block devices know, and `raw/blocking.rs` executes what has to wait for the host, on the threads of `engine/threads.rs`.
+//! Beside that path: `image_file.rs` locks a file, `direct.rs` and `bounce.rs` are direct I/O, and `block_device.rs` asks what only
+//! block devices know. What has to wait for the host is executed on the threads of `engine/threads.rs`: `execute.rs` passes it to the
+//! format, which is `raw/blocking.rs` or `qcow2.rs`. `qcow2/ordered.rs` has the order of qcow2's metadata.
 //!
 #![doc = include_str!("../../docs/disk-engines.md")]
 

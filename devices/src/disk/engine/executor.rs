@@ -11,8 +11,9 @@ use crate::disk::job::Job;
 /// nothing about the file.
 pub(in crate::disk) type Outcome = Option<Result<u64, DiskError>>;
 
-/// Takes jobs, and gives them back when they are done. From the first `commit` on it is used by one thread. When a job is done after
-/// the last `reap`, it writes to the engine's eventfd. Dropping it waits for the jobs that it has.
+/// Takes jobs, and gives them back when they are done. From the first `commit` on one thread uses it, the worker's. If a job is done
+/// after the last `reap`, the executor writes to the engine's eventfd, which wakes that thread. Dropping the executor waits for its
+/// jobs.
 pub(in crate::disk) trait Executor: Send {
     /// Takes a job.
     ///
@@ -32,6 +33,6 @@ pub(in crate::disk) trait Executor: Send {
     /// When called by another thread than the one that committed.
     fn wait(&mut self) -> io::Result<()>;
 
-    /// How many jobs it has, of those that are done only those that `reap` has not returned.
+    /// How many jobs were submitted that `reap` has not returned.
     fn in_flight(&self) -> usize;
 }
