@@ -1,7 +1,7 @@
 //! Opens /dev/kvm, says why it cannot be used, and makes an empty VM.
 //!
-//! The builder calls each of these functions once; `--incoming defer` makes the empty VM while it waits. It shares the VM's file descriptor: vCPUs, interrupt lines and the machine's clock
-//! use it directly.
+//! The builder calls each of these functions once. With `--incoming defer`, the empty VM is made earlier, while minivmm waits for a
+//! client (`control::deferred`). The VM's file descriptor is shared: vCPUs, interrupt lines and the machine's clock use it directly.
 
 use std::io;
 use std::sync::Arc;

@@ -4,12 +4,12 @@
 //!
 //! | state | event | next state |
 //! |---|---|---|
-//! | none | a client connects: the machine is stopped | `Attaching` |
-//! | `Attaching` | the machine stands still | `Attached`: requests are read from now on |
-//! | `Attached` | detach, or the connection is lost | none. Breakpoints are removed when the machine stands still |
+//! | none (no `client`) | a client connects: the machine is stopped | attaching (`protocol` is `None`) |
+//! | attaching | the machine stands still | attached: requests are read from now on |
+//! | attached | detach, or the connection is lost | none. Breakpoints are removed when the machine stands still |
 //! | any | kill | the machine ends |
 //!
-//! In the state `Attached`, the protocol is idle (the machine stands still) or running. Every stop, also one by a client of the control
+//! While a client is attached, the protocol is idle (the machine stands still) or running. Every stop, also one by a client of the control
 //! socket, is reported to a debugger that waits for a stop. Replies that the client has not read are kept, and nothing more is read
 //! from it meanwhile. So the buffer has at most the replies to one read.
 

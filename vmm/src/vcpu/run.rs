@@ -1,5 +1,8 @@
 //! The vCPU's loop: enter the guest, handle the exit, enter again.
 //!
+//! An access to a port or to MMIO goes to the bus, and the loop goes on. If the vCPU cannot run any further, the loop ends with a
+//! [`VmEvent`] for the main loop. `machine::reports` acts on the event, and decides whether the machine ends.
+//!
 //! A disk's requests cause no exit to this loop: a notification is a write to an ioeventfd, and the disk's thread injects the
 //! interrupt.
 

@@ -10,6 +10,17 @@
 //! | `Running` | `pause` and the kick | `Paused`: the device access that the guest was in is complete |
 //! | `Running` | triple fault, KVM error, panic: reported as a `VmEvent` | `Finished` |
 //! | `Paused`, `Running` | `finish` | `Finished` |
+//!
+//! An order to leave the guest sets `Shared::leave`, sends the kick (a signal) if the vCPU is `Running`, and unparks the thread. So the
+//! thread notices the order wherever it is:
+//!
+//! - before `run`: `run` reads `leave` after the kick's handler knows the kvm_run page, and sets `immediate_exit`;
+//! - outside KVM_RUN: the handler sets `immediate_exit`, and the next KVM_RUN returns EINTR at once;
+//! - inside KVM_RUN: the signal makes it return EINTR;
+//! - waiting for a device's drain: the thread is unparked, reads `leave`, and makes KVM_RUN complete the write without entering the
+//!   guest.
+//!
+//! After each EINTR, `run` reads `leave`.
 
 use std::cell::Cell;
 use std::io;
