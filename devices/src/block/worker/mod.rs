@@ -9,10 +9,11 @@
 //! notify     send one interrupt for all that was completed              virtio::interrupt
 //! ```
 //!
-//! Each verb calls a module below and gets a value back. These modules decide and count, and only the worker (this file and
-//! `verbs`) acts. A worker lives as long as its thread, `worker_thread`, which calls it for each kick, completion and command. It
-//! has queues from the driver's DRIVER_OK to its reset. The worker knows nothing of threads. It waits in two places only: while
-//! it busy-polls, for a bounded time, and while the engine makes a transfer on the calling thread.
+//! Each verb calls a module below and gets a value back. These modules decide and count, and only the worker (this folder) acts:
+//! `verbs` on requests, `reset` on queues that the driver resets, and `state` on queues that are saved or restored. A worker lives as
+//! long as its thread, `worker_thread`, which calls it for each kick, completion and command. It has queues from the driver's
+//! DRIVER_OK to its reset. The worker knows nothing of threads. It waits in two places only: while it busy-polls, for a bounded time,
+//! and while the engine makes a transfer on the calling thread.
 //!
 //! | state | takes chains | submits pieces | leads to |
 //! | --- | --- | --- | --- |

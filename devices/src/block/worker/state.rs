@@ -1,6 +1,9 @@
 //! The state of a disk's queues as values. A save reads them while the machine stands still, and a restore puts them into a new
 //! machine.
 //!
+//! Of a request that was taken and not completed, only the head of its chain is saved. A restored worker has it as a stopped request:
+//! `resume` walks and parses the chain again, and executes the request from its beginning.
+//!
 //! A capability: the worker does without it. It is a child of the worker's module, so that it can read and write the worker's
 //! fields. It adds [`BlockHandle::queues`] and [`BlockHandle::restore_queue`]. The transport saves addresses, sizes and indices.
 
@@ -31,13 +34,14 @@ pub struct QueueSnapshot {
     pub next_used: u16,
     /// The driver broke the ring: nothing is taken from it until a reset.
     pub broken: bool,
-    /// Heads of the chains that were taken and not completed. `resume` begins them again.
+    /// Heads of the chains that were taken and not completed: large requests with pieces left, requests that the error policy has
+    /// stopped, and those that wait for a limit. `resume` begins them again, in this order.
     pub stopped: Vec<u16>,
 }
 
 impl WorkerQueue {
-    /// The queue as a value. `in_flight`: the heads of its requests in the in-flight table. `waiting`: of those that wait for the
-    /// limiter.
+    /// The queue as a value. `in_flight`: the heads of its large requests that are between two pieces. `waiting`: of those that wait
+    /// for the limiter.
     fn snapshot(&self, in_flight: impl Iterator<Item = u16>, waiting: Vec<u16>) -> QueueSnapshot {
         let stopped = self.stopped.iter().map(DescriptorChain::head);
         let (next_avail, next_used) = self.split.ring_indices();
