@@ -1,7 +1,7 @@
 //! An opened image of any format, with the options that say how it is served.
 //!
-//! Each format is a variant of [`Backend`], and this is the only file that names them all. Engines call [`OpenedDisk`]. For a raw
-//! image they also use its file directly, since no format has to translate.
+//! Each format is a variant of [`Backend`]. `open` makes it, and `execute` calls it for jobs that may have to wait. Engines see only
+//! [`OpenedDisk`]. For a raw image they also use its file directly, since no format has to translate.
 
 use std::os::fd::OwnedFd;
 

@@ -1,4 +1,5 @@
-//! The publication: writes the metadata that [`Order`] holds to the file, in the order that the module of `Order` describes.
+//! The publication: writes the metadata that [`Order`] holds to the file. The module documentation of [`ordered`](super::ordered) has
+//! the order of the steps, and its reason.
 
 use std::io;
 use std::sync::Arc;

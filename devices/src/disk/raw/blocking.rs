@@ -2,7 +2,7 @@
 //! are not aligned for direct I/O, buffered transfers that may have to wait for the device, and operations that move no data.
 //!
 //! A capability: the engine executes all other jobs itself, with the image's file. The threads of its pool call
-//! [`Blocking::execute`], through `opened`.
+//! [`Blocking::execute`], through `execute`.
 
 use std::io;
 use std::sync::Arc;

@@ -13,7 +13,7 @@ use crate::virtio::spec::{
 /// The registers that the driver writes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct DriverRegisters {
-    /// Feature bits that the driver wrote; agreed on once FEATURES_OK is set.
+    /// Feature bits that the driver wrote. They are negotiated when FEATURES_OK is set.
     pub(super) accepted: u64,
     /// The driver accepted a bit of 64 or more. There are none, so that FEATURES_OK is refused until a reset.
     pub(super) accepted_unknown: bool,
