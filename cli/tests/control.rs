@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::Command;
 
 use minivmm_tests::files::sparse;
@@ -182,6 +183,26 @@ fn a_reset_is_refused_if_kernel_or_initrd_was_changed_in_place() {
     }
 }
 
+/// A qcow2 image of two clusters, of which `cluster` is said to be where the L1 table is: the addresses of L1 and L2 table. `None`: there is
+/// no qemu-img.
+fn make_corrupt(image: &Path, cluster: usize) -> Option<(u64, u64)> {
+    let directory = image.parent().unwrap();
+    fs::write(directory.join("raw"), [7; 128 << 10]).unwrap();
+    let mut convert = Command::new("qemu-img");
+    convert.args(["convert", "-f", "raw", "-O", "qcow2", "raw"]).arg(image).current_dir(directory);
+    if !convert.status().is_ok_and(|status| status.success()) {
+        skip("no qemu-img here (Debian: qemu-utils)");
+        return None;
+    }
+    let mut bytes = fs::read(image).unwrap();
+    let long = |at: u64| u64::from_be_bytes(*bytes[at as usize..].first_chunk().unwrap());
+    let l1 = long(40);
+    let l2 = long(l1) & 0xff_ffff_ffff_fe00;
+    bytes[l2 as usize + 8 * cluster..][..8].copy_from_slice(&(1 << 63 | l1).to_be_bytes());
+    fs::write(image, bytes).unwrap();
+    Some((l1, l2))
+}
+
 /// As QEMU reports it, before the errors that it causes.
 #[test]
 fn a_corrupt_image_is_reported_once() {
@@ -190,23 +211,7 @@ fn a_corrupt_image_is_reported_once() {
     }
     let directory = tempdir().unwrap();
     let image = directory.path().join("disk.img");
-    fs::write(directory.path().join("raw"), [7; 64 << 10]).unwrap();
-    let convert = ["convert", "-f", "raw", "-O", "qcow2", "raw", "disk.img"];
-    if !Command::new("qemu-img")
-        .args(convert)
-        .current_dir(directory.path())
-        .status()
-        .is_ok_and(|status| status.success())
-    {
-        return skip("no qemu-img here (Debian: qemu-utils)");
-    }
-    // The guest's first cluster is said to be where the L1 table is.
-    let mut bytes = fs::read(&image).unwrap();
-    let long = |at: u64| u64::from_be_bytes(*bytes[at as usize..].first_chunk().unwrap());
-    let l1 = long(40);
-    let l2 = long(l1) & 0xff_ffff_ffff_fe00;
-    bytes[l2 as usize..][..8].copy_from_slice(&(1 << 63 | l1).to_be_bytes());
-    fs::write(&image, bytes).unwrap();
+    let Some((l1, l2)) = make_corrupt(&image, 0) else { return };
     let disk = ["--disk", "disk.img,format=qcow2,id=data,werror=report", "--paused"];
     let (session, mut qmp) = start(directory.path(), Program::DiskLoad, &disk);
     qmp.query("cont");
@@ -224,6 +229,23 @@ fn a_corrupt_image_is_reported_once() {
     let ended = session.wait(BOUND);
     assert!(ended.errors.contains("error: disk image \"disk.img\": corrupt, and"), "{ended}");
     assert_eq!(fs::read(&image).unwrap()[79], 2, "it is not marked corrupt");
+}
+
+#[test]
+fn a_resize_that_finds_an_image_corrupt_is_answered_after_the_event() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    if make_corrupt(&directory.path().join("disk.img"), 1).is_none() {
+        return;
+    }
+    let disk = ["--disk", "disk.img,format=qcow2,id=data", "--paused"];
+    let (_session, mut qmp) = start(directory.path(), Program::DiskLoad, &disk);
+    let shrink = json!({ "device": "data", "size": 64 << 10 });
+    let (_, why) = qmp.execute("block_resize", shrink).unwrap_err();
+    let is_corrupt = |event: &Value| event["event"] == "BLOCK_IMAGE_CORRUPTED";
+    assert!(qmp.events.iter().any(is_corrupt), "{why}: {:?}", qmp.events);
 }
 
 /// The operator's disks are full: writing stops at a limit of our own on the size of files.

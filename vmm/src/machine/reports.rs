@@ -113,6 +113,7 @@ impl Source for Reports {
         // Before the events are taken: one that is sent after this wakes the loop again.
         let _ = self.main_loop.wake_fd.read();
         self.main_loop.awake.store(false, Ordering::Release);
+        // Before the events of disks: those that a resize has caused are then in one batch with its answer, and clients get them first.
         machine.finish_resizes();
         // A disk that fails again and again does not keep the main loop here.
         let io_errors = self.io_errors.try_iter().take(CAPACITY);
