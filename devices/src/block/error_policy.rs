@@ -23,13 +23,13 @@ use crate::virtio::spec::blk;
 /// What to do after the host failed a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ErrorPolicy {
-    /// Tell the guest: IOERR.
+    /// The guest gets IOERR.
     Report,
-    /// Tell the guest that all is well.
+    /// The guest gets OK, as if the request had succeeded.
     Ignore,
-    /// Keep the request and stop the VM; the request is retried when the VM goes on.
+    /// The request is stopped, and the VM, too. When the VM is resumed, the request is tried again.
     Stop,
-    /// As `Stop` when the host is out of space, else as `Report`.
+    /// As `Stop` if the host is out of space, otherwise as `Report`.
     Enospc,
 }
 
