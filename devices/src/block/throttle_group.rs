@@ -38,6 +38,8 @@ const ABSENCE: Duration = Duration::from_millis(20);
 /// A disk's limits: its membership in a group, shared by its workers.
 #[derive(Debug)]
 pub(super) struct Throttle {
+    /// The disk's name.
+    pub(super) disk: String,
     membership: Mutex<Option<Membership>>,
     /// Whether `membership` is `None`, for readers without the lock. It may differ for a moment while the membership changes.
     off: AtomicBool,
@@ -79,8 +81,9 @@ struct Member {
 impl Throttle {
     /// Limits for a disk that is called `disk`. It is the only member of its group until it joins another.
     pub(super) fn new(limits: &Throttling, disk: &str, now: Instant) -> Self {
-        let throttle = Self { membership: Mutex::new(None), off: AtomicBool::new(true) };
-        let name = limits.group.clone().unwrap_or_else(|| disk.to_owned());
+        let (disk, off) = (disk.to_owned(), AtomicBool::new(true));
+        let throttle = Self { disk, membership: Mutex::new(None), off };
+        let name = limits.group.clone().unwrap_or_else(|| throttle.disk.clone());
         throttle.set(limits.clone(), &name, now);
         throttle
     }

@@ -65,7 +65,8 @@ impl ThrottleQueue {
         if let Err(error) = self.timer.reset(wait, None)
             && let Some(suppressed) = self.log_limit.admit()
         {
-            tracing::error!(%error, suppressed, "cannot set the timer of a disk's limits");
+            let disk = &self.throttle.disk;
+            tracing::error!(disk, %error, suppressed, "cannot set the timer of its limits");
         }
     }
 }

@@ -1,13 +1,16 @@
 //! Requests that the disk's limits keep waiting. Time stands still here: the limits are so low that nothing leaks during a
-//! test, or are lifted. Or it passes as the test says.
+//! test, or are lifted. Or it passes as the test says. Only the last test lets it pass, with a device that has threads and timers.
 
 use crate::clock::Instant;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::driver::{Sent, UNTOUCHED};
+use super::machine::Machine;
 use super::rig::Rig;
+use crate::block::throttle::Direction;
 use crate::block::{Kind, Limit, Rate, Throttling};
+use crate::virtio::device::VirtioDevice;
 
 /// So slow that of two requests the second one waits for longer than any test takes.
 fn slow(limit: Limit) -> Throttling {
@@ -303,4 +306,56 @@ fn latencies_are_counted_into_bins() {
     assert_eq!(counters.histogram(Kind::Write), None);
     counters.set_histogram(Kind::Read, None);
     assert_eq!(counters.histogram(Kind::Read), None);
+}
+
+/// Sends five reads to each queue of a device with two queues that starts about 32 reads a second.
+fn send_reads(machine: &mut Machine) -> Vec<Sent> {
+    let send = |number: usize| machine.driver.send_read(number % 2, number as u64, 512);
+    let sent = (0..10).map(send).collect();
+    (0..2).for_each(|ring| machine.driver.kick(ring));
+    sent
+}
+
+fn await_answers(machine: &mut Machine, ring: usize, count: usize) {
+    let mut answers = 0;
+    while answers < count {
+        answers += machine.answers(ring).len();
+    }
+    assert_eq!(answers, count);
+}
+
+#[test]
+fn a_timer_starts_what_waits_after_a_pause_and_after_resets_too() {
+    let mut throttling = Throttling::default();
+    throttling.rates[Limit::BytesTotal as usize] = Rate { average: 16 << 10, ..Rate::default() };
+    let mut machine = Machine::with(2, |options| options.throttling = throttling);
+    machine.start();
+    send_reads(&mut machine);
+    (0..2).for_each(|ring| await_answers(&mut machine, ring, 5));
+
+    // The timers expire during the pause.
+    send_reads(&mut machine);
+    let pause = machine.handle.pause();
+    assert!(pause.wait(Duration::from_secs(60)));
+    let throttle = &machine.handle.throttle;
+    while throttle.wait(Direction::Read, Instant::now()) > Duration::ZERO {
+        std::thread::yield_now();
+    }
+    machine.handle.resume();
+    (0..2).for_each(|ring| await_answers(&mut machine, ring, 5));
+
+    let sent = send_reads(&mut machine);
+    assert_eq!(machine.reset_queue(1).len(), 1);
+    await_answers(&mut machine, 0, 5);
+    let answered = machine.driver.used(1).len();
+    let untouched = sent.iter().filter(|sent| machine.driver.status(sent) == UNTOUCHED).count();
+    assert_eq!(answered + untouched, 5);
+    machine.driver.reset_ring(1);
+    machine.device.start_queue(machine.driver.active(1)).unwrap();
+
+    send_reads(&mut machine);
+    machine.reset();
+    machine.start();
+    send_reads(&mut machine);
+    (0..2).for_each(|ring| await_answers(&mut machine, ring, 5));
 }
