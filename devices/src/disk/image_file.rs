@@ -22,8 +22,10 @@ pub(super) fn open(
 ) -> Result<HostFile, OpenReason> {
     let direct = options.cache.direct();
     let mut file = HostFile::open(path, writable, options).map_err(|error| match error {
-        // The error of a file system that does not support O_DIRECT.
-        FileError::Host(error) if direct && error.raw_os_error() == Some(libc::EINVAL) => {
+        // The error of a file system that does not support O_DIRECT. A path that no file can have gives it, too.
+        FileError::Host(error)
+            if direct && error.raw_os_error() == Some(libc::EINVAL) && path.exists() =>
+        {
             OpenReason::NoDirect
         }
         error => error.into(),

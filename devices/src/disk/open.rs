@@ -192,6 +192,8 @@ mod tests {
                 assert!(!error.contains('\n'), "{error}");
             }
         }
+        let direct = OpenOptions { cache: CacheMode::None, ..OpenOptions::new("nul\0byte") };
+        assert!(refusal(&direct).contains("Invalid argument"));
         assert!(!directory.path().join("missing").exists());
         let plain =
             OpenOptions { scsi: true, ..OpenOptions::new(image(directory.path(), "plain", 512)) };
