@@ -49,27 +49,31 @@ impl Loop {
 impl Worker {
     pub(in crate::block) fn reset_queue(&mut self, position: usize, party: Party) {
         let state = self.state;
-        self.leave(position);
+        // First: if what follows panics, the part in the drain is finished after the engine is dropped.
         self.resets.push(Box::new(move |worker| worker.hand_back(position, &party)));
+        self.leave(position);
+        self.submit_pieces();
         if state != self.state {
             self.release(Instant::now());
         }
     }
 
     pub(in crate::block) fn reset(&mut self, party: Party) {
-        self.queues.positions().for_each(|position| self.leave(position));
         let mut reset = DeviceReset { party, flushes: false };
         self.resets.push(Box::new(move |worker| reset.advance(worker)));
+        self.queues.positions().for_each(|position| self.leave(position));
+        // Only now, when all queues leave: no request gets its next piece.
+        self.submit_pieces();
     }
 
-    /// Takes no more chains from a queue, and gives up what has not begun.
+    /// Takes no more chains from a queue, and gives up what is stopped or waits. The caller then has `submit_pieces` answer the
+    /// requests in pieces.
     fn leave(&mut self, position: usize) {
         let Some(queue) = self.queues.find_mut(position) else { return };
         queue.state = QueueState::Leaving;
         for chain in queue.stopped.drain(..).chain(self.limiter.give_up(position)) {
             queue.split.abandon(chain);
         }
-        self.submit_pieces();
         let is_stopped = self.queues.iter().any(|(_, queue)| !queue.stopped.is_empty());
         if self.state == State::Stopped && !is_stopped {
             self.state = State::Serving;
