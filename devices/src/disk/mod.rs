@@ -262,8 +262,8 @@ pub(crate) const MAX_THREADS: usize = 16;
 /// io_uring or the worker itself executes nearly everything.
 pub(crate) const MIN_THREADS: usize = 4;
 
-/// What executes the transfers of one worker. From the first `commit` on it belongs to one thread. When nothing is in flight, a
-/// new worker may use it, for example after a reset of the device. Dropping it waits for what is in flight.
+/// What executes the transfers of one worker, through all resets of the device. From the first `commit` on it belongs to one thread.
+/// Dropping it waits for what is in flight.
 pub trait Engine: Send {
     /// Accepts a transfer. When this returns, the transfer may already be finished (see `reap`), or it may not start before
     /// `commit`. The caller keeps at most `depth` transfers in flight, and has checked each against `capacity`. If the image has
