@@ -257,27 +257,35 @@ fn limits_hold_and_bursts_show() {
              --size=32m --iodepth=4 --time_based --runtime=6"),
         job("--rw=randrw --bs=4k --runtime=6"),
         job("--rw=randread --bs=4k --runtime=4"),
+        job("--rw=randread --bs=4k --runtime=4 --name=other --filename=/dev/vdc --rw=randread \
+             --bs=4k --size=32m --iodepth=4 --time_based --runtime=4"),
     ]
     .map(|job| format!("fact next\nread go\n{job}"));
-    let guest = guest(&script.concat()).with_disk("disk", 32 << 20, "").with_results();
+    let guest = guest(&script.concat()).with_disk("disk", 32 << 20, "");
+    let guest = guest
+        .with_disk("other", 32 << 20, "throttling.group=both,throttling.iops-total=30")
+        .with_results();
     let (mut session, mut qmp) = start(&guest);
     let none = json!({"device": "vdb", "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
-    let limits: [&[(&str, u64)]; 3] = [
+    let limits: [&[(&str, u64)]; 4] = [
         &[("iops_rd", 20), ("bps_wr", 1 << 18)],
         &[("iops", 60)],
         // A burst of 200, all at once, then 20 a second.
         &[("iops_rd", 20), ("iops_rd_max", 200)],
+        // For both disks together.
+        &[("iops", 30)],
     ];
-    for limits in limits {
+    for (limits, group) in limits.into_iter().zip(["vdb", "vdb", "vdb", "both"]) {
         session.expect("fact: next", BOOT_BOUND);
         let mut arguments = none.clone();
+        arguments["group"] = group.into();
         limits.iter().for_each(|(name, value)| arguments[*name] = (*value).into());
         qmp.execute("block_set_io_throttle", arguments).unwrap();
         session.send("\n");
     }
     let report = finish(session);
     let jobs = results(&guest);
-    let [apart, mixed, burst] = &jobs[..] else { panic!("{}", report.ended) };
+    let [apart, mixed, burst, both] = &jobs[..] else { panic!("{}", report.ended) };
     let number = |job: &Value, way: &str, what: &str| job[way][what].as_f64().unwrap();
     let seconds = |job: &Value| {
         f64::max(number(job, "read", "runtime"), number(job, "write", "runtime")) / 1000.0
@@ -311,6 +319,13 @@ fn limits_hold_and_bursts_show() {
         200.0,
         20.0 * seconds(burst),
         4.0,
+    );
+    close(
+        "reads of two disks in a group",
+        number(both, "read", "total_ios"),
+        3.0,
+        30.0 * seconds(both),
+        8.0,
     );
 }
 
