@@ -85,12 +85,12 @@ fn target(group: &str, metric: &str, row: &str) -> Option<(Target, bool)> {
         (metric, "4k random read, depth 1" | "4k random write, depth 1")
             if metric == EVENTS[0].0 =>
         {
-            Some(3.0)
+            Some(2.5)
         }
         (metric, "4k random read, depth 32" | "4k random write, depth 32")
             if metric == EVENTS[0].0 =>
         {
-            Some(0.25)
+            Some(0.2)
         }
         _ => None,
     };
