@@ -82,7 +82,10 @@ const FILES: &str = r#"state=$1 type=$2
 shift 2
 [ $type = xfs ] || "$@" $state 2>&1 || exit 1
 mount=$(mktemp -d)
-mount -t $type -o loop $state $mount || exit 2
+options=loop
+# All states have the UUID of the image.
+[ $type != xfs ] || options=loop,nouuid
+mount -t $type -o $options $state $mount || exit 2
 find $mount -type f -exec cat {} + >/dev/null
 read=$?
 umount $mount && rmdir $mount || exit 3
