@@ -92,7 +92,7 @@ pub fn build(
 
     // 3. Make a VM in KVM, with memory slots. Interrupt controllers come later, because they make changes of the memory map and
     // of ioeventfds slow (`register_memory`).
-    let made = incoming.as_mut().and_then(|incoming| Option::take(&mut incoming.vm));
+    let made = incoming.as_mut().and_then(|incoming| incoming.host.take());
     let host = made.map_or_else(EmptyVm::new, Ok)?;
     let (kvm_fd, vm) = (&host.kvm, Arc::clone(&host.vm));
     check_cpus(kvm_fd, config.cpus)?;

@@ -36,6 +36,8 @@ pub(crate) struct EmptyVm {
 }
 
 impl EmptyVm {
+    /// Opens /dev/kvm, makes the VM and reads the leaves.
+    ///
     /// # Errors
     /// No /dev/kvm, no permission, an old KVM, or KVM refuses.
     pub(crate) fn new() -> Result<Self, Error> {

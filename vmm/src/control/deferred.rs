@@ -68,7 +68,7 @@ pub fn wait(
     let path = config.qmp.clone().unwrap_or_default();
     let mut server = listen(&path, config)?;
     // So that the client waits less for the machine.
-    let vm = EmptyVm::new()?;
+    let host = EmptyVm::new()?;
     let mut clients: Vec<Client> = Vec::new();
     let deadline = config.timeout.and_then(|limit| Instant::now().checked_add(limit));
     loop {
@@ -89,7 +89,7 @@ pub fn wait(
                 Ok(Step::End(Awaited::Incoming(mut incoming))) => {
                     server.adopt(mem::take(&mut clients));
                     server.migration().set_config(SavedConfig::of(config));
-                    (incoming.control, incoming.vm) = (Some(server), Some(vm));
+                    (incoming.control, incoming.host) = (Some(server), Some(host));
                     // The time limit counts from the start of the process.
                     config.timeout = left.or(config.timeout);
                     return Ok(Awaited::Incoming(incoming));

@@ -87,7 +87,7 @@ pub struct Incoming {
     /// The control socket on which the file was named.
     pub(crate) control: Option<ControlServer>,
     /// Made while the process waited for the file.
-    pub(crate) vm: Option<EmptyVm>,
+    pub(crate) host: Option<EmptyVm>,
     options: IncomingConfig,
     chain: Chain,
     saved: SavedMachine,
@@ -126,7 +126,7 @@ impl Incoming {
         let given = std::mem::take(&mut config.disks);
         let disks = merge_disks(&saved, given, options.trust_paths, config.qmp.is_some());
         config.disks = disks.map_err(failed)?;
-        Ok(Self { control: None, vm: None, options, chain, saved })
+        Ok(Self { control: None, host: None, options, chain, saved })
     }
 
     /// Describes the file at `path` in lines of text. With `compare_memory`, all of RAM is compared with its checksums, also that of the files
