@@ -254,7 +254,7 @@ pub(crate) struct Machine {
     pub pending_events: Vec<MachineEvent>,
     stop_timeout: Duration,
     halt_reported: bool,
-    /// Ends the background save that may be under way (`save_task`).
+    /// Cancels the background save that may be under way (`snapshot::held_memory`).
     pub background_save: Option<Arc<AtomicBool>>,
     /// Wakes the main loop at the deadline of the standstill or of the end.
     pub deadline: TimerFd,

@@ -16,8 +16,8 @@ use crate::sources::{Poller, Source};
 /// SIGTERM and SIGINT end the VM cleanly; SIGHUP (the terminal went away) and SIGQUIT do, too.
 const ENDING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 
-/// The kernel breaks the lease on the kernel's file: another process wants to write it, and the guest may be using its pages.
-const KERNEL_FILE_WANTED: libc::c_int = libc::SIGIO;
+/// The host's kernel asks for the lease on a mapped file: another process wants to write to it, and the guest may be using its pages.
+const MAPPED_FILE_WANTED: libc::c_int = libc::SIGIO;
 
 /// These signals, blocked in this thread and every thread made after, readable here instead. A signal handler could
 /// interrupt the main loop anywhere; a descriptor lets it act on a signal between two events.
@@ -36,7 +36,7 @@ impl Signals {
         // `nohup` ignores SIGHUP for us, which a blocked signal would undo.
         let wanted = |signal: &libc::c_int| *signal != libc::SIGHUP || !is_ignored(*signal);
         let signals: Vec<_> =
-            ENDING.into_iter().chain([KERNEL_FILE_WANTED]).filter(wanted).collect();
+            ENDING.into_iter().chain([MAPPED_FILE_WANTED]).filter(wanted).collect();
         // Fails only for numbers that are no signals, or to say that the parent process has blocked it.
         signals.iter().for_each(|signal| drop(block_signal(*signal)));
         let set = create_sigset(&signals).map_err(|error| failed(error.into()))?;
@@ -88,7 +88,7 @@ impl Source for Signals {
 
     fn process(&mut self, _: u8, _: &mut Poller<'_, '_>, machine: &mut Machine) {
         match self.read() {
-            Some(KERNEL_FILE_WANTED) => machine.release_kernel_file(),
+            Some(MAPPED_FILE_WANTED) => machine.release_files(),
             Some(signal) => machine.end_by_user(Outcome::Signal(signal)),
             None => {}
         }

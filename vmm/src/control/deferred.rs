@@ -180,7 +180,7 @@ fn serve(
                 step = Step::End(Awaited::Incoming(Box::new(incoming)));
                 json!({})
             }),
-            _ => server.migration().prepare(&command, &arguments),
+            _ => server.migration().execute_without_machine(&command, &arguments),
         };
         client.reply(id, answer);
         if let Step::End(_) = step {

@@ -19,8 +19,8 @@ use super::schema::{CAPABILITY_NAMES, CommandTypes, STATUSES};
 use crate::error::{Error, WithCauses};
 use crate::machine::{Machine, MachineEvent};
 use crate::snapshot::{
-    self, Background, Destination, Progress, Purpose, Rest, SavedConfig, begin_in_background,
-    generation_id,
+    self, BackgroundSave, Destination, Progress, Purpose, SaveThread, SavedConfig,
+    begin_in_background, generation_id,
 };
 
 const SETUP: &str = STATUSES[1];
@@ -162,7 +162,7 @@ struct Save {
     downtime: Option<u64>,
     /// Only of a background save: its part that runs while the guest goes on. Kept after a cancel, because the save's thread may still
     /// have to remove the file.
-    rest: Option<Rest>,
+    rest: Option<BackgroundSave>,
 }
 
 /// The settings for saves, and the state of the last save.
@@ -175,7 +175,7 @@ pub(crate) struct Migration {
     /// A save has only the pages that changed since the base (the capability `x-minivmm-incremental`).
     is_incremental: bool,
     /// The thread that starts child processes. `None`: the sandbox allows none.
-    pub(super) background: Option<Background>,
+    pub(super) background: Option<SaveThread>,
     save: Option<Save>,
     /// MIGRATION events that were not sent yet.
     messages: Vec<Value>,
@@ -225,7 +225,7 @@ impl Migration {
     }
 
     /// Executes a command before there is a machine.
-    pub(super) fn prepare(
+    pub(super) fn execute_without_machine(
         &mut self,
         name: &str,
         arguments: &Map<String, Value>,
@@ -353,7 +353,7 @@ impl Migration {
         }
         if let Some(save) =
             self.save.as_mut().filter(|save| save.milliseconds == 0 && save.downtime.is_some())
-            && let Some(result) = save.rest.as_ref().and_then(Rest::poll)
+            && let Some(result) = save.rest.as_ref().and_then(BackgroundSave::poll)
         {
             self.finish(&result);
         }

@@ -17,7 +17,7 @@ use crate::error::Error;
 use crate::events::EventSender;
 use crate::listener::Listener;
 use crate::machine::{Machine, MachineEvent};
-use crate::snapshot::Background;
+use crate::snapshot::SaveThread;
 use crate::sources::{Poller, Source};
 
 /// Connections at a time. One more takes the place of the client that has been silent longest.
@@ -82,7 +82,7 @@ impl ControlServer {
         main_loop: &Arc<EventSender>,
     ) -> Result<Box<dyn Source>, Error> {
         if config.spawn || config.sandbox == SandboxMode::Off {
-            self.migration.background = Some(Background::start(spawn, Arc::clone(main_loop))?);
+            self.migration.background = Some(SaveThread::start(spawn, Arc::clone(main_loop))?);
         }
         Ok(Box::new(self))
     }

@@ -6,13 +6,13 @@
 use super::{Hardware, Machine, Task};
 use crate::error::Error;
 
-struct ReleaseKernelFile;
+struct ReleaseFiles;
 
 impl Machine {
     /// Begins to replace the mapped pages by copies and to release the leases. A process that waits to write to a file then goes on.
-    pub(crate) fn release_kernel_file(&mut self) {
+    pub(crate) fn release_files(&mut self) {
         self.cancel_task(Error::Stopping);
-        self.stand_still(|standstill| standstill.tasks.push_front(Box::new(ReleaseKernelFile)));
+        self.stand_still(|standstill| standstill.tasks.push_front(Box::new(ReleaseFiles)));
     }
 
     /// Replaces all mapped pages of files by copies, and releases the leases.
@@ -23,7 +23,7 @@ impl Machine {
     }
 }
 
-impl Task for ReleaseKernelFile {
+impl Task for ReleaseFiles {
     fn advance(&mut self, machine: &mut Machine) -> Result<bool, Error> {
         machine.copy_files().map(|()| true)
     }

@@ -29,7 +29,7 @@ use vm_memory::GuestMemoryBackend;
 
 use super::checksum::BLOCK;
 use super::pages::{Block, RamSave, Written};
-use super::save::{self, Destination, Hold, Job, Progress};
+use super::save::{self, Destination, Progress, UnwrittenSave, WriteInBackground};
 use super::saved::{Purpose, SavedConfig};
 use super::{SnapshotError, saved};
 use crate::GuestMemory;
@@ -39,10 +39,10 @@ use crate::events::EventSender;
 use crate::lock;
 use crate::machine::{Machine, RunState};
 
-/// The thread that may start a child process.
-pub(crate) struct Background(BackgroundThread);
+/// The thread `save`, which may start a child process.
+pub(crate) struct SaveThread(BackgroundThread);
 
-impl Background {
+impl SaveThread {
     /// Starts the thread, which wakes `main_loop` when a save is over.
     ///
     /// # Errors
@@ -53,13 +53,13 @@ impl Background {
 }
 
 /// A background save under way.
-pub(crate) struct Rest {
+pub(crate) struct BackgroundSave {
     answer: Answer,
     /// The channel closes when nothing is left to do.
     is_over: Receiver<()>,
 }
 
-impl Rest {
+impl BackgroundSave {
     /// The answer, if the file is complete or the save has failed.
     pub(crate) fn poll(&self) -> Option<Result<(), Error>> {
         self.answer.poll()
@@ -79,8 +79,7 @@ const CHILD_TIMEOUT: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
 /// How often a save checks whether it was canceled, while it waits for the child's next message.
 const CANCEL_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 
-/// Saves `machine` as of the next standstill, after which it goes on. Returns the number of the `Done` event, which comes when it goes on,
-/// and the rest of the save.
+/// Saves `machine` as of the next standstill, after which it goes on: then the `Done` event comes, whose number this returns.
 ///
 /// # Errors
 /// The target cannot be made, the machine is busy, or it cannot be saved in the background. Nothing has changed then.
@@ -90,17 +89,17 @@ pub(crate) fn begin_in_background(
     destination: Destination,
     progress: &Progress,
     purpose: Purpose,
-    background: &Background,
-) -> Result<(u64, Rest), Error> {
+    background: &SaveThread,
+) -> Result<(u64, BackgroundSave), Error> {
     check(machine)?;
-    let (send_job, job) = channel::<(Job, _)>();
+    let (send_save, save) = channel::<(UnwrittenSave, _)>();
     let (over, is_over) = channel();
     let answer = background.0.run(move || {
         let _over: Sender<()> = over;
-        let (job, is_held) = job.recv().map_err(|_| Error::Stopping)?;
+        let (save, is_held) = save.recv().map_err(|_| Error::Stopping)?;
         let mut is_held: Option<Sender<_>> = Some(is_held);
         let held = || drop(is_held.take().map(|is_held| is_held.send(Ok(()))));
-        match (job.write(|ram| write(ram, held)), is_held) {
+        match (save.write(|ram| write(ram, held)), is_held) {
             (Err(error), Some(is_held)) => {
                 let _ = is_held.send(Err(error));
                 Err(Error::Stopping)
@@ -108,14 +107,14 @@ pub(crate) fn begin_in_background(
             (result, _) => result,
         }
     });
-    let hold: Hold = Box::new(move |job| {
+    let hand_over: WriteInBackground = Box::new(move |save| {
         let (send, is_held) = channel();
-        let _ = send_job.send((job, send));
+        let _ = send_save.send((save, send));
         is_held.recv().unwrap_or(Err(Error::ThreadPanicked))
     });
-    let id = save::begin_with(machine, config, destination, progress, purpose, Some(hold))?;
+    let id = save::begin_with(machine, config, destination, progress, purpose, Some(hand_over))?;
     machine.background_save = Some(Arc::clone(&progress.cancel));
-    Ok((id, Rest { answer, is_over }))
+    Ok((id, BackgroundSave { answer, is_over }))
 }
 
 /// Refuses a machine that cannot be saved in the background.

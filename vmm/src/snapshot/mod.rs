@@ -43,7 +43,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::error::Error;
-pub(crate) use held_memory::{Background, Rest, begin_in_background};
+pub(crate) use held_memory::{BackgroundSave, SaveThread, begin_in_background};
 pub use incoming::{ClockMode, Incoming, IncomingConfig, MapMode};
 pub use increments::check_new_increment;
 pub use new_file::NewFile;

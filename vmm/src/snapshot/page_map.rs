@@ -87,7 +87,7 @@ impl PageMap {
         data
     }
 
-    /// The pages of `memory` that may have changed since it was new, with nothing but the mappings `files` in it.
+    /// The pages of `memory` that may have changed since a restore, when it had the mappings `files` and was new otherwise.
     ///
     /// # Errors
     /// The host does not show the page map.

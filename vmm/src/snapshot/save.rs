@@ -42,8 +42,8 @@ pub(crate) struct Progress {
     pub(crate) cancel: Arc<AtomicBool>,
 }
 
-/// Carries out the rest of a save on another thread. Returns when the machine may go on.
-pub(super) type Hold = Box<dyn FnOnce(Job) -> Result<(), Error> + Send>;
+/// Has another thread write a save. Returns when the machine may go on.
+pub(super) type WriteInBackground = Box<dyn FnOnce(UnwrittenSave) -> Result<(), Error> + Send>;
 
 /// Saves `machine` at the next standstill. Returns the number of the `Done` event.
 ///
@@ -59,14 +59,14 @@ pub(crate) fn begin(
     begin_with(machine, config, destination, progress, purpose, None)
 }
 
-/// As [`begin`]. With `hold` the machine goes on when `hold` returns.
+/// As [`begin`]. With `background`, the machine goes on when that function returns.
 pub(super) fn begin_with(
     machine: &mut Machine,
     config: SavedConfig,
     destination: Destination,
     progress: &Progress,
     purpose: Purpose,
-    hold: Option<Hold>,
+    background: Option<WriteInBackground>,
 ) -> Result<u64, Error> {
     let is_increment = purpose == Purpose::Increment;
     if is_increment {
@@ -79,8 +79,9 @@ pub(super) fn begin_with(
     }
     let cancel = Arc::clone(&progress.cancel);
     let progress = progress.clone();
-    let goes_on = purpose == Purpose::Dump || hold.is_some();
-    let begin = move |machine: &Machine| prepare(machine, config, target, progress, purpose, hold);
+    let goes_on = purpose == Purpose::Dump || background.is_some();
+    let begin =
+        move |machine: &Machine| prepare(machine, config, target, progress, purpose, background);
     machine.save(Box::new(begin), cancel, goes_on)
 }
 
@@ -144,7 +145,7 @@ fn prepare(
     target: Target,
     progress: Progress,
     purpose: Purpose,
-    hold: Option<Hold>,
+    background: Option<WriteInBackground>,
 ) -> Result<Work, Error> {
     let mut saved = SavedMachine::read(machine, config, purpose)?;
     let mut mapped = None;
@@ -160,12 +161,12 @@ fn prepare(
     let flushed = |disk: &&MachineDisk| purpose.is_save() && !disk.image.info().read_only;
     let disks = machine.hardware.disks.iter().filter(flushed);
     let disks = disks.map(|disk| (Arc::clone(&disk.image), disk.config.id.clone())).collect();
-    let job = Job { saved, memory, map: PageMap::read(), mapped, target, progress };
-    Ok(Box::new(move || job.run(disks, hold)))
+    let save = UnwrittenSave { saved, memory, map: PageMap::read(), mapped, target, progress };
+    Ok(Box::new(move || save.run(disks, background)))
 }
 
 /// A save whose machine has been read, and which has still to be written.
-pub(super) struct Job {
+pub(super) struct UnwrittenSave {
     saved: SavedMachine,
     memory: GuestMemory,
     map: Option<PageMap>,
@@ -175,15 +176,19 @@ pub(super) struct Job {
     progress: Progress,
 }
 
-impl Job {
+impl UnwrittenSave {
     /// Flushes `disks` (each with its name), and writes the file.
-    fn run(mut self, disks: Vec<(Arc<dyn Disk>, String)>, hold: Option<Hold>) -> Result<(), Error> {
+    fn run(
+        mut self,
+        disks: Vec<(Arc<dyn Disk>, String)>,
+        background: Option<WriteInBackground>,
+    ) -> Result<(), Error> {
         for (image, device) in disks {
             image.flush().map_err(|source| Error::Flush { device, source })?;
         }
         self.saved.disks.iter_mut().for_each(|disk| disk.look_again());
-        match hold {
-            Some(hold) => hold(self),
+        match background {
+            Some(background) => background(self),
             None => self.write(|ram| ram.write()),
         }
     }
