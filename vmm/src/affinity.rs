@@ -1,8 +1,7 @@
-//! Pins threads to host CPUs, as `--vcpu-affinity` and `--io-affinity` ask.
+//! Pins threads to host CPUs (`--vcpu-affinity`, `--io-affinity`).
 //!
-//! The builder checks both lists before it creates anything, and starts vCPUs and disks inside [`start_on`]. A new
-//! thread inherits the affinity of the thread that creates it, so that the threads of a disk's engines are pinned with it.
-//! The main thread gets its own affinity back.
+//! The builder checks both lists before it creates anything, and starts vCPUs and disks inside [`start_on`]. A new thread inherits the
+//! affinity of its creator, so the threads of a disk's engines are pinned, too.
 
 mod cpu_pm;
 
@@ -43,8 +42,7 @@ pub(crate) fn check(option: &'static str, processors: &[usize]) -> Result<(), Er
     }
 }
 
-/// Runs `start` so that the threads that it starts, and those that these start, stay on `processors`, which were checked.
-/// Without any they go where they like.
+/// Runs `start`. The threads that it starts, and those that these start, stay on `processors`, if there are any. They were checked.
 ///
 /// # Errors
 /// Those of `start`, or the host refuses.

@@ -100,9 +100,8 @@ impl DiskAttacher<'_> {
 
 /// A line of the guest's interrupt controllers. A pulse is two calls of KVM_IRQ_LINE, up and down, on the calling thread.
 ///
-/// An irqfd would do the same, but later. When an eventfd is written, KVM can inject only message-signaled interrupts at once. It
-/// hands the others to a kernel thread (virt/kvm/eventfd.c, `irqfd_wakeup`), which has to be woken and takes a CPU from the disk's
-/// thread. Until that thread has run, the interrupt would also be missing from the state of a save.
+/// An irqfd would be slower: for an interrupt that is not message-signaled, KVM wakes a kernel thread (virt/kvm/eventfd.c,
+/// `irqfd_wakeup`), which takes a CPU from the disk's thread. Until that thread has run, a save would also miss the interrupt.
 struct KvmLine {
     vm: Arc<VmFd>,
     gsi: u32,

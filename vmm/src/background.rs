@@ -1,5 +1,5 @@
-//! A thread for work that waits for the host's disk, such as a flush or a resize. The main thread hands over the work, and asks for
-//! the answer after each event. The thread is started with the machine, because a confined process cannot start one later.
+//! A thread for work that waits for the host's disk, such as a flush or a resize. The main thread hands work over, and asks for the
+//! answer after each event. The thread is started with the machine: a confined process could not start it later.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;

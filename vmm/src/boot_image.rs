@@ -1,12 +1,11 @@
 //! Applies the plan of `arch::boot::plan` to guest memory: the kernel, the initrd, and the structures that the guest starts from.
 //!
-//! The builder opens the files as [`BootFile`]s, makes a [`BootImage`] of them and calls [`BootImage::load`]. A reset calls it
-//! again, with the same plan. Before each load, memory has to be new, or cleared by [`crate::memory::clear`]: a load writes only
-//! what the plan names, and the rest must be zero.
+//! The builder opens the files as [`BootFile`]s, makes a [`BootImage`] of them and calls [`BootImage::load`]. A reset calls it again,
+//! with the same plan. Memory must be new or cleared by [`crate::memory::clear`], because a load writes only what the plan names.
 //!
-//! A plan has offsets from the file's headers, so it is right only for the content that the file had when they were read. Each load
-//! therefore compares the file's size and time of modification with those of the start. A reset whose files have changed is refused
-//! before anything of the machine is touched ([`BootImage::check_unchanged`]).
+//! A plan has offsets from the file's headers, so it is right only for the content that the file had. Each load compares the file's size
+//! and time of modification with those at the start. A reset whose files have changed is refused before anything has changed
+//! ([`BootImage::check_unchanged`]).
 //!
 //! [`FilePages`] decides whether pages of the kernel's file become pages of the guest.
 

@@ -1,7 +1,7 @@
 //! Why a VM could not be built or had to stop.
 //!
-//! `Display` names what failed (the option and its value) and the remedy. It never contains the cause: that is the error's
-//! `source`, and [`WithCauses`] prints the whole chain once, where the error reaches the user or a QMP client.
+//! `Display` names what failed (the option and its value) and the remedy, and never the cause: that is the error's `source`.
+//! [`WithCauses`] prints the whole chain once, where the error reaches the user or a QMP client.
 
 mod report;
 

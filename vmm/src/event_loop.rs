@@ -1,8 +1,8 @@
 //! The loop of the main thread: a table of sources, each of which acts on the machine.
 //!
-//! One round has three steps. A descriptor is ready, and its source handles that ([`Source::process`]). The machine takes the next
-//! step of what is under way ([`Machine::advance`]). Every source gets the events that this caused ([`Source::emit`]). If a source
-//! acts on the machine in `emit`, the last two steps are repeated, so the loop sleeps only when no event is pending.
+//! One round has three steps. A ready descriptor's source handles it ([`Source::process`]). The machine takes its next step
+//! ([`Machine::advance`]). Every source gets the events that this caused ([`Source::emit`]). If a source acts on the machine in `emit`,
+//! the last two steps are repeated, so the loop sleeps only when no event is pending.
 //!
 //! The loop knows neither what a source is for nor what the machine does. `builder` chooses the sources and their order.
 

@@ -1,8 +1,8 @@
 //! Events from the machine's other threads to the main loop: a channel, and an eventfd that wakes the loop. `machine::reports` acts on
-//! the events.
+//! them.
 //!
-//! Senders are vCPU threads and disk workers, which must never wait for the main loop. So the channel is bounded, and an event is dropped
-//! if it is full. Nothing important is lost: an earlier event already ends the machine.
+//! vCPU threads and disk workers send them, and must never wait for the main loop. So the channel is bounded, and if it is full, an event
+//! is dropped. Nothing is lost by that: an earlier event already ends the machine.
 
 use std::io;
 use std::sync::Arc;

@@ -1,10 +1,10 @@
 //! Notices a guest that has halted for good, as by `halt -f` or after a panic with `panic=0`: every vCPU waits in HLT with interrupts
-//! disabled, or was never started. Nothing that the guest or a device does wakes it, and without a word about it the user
-//! waits for ever. The machine warns once for each time that this happens, and goes on: a debugger or a reset may follow.
+//! disabled, or was never started. Otherwise the user would wait for ever. The machine warns once each time, and goes on: a debugger or a
+//! reset may follow.
 //!
-//! The builder adds one row to the main loop. Every [`INTERVAL`] it looks whether a vCPU thread has used CPU time
-//! since the last look, which costs the guest nothing. Only if none has does the machine stand still for a moment and look
-//! at the vCPUs' state ([`Machine::look_for_halt`]): a Linux guest that is merely idle runs more often than that.
+//! The builder adds one row to the main loop. Every [`INTERVAL`] it looks whether a vCPU thread has used CPU time, which costs the guest
+//! nothing. Only if none has does the machine stand still and look at the vCPUs' state ([`Machine::look_for_halt`]). A Linux guest that
+//! is merely idle runs more often.
 
 use std::time::Duration;
 

@@ -1,15 +1,15 @@
-//! The features of the host's processors, from /proc/cpuinfo, and whether there are several processors.
+//! The features of the host's processors, from /proc/cpuinfo, and whether there are several.
 //!
-//! A capability: KVM works without it. `cli` warns of a processor without hardware virtualization, the builder copies the
-//! kernel where the host is itself a guest, and gives the disks' workers the time that they may poll.
+//! A capability: KVM works without it. `cli` warns if there is no hardware virtualization. The builder copies the kernel if the host is
+//! itself a guest, and tells disks' workers how long they may poll.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::sync::LazyLock;
 use std::time::Duration;
 
-/// A warning when KVM is there but the processor has no hardware virtualization: that KVM interprets every guest
-/// instruction and delivers no interrupts, so that Linux does not boot on it.
+/// A warning, if KVM is there but the processor has no hardware virtualization: that KVM interprets every instruction and delivers no
+/// interrupts, so Linux does not boot on it.
 pub fn missing_hardware_support() -> Option<&'static str> {
     let flags = FLAGS.as_ref()?;
     if flags.has_virtualization() {

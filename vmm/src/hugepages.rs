@@ -1,5 +1,5 @@
-//! `--hugepages`: guest RAM of pages of 2 MiB from the host's pool, all of which are taken at the start. The guest never waits
-//! for one, and the host cannot run out of them later.
+//! `--hugepages`: guest RAM of 2 MiB pages from the host's pool, all taken at the start. The guest never waits for one, and the host
+//! cannot run out of them later.
 //!
 //! A capability: the builder calls [`allocate`] instead of the one in [`crate::memory`].
 

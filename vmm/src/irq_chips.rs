@@ -1,6 +1,5 @@
-//! The interrupt controllers and the timer inside KVM as a value: read at power-on and written back at a reset. When a saved machine is
-//! restored they are written after the local APICs: a pin that was pending is delivered at once. The local APICs
-//! belong to the vCPUs (`vcpu::state`).
+//! KVM's interrupt controllers and timer as a value: read at power-on, and written back at a reset. A restore writes them after the local
+//! APICs (`vcpu::state`), because a pin that was pending is delivered at once.
 //!
 //! A capability: the builder has them read, and gives the machine a function that writes them back (`machine::reset`).
 

@@ -1,24 +1,23 @@
 //! Maps pages of the kernel's file into guest memory, so that a start costs neither the time nor the memory of a copy.
 //!
-//! A capability: without it the kernel is copied. It hooks in as the [`FilePages`] of a boot image. When SIGIO comes, a
-//! [`Task`](crate::machine::Task) of the machine's standstill gives the kernel's file up.
+//! A capability: without it the kernel is copied. It hooks in as the [`FilePages`] of a boot image. At SIGIO, a
+//! [`Task`](crate::machine::Task) of the machine's standstill gives the file up.
 //!
-//! The mapping is private. It still shows what other programs write into the file, except in pages that the guest has written. If
-//! the file is truncated, its pages disappear from all mappings, even those that the guest has written, and an access to them is an
-//! error (mmap(2)). A compiler that writes a new kernel in place would do both to a running guest. So pages are mapped only if one of
-//! these protects them:
+//! The mapping is private, but shows what other programs write into the file, except in pages that the guest has written. If the file is
+//! truncated, its pages disappear from all mappings, and an access to them is an error (mmap(2)). A compiler that writes a new kernel in
+//! place would do both to a running guest. So pages are mapped only if one of these protects them:
 //!
 //! - the seals of a memfd (`F_SEAL_WRITE` and `F_SEAL_SHRINK`), which hold for good;
-//! - a read lease (fcntl(2), `F_SETLEASE`). While it is held, the host makes a process that opens the file for writing, or
-//!   truncates it, wait, and sends SIGIO, which the main loop reads from its signalfd. The main loop stops the guest, [`copy`]
-//!   replaces the mapped pages by copies, and [`release`] lets the writer go on.
+//! - a read lease (fcntl(2), `F_SETLEASE`). While minivmm has it, a process that opens the file for writing or truncates it waits, and
+//!   the host sends SIGIO, which the main loop reads from its signalfd. The main loop stops the guest, [`copy`] replaces the mapped pages
+//!   by copies, and [`release`] lets the writer go on.
 //!
-//! The host takes the lease away after `/proc/sys/fs/lease-break-time` (45 s). If the machine does not stand still for the copy, it
-//! ends earlier, at `--stop-timeout`: [`lease_outlasts`] says whether that is early enough. If the file is truncated nevertheless,
-//! [`copy`] gets an error and no signal, because the host's kernel reads the pages for it (write(2)).
+//! The host takes the lease away after `/proc/sys/fs/lease-break-time` (45 s). If the machine does not stand still for the copy, it ends
+//! at `--stop-timeout`: [`lease_outlasts`] says whether that is earlier. If the file is truncated nevertheless, [`copy`] gets an error
+//! and no signal, because it reads the pages by write(2).
 //!
-//! The host gives no lease on another user's file (without CAP_LEASE), on a file that is open for writing, or on a network file
-//! system. Then the kernel is copied.
+//! The host gives no lease on another user's file (without CAP_LEASE), on a file that is open for writing, or on a network file system.
+//! Then the kernel is copied.
 
 use std::fs::File;
 use std::io::{self, Seek};
@@ -127,8 +126,8 @@ fn prefer_huge(memory: &GuestMemory, range: &FileRange) {
     memory::advise(memory, range.address, whole_pages(memory, range), Advice::LinuxHugepage);
 }
 
-/// How many bytes of `range` can be mapped: whole pages, if the range begins on a page boundary in the file and in memory, and guest
-/// memory is private and has pages of 4 KiB. Otherwise 0.
+/// How many bytes of `range` can be mapped: its whole pages, if it begins on a page boundary in the file and in memory, and guest memory
+/// is private and has pages of 4 KiB. Otherwise 0.
 fn whole_pages(memory: &GuestMemory, range: &FileRange) -> u64 {
     let FileRange { offset, address, length } = *range;
     let flags = memory.find_region(address).map_or(0, |region| region.flags());

@@ -1,7 +1,7 @@
 //! Opens /dev/kvm, says why it cannot be used, and makes an empty VM.
 //!
-//! The builder calls each of these functions once. With `--incoming defer`, the empty VM is made earlier, while minivmm waits for a
-//! client (`control::deferred`). The VM's file descriptor is shared: vCPUs, interrupt lines and the machine's clock use it directly.
+//! The builder calls each of these functions once. With `--incoming defer`, `control::deferred` makes the empty VM while it waits for a
+//! client. vCPUs, interrupt lines and the machine's clock use the VM's file descriptor directly.
 
 use std::io;
 use std::sync::Arc;
@@ -86,8 +86,8 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
     Ok(vm)
 }
 
-/// Makes the interrupt controllers of `vm`: two PICs, an IOAPIC with 24 pins, and a LAPIC for each vCPU that is made later. Also makes
-/// the PIT, which kernels without ACPI require.
+/// Makes the interrupt controllers of `vm`: two PICs, an IOAPIC with 24 pins, and a LAPIC for each later vCPU. Also makes the PIT, which
+/// kernels without ACPI require.
 ///
 /// # Errors
 /// When KVM refuses.
@@ -99,8 +99,7 @@ pub(crate) fn create_irq_chips(vm: &VmFd) -> Result<(), Error> {
 }
 
 /// Puts each region of guest RAM into a memory slot, numbered from 0. Called before [`create_irq_chips`]: when a VM has interrupt
-/// controllers, KVM waits for milliseconds at each change of its memory map, until no vCPU can be using the old map (an SRCU grace
-/// period).
+/// controllers, KVM waits milliseconds at each change of its memory map (for an SRCU grace period).
 ///
 /// # Errors
 /// When KVM refuses.

@@ -1,12 +1,12 @@
 //! The virtual machine monitor: KVM, threads, the wiring of devices, and a machine from its configuration to its exit status.
 //!
-//! [`builder`] makes two values that own all others: the `Machine` owns every resource of the VM, and the [`EventLoop`] owns the
-//! machine and everything that the main thread listens to. The builder plugs in capabilities, such as `control`, `snapshot`, `exec`
-//! and `affinity`. No core module imports them. `tests/tests/structure/main.rs` lists them all.
+//! [`builder`] makes two values that own all others. The `Machine` owns every resource of the VM. The [`EventLoop`] owns the machine and
+//! everything that the main thread listens to. The builder plugs in capabilities, such as `control`, `snapshot`, `exec` and `affinity`
+//! (`tests/tests/structure/main.rs` lists all). No core module imports them.
 //!
-//! Two walks lead through it. *A kernel boots*: [`builder`] makes a paused machine in numbered steps, `vcpu::setup` applies
-//! the register images of `arch`, `vcpu::run` serves exits. *A guest write reaches the file*: `attach` registered the
-//! queue's notification with KVM and gave the disk its interrupt line; the rest of that walk is in `devices::block`.
+//! Two walks lead through it. *A kernel boots*: [`builder`] makes a paused machine in numbered steps, `vcpu::setup` applies the register
+//! images of `arch`, `vcpu::run` serves exits. *A guest write reaches the file*: `attach` has connected the disk to KVM; the rest of that
+//! walk is in `devices::block`.
 
 mod affinity;
 mod attach;

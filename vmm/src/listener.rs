@@ -55,7 +55,7 @@ impl Listener {
     }
 
     /// Accepts the next client, with a non-blocking socket. `None`: there is none. Poll the listener for edges, and call this until it
-    /// returns `None`. If the host cannot accept a client now, the client stays in the backlog until another one connects.
+    /// returns `None`. A client that the host cannot accept now waits in the backlog until another one connects.
     pub(crate) fn accept(&self) -> Option<UnixStream> {
         static REFUSED: LazyLock<LogLimit> = LazyLock::new(LogLimit::default);
         match accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
@@ -93,8 +93,8 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Whether no socket is bound to the file. Tests that by connecting a datagram socket, which never waits: a datagram socket accepts it, a
-/// socket of another type gives EPROTOTYPE, and only a file without a socket refuses the connection.
+/// Whether no socket is bound to the file. Tests that by connecting a datagram socket, which never waits: a socket of another type gives
+/// EPROTOTYPE, and only a file without a socket refuses the connection.
 fn is_stale(path: &Path) -> io::Result<bool> {
     let probe = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
     Ok(connect(&probe, &SocketAddrUnix::new(path)?) == Err(Errno::CONNREFUSED))

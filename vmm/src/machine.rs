@@ -3,13 +3,12 @@
 //! The main thread owns it. `builder` makes it paused. Sources of the main loop (signals, the console, the control socket) call its
 //! methods, and get [`MachineEvent`]s from it. It knows neither JSON nor sockets.
 //!
-//! Nothing here waits for a vCPU or for the host's disk. A stop, a reset, a save, and the release of the kernel's file need the
-//! machine to stand still. The first of them begins a [`Standstill`], and the others join it. The main loop calls [`Machine::advance`]
-//! after every event. When every vCPU has left the guest and no disk has a request with the host, `advance` carries out what they asked
-//! for. If that does not happen before the deadline (`--stop-timeout`), the standstill is given up, and the machine goes on, or ends if
-//! a task requires it (`kernel_file`).
+//! Nothing here waits for a vCPU or for the host's disk. A stop, a reset, a save, and the release of mapped files need the machine to
+//! stand still. The first of them begins a [`Standstill`], and the others join it. The main loop calls [`Machine::advance`] after every
+//! event. When every vCPU has left the guest and no disk has a request with the host, `advance` carries out what they asked for. At the
+//! deadline (`--stop-timeout`) the standstill is given up, and the machine goes on, or ends if a task requires it (`kernel_file`).
 //!
-//! The end of the machine (`end`) cancels a standstill. It has a deadline of its own, at which it leaves out the disks that hang.
+//! The end of the machine (`end`) cancels a standstill. At its own deadline it leaves out the disks that hang.
 
 mod end;
 mod halt_report;
@@ -52,9 +51,9 @@ use crate::vcpu::VcpuThread;
 
 /// Whether the machine runs, and if not, why: the `status` in QMP's `query-status`.
 ///
-/// `Prelaunch` follows building, and the reset of a machine that was stopped. `Paused` follows a client's `stop`, `Debug` a
-/// debugger's, and `IoError` a disk's error policy. In `FinishMigrate` a save is under way, and `PostMigrate` follows it. `Shutdown` is never
-/// stored: [`Machine::state`] computes it while the end is under way.
+/// `Prelaunch` follows building, and the reset of a stopped machine. `Paused` follows a client's `stop`, `Debug` a debugger's, and
+/// `IoError` a disk's error policy. In `FinishMigrate` a save is under way, and `PostMigrate` follows it. `Shutdown` is never stored:
+/// [`Machine::state`] computes it during the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum RunState {
     Prelaunch,
@@ -176,8 +175,8 @@ pub(crate) type UnmapFiles = Box<dyn FnOnce(&GuestMemory) -> Result<(), Error>>;
 
 /// A standstill under way: what is to be done when the machine stands still.
 ///
-/// At most one exists. A request that comes meanwhile joins it: a stop sets `stop`, and every other request adds a task. It gets the
-/// job number of the standstill, so a client's `stop` during a reset is answered when both are done. Only a save has a number of its own.
+/// At most one exists. A request that comes meanwhile joins it: a stop sets `stop`, any other adds a task. It gets the standstill's job
+/// number, so a client's `stop` during a reset is answered when both are done. Only a save has a number of its own.
 struct Standstill {
     /// The number of its `Done` event.
     job: u64,
@@ -238,7 +237,7 @@ struct End {
 
 /// Owns every thread and resource of the VM, except for those of the main loop's sources.
 ///
-/// Only the main thread uses it, so it needs no lock. A method that begins work that takes long returns the number of a job at once.
+/// Only the main thread uses it, so it needs no lock. A method that begins long work returns the number of a job at once.
 /// [`MachineEvent::Done`] with that number follows when the work is done.
 pub(crate) struct Machine {
     pub hardware: Hardware,
@@ -311,8 +310,8 @@ impl Machine {
         Ok(())
     }
 
-    /// Lets clock, disks and vCPUs go on. The clock comes first, because no vCPU may read it before it is set. The disks come before
-    /// the vCPUs: each worker begins its stopped requests before it takes new ones. Nothing here waits for a worker.
+    /// Lets clock, disks and vCPUs go on. The clock comes first, because no vCPU may read it before. The disks come before the vCPUs, so
+    /// that each worker begins its stopped requests before new ones. Nothing here waits for a worker.
     fn run(&mut self) {
         if let Some(clock) = self.clock.take() {
             // The flags of KVM_GET_CLOCK are not accepted back (`api.rst` 4.30 KVM_SET_CLOCK).

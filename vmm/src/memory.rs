@@ -1,8 +1,8 @@
-//! Guest RAM: anonymous private memory of the host. The host supplies a page when the guest first touches it, unless RAM is huge
-//! pages ([`crate::hugepages`]).
+//! Guest RAM: anonymous private memory of the host, which supplies a page when the guest first touches it, unless RAM is huge pages
+//! ([`crate::hugepages`]).
 //!
-//! The builder calls [`allocate`], and a reset calls [`clear()`]. After both, all of RAM reads as zero. [`crate::boot_image`] relies on
-//! that: it writes no zeroes, so the pages of a kernel's `.bss` cost nothing.
+//! After [`allocate`] (in the builder) and [`clear()`] (at a reset) all of RAM reads as zero. [`crate::boot_image`] relies on that: it
+//! writes no zeroes, so the pages of a kernel's `.bss` cost nothing.
 
 mod clear;
 

@@ -1,9 +1,8 @@
 //! The files that a run writes. They are opened while the machine is built, and changed only when nothing can refuse the run any more.
 //!
-//! A capability. The builder makes [`OutputFiles`] and passes it to the code that opens output files: consoles, `--trace` and
-//! `--dump-on-panic`. Its last step is [`OutputFiles::begin`]. If the value is dropped before, a file that
-//! existed keeps its content, and one that was created is removed. The logs of writes ([`WriteLogs`]) are emptied or created by
-//! `begin`, too.
+//! A capability. The builder passes [`OutputFiles`] to the code that opens output files: consoles, `--trace`, `--dump-on-panic`. Its last
+//! step, [`OutputFiles::begin`], also empties or creates the logs of writes ([`WriteLogs`]). If the value is dropped before, a file that
+//! existed keeps its content, and a new one is removed.
 
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;

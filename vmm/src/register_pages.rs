@@ -39,9 +39,9 @@ pub(crate) fn acknowledge(vm: &VmFd, disks: &[MachineDisk]) -> Result<(), Error>
     })
 }
 
-/// Maps the page of each disk's registers into the guest. Each page is a change of KVM's memory map. KVM then waits for
-/// milliseconds until no vCPU can be using the old map. So a thread makes these changes while the guest runs already. Until they are
-/// made, the guest's reads exit, and get the same values.
+/// Maps the page of each disk's registers into the guest. At each such change of its memory map KVM waits for milliseconds until no vCPU
+/// can be using the old map. So a thread makes the changes while the guest runs. Until then the guest's reads exit, and get the same
+/// values.
 ///
 /// # Errors
 /// When the host has no thread left.

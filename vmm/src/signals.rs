@@ -1,7 +1,7 @@
 //! The signals that ask minivmm for something, as a file descriptor of the main loop. They are blocked in every thread.
 //!
-//! A capability: a guest that ends itself needs none of them. `cli` blocks them first of all, and the builder adds the descriptor to
-//! the main loop as a [`Source`].
+//! A capability: a guest that ends itself needs none. `cli` blocks them first of all, and the builder adds the descriptor as a
+//! [`Source`].
 
 use std::io;
 use std::mem::MaybeUninit;

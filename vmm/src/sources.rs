@@ -8,8 +8,8 @@ use event_manager::{EventOps, EventSet, Events};
 
 use crate::machine::{Machine, MachineEvent};
 
-/// A row of the main loop's table: descriptors, and what to do when one of them is ready. A source must not block: meanwhile no
-/// other source is served, not even the one that reads SIGTERM.
+/// A row of the main loop's table: descriptors, and what to do when one is ready. A source must not block, because meanwhile no other is
+/// served, not even the one that reads SIGTERM.
 pub(crate) trait Source {
     /// Adds the source's descriptors, each with a number of its own choice.
     ///
@@ -34,8 +34,8 @@ pub(crate) trait Source {
     fn finish(self: Box<Self>) {}
 }
 
-/// A row's descriptors in the main loop's epoll set. Each descriptor has 32 bits of user data: the source's own number
-/// in the low 8, so that a source has at most 256 descriptors, and the row above.
+/// A row's descriptors in the main loop's epoll set. The user data of each has the source's own number in the low 8 bits, so at most 256
+/// descriptors, and the row above.
 pub(crate) struct Poller<'a, 'b> {
     ops: &'a mut EventOps<'b>,
     row: u32,
@@ -55,8 +55,8 @@ impl<'a, 'b> Poller<'a, 'b> {
         self.ops.add(self.events(fd, number, EventSet::IN))
     }
 
-    /// Polls a descriptor edge-triggered. Each expiry of a timer is an edge, so the timer need not be read. Each new client of a
-    /// listener is one, so a client that cannot be accepted does not wake the loop again and again.
+    /// Polls a descriptor edge-triggered. Each expiry of a timer is an edge, so it need not be read. Each new client of a listener is
+    /// one, so a client that cannot be accepted does not wake the loop again and again.
     pub(crate) fn add_edges(&mut self, fd: &dyn AsRawFd, number: u8) -> event_manager::Result<()> {
         let edges = EventSet::IN | EventSet::EDGE_TRIGGERED;
         self.ops.add(self.events(fd.as_raw_fd(), number, edges))

@@ -1,9 +1,10 @@
-//! Trace events (`--trace`): their names, which of them are on, and what an address in one of them means.
+//! Trace events (`--trace`): their names, which of them are on, and what an address in one of them means. The chapter is
+//! `vmm/docs/tracing.md`.
 //!
-//! A capability. Places in the code emit ordinary `tracing` events of level TRACE with targets of their own. An event that is off costs one
-//! comparison. `cli` has the subscriber. It asks [`is_target_on`] once for each place, records events that are on, and passes the thread that
-//! writes the records to the builder ([`set_writer`]). QMP's `trace-event-set-state` turns events on and off while the machine runs. The
-//! chapter is `vmm/docs/tracing.md`.
+//! A capability. Places in the code emit ordinary `tracing` events of level TRACE with targets of their own. An event that is off costs
+//! one comparison. `cli` has the subscriber: it asks [`is_target_on`] once for each place, records events that are on, and passes the
+//! thread that writes the records to the builder ([`set_writer`]). QMP's `trace-event-set-state` turns events on and off while the
+//! machine runs.
 
 mod decode;
 

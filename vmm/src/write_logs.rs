@@ -1,7 +1,7 @@
 //! `log-writes=` of disks: puts a log of writes around an image, and opens its file.
 //!
-//! A capability. The builder calls [`WriteLogs::over`] when the images are open, and [`WriteLogs::begin`] where files may be
-//! created; `devices::disk::log_writes` does the rest.
+//! A capability. The builder calls [`WriteLogs::over`] with the open images, and [`WriteLogs::begin`] where files may be created;
+//! `devices::disk::log_writes` does the rest.
 
 use std::io;
 use std::path::PathBuf;

@@ -1,10 +1,9 @@
-//! `--overcommit cpu-pm=on`: the guest's HLT and PAUSE cause no exits. It is for vCPUs that have host CPUs of their own.
+//! `--overcommit cpu-pm=on`: the guest's HLT and PAUSE cause no exits, for vCPUs that have host CPUs of their own.
 //!
-//! Without it, HLT exits to KVM, which schedules other work on the host CPU. The next interrupt then has to wake the vCPU's
-//! thread. With it, the host CPU executes the guest's HLT and sleeps there. To the host that CPU looks busy all the time.
+//! Without it, HLT exits to KVM, which schedules other work, and the next interrupt has to wake the vCPU's thread. With it, the host CPU
+//! executes the guest's HLT, and looks busy to the host all the time.
 //!
-//! The builder calls [`keep_idle_in_guest`] before it makes the first vCPU, because KVM accepts the setting only then. It passes
-//! [`hints`] to the CPUID leaves.
+//! The builder calls [`keep_idle_in_guest`] before it makes the first vCPU: KVM accepts the setting only then.
 
 use std::io;
 
@@ -21,8 +20,8 @@ use crate::error::Error;
 /// (`Documentation/virt/kvm/x86/cpuid.rst`).
 const HINT_REALTIME: u32 = 1 << 0;
 
-/// EDX of CPUID leaf 0x4000_0001, KVM's hints. The hint is true only if the vCPUs have host CPUs of their own, so it needs `--vcpu-affinity`, too.
-/// QEMU's option for it is `kvm-hint-dedicated=on`.
+/// KVM's hints, EDX of CPUID leaf 0x4000_0001. The hint is true only if the vCPUs have host CPUs of their own, so it needs
+/// `--vcpu-affinity`. In QEMU it is `kvm-hint-dedicated=on`.
 pub(crate) fn hints(config: &VmConfig) -> u32 {
     if config.cpu_pm && !config.vcpu_affinity.is_empty() { HINT_REALTIME } else { 0 }
 }
@@ -41,8 +40,8 @@ pub(crate) fn keep_idle_in_guest(config: &VmConfig, kvm: &Kvm, vm: &VmFd) -> Res
     vm.enable_cap(&capability).map_err(Error::kvm("let HLT run without exits"))
 }
 
-/// The exits to disable, among those that KVM offers. It is an error if HLT is not among them: on a CPU whose hyper-threads
-/// influence each other's return predictions, KVM offers only PAUSE (`mitigate_smt_rsb` in `arch/x86/kvm/x86.c`).
+/// The exits to disable, among those that KVM offers. HLT must be one of them. KVM offers only PAUSE on a CPU whose hyper-threads
+/// influence each other's return predictions (`mitigate_smt_rsb` in `arch/x86/kvm/x86.c`).
 fn exits_to_disable(offered: i32) -> Result<u32, Error> {
     let offered = u32::try_from(offered).unwrap_or(0);
     if offered & KVM_X86_DISABLE_EXITS_HLT == 0 {

@@ -1,5 +1,5 @@
-//! Bytes from the host for the UART. No more are read than the UART has room for, so that pasted text of any length arrives
-//! whole. From a terminal up to 4096 bytes are read ahead, because `Ctrl-A x` must work even if the guest reads nothing.
+//! Bytes from the host for the UART. No more are read than it has room for, so that pasted text of any length arrives whole. From a
+//! terminal up to 4096 bytes are read ahead, because `Ctrl-A x` must work even if the guest reads nothing.
 
 use std::collections::VecDeque;
 use std::fs::File;

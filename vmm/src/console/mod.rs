@@ -2,10 +2,10 @@
 //!
 //! Output: a vCPU puts bytes into a bounded buffer and never waits. The thread `console` writes them to the host ([`output`]).
 //!
-//! Input: [`serial_console`] is a source of the main loop. It reads as much from the host as the UART has room for ([`input`]), and
-//! recognizes the escape key on a terminal ([`escape`]).
+//! Input: [`serial_console`] is a source of the main loop. It reads as much as the UART has room for ([`input`]), and finds the escape
+//! key on a terminal ([`escape`]).
 //!
-//! [`open`] opens the host side as `--console` says. To the other files, it is a value of [`ends`].
+//! [`open`] opens the host side as `--console` says, as a value of [`ends`].
 
 mod backends;
 mod ends;

@@ -15,8 +15,8 @@ use rustix::io::Errno;
 use crate::error::Error;
 use crate::lock;
 
-/// Bytes of output that may wait for the reader. If the reader has stopped and the guest prints more, the newest bytes are dropped and
-/// counted. The count is printed when the reader goes on.
+/// Bytes of output that may wait for the reader. If the guest prints more, the newest bytes are dropped and counted. The count is printed
+/// when the reader goes on.
 const CAPACITY: usize = 4 << 20;
 
 /// A sink that fails, such as a file on a full disk, is tried again after this time.
@@ -33,8 +33,8 @@ pub(crate) struct Output {
     thread: Option<JoinHandle<()>>,
 }
 
-/// The UART's handle. `write` never blocks and never fails, because a guest that prints must not be able to stall its
-/// vCPU or to end the VM. Bytes that do not fit are dropped and counted.
+/// The UART's handle. `write` never blocks and never fails: a guest that prints must not stall its vCPU or end the VM. Bytes that do not
+/// fit are dropped and counted.
 #[derive(Clone, Debug)]
 pub(crate) struct OutputWriter {
     buffer: Arc<Buffer>,

@@ -1,6 +1,6 @@
-//! Connects each serial port of the guest to its console. There is one port, or two if the user asks for a second console.
+//! Connects each serial port of the guest to its console: one, or two with a second `--console`.
 //!
-//! A capability: the builder calls it. The console and the UART do not refer to it.
+//! A capability: the builder calls it. The console and the UART do not know it.
 
 use std::sync::{Arc, Mutex};
 

@@ -38,8 +38,8 @@ const INPUT: u8 = 0;
 const INPUT_DRAINED: u8 = 1;
 const CLIENTS: u8 = 2;
 
-/// How the VM ends when the terminal hangs up: as by SIGHUP. The kernel sends that signal only to the session's leader. If the leader is
-/// make(1), it waits for minivmm instead of passing the signal on.
+/// How the VM ends when the terminal hangs up: as by SIGHUP. The kernel sends that signal only to the session's leader, and if that is
+/// make(1), it does not pass the signal on.
 const HUNG_UP: Outcome = Outcome::Signal(libc::SIGHUP);
 
 #[derive(Clone, Copy, PartialEq, Eq)]

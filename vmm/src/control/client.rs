@@ -34,8 +34,8 @@ struct Pending {
     answer: Result<Answer, Failure>,
 }
 
-/// A client of the control socket, from the greeting to the end of its connection. Its commands are executed in order: each waits
-/// for the answer to the one before. No call blocks, and both buffers are bounded.
+/// A client of the control socket, from the greeting to the end of its connection. Its commands are executed in order, each after the
+/// answer to the one before. No call blocks, and both buffers are bounded.
 #[derive(Debug)]
 pub(super) struct Client {
     stream: UnixStream,
@@ -156,7 +156,7 @@ impl Client {
     }
 
     /// Executes the client's next command, if it has sent one and waits for no answer. Returns whether it did. A query is answered at
-    /// once. For another command the server calls `answer` after the events that the command causes.
+    /// once, another command after the events that it causes (`answer`).
     pub(super) fn execute_next(
         &mut self,
         machine: &mut Machine,
@@ -171,9 +171,9 @@ impl Client {
         Ok(true)
     }
 
-    /// Answers a query at once, since it causes no events. Its answer is about this moment. If it were sent after events that happened
-    /// later, a client would read `completed` and then `active`, and wait for the end of the save for ever. Other commands are
-    /// answered after the events that they cause.
+    /// Answers a query at once, since it causes no events and its answer is about this moment. After later events, a client would read
+    /// `completed` and then `active`, and wait for the end of the save for ever. Other commands are answered after the events that they
+    /// cause.
     fn answer_query_or_defer(
         &mut self,
         command: &str,

@@ -1,7 +1,7 @@
-//! `--incoming defer`: the control socket before there is a machine. A client names the file by `migrate-incoming`, and stays
-//! connected while the machine is built from it.
+//! `--incoming defer`: the control socket before there is a machine. A client names the file by `migrate-incoming`, and stays connected
+//! while the machine is built from it.
 //!
-//! `cli` calls [`wait`]. It serves all clients at once, so a client that sends nothing does not keep another from naming the file.
+//! `cli` calls [`wait`]. It serves all clients at once, so none keeps another from naming the file.
 
 use std::io;
 use std::mem;
@@ -55,8 +55,8 @@ enum Step {
     End(Awaited),
 }
 
-/// Serves the control socket of `config` until a client names a saved machine. `options` are those of `--incoming defer`: the
-/// client's path replaces theirs.
+/// Serves the control socket of `config` until a client names a saved machine, whose path completes `options`, those of `--incoming
+/// defer`.
 ///
 /// # Errors
 /// The socket cannot be made, or this host cannot run a VM.

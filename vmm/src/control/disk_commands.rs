@@ -1,7 +1,6 @@
-//! The QMP commands about disks: their arguments and functions. The table in `commands` refers to both.
+//! The QMP commands about disks: their arguments and functions, for the table in `commands`.
 //!
-//! Limits, thresholds and histograms take effect at once. A resize is a job of the machine: the command is answered when the job is
-//! done.
+//! Limits, thresholds and histograms take effect at once. A resize is answered when its job is done.
 
 use devices::block::{
     BlockHandle, ErrorPolicy, Histogram, IoStatus, Kind, KindStats, Limit, Rate, Throttling,

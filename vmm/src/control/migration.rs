@@ -1,8 +1,8 @@
 //! The QMP commands that save the machine (QEMU, qapi/migration.json). In QEMU's terms, a save is a migration to a file.
 //!
 //! `server` has the one [`Migration`] and passes it every event of the machine. A save stops the guest. After a success the guest stays
-//! stopped, in the state `postmigrate`. After a failure or a cancel it goes on. During a background save, the guest goes on when the
-//! status becomes `active`.
+//! stopped, in the state `postmigrate`; after a failure or a cancel it goes on. During a background save it goes on when the status
+//! becomes `active`.
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -1,6 +1,5 @@
-//! The schema of what is implemented, as `query-qmp-schema` describes it (QEMU, qapi/introspect.json). The types of commands
-//! come from their table in `commands`; the types of results and events are written down here, and the tests compare real
-//! messages with them.
+//! The schema of what is implemented, for `query-qmp-schema` (QEMU, qapi/introspect.json). The types of commands come from their table in
+//! `commands`. Those of results and events are here, and tests compare real messages with them.
 
 use serde_json::{Value, json};
 

@@ -1,7 +1,6 @@
-//! How an error reads: on one line, with its causes and what the user can do, and whether the user's arguments are at fault.
+//! An error as one line, with its causes and what the user can do, and whether the user's arguments are at fault.
 //!
-//! A capability: the core only makes errors. `cli` and `control` call this file when an error reaches the user or a QMP client, and a
-//! save or a restore when it warns of one.
+//! A capability: the core only makes errors. `cli`, `control` and `snapshot` print them.
 
 use std::error::Error as StdError;
 use std::fmt;

@@ -1,11 +1,11 @@
 //! Finds the command's output and its status in what the guest writes to the serial port.
 //!
-//! `port` passes each byte to [`Frames`]. The guest's script writes `MARK begin;` and a newline, the command's output, and `MARK end STATUS;`.
-//! MARK is random and differs in each run. So output never looks like a frame by accident, and only a guest that got the mark can report
-//! a status.
+//! `port` passes each byte to [`Frames`]. The guest's script writes `MARK begin;` and a newline, the command's output, and `MARK end
+//! STATUS;`. MARK is random in each run, so no output looks like a frame by accident, and only a guest that got the mark can report a
+//! status.
 //!
-//! The terminal driver of the guest changes only newlines, each into a carriage return and a newline (ONLCR, the default of an 8250 port).
-//! So removing one carriage return before each newline restores any bytes exactly.
+//! The guest's terminal driver changes only newlines, each into a carriage return and a newline (ONLCR, the default of an 8250 port). So
+//! one carriage return is removed before each newline.
 
 /// The parts of the stream.
 ///

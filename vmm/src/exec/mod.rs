@@ -3,14 +3,14 @@
 //! A capability: the builder calls [`plan`], which adds to the configuration what the guest needs, and [`attach()`], which plugs in the
 //! second serial port. The parts:
 //!
-//! - `job.sh`, the script that the guest's `/bin/sh` runs. It is on a small read-only disk after the user's disks, because a kernel command
-//!   line has only 2047 printable bytes. The command line has `init=/bin/sh -- /dev/vdX`.
+//! - `job.sh`, the script that the guest's `/bin/sh` runs (`init=/bin/sh -- /dev/vdX`). It is on a small read-only disk after the user's
+//!   disks, because a kernel command line has only 2047 printable bytes.
 //! - `frames`, which finds the output and the status in what the guest writes to the second serial port.
 //! - `port`, the serial port, which makes the guest wait if the reader of the output is slow.
 //! - `output`, which writes the output to minivmm's standard output, and then passes the status to the machine.
 //!
-//! A status is an event of the machine, like a byte at the debug-exit port. If a machine ends in another way, `cli` reports that as an error.
-//! So an exit status of 0 is always the command's.
+//! A status is an event of the machine, like a byte at the debug-exit port. `cli` reports any other end as an error, so an exit status of
+//! 0 is always the command's.
 
 mod frames;
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! Passes the command's output to minivmm's standard output: a bounded buffer between the vCPU that writes to the serial port and the
 //! thread `job-output`.
 //!
-//! Unlike a console's, this output is never dropped: while the buffer is full, `port` makes the vCPU wait in its write. The status becomes
-//! an event of the machine after all output is written. So a machine that ends with a status has lost no output.
+//! Unlike a console's, this output is never dropped: while the buffer is full, `port` makes the vCPU wait in its write. The status
+//! becomes an event of the machine only when all output is written.
 
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;

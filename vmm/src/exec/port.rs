@@ -1,7 +1,7 @@
 //! The serial port to which the command writes: a UART that can make the guest wait, and that interrupts only as often as necessary.
 //!
-//! `exec::attach` puts it on the bus instead of a plain UART. A write to a full buffer takes effect when there is room. The vCPU waits for
-//! that, and a stop or the end of the machine interrupts the wait (`devices::bus::Unfinished`).
+//! `exec::attach` puts it on the bus instead of a plain UART. A write to a full buffer takes effect when there is room. The vCPU waits
+//! for that, unless the machine stops or ends (`devices::bus::Unfinished`).
 
 use std::io;
 use std::sync::Arc;
@@ -18,8 +18,8 @@ use super::output::Buffer;
 const INTERRUPT_ENABLE: u64 = 1;
 const INTERRUPT_IDENTIFICATION: u64 = 2;
 
-/// An interrupt line that is pulsed again only after the guest has read the reason of the last interrupt. A driver writes 16 bytes at once,
-/// and for each of them the UART reports an empty transmitter. A pulse costs as much as a byte.
+/// An interrupt line that is pulsed again only after the guest has read the reason of the last interrupt. A driver writes 16 bytes at
+/// once, and for each the UART reports an empty transmitter, but a pulse costs as much as a byte.
 pub(super) struct PendingLine {
     line: Arc<dyn InterruptLine>,
     is_pending: AtomicBool,

@@ -1,10 +1,9 @@
 //! `--explain`: a machine as text, and as the values of a picture, read from the machine itself.
 //!
 //! A capability. `cli` calls [`explain`] instead of running the machine. [`explain`] builds it, as a run would, and then reads everything
-//! from what was built: registers from KVM, the content of memory from the placement plan, features and configuration
-//! spaces from the disks' registers (as a driver reads them), threads and descriptors from /proc/self, system calls from the
-//! lists that the filters are made of. So the text cannot differ from what would run, but for the threads `save` (with `--qmp`) and `trace`
-//! (with `--trace`), which only a run has.
+//! from what was built: registers from KVM, memory from the placement plan, features and configuration spaces from the disks' registers,
+//! threads and descriptors from /proc/self, system calls from the filters' lists. So the text cannot differ from what would run, except
+//! for the threads `save` (with `--qmp`) and `trace` (with `--trace`), which only a run has.
 //!
 //! What a run would leave behind is left out: no socket is bound, and no file of a console or a dump is created or emptied. Images are
 //! opened and locked, because whether they can be is part of the answer.

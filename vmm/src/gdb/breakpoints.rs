@@ -1,11 +1,11 @@
 //! The debugger's breakpoints and watchpoints: their encoding for KVM, and which of them a debug exit is about.
 //!
-//! Each breakpoint or watchpoint takes one of the four debug registers, the same one on every vCPU. While a debugger uses them, the
-//! guest's own debug registers have no effect. If all four are in use, a software breakpoint becomes the instruction INT3 in guest
-//! memory. KVM then exits when a vCPU executes an INT3.
+//! Each takes one of the four debug registers, the same one on every vCPU. While a debugger uses them, the guest's own debug registers
+//! have no effect. If all four are in use, a software breakpoint becomes the instruction INT3 in guest memory, and KVM exits when a vCPU
+//! executes it.
 //!
 //! A debug register is better than INT3: it works before the guest has loaded or mapped the code, it survives a reset, and it leaves
-//! guest memory as it is. So a software breakpoint gives up its register only if a hardware breakpoint or a watchpoint needs it.
+//! guest memory as it is. So a software breakpoint gives up its register only for a hardware breakpoint or a watchpoint.
 
 use gdbstub::target::ext::breakpoints::WatchKind;
 use kvm_bindings::{

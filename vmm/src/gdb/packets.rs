@@ -1,10 +1,10 @@
 //! Finds a debugger's packets in the bytes that it sends, and checks their checksums.
 //!
-//! If a checksum is wrong, GDB's protocol answers `-`, which asks for the packet again. gdbstub ends the connection instead. So
-//! [`Packets`] checks packets before gdbstub gets them, and [`server`](super::server) sends the `-`.
+//! After a wrong checksum, GDB's protocol answers `-`, which asks for the packet again, but gdbstub ends the connection. So [`Packets`]
+//! checks packets first, and [`server`](super::server) sends the `-`.
 //!
-//! Bytes outside of packets are passed on to gdbstub, which ends the connection. That keeps web pages out: a page can make a browser
-//! send packets to a port of the loopback interface, but only after the first lines of an HTTP request.
+//! Bytes outside of packets are passed on to gdbstub, which ends the connection. That keeps web pages out: a page can make a browser send
+//! packets to a port of the loopback interface, but only after the first lines of an HTTP request.
 
 use std::mem;
 

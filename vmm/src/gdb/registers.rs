@@ -39,8 +39,8 @@ pub(super) fn read(vcpu: &Vcpu) -> Result<X86_64CoreRegs, Error> {
     })
 }
 
-/// Returns false, and changes nothing, if a segment register has another value than now. GDB sends only its selector, and KVM would
-/// also need its base, limit and attributes.
+/// Returns false, and changes nothing, if a segment register has another value than now: GDB sends only its selector, and KVM also needs
+/// base, limit and attributes.
 ///
 /// # Errors
 /// KVM refuses to write them.

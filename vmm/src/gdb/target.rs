@@ -1,8 +1,7 @@
 //! Carries out the debugger's requests on vCPUs that stand still, and on guest memory at their virtual addresses.
 //!
-//! The machine owns its vCPUs. The server moves them into [`Target`] for each call: the protocol's state outlives a call, so it cannot
-//! borrow them. The server also stops and resumes the machine. A request to go on only prepares the vCPUs and sets
-//! [`Target::goes_on`].
+//! The machine owns its vCPUs. The server moves them into [`Target`] for each call, because the protocol's state outlives a call and
+//! cannot borrow them. A request to go on only prepares the vCPUs and sets [`Target::goes_on`]; the server stops and resumes the machine.
 
 use std::mem;
 
@@ -33,8 +32,8 @@ use crate::vcpu::{Vcpu, VcpuThread};
 
 const PAGE_SIZE: u64 = 0x1000;
 
-/// Most bytes of memory that one packet may read: in hexadecimal they fill the longest reply. `gdbstub` has no limit. Without this one,
-/// a short request for all of guest memory would need twice as much host memory, and would block the main loop.
+/// Most bytes of memory that one packet may read: in hexadecimal they fill the longest reply. `gdbstub` has no limit: a short request for
+/// all of guest memory would need twice as much host memory, and block the main loop.
 const READ_MAX: usize = 2048;
 
 /// More than a user sets, and few enough to search through at each stop.
@@ -100,8 +99,8 @@ impl Target {
     }
 
     /// Returns why the vCPUs have stopped (`None`: not because of the debugger), and whether KVM will deliver the #BP of a guest's own
-    /// INT3. After the latter, [`Self::prepare`] has to be called before the guest goes on. If several vCPUs have met a breakpoint, only
-    /// the first is reported. The others will meet theirs again.
+    /// INT3. In that case call [`Self::prepare`] before the guest goes on. If several vCPUs have met a breakpoint, only the first is
+    /// reported: the others will meet theirs again.
     ///
     /// # Errors
     /// KVM refuses to deliver a #BP.

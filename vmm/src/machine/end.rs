@@ -1,6 +1,6 @@
-//! The end of the machine. [`Machine::end`] stops the vCPUs and pauses the disks. From then on [`Machine::advance`] takes each disk
-//! from draining to flushing as soon as that disk is ready. So if one disk hangs, the data of the others still reaches the medium.
-//! At the deadline the machine ends without what hangs.
+//! The end of the machine. [`Machine::end`] stops the vCPUs and pauses the disks. From then on [`Machine::advance`] flushes each disk as
+//! soon as it has drained. So if one disk hangs, the data of the others still reaches the medium. At the deadline the machine ends
+//! without what hangs.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -54,10 +54,10 @@ impl Machine {
     }
 
     /// Ends the threads and frees everything. If something hangs, nothing is freed, because a thread or the host may still use guest
-    /// memory. The exit of the process frees it.
+    /// memory: the exit of the process frees it.
     ///
     /// # Errors
-    /// The failure that ended the machine, or what hangs, or a disk that could not be flushed.
+    /// What ended the machine, or what hangs, or a disk that could not be flushed.
     pub(crate) fn finish(mut self) -> Result<Outcome, Error> {
         let hangs = self.hung(Instant::now(), MachineDisk::is_flushed).is_some();
         let outcome = self.end.take().map_or(Err(Error::Stopping), |end| end.outcome);

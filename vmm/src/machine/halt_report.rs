@@ -1,5 +1,5 @@
 //! Warns that the guest has halted for good: at a standstill it checks whether any vCPU can still run by itself. The warning comes once
-//! until a reset. `halt_watch` asks for the check when no vCPU has used its CPU for a while.
+//! until a reset. `halt_watch` asks for the check.
 
 use super::{Machine, Task};
 use crate::error::Error;

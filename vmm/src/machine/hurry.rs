@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use super::{Machine, Outcome};
 
-/// How long the end may take, from its beginning, if a further signal or `Ctrl-A x` comes meanwhile. It is not zero, because
-/// timeout(1) sends its signal twice: to the process and to its group. If all disks answer, the end takes a fraction of this time.
+/// How long the end may take in all, if a further signal or `Ctrl-A x` comes. It is not zero, because timeout(1) sends its signal twice:
+/// to the process and to its group. If all disks answer, the end takes a fraction of this time.
 const HURRIED_END: Duration = Duration::from_secs(1);
 
 impl Machine {

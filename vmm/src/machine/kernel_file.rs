@@ -1,7 +1,7 @@
 //! Releases the files whose pages are mapped into guest memory (the kernel's and a saved machine's), when another process wants to write
-//! to one of them: see [`crate::kernel_pages`].
+//! to one: see [`crate::kernel_pages`].
 //!
-//! A capability: `signals` asks for it when SIGIO comes. It hooks in as a [`Task`] of the machine's standstill.
+//! A capability: `signals` asks for it at SIGIO. It hooks in as a [`Task`] of the machine's standstill.
 
 use super::{Hardware, Machine, Task};
 use crate::error::Error;
@@ -28,8 +28,8 @@ impl Task for ReleaseFiles {
         machine.copy_files().map(|()| true)
     }
 
-    /// The host's kernel takes the lease away soon, and the writer may then truncate the file, with the guest's pages. So the pages are
-    /// copied now, although something still runs. What a vCPU or a disk writes to them during the copy is lost, so the machine must end.
+    /// The host's kernel soon takes the lease away, and the writer may then truncate the file, with the guest's pages. So they are copied
+    /// now, although something still runs. What a vCPU or a disk writes to them meanwhile is lost, so the machine must end.
     fn give_up(&mut self, machine: &mut Machine, error: Error) -> Option<Error> {
         Some(machine.copy_files().err().unwrap_or(error))
     }

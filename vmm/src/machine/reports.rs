@@ -1,8 +1,8 @@
 //! What the machine does when a thread reports something: the guest powers off, resets the machine or panics, a vCPU or a worker cannot
 //! go on, or a disk has an error.
 //!
-//! A capability: the builder makes a [`Reports`], gives the disks its sink, and adds it to the main loop as a source. Neither a boot nor a
-//! request reports anything. `--dump-on-panic` (`snapshot::panic_dump`) has a panic held, and ends the machine when the dump is written.
+//! A capability: the builder makes a [`Reports`], gives the disks its sink, and adds it to the main loop as a source. A boot or a request
+//! reports nothing. `--dump-on-panic` (`snapshot::panic_dump`) has a panic held, and ends the machine after the dump.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -41,8 +41,8 @@ pub(crate) struct Reports {
 }
 
 impl Reports {
-    /// The source, and the sink for the events of all disks, which never blocks. An I/O error that finds its channel full is dropped: it
-    /// also sets the status of its disk, which is read here.
+    /// The source, and the sink for the events of all disks, which never blocks. An I/O error that finds its channel full is dropped: the
+    /// status of its disk, which is read here, has it, too.
     pub(crate) fn new(
         main_loop: &Arc<EventSender>,
         events: Receiver<VmEvent>,

@@ -1,8 +1,8 @@
 //! A reset: the guest starts again, and everything that it can see is as at power-on.
 //!
-//! A capability: QMP's `system_reset` asks for it. It hooks in as a [`Task`] of the machine's standstill. First it resets the devices,
-//! which may have to wait for the host's disk. When every other task is over, interrupt controllers and vCPUs get their state at
-//! power-on ([`PowerOn`]), memory is cleared, and the boot image is loaded again.
+//! A capability: QMP's `system_reset` asks for it. It hooks in as a [`Task`] of the machine's standstill. It resets the devices first,
+//! which may have to wait for the host. When every other task is over, interrupt controllers and vCPUs get their state at power-on
+//! ([`PowerOn`]), memory is cleared, and the boot image is loaded again.
 
 use std::any::Any;
 use std::time::Instant;
@@ -67,8 +67,7 @@ struct Reset {
 }
 
 impl Machine {
-    /// Begins a reset, as by a reset button. Devices, interrupt controllers and vCPUs become as at power-on, and RAM has only what the
-    /// boot image puts there. A machine that was stopped stays stopped. Returns the number of the `Done` event.
+    /// Begins a reset, as by a reset button. A machine that was stopped stays stopped. Returns the number of the `Done` event.
     ///
     /// # Errors
     /// A file of the boot image was changed since it was loaded, or the machine is about to end. Nothing has changed then.

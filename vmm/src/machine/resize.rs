@@ -1,7 +1,7 @@
 //! Gives a disk another size while the machine runs.
 //!
-//! A capability: QMP's `block_resize` asks for it. The work is done on the disk's background thread, because for some formats it takes
-//! minutes. The thread then wakes the main loop, and [`Reports`](super::Reports) looks for its answer.
+//! A capability: QMP's `block_resize` asks for it. The disk's background thread does it, because it takes minutes for some formats, and
+//! wakes the main loop. [`Reports`](super::Reports) then looks for its answer.
 
 use std::sync::Arc;
 

@@ -1,8 +1,7 @@
 //! The standstill of the machine: how it begins, what is done when everything stands still, and what happens at its deadline.
 //!
-//! A stop begins a standstill, or joins the one under way. So does each [`Task`](super::Task) of a capability: a reset, a save, the
-//! release of the kernel's file, the check for a halted guest. Nothing here waits: the main loop calls [`Machine::advance`] after
-//! every event.
+//! A stop begins a standstill, or joins the one under way. So does each [`Task`](super::Task): a reset, a save, the release of mapped
+//! files, the check for a halted guest. Nothing here waits: the main loop calls [`Machine::advance`] after every event.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -16,8 +15,8 @@ use crate::error::{Error, VcpuError};
 use crate::vcpu::VcpuThread;
 
 impl Machine {
-    /// Begins to stop the guest. When that is done, no vCPU is in the guest, no request is with the host, and memory and disks do not
-    /// change. Returns the number of the `Done` event to come. `None`: the machine does not run.
+    /// Begins to stop the guest. Afterwards no vCPU is in the guest, no request is with the host, and memory and disks do not change.
+    /// Returns the number of the `Done` event to come. `None`: the machine does not run.
     pub(crate) fn stop(&mut self, state: RunState) -> Option<u64> {
         (self.state() == RunState::Running)
             .then(|| self.stand_still(|standstill| standstill.stop = Some(state)))

@@ -1,8 +1,8 @@
 //! Which system calls each kind of thread may make, and the seccomp filters that enforce it.
 //!
-//! A filter sees the number and the arguments of a system call, but not the memory to which an argument points. So few calls that take
-//! a path are allowed, and Landlock (`privileges`) refuses their paths. [`allowed`] is the only list: the filters are compiled from it,
-//! and a test compares it with `vmm/docs/sandbox.md`.
+//! A filter sees a call's number and arguments, but not the memory to which an argument points. So few calls that take a path are
+//! allowed, and Landlock (`privileges`) refuses their paths. [`allowed`] is the only list: the filters are compiled from it, and a test
+//! compares it with `vmm/docs/sandbox.md`.
 
 use std::collections::BTreeMap;
 
@@ -80,8 +80,8 @@ pub(super) enum Test {
     Set(u64),
 }
 
-/// A system call that is allowed if all conditions in one of the lists in `when` hold, or always if `when` is empty. A condition is the
-/// index of an argument, and a test of it.
+/// A system call that is allowed if all conditions in one of the lists in `when` hold, or if `when` is empty. A condition is the index of
+/// an argument, and a test of it.
 #[derive(Clone, Debug)]
 pub(super) struct Allowed {
     pub(super) number: libc::c_long,
@@ -418,9 +418,9 @@ pub(super) fn compile(
 
 /// Most system calls that a filter compares one after the other.
 ///
-/// Seccompiler's own filters compare with all calls in one chain. The kernel compiles each new filter, and runs it once for every
-/// system call number to find those that are always allowed. With 40 calls in one chain this cost 0.2 ms for each thread. A binary
-/// search between short chains halves it.
+/// Seccompiler's own filters have one chain of all calls. The kernel compiles each new filter, and runs it once for every system call
+/// number to find those that are always allowed. With 40 calls this cost 0.2 ms for each thread; a binary search between short chains
+/// halves it.
 const CHAIN: usize = 4;
 
 /// The lowest system call number that a part of a filter decides on, and the part.

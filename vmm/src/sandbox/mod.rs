@@ -8,11 +8,10 @@
 //! - System calls: each kind of thread has a seccomp filter (`filters`). A call that is not on the list ends the VM (`violation`).
 //! - Inspection: other processes of the same user cannot read its memory, because the process is not dumpable.
 //!
-//! The builder plugs this in. Two other modules ask it something: `snapshot::new_file` where it may save ([`check_save`]), and
-//! `explain` for the lists ([`system_calls`]). Threads are started by the functions that [`Sandbox::spawn`] returns, which confine the
-//! new thread before its body runs. The last source that the main loop begins to watch before the guest runs is [`Sandbox::source`]. It
-//! waits until all other threads are confined, and then confines the main thread. If the host lacks a part of this, one warning names
-//! it, and the other parts are used.
+//! The builder plugs this in. `snapshot::new_file` asks where it may save ([`check_save`]), and `explain` for the lists
+//! ([`system_calls`]). The functions that [`Sandbox::spawn`] returns start threads, which confine themselves before their body runs.
+//! [`Sandbox::source`] is the last source that the main loop begins to watch before the guest runs: it waits until all other threads are
+//! confined, and then confines the main thread. If the host lacks a part of this, one warning names it, and the other parts are used.
 
 mod filters;
 mod ioctls;
@@ -204,8 +203,8 @@ impl Sandbox {
         })
     }
 
-    /// The last source of the main loop. When the loop begins to watch it, it confines the main thread. When a thread has made a
-    /// forbidden system call, it ends the machine.
+    /// The last source of the main loop. When the loop begins to watch it, it confines the main thread. It ends the machine after a
+    /// forbidden system call.
     ///
     /// # Errors
     /// When the host has no descriptor left.

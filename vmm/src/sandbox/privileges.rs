@@ -72,8 +72,8 @@ pub(super) fn restrict(ruleset: &OwnedFd) -> io::Result<()> {
     }
 }
 
-/// Makes the calling thread run as another user and group, without supplementary groups. Other threads are not changed. libc's
-/// functions would change all of them, by a signal whose handler makes system calls that the filters forbid.
+/// Makes the calling thread run as another user and group, without supplementary groups. libc's functions would change all threads, by a
+/// signal whose handler makes system calls that the filters forbid.
 ///
 /// # Errors
 /// The process is not root's.
@@ -96,8 +96,8 @@ pub(super) fn drop_privileges() -> Result<(), Errno> {
 }
 
 /// Makes all threads share one heap. For a heap of another thread, glibc sometimes opens files (`arena_get2` and `shrink_heap` in
-/// malloc/), which a confined thread must not do. Sharing costs little, because serving the guest allocates nothing.
-/// Called before there is a second thread.
+/// malloc/), which a confined thread must not do. Sharing costs little: serving the guest allocates nothing. Called before there is a
+/// second thread.
 pub(super) fn use_one_heap() {
     #[cfg(target_env = "gnu")]
     // SAFETY: no argument is a pointer.

@@ -1,10 +1,9 @@
-//! What happens when a thread makes a system call that its filter forbids: the kernel sends SIGSYS to the thread instead of making the
-//! call, and the handler in this file prints one line. The thread then does nothing more. The main loop ends the machine as after any
-//! failure of the host: disks are flushed if they answer, and the exit status is 1.
+//! What happens when a thread makes a system call that its filter forbids: the kernel sends SIGSYS instead of making the call, and the
+//! handler in this file prints one line. The thread does nothing more. The main loop ends the machine as after any failure of the host:
+//! disks are flushed if they answer, and the exit status is 1.
 //!
-//! The thread may hold a lock for which the main loop waits. So the process ends after [`END_TIMEOUT`] in any case. If the main thread
-//! itself made the call, the process ends at once, without a flush. The handler makes only async-signal-safe calls, which every filter
-//! allows.
+//! The thread may hold a lock for which the main loop waits, so the process ends after [`END_TIMEOUT`] in any case. If the main thread
+//! made the call, the process ends at once, without a flush. The handler makes only async-signal-safe calls, which every filter allows.
 
 #![expect(unsafe_code, reason = "a signal handler and its siginfo_t")]
 

@@ -15,8 +15,8 @@ use crate::error::Error;
 const RFLAGS_IF: u64 = 1 << 9;
 
 impl Vcpu {
-    /// Whether only a reset, or another vCPU, can make this one run: it is halted with interrupts disabled, or waits for its
-    /// first INIT and SIPI. A non-maskable interrupt would do, too, but no device of this machine sends one.
+    /// Whether only a reset or another vCPU can make this one run: it is halted with interrupts disabled, or waits for its first INIT and
+    /// SIPI. (No device of this machine sends a non-maskable interrupt.)
     ///
     /// # Errors
     /// When KVM does not give the state.

@@ -1,10 +1,9 @@
 //! The vCPU's loop: enter the guest, handle the exit, enter again.
 //!
 //! An access to a port or to MMIO goes to the bus, and the loop goes on. If the vCPU cannot run any further, the loop ends with a
-//! [`VmEvent`] for the main loop. `machine::reports` acts on the event, and decides whether the machine ends.
+//! [`VmEvent`], and `machine::reports` decides whether the machine ends.
 //!
-//! A disk's requests cause no exit to this loop: a notification is a write to an ioeventfd, and the disk's thread injects the
-//! interrupt.
+//! A disk's requests cause no exit to this loop: a notification is a write to an ioeventfd, and the disk's thread injects the interrupt.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -18,7 +17,7 @@ use crate::error::{Error, VcpuError};
 use crate::events::VmEvent;
 
 /// How many KVM_RUNs in a row may return EAGAIN before this counts as a shortage of tasks on the host. A vCPU that the guest starts
-/// causes one or two, and 16 take no time that a user would notice.
+/// causes one or two; 16 take no noticeable time.
 const MAX_REFUSALS: u32 = 16;
 /// The time between tries after these.
 const REFUSAL_INTERVAL: Duration = Duration::from_millis(20);
@@ -113,10 +112,10 @@ impl Vcpu {
         Ok(Ran::Exited)
     }
 
-    /// KVM_RUN returned EAGAIN. On a vCPU that the guest starts, this happens once or twice. On one that the guest has not started, it
-    /// happens whenever the guest sends that vCPU an interrupt. But since Linux 6.13 the first KVM_RUN also starts a helper task of KVM, and
-    /// returns EAGAIN until the host allows that task. The first vCPU needs no start by the guest, so there this is the reason, and it is
-    /// reported once. After a few tries, this waits before each further one. No device access is pending in the vCPU, so it may be paused.
+    /// KVM_RUN returned EAGAIN. On a vCPU that the guest starts, this happens once or twice, and before that whenever the guest sends it
+    /// an interrupt. Since Linux 6.13 the first KVM_RUN also starts a helper task of KVM, and returns EAGAIN until the host allows that
+    /// task. The first vCPU needs no start, so there this is the reason, and is reported once. After a few tries, this waits before each
+    /// further one. No device access is pending, so the vCPU may be paused.
     fn wait_for_task(&mut self) -> Ran {
         self.refusals += 1;
         if self.index == 0 && self.refusals == MAX_REFUSALS + 1 {
@@ -139,7 +138,7 @@ impl Vcpu {
     }
 
     /// Handles a port I/O exit. A string instruction (`rep outsb`) arrives as many operands in one exit. kvm-ioctls does not pass on
-    /// the size of an operand, so it is read from the kvm_run page (`api.rst`, 5 "The kvm_run structure").
+    /// their size, so it is read from the kvm_run page (`api.rst`, 5 "The kvm_run structure").
     #[expect(unsafe_code, reason = "the exit's data lie in the kvm_run mapping")]
     fn port_io(&mut self, reason: Reason, port: u16, data: *mut [u8]) {
         // SAFETY: the last exit was KVM_EXIT_IO, so `io` is the live member of the union.

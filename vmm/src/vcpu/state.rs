@@ -1,10 +1,10 @@
-//! The whole state of a vCPU as a value. It is read once when KVM has made the vCPU, and written back at a reset, because KVM has no
-//! call that resets a vCPU. A save and a restore use it, too.
+//! The whole state of a vCPU as a value. It is read once when KVM has made the vCPU, and written back at a reset, because KVM has no call
+//! that resets a vCPU. A save and a restore use it, too.
 //!
 //! A capability: the builder has it read (`machine::reset`). A guest boots without.
 //!
-//! The value has everything that the guest, or KVM for the guest, may change (`api.rst`, section 4; QEMU saves the same). The vCPU
-//! must be outside the guest; any thread may call. The parts must be written in a certain order: [`VcpuState::write`] says why.
+//! The value has everything that the guest, or KVM for the guest, may change (`api.rst`, section 4; QEMU saves the same). The vCPU must
+//! be outside the guest; any thread may call. [`VcpuState::write`] says why the parts have their order.
 
 use arch::cpu::changeable_msrs::{IA32_TSC, changeable};
 use kvm_bindings::{

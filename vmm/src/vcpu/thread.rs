@@ -41,9 +41,8 @@ use crate::error::{Error, VcpuError};
 use crate::events::VmEvent;
 use crate::lock;
 
-/// The signal that takes a vCPU out of KVM_RUN. It is a standard signal, because those are delivered even if the user's limit of
-/// queued signals (RLIMIT_SIGPENDING) is reached. It is one that processes ignore by default, so it does no harm if another process
-/// sends it.
+/// The signal that takes a vCPU out of KVM_RUN. A standard signal is delivered even if the user's limit of queued signals
+/// (RLIMIT_SIGPENDING) is reached. Processes ignore this one by default, so it does no harm if another process sends it.
 const KICK: libc::c_int = libc::SIGURG;
 
 enum ThreadState {
