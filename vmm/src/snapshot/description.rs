@@ -1,6 +1,6 @@
 //! Parses the description of a saved machine, and checks that its parts agree with each other. Anyone may have written it.
 //!
-//! [`saved`](super::saved) has its fields. A restore calls both functions for the file that the user names and for each of its bases.
+//! [`saved`](super::saved) has its fields. A restore calls both functions for the user's file and for each of its bases.
 
 use arch::memory::ram_ranges;
 

@@ -1,8 +1,8 @@
 //! Whether this host's CPU can go on with a guest that was saved on another one.
 //!
-//! A guest reads CPUID once, when it boots, and uses the features that it finds. If one is missing after a restore, the guest gets an
-//! illegal instruction some time later. So the restore is refused, and the error names the feature. Additional features do no harm: the
-//! guest keeps its CPUID leaves.
+//! A guest reads CPUID when it boots, and uses the features that it finds. If one is missing after a restore, it gets an illegal
+//! instruction some time later. So the restore is refused, and the error names the feature. More features do no harm: the guest keeps its
+//! CPUID leaves.
 
 use arch::cpu::cpuid;
 use kvm_bindings::kvm_cpuid_entry2;

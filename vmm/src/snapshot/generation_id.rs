@@ -1,10 +1,9 @@
-//! The VM generation ID (Microsoft, "Virtual Machine Generation ID"). By it a guest notices that it was restored, and may be one of several
-//! clones. A restored guest finds another ID and gets an interrupt. Linux then reseeds its random number generator before user space
-//! runs.
+//! The VM generation ID (Microsoft, "Virtual Machine Generation ID"). By it a guest notices that it was restored, and may be one of
+//! several clones. A restored guest finds another ID and gets an interrupt. Linux then reseeds its random number generator.
 //!
-//! The builder draws an ID for each machine that it makes. The ID is one of the structures of the boot image, so a reset restores it. A
-//! restored machine gets its new ID in place of the saved one. `arch/src/tables/generation_id.rs` describes the device to the guest. The
-//! saved description has no ID, because the old one is not needed.
+//! The builder draws an ID for each machine. It is one of the structures of the boot image, so a reset restores it. The saved description
+//! has none: a restored machine gets its new ID in place of the saved one. `arch/src/tables/generation_id.rs` describes the device to the
+//! guest.
 
 use std::sync::Arc;
 

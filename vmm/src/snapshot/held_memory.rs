@@ -1,14 +1,16 @@
 //! A background save: writes guest memory as it was at the standstill, while the guest goes on.
 //!
-//! A child process has the memory as it was at fork(2). All guest memory is mapped privately, so before the guest, a disk's thread or
+//! A child process has the memory as it was at the fork. All guest memory is mapped privately, so before the guest, a disk's thread or
 //! io_uring changes a page in this process, the host's kernel copies that page.
 //!
 //! The child closes every descriptor except for the file and a pipe (close_range(2), Linux 5.9). It writes RAM to its place in the file,
-//! reports each block through the pipe, and ends. It allocates nothing and takes no lock, because another thread may have held one at
-//! the fork. It has the seccomp filter of the thread that forked (`sandbox::Kind::Save`), which does not allow it to open anything. If this
-//! process ends, the kernel kills the child. If the pipe has no reader, the child ends after its present block. If the save is canceled or
-//! fails, this process kills the child. If the child is in a write that the host does not complete, it ends later. The save does not wait for
-//! that, and its file gets no name. This process writes headers and notes, and gives the file its name.
+//! reports each block through the pipe, and ends. It allocates nothing and takes no lock, because another thread may have held one at the
+//! fork. It has the seccomp filter of the thread that forked (`sandbox::Kind::Save`), which does not allow it to open anything. This
+//! process writes headers and notes, and gives the file its name.
+//!
+//! If this process ends, the kernel kills the child. If the pipe has no reader, the child ends after its present block. If the save is
+//! canceled or fails, this process kills the child. A child in a write that the host does not complete ends later: the save does not
+//! wait, and its file gets no name.
 //!
 //! The disks go on, too. So [`check`] refuses a machine whose guest would write to its disks meanwhile.
 
@@ -119,9 +121,9 @@ pub(crate) fn begin_in_background(
 
 /// Refuses a machine that cannot be saved in the background.
 ///
-/// A guest that goes on also writes to its disks. A restore would then have the memory from the save and disks from later. So the guest
-/// must have no writable disk, or be stopped until the user has copied the images. Huge pages are refused, because the host would need
-/// free huge pages for the copies.
+/// A guest that goes on also writes to its disks, and a restore would have disks from later than its memory. So the guest must have no
+/// writable disk, or be stopped until the user has copied the images. Huge pages are refused, because the host would need free ones for
+/// the copies.
 fn check(machine: &Machine) -> Result<(), Error> {
     let hardware = &machine.hardware;
     check_pages(&hardware.memory).map_err(Error::save)?;

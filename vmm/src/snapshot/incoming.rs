@@ -7,9 +7,12 @@
 //!
 //! If the host gives a lease on the file, RAM is *mapped* from it: the host reads a page when the guest touches it, and all machines from
 //! the same file share pages. A program that opens the file for writing waits until each machine has copied its pages. RAM is *copied*,
-//! and compared with its checksums, in five cases: there is no lease, the host would take the lease away before `--stop-timeout`, a chain
-//! of files has too many pieces, guest memory is huge pages, or the host is a guest itself (where each page costs an exit through two
-//! hypervisors).
+//! and compared with its checksums, in these cases:
+//!
+//! - there is no lease, or the host would take it away before `--stop-timeout`;
+//! - a chain of files has too many pieces;
+//! - guest memory is huge pages;
+//! - the host is a guest itself, where each page costs an exit through two hypervisors.
 
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
@@ -103,9 +106,9 @@ impl Incoming {
     /// Opens and checks the file. Puts the saved parts of the configuration that the guest can see into `config`. A disk of `config`
     /// replaces the saved disk of the same name.
     ///
-    /// Anyone may have written the file, and files that are opened before the process is confined are opened with all the user's rights.
-    /// So paths come from the user: without `trust_paths` every disk has to be in `config`, and a reset uses the kernel of `config`
-    /// or is refused. The user also decides whether nested virtualization is allowed.
+    /// Anyone may have written the file, and a process that is not confined yet opens files with all the user's rights. So paths come
+    /// from the user: without `trust_paths` every disk has to be in `config`, and a reset uses the kernel of `config` or is refused. The
+    /// user also decides about nested virtualization.
     ///
     /// # Errors
     /// The file cannot be read, is damaged, or does not fit `config`.

@@ -2,13 +2,12 @@
 //!
 //! A capability. A save with [`Purpose::Increment`](super::Purpose) writes an increment. A restore reads a [`Chain`] of files.
 //!
-//! Nothing is recorded while the machine runs. Its RAM is a private mapping of the file from which it was restored (`incoming`). The host's
-//! kernel copies a page before the page changes, and the page map shows which pages are copies ([`PageMap::changed`]). So the base of an
-//! increment is always the file from which its machine was restored. That may be an increment, too: then there is a *chain* of up to
-//! [`BASES_MAX`] bases below the newest file.
+//! minivmm keeps no list of changed pages. RAM is a private mapping of the file from which the machine was restored (`incoming`). The
+//! host's kernel copies a page before it changes, and the page map shows which pages are copies ([`PageMap::changed`]). So that file is
+//! always the base. It may be an increment, too: then there is a *chain* of up to [`BASES_MAX`] bases below the newest file.
 //!
-//! An increment names its base by size and checksum. The checksum covers the base's notes. These have the checksums of its RAM and, if
-//! the base is an increment, the identity of its own base. So a chain is either as it was saved, or refused.
+//! An increment names its base by size and checksum. The checksum covers the base's notes, which have the checksums of its RAM and the
+//! identity of its own base. So a chain is either as it was saved, or refused.
 //!
 //! Anyone may be the author of a file. So a base is searched in the directory of the file above it, and at the path that this file names
 //! only if the user trusts its paths. It has to be a regular file.
@@ -257,10 +256,10 @@ impl SnapshotError {
     }
 }
 
-/// Checks that an increment which gets the name of `new` does not replace one of its own bases.
+/// Checks that an increment with the name of `new` does not replace one of its own bases.
 ///
 /// # Errors
-/// It would replace one, or a restore from this name would not find one of its bases.
+/// It would, or a restore from this name would not find a base.
 pub fn check_new_increment(new: &NewFile) -> Result<(), Error> {
     let check = || {
         let core = CoreFile::read(new.file().try_clone()?)?;

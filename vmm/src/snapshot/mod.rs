@@ -15,8 +15,8 @@
 //! | [`generation_id`] | the VM generation ID, by which a guest notices that it was restored |
 //! | [`fit`] | whether this host's CPU can run a guest of the saved one |
 //!
-//! Every field of a file is checked before it is used. If a check fails, nothing of the file reaches a guest. The file's paths of images
-//! and of the kernel are used only if the user says so (`paths=saved`), because the author of the file could name any file of that user.
+//! Every field of a file is checked before it is used. If a check fails, nothing of the file reaches a guest. Its paths of images and of
+//! the kernel are used only with `paths=saved`, because the file's author could name any file of the user.
 
 mod checksum;
 mod core_file;

@@ -1,8 +1,8 @@
 //! A file that gets its name only when it is complete.
 //!
-//! Until then it has no name, or a hidden one in the target's directory. So at every moment there is no file at the target's path, the old
-//! file, or a complete new one. A process that is killed may leave a file with a hidden name. [`remove_unfinished`] removes
-//! these files. It spares those of processes that still exist, which it tells by the number in the name and by the lock on the file.
+//! Until then it has no name, or a hidden one in the target's directory. So at every moment there is no file at the target's path, the
+//! old file, or a complete new one. A process that is killed may leave a hidden file, which [`remove_unfinished`] removes unless its
+//! process exists: the number in the name and the lock on the file show that.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};

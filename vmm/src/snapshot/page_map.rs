@@ -1,12 +1,10 @@
 //! The host's page map of this process: which pages hold data, and which have changed (Documentation/admin-guide/mm/pagemap.rst).
 //!
-//! A save needs to know which pages of RAM may hold data. These are the pages that are present or swapped out, and every page of a file
-//! mapping. A page of a mapped file (the guest's kernel, or a saved machine) that was never touched is not present, but has the file's
-//! content.
+//! Pages of RAM that may hold data, which a save writes, are present or swapped out, or belong to a file mapping (the guest's kernel, or
+//! a saved machine). A page of a file that was never touched is not present, but has the file's content.
 //!
-//! An increment needs to know which pages have changed since the restore. A page that is still mapped from the base is as in that file until
-//! the guest, io_uring or read(2) writes to it. The write makes it anonymous. A written page counts as changed even if it is zero now,
-//! because the base may have other content there.
+//! For an increment, a page that is still mapped from the base is as in that file until the guest, io_uring or read(2) writes to it. The
+//! write makes it anonymous. It counts as changed even if it is zero now, because the base may have other content there.
 
 use std::fs::File;
 use std::io;

@@ -1,7 +1,7 @@
 //! Writes guest RAM to a file, and reads or maps it from a file.
 //!
-//! Pages of zeroes are holes in the file. A page that was never touched is zero, so it need not be read: [`PageMap`] tells which pages were
-//! touched. A touched page is read, because it may be zero as well.
+//! Pages of zeroes are holes in the file. A page that was never touched is zero, and need not be read: [`PageMap`] tells. A touched page
+//! is read, because it may be zero as well.
 //!
 //! A restore maps the pages of a file, or copies them. In a chain of files (`increments`), each page comes from the newest file that has
 //! it.
@@ -201,8 +201,8 @@ fn extents(file: &File, segment: &RamSegment) -> io::Result<Vec<FileRange>> {
     Ok(extents)
 }
 
-/// For each file of a chain, newest first, the parts from which RAM comes. Each page comes from the newest file that has it. `None`: there
-/// are too many parts to map.
+/// For each file of a chain, newest first, the parts from which RAM comes: each page from the newest file that has it. `None`: there are
+/// too many parts to map.
 ///
 /// Holes are in no part, because a read of a hole in a mapped file in tmpfs allocates a page there.
 ///
@@ -246,8 +246,8 @@ pub(super) fn parts<'a>(
     Ok(Some(parts))
 }
 
-/// Maps these parts of the leased `file` into RAM, which is new. All processes that map the file share a page until the guest writes to it.
-/// Returns whether all parts were mapped.
+/// Maps these parts of the leased `file` into RAM, which is new. All processes that map the file share a page until the guest writes to
+/// it. Returns whether all were mapped.
 ///
 /// # Errors
 /// The host refuses.
@@ -260,8 +260,8 @@ pub(super) fn map(memory: &GuestMemory, file: &File, parts: &[FileRange]) -> io:
     Ok(true)
 }
 
-/// Copies the data of a file into RAM, and compares it with the checksums. Pages in `newer`, which a newer file of the chain has, are not
-/// changed. All other pages are zero before.
+/// Copies the data of a file into RAM, and compares it with the checksums. Pages in `newer`, which a newer file of the chain has, do not
+/// change. All others are zero before.
 ///
 /// # Errors
 /// The host cannot read it, or a block differs from its checksum; RAM has some of the data then.

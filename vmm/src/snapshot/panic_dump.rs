@@ -1,10 +1,10 @@
 //! `--dump-on-panic FILE`: the machine as a file, for `gdb` and `crash`, when its guest panics.
 //!
-//! A source of the main loop, which the builder makes. With it, the machine does not end at a panic, but sends an event. The dump then
-//! begins, and the machine ends when it is over, whether it succeeded or not.
+//! A source of the main loop, which the builder makes. With it, a panic does not end the machine, but sends an event. The dump then
+//! begins, and the machine ends after it, whether it succeeded or not.
 //!
-//! The file is opened at the start, because the process is confined later. A new file is empty until the guest panics, and an older dump
-//! stays until then. A run that is refused leaves no new file (`OutputFiles`).
+//! The file is opened before the process is confined. A new file is empty until the guest panics, and an older dump stays until then. A
+//! run that is refused leaves no new file (`OutputFiles`).
 
 use std::fs::File;
 use std::io::{self, Read, Seek};

@@ -4,12 +4,12 @@
 //! still, that task does this, in this order:
 //!
 //! 1. On the main thread, it reads the state of the machine: see [`super::saved`].
-//! 2. On the background thread, it flushes each disk, so that the image on the medium has all that the guest's memory says it has.
-//! 3. It writes RAM, then headers and notes, and syncs the file. A background save (`held_memory`) does this and the next step on a
-//!    thread of its own, while the machine goes on.
+//! 2. On the thread `machine-job`, it flushes each disk: the saved memory says that earlier writes are on the disk.
+//! 3. It writes RAM, then headers and notes, and syncs the file. A background save (`held_memory`) does this and the next step on the
+//!    thread `save`, while the machine goes on.
 //! 4. Only then it gives the file its name ([`NewFile`]). If a client has passed a descriptor, naming the file is the client's task.
 //!
-//! Every file is opened before the background thread gets it. The main loop goes on meanwhile, and answers how far the save is.
+//! The main loop goes on meanwhile, and answers how far the save is.
 
 use std::fs::{self, File, Metadata};
 use std::io;
@@ -93,12 +93,12 @@ fn save_error(path: &Path, source: io::Error) -> Error {
     Error::save(SnapshotError::Target { path: path.to_owned(), source })
 }
 
-/// Device and inode of the file from which this machine was restored, and of its bases. A save of the whole machine may replace one by a new
-/// file of the same name, because the machine keeps the old file mapped. An increment may not, because it needs the old one.
+/// Device and inode of the file from which this machine was restored, and of its bases. A save of the whole machine may replace one,
+/// because the machine keeps the old file mapped. An increment may not, because it needs the old one.
 pub(super) static RESTORED_FROM: OnceLock<Vec<(u64, u64)>> = OnceLock::new();
 
-/// Refuses a target that is no regular file, or that the machine uses: a file that a reset would read, or that this process has open
-/// (such as a backing file or an increment's base). `given` is the descriptor of the target itself, if a client has passed one.
+/// Refuses a target that is no regular file, or that the machine uses: a reset would read it, or this process has it open (such as a
+/// backing file or an increment's base). `given` is the target's descriptor, if a client has passed one.
 fn check_target(
     machine: &Machine,
     config: &SavedConfig,
@@ -123,7 +123,7 @@ fn check_target(
 }
 
 /// The device and inode of each file that this process has open, except for descriptor `except`. A confined process cannot read /proc, so
-/// this tries all descriptor numbers. It stops after a large gap, because the kernel assigns the lowest free number.
+/// all descriptor numbers are tried, up to a large gap: the kernel assigns the lowest free number.
 #[expect(unsafe_code, reason = "descriptors are looked at by their numbers")]
 fn open_files(except: Option<RawFd>) -> impl Iterator<Item = (u64, u64)> {
     const LARGEST_GAP: usize = 1024;

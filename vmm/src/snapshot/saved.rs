@@ -1,11 +1,11 @@
 //! The state of a machine as a value, except for its RAM.
 //!
 //! [`SavedMachine::read`] reads it from a machine, and [`SavedMachine::write`] writes it into a new machine of the same configuration.
-//! Both run on the main thread, while no vCPU is in the guest and no disk has anything with the host. The order matters.
+//! Both run on the main thread, while the machine stands still.
 //!
-//! The parts are read in this order:
+//! The parts are read in this order, so that each interrupt is in the state of the part that has it:
 //!
-//! 1. transports and queues of the disks, which have drained before, because a completion may interrupt;
+//! 1. transports and queues of the disks;
 //! 2. the vCPUs;
 //! 3. the interrupt controllers.
 //!

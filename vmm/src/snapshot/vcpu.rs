@@ -1,8 +1,8 @@
 //! A vCPU of a saved machine: its state, its CPUID leaves and the offset of its TSC.
 //!
-//! The TSC is restored as an offset from the host's TSC (`KVM_VCPU_TSC_OFFSET`, Documentation/virt/kvm/devices/vcpu.rst), and not by
-//! its MSR. If the MSR is written in the first second of a VM, KVM before Linux 6.7 takes that for an attempt to synchronize the vCPUs,
-//! and ignores the value. In a machine that was saved in its first second, time would go back.
+//! The TSC is restored as an offset from the host's TSC (`KVM_VCPU_TSC_OFFSET`, Documentation/virt/kvm/devices/vcpu.rst), and not by its
+//! MSR. KVM before Linux 6.7 takes a write of the MSR in a VM's first second for an attempt to synchronize the vCPUs, and ignores the
+//! value: time would go back.
 
 use kvm_bindings::{
     KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_cpuid_entry2, kvm_device_attr, kvm_msr_entry,
@@ -84,8 +84,8 @@ impl SavedVcpu {
     }
 }
 
-/// Makes an armed timer whose deadline has passed expire at once after a restore. A deadline that has passed reads as 0, although its
-/// interrupt may not have been delivered yet, and the guest may wait for it. If it was delivered, a second one does no harm.
+/// Makes an armed timer whose deadline has passed expire at once after a restore. Its deadline reads as 0, although its interrupt may not
+/// have been delivered yet. A second interrupt does no harm.
 fn rearm(msrs: &mut [kvm_msr_entry], lapic: &[std::ffi::c_char], tsc: u64) {
     let byte = |at: usize| lapic.get(LVT_TIMER + at).map_or(0, |byte| *byte as u8);
     let armed = byte(2) & 0b111 == 0b100;
@@ -97,8 +97,8 @@ fn rearm(msrs: &mut [kvm_msr_entry], lapic: &[std::ffi::c_char], tsc: u64) {
     }
 }
 
-/// Sorts MSRs into the order in which they are written: KVM's own after the others, and the deadline last. KVM ignores a deadline,
-/// without an error, that is written before the timer's mode (in the local APIC) or before the TSC.
+/// Sorts MSRs into the order in which they are written: KVM's own after the others, and the deadline last. KVM silently ignores a
+/// deadline that is written before the timer's mode (in the local APIC) or before the TSC.
 fn sort(msrs: &mut [kvm_msr_entry]) {
     msrs.sort_by_key(|msr| match msr.index {
         IA32_TSC_DEADLINE => 3,
