@@ -1,14 +1,14 @@
-//! The kernel command line: the defaults for this machine, the words that its [`tables`] need, and the user's words. Later words
-//! override earlier ones, so the user's come last.
+//! The kernel command line: the defaults for this machine, the words that its [`tables`] need, and the user's words. Later words override
+//! earlier ones, so the user's come last.
 //!
 //! # How a panic differs from a reboot
 //!
 //! With `panic=-1` a panicking kernel restarts at once, by the same write to the reset register as an ordinary reboot.
-//! `reboot=panic_warm` makes the two differ: `panic()` (Linux 6.1 `kernel/panic.c`) copies `panic_reboot_mode`, which
-//! that word sets (`kernel/reboot.c`, `reboot_setup`), to `reboot_mode`; and `native_machine_emergency_restart`
-//! (`arch/x86/kernel/reboot.c`), which every restart goes through, stores 0x1234 at guest-physical 0x472 for a warm
-//! reboot and 0 for any other. `vmm` reads it after a reset ([`crate::layout::WARM_RESET_FLAG`]). Kernels before 5.2 do not know the word (they read it as
-//! `reboot=p`: the reset port that this machine has anyway), and their panic looks like a reboot.
+//! `reboot=panic_warm` makes the two differ. It sets `panic_reboot_mode` (Linux 6.1 `kernel/reboot.c`, `reboot_setup`), which `panic()`
+//! copies to `reboot_mode`. Every restart goes through `native_machine_emergency_restart` (`arch/x86/kernel/reboot.c`), which stores
+//! 0x1234 at guest-physical 0x472 for a warm reboot and 0 for any other. `vmm` reads it after a reset
+//! ([`crate::layout::WARM_RESET_FLAG`]). Kernels before 5.2 read the word as `reboot=p`, the reset port that this machine has anyway, and
+//! their panic looks like a reboot.
 
 use crate::machine_layout::MachineLayout;
 use crate::tables;
@@ -38,12 +38,11 @@ pub enum Root {
 
 /// Joins the defaults for a machine, whose first disk the kernel mounts as `root`, and the user's words.
 ///
-/// A default is left out when the user names its key (the part before `=`), and the user's words come last, since the
-/// kernel lets the last word win. `reboot=` adds up instead of replacing, so its default stays.
+/// A default is left out when the user names its key (the part before `=`). The user's words come last, since the kernel takes the last
+/// word. `reboot=` adds up instead, so its default stays.
 ///
 /// # Errors
-/// [`Error::Unprintable`] for a byte that cannot be passed. The length depends on the kernel, so [`crate::boot::plan`]
-/// checks it.
+/// [`Error::Unprintable`] for a byte that cannot be passed. [`crate::boot::plan`] checks the length, which depends on the kernel.
 pub fn build(layout: &MachineLayout, root: Option<Root>, user: &str) -> Result<String, Error> {
     let spec = &layout.spec;
     check(user, usize::MAX)?;

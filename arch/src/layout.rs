@@ -68,8 +68,8 @@ pub const ACPI_TABLES_SIZE: usize = 0x1_0000;
 pub const MPTABLE: GuestAddress = GuestAddress(0xf_0000);
 /// Bytes set aside at [`MPTABLE`]: 255 processors take 5.4 KiB.
 pub const MPTABLE_SIZE: usize = 0xf000;
-/// The VM generation ID, 16 bytes. Its specification wants it in reserved memory, which the guest uses for nothing else, at a
-/// multiple of 8. The ACPI device `VGEN` has the address. Saved machines keep it: it must not move.
+/// The VM generation ID, 16 bytes. Its specification wants reserved memory, used for nothing else, at a multiple of 8. The ACPI device
+/// `VGEN` has the address. Saved machines keep it: it must not move.
 pub const GENERATION_ID: GuestAddress = GuestAddress(0xf_f000);
 /// The last 16 bytes below 1 MiB, where a processor in real mode finds the BIOS's code for a restart. Linux jumps there for
 /// `reboot=b`, and when other ways to reset the machine have failed.
@@ -147,9 +147,9 @@ pub const POWER_BUTTON_GSI: u32 = 9;
 pub const GENERATION_ID_GSI: u32 = 13;
 /// Edge-triggered interrupts of the first disks, which they never share: the pins that no PC device ever had.
 const VIRTIO_MMIO_GSIS: [u32; 8] = [16, 17, 18, 19, 20, 21, 22, 23];
-/// Those of all others: the pins of ISA cards that this machine lacks. Left out: 0 (timer), 1 (keyboard), 2 (cascade), 3 (COM2), 4,
-/// 8 (clock), 9, 13 (VM generation ID). A machine of 16 disks has an interrupt for each; with more, disks 8, 16, 24 ... share the first
-/// of these, disks 9, 17, 25 ... the second, and so on.
+/// Those of all others: the pins of ISA cards that this machine lacks. Left out: 0 (timer), 1 (keyboard), 2 (cascade), 3 (COM2), 4, 8
+/// (clock), 9, 13 (VM generation ID). 16 disks have an interrupt each; with more, disks 8, 16, 24 ... share the first of these, disks 9,
+/// 17, 25 ... the second, and so on.
 const VIRTIO_MMIO_SHARED_GSIS: [u32; 8] = [5, 6, 7, 10, 11, 12, 14, 15];
 /// How many virtio-mmio devices the machine has room for. Interrupts cost more the more disks share a line, seven at most.
 pub const VIRTIO_MMIO_MAX: usize = 64;

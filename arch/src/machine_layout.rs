@@ -6,10 +6,9 @@ use crate::layout::{ACPI_TABLES, MmioDevice, virtio_mmio_device};
 use crate::memory;
 
 /// The hardware of a machine, as far as its layout and its tables depend on it: `memory` bytes of RAM, 1 to
-/// [`CPUS_MAX`](crate::layout::CPUS_MAX) `cpus`, those of the [`SERIAL_PORTS`](crate::layout::SERIAL_PORTS)
-/// that `serial` names, and up to
-/// [`VIRTIO_MMIO_MAX`](crate::layout::VIRTIO_MMIO_MAX) `disks`. ACPI tables describe it, or without `acpi` an MPTable and
-/// words on the kernel command line.
+/// [`CPUS_MAX`](crate::layout::CPUS_MAX) `cpus`, those of the [`SERIAL_PORTS`](crate::layout::SERIAL_PORTS) that `serial` names, and up
+/// to [`VIRTIO_MMIO_MAX`](crate::layout::VIRTIO_MMIO_MAX) `disks`. ACPI tables describe it or, without `acpi`, an MPTable and words on
+/// the kernel command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the text above names the fields")]
 pub struct MachineSpec {
@@ -20,8 +19,8 @@ pub struct MachineSpec {
     pub disks: usize,
 }
 
-/// Where everything is in one machine. It is computed once, before anything is made, and passed to all that need an address
-/// of it: the allocation of RAM, the kernel's placement, the tables, the command line and the devices.
+/// Where everything is in one machine. It is computed once, before anything is made, and passed to all that need an address: RAM, the
+/// kernel's placement, tables, command line and devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MachineLayout {
     /// The hardware that this is the layout of.

@@ -1,7 +1,7 @@
 //! Address range -> device, for port I/O and for MMIO: what a vCPU consults when the guest leaves KVM.
 //!
-//! A bus is built once and then shared by all vCPU threads as `Arc<Bus>`. Finding a device takes no lock; each device has one
-//! of its own, held for the length of one access.
+//! A bus is built once and shared by all vCPU threads as `Arc<Bus>`. Finding a device takes no lock. Each device has one of its own, held
+//! for the length of one access.
 
 mod reset;
 
@@ -15,10 +15,9 @@ use crate::virtio::drain::Drain;
 
 /// A device that answers reads and writes inside its address range.
 ///
-/// Reads and writes come from whichever vCPU thread the guest chose, a reset of the machine from another thread; one at a time. All
-/// return without waiting for the host.
-/// `offset` is in bytes from the start of the range. The access lies inside the range and is 1 to 8 bytes wide, but a guest
-/// may use any width and alignment anywhere.
+/// Any vCPU thread may read and write, and another thread resets the machine, one at a time. All return without waiting for the host.
+/// `offset` is in bytes from the start of the range. The access lies inside the range and is 1 to 8 bytes wide, of any width and
+/// alignment.
 pub trait BusDevice: Send {
     /// Fills all of `data` (little-endian).
     fn read(&mut self, offset: u64, data: &mut [u8]);
@@ -30,8 +29,8 @@ pub trait BusDevice: Send {
     /// implement it.
     fn reset(&mut self) {}
 
-    /// What has to end before the last write or reset has taken effect, if anything. Asked after each `write` and `reset`,
-    /// and again once the returned drain is done: the device then completes the reset and returns `None`.
+    /// What has to end before the last write or reset has taken effect, if anything. Asked after each `write` and `reset`, and again when
+    /// the returned drain is done: then the device completes the reset and returns `None`.
     fn draining(&mut self) -> Option<Drain> {
         None
     }

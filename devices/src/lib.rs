@@ -1,12 +1,11 @@
-//! The devices of a minivmm machine: the virtio-mmio transport, the virtio-blk device, the disk engines behind it, and
-//! the few legacy devices that a Linux guest expects.
+//! The devices of a minivmm machine: the virtio-mmio transport, the virtio-blk device, the disk engines behind it, and the few legacy
+//! devices that a Linux guest expects.
 //!
-//! Nothing here holds a KVM file descriptor. A device is handed guest memory, eventfds and an interrupt trigger, so all
-//! of it runs in-process under tests that play the guest's driver.
+//! Nothing here holds a KVM file descriptor. A device gets guest memory, eventfds and an interrupt line, so tests that play the guest's
+//! driver run all of it.
 
-/// Marks a file that a request passes, for the test that compares `docs/follow-one-write.md` with a real write. A debug build
-/// emits a trace event whose metadata name the file; a release build emits nothing, since each event would cost every request
-/// some instructions.
+/// Marks a file that a request passes, for the test that compares `docs/follow-one-write.md` with a real write. A debug build emits a
+/// trace event whose metadata name the file; a release build nothing, since it would cost each request instructions.
 macro_rules! waypoint {
     () => {
         if cfg!(debug_assertions) {
@@ -42,8 +41,8 @@ pub fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Guest RAM as every device sees it. Cloning shares the same mappings.
 pub type GuestMemory = vm_memory::GuestMemoryMmap;
 
-/// A range of guest RAM that a request names. Its maker has checked that it lies inside guest memory; the guest
-/// may change the bytes at any time, so they are only ever copied, never borrowed.
+/// A range of guest RAM that a request names. Its maker has checked that it lies inside guest memory. The guest may change the bytes at
+/// any time, so they are copied and never borrowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestRange {
     /// First byte, guest-physical.

@@ -1,5 +1,5 @@
-//! How threads are started: by a function that the machine passes, so that the machine decides what a thread does before its
-//! body runs. A machine that confines itself uses that to take rights away from the thread.
+//! How threads are started: by a function that the machine passes, and which decides what a thread does before its body runs. A machine
+//! that confines itself takes rights away from the thread there.
 
 use std::io;
 use std::sync::Arc;

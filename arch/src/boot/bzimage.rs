@@ -1,7 +1,7 @@
 //! bzImages (`vmlinuz`), checked against Documentation/arch/x86/boot.rst.
 //!
-//! A bzImage is a real-mode setup part, which is not used here, and a compressed kernel with its own decompressor. The
-//! latter is loaded whole and entered at its 64-bit entry.
+//! A bzImage is a real-mode setup part, which is not used here, and a compressed kernel with its own decompressor. This part is loaded
+//! whole and entered at its 64-bit entry.
 //!
 //! A capability beside ELF kernels: `formats` plugs it in.
 
@@ -85,8 +85,8 @@ fn check_abilities(header: &setup_header) -> Result<(), Error> {
 
 /// Where the image is loaded, and where the kernel runs once it is decompressed (boot.rst, `pref_address` and `init_size`).
 ///
-/// A relocatable kernel decompresses to the first suitable address at or above both its load address and `pref_address`,
-/// so it is loaded where it need not move. Any other moves itself from 1 MiB.
+/// A relocatable kernel decompresses to the first suitable address at or above its load address and `pref_address`, so it is loaded where
+/// it need not move. Another one moves itself from 1 MiB.
 fn addresses(header: &setup_header) -> Result<(u64, u64), Error> {
     let preferred = { header.pref_address }.max(layout::HIGH_MEMORY.0);
     if header.relocatable_kernel == 0 {

@@ -1,7 +1,7 @@
 //! ELF kernels (`vmlinux`), checked header by header.
 //!
-//! linux-loader's ELF loader is not used, for four reasons. It does not check class, machine and type. A later note segment can hide the PVH
-//! entry from it. It does not limit how much memory a segment zeroes. And it reads into memory, while this crate only computes.
+//! linux-loader's ELF loader is not used. It does not check class, machine and type, a later note segment can hide the PVH entry from it,
+//! and it does not limit how much memory a segment zeroes. It also reads into memory, while this crate only computes.
 
 use linux_loader::elf::{
     EI_CLASS, EI_DATA, ELFCLASS64, ELFDATA2LSB, ELFMAG, EM_386, EM_AARCH64, EM_ARM, EM_LOONGARCH,
@@ -53,8 +53,8 @@ pub(super) fn parse(file: &dyn ReadAt, start: &[u8], size: u64) -> Result<Option
     Err(Error::ElfKind { kind })
 }
 
-/// Checks the program headers of an executable and finds the PVH entry among its notes. Segments may come in any order, but
-/// two of them must not share memory: copying that file could take any number of times the size of RAM.
+/// Checks the program headers of an executable and finds the PVH entry among its notes. Segments may come in any order, but no two may
+/// share memory: to copy that file could take many times the size of RAM.
 fn segments(file: &dyn ReadAt, size: u64, header: &Elf64_Ehdr) -> Result<Kernel, Error> {
     let table = program_headers(file, size, header)?;
     let (mut segments, mut pvh_entry) = (Vec::new(), None);

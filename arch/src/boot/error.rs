@@ -1,7 +1,7 @@
 //! What can be wrong with a kernel, an initrd or a command line.
 //!
-//! Each message is one line that says what the file is or lacks and what to give instead. `vmm` puts the option and the path
-//! before it. A cause is the error's `source` and not part of the message.
+//! Each message is one line: what the file is or lacks, and what to give instead. `vmm` puts the option and the path before it. A cause
+//! is the error's `source`.
 
 use std::fmt;
 use std::io;

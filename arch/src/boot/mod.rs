@@ -1,12 +1,11 @@
 //! From a kernel's headers to a plan of what goes where in guest memory, and where the first vCPU starts.
 //!
-//! [`Kernel::parse`] reads the headers of an ELF kernel or a bzImage and refuses what cannot boot, with the reason. [`plan`]
-//! then decides the place of the kernel, the initrd, the command line and all boot structures. Both only compute:
-//! `vmm/src/boot_image.rs` opens the files and copies or maps what the plan says.
+//! [`Kernel::parse`] reads the headers of an ELF kernel or a bzImage and refuses what cannot boot, with the reason. [`plan`] then decides
+//! the place of the kernel, the initrd, the command line and all boot structures. Both only compute: `vmm/src/boot_image.rs` opens the
+//! files and copies or maps what the plan says.
 //!
-//! A kernel file is untrusted input. Every number from its headers is checked against the file's size and against guest
-//! RAM before it is used, and a plan never has two ranges of the file for the same memory, so that applying it takes
-//! a time that is bounded by the size of RAM.
+//! A kernel file is untrusted input. Every number from its headers is compared with the file's size and with guest RAM before it is used.
+//! A plan never has two ranges of the file for the same memory, so the size of RAM bounds the time to apply it.
 
 mod bzimage;
 mod elf;
@@ -154,9 +153,8 @@ pub fn plan(
     Ok(Plan { entry, kernel: kernel.ranges.clone(), initrd, structures })
 }
 
-/// Finds the highest place for an initrd of `size` bytes outside the kernel's memory and below the kernel's limit, in the
-/// RAM that ends at `ram_end`. In a small guest that can be below the kernel: Linux prefers to be at 16 MiB and may
-/// end close to the end of RAM.
+/// Finds the highest place for an initrd of `size` bytes outside the kernel's memory and below the kernel's limit, in the RAM that ends
+/// at `ram_end`. In a small guest that can be below the kernel: Linux prefers to be at 16 MiB.
 fn place_initrd(kernel: &Kernel, size: u64, ram_end: u64) -> Result<FileRange, Error> {
     if size == 0 {
         return Err(Error::EmptyInitrd);

@@ -1,4 +1,4 @@
-//! Recognizes by its first bytes what a file is that the user gave as a kernel by mistake, and whether a file may be an initrd.
+//! Recognizes by its first bytes what the user gave as a kernel by mistake, and whether a file may be an initrd.
 //!
 //! A capability: `formats` asks it when no format has recognized a file, and `vmm` before it warns of an initrd.
 

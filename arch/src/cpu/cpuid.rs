@@ -1,8 +1,8 @@
 //! The CPUID leaves of each vCPU: those that KVM supports, with this machine's topology in place of the host's.
 //!
-//! The topology is one socket of `count` cores with one thread each; APIC ids run from 0, and equal the vCPU's number.
-//! The rest is as `KVM_GET_SUPPORTED_CPUID` gives it (Documentation/virt/kvm/api.rst), the paravirtual leaves
-//! included, so that the guest finds its clock and calibrates nothing.
+//! The topology is one socket of `count` cores with one thread each; APIC ids equal the vCPU's number. The rest is as
+//! `KVM_GET_SUPPORTED_CPUID` gives it (Documentation/virt/kvm/api.rst). It includes the paravirtual leaves, so the guest finds its clock
+//! and calibrates nothing.
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 

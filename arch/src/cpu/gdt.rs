@@ -1,7 +1,7 @@
 //! The boot GDT: flat segments for the 64-bit entry and the 32-bit one (SDM 3A §3.4.5).
 //!
-//! KVM takes segment registers whole, hidden parts included, so the table in memory matters only to a guest that
-//! reloads one before it has loaded a table of its own. Both are made from the same descriptors, so they cannot differ.
+//! KVM takes segment registers whole, hidden parts included. So the table in memory matters only to a guest that reloads one before it
+//! has loaded a table of its own. Both are made from the same descriptors.
 
 use kvm_bindings::{kvm_dtable, kvm_segment};
 

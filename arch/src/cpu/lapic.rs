@@ -15,15 +15,14 @@ const MODE_NMI: u32 = 0x400;
 const MODE_EXTINT: u32 = 0x700;
 const MASKED: u32 = 1 << 16;
 
-/// `state` with LINT0 wired to the 8259 and LINT1 to NMI, as firmware leaves the boot processor (MP 1.4 §3.6.2.2).
+/// `state` with LINT0 wired to the 8259 and LINT1 to NMI, as firmware leaves the boot processor (MP 1.4 §3.6.2.2). The pins of other
+/// processors stay masked, as after a reset.
 ///
-/// This is for the boot processor alone: the pins of the others stay masked, as they are after a reset.
-///
-/// LINT0 is unmasked only when the guest uses the 8259 (`legacy_pic`), that is, without ACPI. Hardware-reduced ACPI tells
-/// the guest that there is none, so the guest never programs it. KVM still has one, with no input masked, on the same
-/// GSIs as the IOAPIC: if LINT0 were unmasked, the serial port's first interrupt would reach the guest a second time, with
-/// a vector that the guest has not set up. KVM itself resets LINT0 to open (`KVM_X86_QUIRK_LINT0_REENABLED`); Linux 5.3 and later
-/// masks it in passing (`setup_local_APIC` soft-disables the APIC), which older kernels do not.
+/// LINT0 is unmasked only when the guest uses the 8259 (`legacy_pic`), that is, without ACPI. Hardware-reduced ACPI tells the guest that
+/// there is none, so the guest never programs it. But KVM still has one, with no input masked, on the GSIs of the IOAPIC. Through LINT0
+/// the serial port's first interrupt would reach the guest a second time, with a vector that the guest has not set up. KVM itself resets
+/// LINT0 to open (`KVM_X86_QUIRK_LINT0_REENABLED`). Linux 5.3 and later masks it (`setup_local_APIC` soft-disables the APIC), older
+/// kernels do not.
 #[must_use]
 pub fn boot(mut state: kvm_lapic_state, legacy_pic: bool) -> kvm_lapic_state {
     let mask = if legacy_pic { 0 } else { MASKED };

@@ -1,7 +1,7 @@
 //! The page tables of the 64-bit entry: the first 4 GiB, one to one, in 2 MiB pages (SDM 3A §4.5).
 //!
-//! The 64-bit boot protocol asks that the kernel, the zero page and the command line are mapped one to one; everything
-//! this crate loads lies below the hole, so 4 GiB cover it on any machine. The PVH entry runs without paging.
+//! The 64-bit boot protocol asks that the kernel, the zero page and the command line are mapped one to one. All that this crate loads
+//! lies below the hole, so 4 GiB are enough. The PVH entry runs without paging.
 
 use crate::{Structure, layout};
 

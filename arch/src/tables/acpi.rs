@@ -35,8 +35,8 @@ const SDT_HEADER: u32 = 36;
 /// Tables start at multiples of this; ACPI asks it of the RSDP alone.
 const ALIGNMENT: usize = 16;
 
-/// FADT IAPC_BOOT_ARCH (ACPI 6.5 table 5.10). Bit 1, "8042", stays clear: the i8042 port only resets, and Linux must
-/// not wait for a keyboard's answers (with it clear and no PS/2 device in the DSDT, i8042.ko does not touch the port).
+/// FADT IAPC_BOOT_ARCH (ACPI 6.5 table 5.10). Bit 1, "8042", stays clear: the i8042 port only resets, and Linux must not wait for a
+/// keyboard's answers. With no PS/2 device in the DSDT either, i8042.ko does not touch the port.
 const VGA_NOT_PRESENT: u16 = 1 << 2;
 const CMOS_RTC_NOT_PRESENT: u16 = 1 << 5;
 

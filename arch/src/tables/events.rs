@@ -1,5 +1,5 @@
-//! Devices that report events: the power button, which reports to the guest by a Generic Event Device, and the panic port, by which the
-//! guest reports a panic.
+//! Devices that report events: the power button, to the guest by a Generic Event Device, and the panic port, by which the guest reports a
+//! panic.
 //!
 //! A capability of `tables`, only with ACPI. A guest boots without these devices.
 

@@ -1,6 +1,5 @@
-//! The device that gives the guest the VM generation ID (Microsoft, "Virtual Machine Generation ID"): 16 random bytes in guest
-//! memory, which change at each restore of a saved machine. The guest then reseeds its random number generator. Otherwise all clones
-//! would draw the same numbers.
+//! The device that gives the guest the VM generation ID (Microsoft, "Virtual Machine Generation ID"): 16 random bytes in guest memory,
+//! which change at each restore of a saved machine. The guest then reseeds its random number generator, so clones draw different numbers.
 //!
 //! A capability of `tables`, only with ACPI. `vmm/src/snapshot/generation_id.rs` draws the ID.
 

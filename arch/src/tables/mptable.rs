@@ -1,9 +1,8 @@
-//! The MPTable (Intel MultiProcessor Specification 1.4): processors, the IOAPIC and its wiring, for kernels that boot
-//! without ACPI.
+//! The MPTable (Intel MultiProcessor Specification 1.4): processors, the IOAPIC and its wiring, for kernels that boot without ACPI.
 //!
-//! Every pin of the IOAPIC is described as an interrupt of the ISA bus with the pin's own number, edge-triggered and
-//! active high. So Linux gives a pin the interrupt number that `virtio_mmio.device=` names, those above 15 included
-//! (`arch/x86/kernel/apic/io_apic.c`, `mp_map_pin_to_irq`), and programs it for the edge that a pulse of the line makes.
+//! Every pin of the IOAPIC is an interrupt of the ISA bus with the pin's own number, edge-triggered and active high. So Linux gives a pin
+//! the number that `virtio_mmio.device=` names, also above 15 (`arch/x86/kernel/apic/io_apic.c`, `mp_map_pin_to_irq`), and programs it
+//! for the edge of a pulse.
 
 use crate::layout::MmioDevice;
 use crate::machine_layout::MachineLayout;

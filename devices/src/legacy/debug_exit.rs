@@ -1,4 +1,4 @@
-//! The debug-exit port: the byte that the guest writes to it becomes the exit status of minivmm. So a job inside a guest can report its
+//! The debug-exit port: the byte that the guest writes to it becomes the exit status of minivmm, by which a job in a guest can report its
 //! result.
 //!
 //! A capability: `vmm/src/attach/legacy.rs` puts it on the bus, and no other module refers to it.

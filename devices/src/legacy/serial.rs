@@ -6,9 +6,9 @@
 //! vm-superio 0.8 differs from a 16550A in three ways:
 //!
 //! - It clears a receive interrupt when the first byte is read. So `interrupt_identification` reports one as long as there is data.
-//! - If a receive and a transmit interrupt are pending together, IIR reads as 6 ("line status"), and the read clears both. That does no
-//!   harm: Linux looks only at the bit "nothing pending" of IIR, and then serves receiver and transmitter by LSR
-//!   (serial8250_handle_irq in drivers/tty/serial/8250/8250_port.c).
+//! - If a receive and a transmit interrupt are pending together, IIR reads as 6 ("line status"), and the read clears both. Linux looks
+//!   only at the bit "nothing pending" of IIR, and then serves receiver and transmitter by LSR (serial8250_handle_irq in
+//!   drivers/tty/serial/8250/8250_port.c).
 //! - It ignores the FIFO control register. So a driver that clears the receive FIFO still gets the input from before.
 
 #[cfg(test)]
@@ -81,8 +81,7 @@ impl SerialDevice {
     pub const SIZE: u64 = 8;
 
     /// A UART after reset. Each interrupt is an edge on `interrupt`. Each byte that the guest sends is written to `output` on the vCPU's
-    /// thread, so `output` must never block. If `input_room` or `enqueue` had no room, `on_input_drained` is written when there is room
-    /// again.
+    /// thread, so `output` must never block. `on_input_drained` is written when there is room again for `input_room` or `enqueue`.
     pub fn new(
         interrupt: Arc<dyn InterruptLine>,
         output: Box<dyn Write + Send>,
@@ -99,7 +98,7 @@ impl SerialDevice {
     }
 
     /// The interrupt identification register. On the real chip, a receive interrupt is pending as long as there is data. Linux reads at
-    /// most 256 bytes and then reads this register again. If input has arrived meanwhile, the interrupt must still be pending.
+    /// most 256 bytes and then reads this register again: if input has arrived, the interrupt must still be pending.
     fn interrupt_identification(&mut self) -> u8 {
         let identification = self.uart.read(INTERRUPT_IDENTIFICATION);
         let data = self.uart.fifo_capacity() < FIFO_SIZE;
@@ -111,8 +110,8 @@ impl SerialDevice {
     }
 
     /// Whether the guest takes input now: its driver has enabled the receive interrupt, or polls. Before that, Linux discards what is in
-    /// the FIFO (serial8250_do_startup), and a script on minivmm's standard input would lose its first bytes. Input also waits while
-    /// the guest tests its UART in loopback mode.
+    /// the FIFO (serial8250_do_startup), for example the first bytes of a script on standard input. Input also waits while the guest
+    /// tests its UART in loopback mode.
     fn takes_input(&mut self) -> bool {
         (self.data_interrupt_enabled() || self.polls == POLLS_FOR_INPUT)
             && self.uart.read(MODEM_CONTROL) & LOOPBACK == 0

@@ -45,9 +45,8 @@ pub trait VirtioDevice: Send {
     /// The largest size of each queue, in elements; its length is the number of queues.
     fn queue_sizes(&self) -> &[u16];
 
-    /// Fills `data` from the configuration space at `offset` (bytes). Bytes past the end read 0.
-    /// `features` are the negotiated bits (0 before FEATURES_OK): a field's initial value may depend on them
-    /// (virtio-blk's `writeback`, virtio 1.2 §5.2.5.2).
+    /// Fills `data` from the configuration space at `offset` (bytes). Bytes past the end read 0. A field's initial value may depend on
+    /// `features`, the negotiated bits, 0 before FEATURES_OK (virtio-blk's `writeback`, virtio 1.2 §5.2.5.2).
     fn read_config(&self, _offset: u64, data: &mut [u8], _features: u64) {
         data.fill(0);
     }
@@ -66,8 +65,8 @@ pub trait VirtioDevice: Send {
     /// When the device cannot start; the transport then sets DEVICE_NEEDS_RESET.
     fn start(&mut self, activation: Activation) -> io::Result<()>;
 
-    /// Begins a device reset: the device takes no new requests, and the drain is done when the host has answered those in flight.
-    /// Called at every reset, also before `start`. Then the device only forgets what the driver wrote to the configuration space.
+    /// Begins a device reset: the device takes no new requests, and the drain is done when the host has answered those in flight. Before
+    /// `start`, the device only forgets what the driver wrote to the configuration space.
     fn reset(&mut self) -> Drain;
 
     /// Begins the reset of one queue (virtio 1.2 §2.6.1), while the others go on. If the queue is not active, the drain is done at

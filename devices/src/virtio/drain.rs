@@ -1,14 +1,16 @@
-//! A reset or a pause under way: what [`VirtioDevice::reset`](super::device::VirtioDevice::reset) returns at once, so that no
-//! thread that must answer (a vCPU, the main loop) waits for the host's disk.
-//! `devices/docs/follow-one-reset.md` walks through a reset.
+//! A reset or a pause under way: what [`VirtioDevice::reset`](super::device::VirtioDevice::reset) returns at once, so that no thread that
+//! must answer (a vCPU, the main loop) waits for the host's disk. `devices/docs/follow-one-reset.md` walks through a reset.
 //!
-//! A drain has one or more *parties*: threads of the device, for a disk its worker threads. Each party takes no new requests and
-//! waits for what the host already has. In a reset it hands its queues back ([`Party::hand_back`]). Then it drops its [`Party`], and
-//! from then on does not touch guest memory. The drain is done when the last party has finished. It never fails, but it may last as
-//! long as the host keeps a request. So the main loop and `machine-job` wait with a deadline, and a vCPU that waits is woken by a kick.
+//! A drain has one or more *parties*: threads of the device, for a disk its worker threads. Each party takes no new requests and waits
+//! for what the host already has. In a reset it hands its queues back ([`Party::hand_back`]). Then it drops its [`Party`], and from then
+//! on does not touch guest memory. The drain is done when the last party has finished. It never fails, but may last as long as the host
+//! keeps a request. So the main loop and `machine-job` wait with a deadline, and a kick wakes a vCPU that waits.
 //!
-//! A thread waits for a drain in one of three ways: by [`Drain::wait`] with a timeout; by [`Drain::on_done`], if it waits for
-//! something else as well (a vCPU also waits for a kick); or by calling [`Drain::is_done`] now and then.
+//! A thread waits for a drain in one of three ways:
+//!
+//! - by [`Drain::wait`] with a timeout;
+//! - by [`Drain::on_done`], if it also waits for something else, as a vCPU does for a kick;
+//! - by [`Drain::is_done`] now and then.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -65,8 +67,8 @@ impl Drain {
         waited.unwrap_or_else(PoisonError::into_inner).0.pending == 0
     }
 
-    /// Calls `callback` when the drain is done: at once if it is done already, else on the thread of the party that finishes
-    /// last. The callback must not block. It is meant to wake a thread.
+    /// Calls `callback` when the drain is done: at once if it is done already, else on the thread of the party that finishes last. It
+    /// must not block: it is meant to wake a thread.
     pub fn on_done(&self, callback: impl FnOnce() + Send + 'static) {
         let mut state = lock(&self.0.state);
         if state.pending > 0 {

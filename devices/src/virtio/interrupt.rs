@@ -18,13 +18,13 @@ use crate::log_limit::LogLimit;
 
 /// The device's side of the virtio-mmio interrupt. Clones share the same registers.
 ///
-/// Drivers acknowledge used buffers after nearly every interrupt. An exit for each acknowledgement would cost more than the
-/// interrupt. So KVM turns a write of `INTERRUPT_USED_BUFFER` to InterruptACK into an increment of an eventfd
-/// (`acknowledgements`). Bit 0 of InterruptStatus is cleared later, when minivmm next reads that eventfd: before it sets the
-/// bit again, when a queue's worker wakes up, and at each access that reaches the transport.
+/// Drivers acknowledge used buffers after nearly every interrupt. An exit for each would cost more than the interrupt. So KVM turns a
+/// write of `INTERRUPT_USED_BUFFER` to InterruptACK into an increment of an eventfd (`acknowledgements`). minivmm clears bit 0 of
+/// InterruptStatus when it next reads that eventfd: before it sets the bit again, when a queue's worker wakes up, and at each access that
+/// reaches the transport.
 ///
-/// So a driver that polls InterruptStatus of an idle device may still read the bit after its acknowledgement, where virtio 1.2
-/// §4.2.2.1 clears it at once. A driver that waits for interrupts sees no difference: it reads the register only when interrupted.
+/// So a driver that polls InterruptStatus of an idle device may still read the bit after its acknowledgement, where virtio 1.2 §4.2.2.1
+/// clears it at once. A driver that waits for interrupts reads the register only when interrupted, and sees no difference.
 #[derive(Clone)]
 pub struct Interrupt {
     shared: Arc<Shared>,
@@ -69,8 +69,8 @@ impl Interrupt {
         &self.shared.page
     }
 
-    /// Replaces the configuration space that the driver reads by what `fill` makes of a buffer of zeroes. One thread at a time
-    /// calls `fill`, so the values that were read last are the ones that stay.
+    /// Replaces the configuration space that the driver reads by what `fill` makes of a buffer of zeroes. One thread at a time calls
+    /// `fill`, so the values that were read last stay.
     pub fn show_config(&self, fill: impl FnOnce(&mut [u8])) {
         let _writer = lock(&self.shared.config_writer);
         let mut config = [0; CONFIG_SIZE];

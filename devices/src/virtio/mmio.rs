@@ -1,13 +1,12 @@
-//! The virtio-mmio transport, version 2 (virtio 1.2 §4.2): registers, feature negotiation and the device status machine
-//! over any [`VirtioDevice`].
+//! The virtio-mmio transport, version 2 (virtio 1.2 §4.2): registers, feature negotiation and the device status machine over any
+//! [`VirtioDevice`].
 //!
-//! It is not on the data path once the driver is up: the driver's notification reaches an ioeventfd that the queue's worker
-//! waits for, and the worker pulses the interrupt line itself. The driver reads the reason for an interrupt in the
-//! [register page](RegisterPage), and acknowledges into another ioeventfd. What still arrives here are changes of
-//! configuration, and resets.
+//! It is not on the data path once the driver is up. The driver's notification reaches an ioeventfd that the queue's worker waits for,
+//! and the worker pulses the interrupt line. The driver reads the reason in the [register page](RegisterPage), and acknowledges into
+//! another ioeventfd. What still arrives here are changes of configuration, and resets.
 //!
-//! Everything that the driver may read is in that page, which every write here leaves up to date; a read has no side
-//! effects. What the driver wrote is one value, `DriverRegisters`.
+//! Everything that the driver may read is in that page, which every write here leaves up to date. A read has no side effects. What the
+//! driver wrote is one value, `DriverRegisters`.
 
 mod driver_registers;
 mod queue_registers;

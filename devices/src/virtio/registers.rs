@@ -1,8 +1,7 @@
 //! The registers that the driver reads: one page of memory that the device keeps current.
 //!
-//! Reads of virtio-mmio registers have no side effects. So KVM can map the page into the guest as read-only memory
-//! (KVM_MEM_READONLY in `Documentation/virt/kvm/api.rst`). Then the guest's reads cost no exit, and only its writes
-//! reach the transport. If the page is not mapped, the transport answers the guest's reads from it.
+//! Reads of virtio-mmio registers have no side effects. So KVM can map the page into the guest as read-only memory (KVM_MEM_READONLY in
+//! `Documentation/virt/kvm/api.rst`), and reads cost no exit. If the page is not mapped, the transport answers reads from it.
 //!
 //! `InterruptStatus` and `Status` have no copy elsewhere: worker threads set bits in them while the driver may read them.
 
@@ -58,9 +57,9 @@ impl RegisterPage {
 
     /// Replaces the configuration space; called by one thread at a time.
     ///
-    /// ConfigGeneration changes before and after, and each field changes at once. So a driver that has read one half of a field
-    /// before the change and one after it finds another generation, and reads again (§2.5.1). The driver may also read everything
-    /// between the last two stores, and see no change of the generation. Then the configuration interrupt makes it read again.
+    /// ConfigGeneration changes before and after, and each field changes at once. So a driver that has read one half of a field before
+    /// the change and one after it finds another generation, and reads again (§2.5.1). If it reads everything between the last two
+    /// stores, it sees no change, and the configuration interrupt makes it read again.
     pub(crate) fn set_config(&self, config: &[u8; CONFIG_SIZE]) {
         let (fields, _) = config.as_chunks::<8>();
         let fields = || {

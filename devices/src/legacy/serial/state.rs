@@ -1,10 +1,10 @@
 //! The serial port as a value, to be saved while the machine stands still and put back into a new one.
 //!
-//! A capability: the device does not need it. It hooks in as a child of the device's module, and adds
-//! [`SerialDevice::save`] and [`SerialDevice::restore`].
+//! A capability: the device does not need it. It hooks in as a child of the device's module, and adds [`SerialDevice::save`] and
+//! [`SerialDevice::restore`].
 //!
-//! If the guest has read the first byte in the FIFO before the save, vm-superio restores the UART without a pending interrupt. So
-//! `restore` pulses the line.
+//! If the guest had read the first byte in the FIFO, vm-superio restores the UART without a pending interrupt. So `restore` pulses the
+//! line.
 
 use std::io;
 use std::sync::Arc;
@@ -44,8 +44,8 @@ impl SerialDevice {
         }
     }
 
-    /// Restores a saved state. If the guest has an interrupt condition to serve, it gets one interrupt, even if it got one before the
-    /// save: a handler that finds nothing to do returns.
+    /// Restores a saved state. A guest with an interrupt condition to serve gets one interrupt, even if it got one before the save: a
+    /// handler that finds nothing to do returns.
     ///
     /// # Errors
     /// When the state has more input than the FIFO holds.

@@ -21,9 +21,9 @@
 //!
 //! | constant | meaning |
 //! |---|---|
-//! | `T_IN` | Request type: read. |
-//! | `T_OUT` | Request type: write. |
-//! | `T_FLUSH` | Request type, with [`F_FLUSH`]: completed writes become durable. |
+//! | `T_IN` | Read. |
+//! | `T_OUT` | Write. |
+//! | `T_FLUSH` | With [`F_FLUSH`]: completed writes become durable. |
 //!
 //! Sizes, offsets and status bytes:
 //!
@@ -33,9 +33,9 @@
 //! | `HEADER_SIZE` | Bytes in the request header: type (le32), reserved, formerly ioprio (le32), sector (le64). |
 //! | `HEADER_SECTOR` | Offset in bytes of the starting sector in the header, in units of [`SECTOR_SIZE`]. |
 //! | `STATUS_SIZE` | Bytes in the status that ends a request. |
-//! | `S_OK` | Status: done. |
-//! | `S_IOERR` | Status: failed, by the device's or the driver's fault. |
-//! | `S_UNSUPP` | Status: the device does not do that. |
+//! | `S_OK` | Done. |
+//! | `S_IOERR` | Failed, by the device's or the driver's fault. |
+//! | `S_UNSUPP` | The device does not do that. |
 
 #![expect(missing_docs, reason = "the tables above and those of the structures describe each name")]
 

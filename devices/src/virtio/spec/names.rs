@@ -1,7 +1,7 @@
 //! The block device's features and configuration space in the specification's words, for people.
 //!
-//! A capability: `--verbose` prints what a driver took, and `--explain` what a disk offers. The numbers are those of
-//! [`blk`](super::blk); the places of the fields are those of [`Config::to_le_bytes`](super::blk::Config::to_le_bytes), which a test compares.
+//! A capability: `--verbose` prints what a driver took, and `--explain` what a disk offers. The numbers are those of [`blk`](super::blk).
+//! A test compares the places of the fields with [`Config::to_le_bytes`](super::blk::Config::to_le_bytes).
 
 use super::blk::{
     F_BLK_SIZE, F_CONFIG_WCE, F_DISCARD, F_FLUSH, F_GEOMETRY, F_LIFETIME, F_MQ, F_RO, F_SCSI,

@@ -17,13 +17,13 @@
 //!
 //! | constant | meaning |
 //! |---|---|
-//! | `T_SCSI_CMD` | Request type, legacy (§5.2.6.3), with [`F_SCSI`]: a SCSI command in `virtio_scsi_pc_req` framing. |
+//! | `T_SCSI_CMD` | Legacy (§5.2.6.3), with [`F_SCSI`]: a SCSI command in `virtio_scsi_pc_req` framing. |
 //! | `T_SCSI_CMD_OUT` | The same (§5.2.6.3): what Linux's driver said when the command sends data. |
-//! | `T_GET_ID` | Request type: the device's name, [`ID_SIZE`] bytes. |
-//! | `T_GET_LIFETIME` | Request type, with [`F_LIFETIME`]: how worn the medium is, a [`Lifetime`]. |
-//! | `T_DISCARD` | Request type, with [`F_DISCARD`]: the content of some [`Segment`]s is no longer needed. |
-//! | `T_WRITE_ZEROES` | Request type, with [`F_WRITE_ZEROES`]: some [`Segment`]s become zeroes. |
-//! | `T_SECURE_ERASE` | Request type, with [`F_SECURE_ERASE`]: some [`Segment`]s and all copies of them are destroyed. |
+//! | `T_GET_ID` | The device's name, [`ID_SIZE`] bytes. |
+//! | `T_GET_LIFETIME` | With [`F_LIFETIME`]: how worn the medium is, a [`Lifetime`]. |
+//! | `T_DISCARD` | With [`F_DISCARD`]: the content of some [`Segment`]s is no longer needed. |
+//! | `T_WRITE_ZEROES` | With [`F_WRITE_ZEROES`]: some [`Segment`]s become zeroes. |
+//! | `T_SECURE_ERASE` | With [`F_SECURE_ERASE`]: some [`Segment`]s and all copies of them are destroyed. |
 //!
 //! Sizes:
 //!
