@@ -127,8 +127,8 @@ fn measure(path: &Path) -> io::Result<Content> {
     Ok(content)
 }
 
-/// Bytes of the image, which is sparse: for the content, inodes and tables, and free space for writes. If that is more than a file can have,
-/// the result is a length that the host refuses.
+/// Bytes of the image, which is sparse: for the content, inodes and tables, and free space. If a file cannot be that large, the host
+/// refuses the length.
 fn size(content: &Content, writable: bool) -> u64 {
     // 2^62 bytes and what comes on top stay below 2^64.
     let bytes = content.bytes.min(1 << 62);

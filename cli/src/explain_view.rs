@@ -1,7 +1,7 @@
 //! `--explain=svg`: the guest-physical memory and the threads of a machine as a picture.
 //!
-//! Addresses are not to scale, since a table of 40 bytes and RAM of gigabytes would not fit on one page: from one address at
-//! which something begins or ends to the next is one row.
+//! Addresses are not to scale, since tables of 40 bytes and RAM of gigabytes would not fit on one page. One row is from an address at
+//! which something begins or ends to the next.
 
 use vmm::{Explanation, Part, Region};
 

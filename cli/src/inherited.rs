@@ -1,12 +1,11 @@
 //! Corrects what minivmm inherits from its parent process: the signal mask, the umask, and the limits on open files and on the stack.
 //!
-//! `main` calls [`reset`] before anything else. Closed standard descriptors need no correction: Rust's runtime opens /dev/null in their
-//! place. Signals that the parent has set to be ignored stay ignored, as nohup(1) or a shell's background job wants it, except for those that
-//! the machine reads from a descriptor.
+//! `main` calls [`reset`] before anything else. Rust's runtime opens /dev/null for closed standard descriptors. Signals that the parent
+//! ignores stay ignored, as nohup(1) or a shell's background job wants it, except for those that the machine reads from a descriptor.
 
-/// Unblocks all signals: a vCPU is kicked out of the guest by one, and SIGCONT restores the terminal's raw mode. Makes new
-/// files and sockets private. Raises the limit on open files as far as the parent allows: the usual 1024 are too few for many
-/// vCPUs with many disks, and nothing here uses select(2), which could not take more. Raises a limit on the stack that is too low.
+/// Unblocks all signals: one kicks a vCPU out of the guest, and SIGCONT restores the terminal's raw mode. Makes new files and sockets
+/// private. Raises the limit on open files as far as the parent allows, since the usual 1024 are too few for many vCPUs with many disks,
+/// and nothing here uses select(2). Raises a limit on the stack that is too low.
 ///
 /// # Errors
 /// What is wrong with the parent's limits.
@@ -20,8 +19,8 @@ pub(crate) fn reset() -> Result<(), &'static str> {
     Ok(())
 }
 
-/// Bytes of stack that the main thread gets at least: it uses about 90 KiB, most of it while it parses arguments. Linux compares the
-/// stack with the limit when the stack grows, so that a raised limit counts at once. Threads have stacks of their own.
+/// Bytes of stack that the main thread gets at least: it uses about 90 KiB, most of it to parse arguments. Linux compares the stack with
+/// the limit when it grows, so a raised limit counts at once.
 const STACK: u64 = 256 << 10;
 
 /// Not by rustix, which panics where a seccomp filter refuses the call.

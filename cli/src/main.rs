@@ -128,8 +128,8 @@ fn run(config: &mut VmConfig, incoming: Option<IncomingOption>) -> Result<Outcom
     vm.run()
 }
 
-/// Reads from each file while signals still have their default action. If the storage does not answer, the read waits in the kernel, and the
-/// user can end it by a signal. Other errors of a file are found when it is opened.
+/// Reads from each file while signals still have their default action. If the storage does not answer, a signal can end the read. Other
+/// errors of a file are found when it is opened.
 fn wait_for_storage(config: &VmConfig, incoming: Option<&IncomingOption>) {
     let incoming = match incoming {
         Some(IncomingOption::File(options)) => Some(&options.path),

@@ -96,9 +96,9 @@ static NONBLOCKING: OnceLock<File> = OnceLock::new();
 
 /// From now on no message waits for its reader. Called before the process is confined.
 ///
-/// To poll before a write is not enough. A terminal with room for one byte is ready, but a longer line would block. And another process may
-/// fill a pipe after the poll. So a terminal or a pipe is opened once more, with O_NONBLOCK. On the descriptor that minivmm has inherited,
-/// this flag would affect all processes that share it. A terminal of another user cannot be opened.
+/// To poll before a write is not enough: a terminal with room for one byte is ready, but a longer line would block, and another process
+/// may fill a pipe. So a terminal or a pipe is opened once more, with O_NONBLOCK. On the inherited descriptor, this flag would affect all
+/// processes that share it. A terminal of another user cannot be opened.
 pub(crate) fn never_wait() {
     let kind = fstat(rustix::stdio::stderr()).map(|stat| FileType::from_raw_mode(stat.st_mode));
     if matches!(kind, Ok(FileType::CharacterDevice | FileType::Fifo)) {
@@ -110,8 +110,8 @@ pub(crate) fn never_wait() {
     }
 }
 
-/// Standard error. Its reader may have ended (`2>&1 | head`) or stopped reading (`2>&1 | less`, a terminal behind a broken network). That
-/// must neither end nor delay the VM, so a line that the reader does not accept in time is dropped. Each write is one line.
+/// Standard error. Its reader may have ended (`2>&1 | head`) or stopped reading (`2>&1 | less`, a broken network). That must neither end
+/// nor delay the VM, so a line that the reader does not accept in time is dropped. Each write is one line.
 pub(crate) struct Stderr;
 
 impl Write for Stderr {

@@ -1,9 +1,8 @@
-//! System calls without which there is no VM, tried before anything else. Their refusal, by the seccomp filter of a container or a
-//! service manager, would otherwise be a panic of Rust's library (a clock), an abort of the C library (a futex), or a VM that
-//! never ends, since its threads can be neither woken (eventfd, epoll) nor taken out of the guest (tgkill).
+//! System calls without which there is no VM, tried before anything else. If the seccomp filter of a container or a service manager
+//! refuses one, Rust's library would panic (a clock), the C library abort (a futex), or the VM never end, since its threads can be
+//! neither woken (eventfd, epoll) nor taken out of the guest (tgkill).
 //!
-//! `main` calls [`check`]. The refusal of any other call is handled where the call is made; the chapter
-//! `vmm/docs/refused-system-calls.md` has them all.
+//! `main` calls [`check`]. The refusal of any other call is handled where the call is made (`vmm/docs/refused-system-calls.md`).
 #![expect(unsafe_code, reason = "system calls are made without wrappers, which would panic")]
 
 use std::io;

@@ -1,12 +1,12 @@
 //! The user's terminal: raw while the guest has it, and as it was before on every way out.
 //!
-//! `main` enters [`RawMode`] when the machine is built. The settings come back when it is dropped, before a panic prints its
-//! message, and before a fatal signal ends the process; SIGKILL alone leaves the terminal raw. A shell takes the terminal
-//! while the process is stopped (SIGSTOP, SIGTSTP), so that SIGCONT makes it raw again.
+//! `main` enters [`RawMode`] when the machine is built. The settings come back when it is dropped, before a panic prints its message, and
+//! before a fatal signal ends the process. Only SIGKILL leaves the terminal raw. A shell takes the terminal while the process is stopped
+//! (SIGSTOP, SIGTSTP), so SIGCONT makes it raw again.
 //!
-//! In the background (`minivmm &`, `timeout 1m minivmm`, `bg`) the terminal and its settings are the shell's: minivmm leaves them
-//! alone. The kernel would stop a process that touches them (SIGTTOU) or reads (SIGTTIN), and stop it anew each time that it is
-//! continued, so that SIGTERM would never end the VM. With these signals ignored a read fails, until the terminal is minivmm's (`fg`).
+//! In the background (`minivmm &`, `timeout 1m minivmm`, `bg`) minivmm leaves the terminal and its settings alone. The kernel would stop
+//! a process that touches them (SIGTTOU) or reads (SIGTTIN) again and again, so that SIGTERM would never end the VM. With these signals
+//! ignored a read fails, until the terminal is minivmm's (`fg`).
 
 use std::sync::OnceLock;
 

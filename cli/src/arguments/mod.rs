@@ -1,8 +1,8 @@
 //! The command line, turned into one validated [`VmConfig`].
 //!
-//! clap splits it into options and calls the parsers of [`value`] and [`disk`]; [`Arguments::into_config`] checks what options
-//! mean together; [`same_file`] makes sure that no file is named for two purposes. Nothing is opened here. Every refusal is
-//! one line, printed by [`parse`], and exit status 2.
+//! clap splits it into options and calls the parsers of [`value`] and [`disk`]. [`Arguments::into_config`] checks what options mean
+//! together, and [`same_file`] that no file is named for two purposes. Nothing is opened here. Every refusal is one line, printed by
+//! [`parse`], and exit status 2.
 
 mod consoles;
 pub(crate) mod disk;

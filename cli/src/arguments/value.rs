@@ -97,8 +97,8 @@ pub(crate) fn number<T: FromStr>(text: &str) -> Result<T, ValueError> {
 
 const PAGE: u64 = 4096;
 
-/// A number and its unit, a power of 1024; without a unit, times two to the power of `plain`. What a fraction leaves over a
-/// whole page is cut off: 1.1G is no whole number of bytes.
+/// A number and its unit, a power of 1024; without a unit, times two to the power of `plain`. A fraction is cut to whole pages: 1.1G is
+/// no whole number of bytes.
 fn size(text: &str, plain: u32) -> Option<u64> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {

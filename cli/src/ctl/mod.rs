@@ -1,8 +1,7 @@
 //! `minivmm ctl SOCKET COMMAND`: a control client for people.
 //!
-//! `main` hands over the words behind `ctl`. Each command is one or a few QMP commands over [`client::Client`], and prints what
-//! a person wants to see of the answers, as a table where there are several disks (the module `table`). Nothing here knows the
-//! machine: the VM is another process.
+//! `main` passes the words after `ctl`. Each command is one or a few QMP commands over [`client::Client`], and prints what a person wants
+//! to see of the answers (several disks as a `table`). Nothing here knows the machine, which is another process.
 
 mod client;
 mod error;

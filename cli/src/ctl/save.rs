@@ -24,10 +24,10 @@ fn check_target(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Saves the VM and waits until that is done. A VM that ran goes on, unless it is to `quit` and is saved; `in_background` it does so at once. An increment
-/// (`is_incremental`) does not replace its base.
+/// Saves the VM and waits until that is done. A VM that ran goes on, `in_background` at once, unless it is to `quit` and is saved. An
+/// increment (`is_incremental`) does not replace its base.
 ///
-/// The file is opened here and handed over, since the VM is confined: it opens none. It gets its name when it is whole.
+/// The VM is confined and opens no file: this opens it and passes it. It gets its name when it is whole.
 pub(super) fn save(
     vm: &mut Client,
     path: &Path,

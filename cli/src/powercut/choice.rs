@@ -1,8 +1,8 @@
 //! Which of the open changes a state has, and the name of that.
 //!
-//! A name is the epoch, a colon, and one part for each open change in the order of the log: `1` it is there, `0` it is not, `sRUNS` it
-//! is torn, with a run for its sectors. `12x1` stands for twelve parts `1`, and `s3x1.5x0` for a write of which the first three
-//! sectors are there. `all` and `none` stand for all parts being `1` or `0`.
+//! A name is the epoch, a colon, and one part for each open change in the order of the log: `1` it is there, `0` it is not, `s` and its
+//! sectors if it is torn. `12x1` stands for twelve parts `1`, and `s3x1.5x0` for a write of which the first three of eight sectors are
+//! there. `all` and `none` stand for all parts being `1` or `0`.
 
 use std::fmt;
 use std::str::FromStr;

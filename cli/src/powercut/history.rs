@@ -1,9 +1,9 @@
 //! A log of writes as a history: which change was under way or durable when.
 //!
-//! Time is counted in entries of the log. A change is *complete* from its own entry on, and *begun* from the moment that its entry
-//! gives as the submission, or from its own entry on if the log does not say. A *durability event* is the end of a flush, or of a
-//! write that was durable when it completed. Between two events only more changes begin, so the medium has the most legal
-//! states just before an event: those moments, and the end of the log, are the *epochs* at which the power is cut.
+//! Time is counted in entries of the log. A change is *complete* from its own entry on. It has *begun* from its submission on, as its
+//! entry says, or from its own entry on if the log does not say. A *durability event* is the end of a flush, or of a write that was
+//! durable when it completed. Between two events only more changes begin, so the medium has the most legal states just before an event.
+//! Those moments, and the end of the log, are the *epochs* at which the power is cut.
 //!
 //! | at an epoch | on the medium |
 //! |---|---|

@@ -1,8 +1,8 @@
 //! Which states are looked at: so many for each epoch, chosen by a seed.
 //!
-//! At each epoch: nothing of the open changes, and all; then in turn a prefix, one missing, one alone, a pair missing, a prefix whose
-//! last write is torn, random changes, and random sectors. An epoch with few open changes has every subset of them. The same
-//! log, seed and number give the same states.
+//! At each epoch, the first states have none of the open changes, and all. Others follow in turn: a prefix, one missing, one alone, a
+//! pair missing, a prefix whose last write is torn, random changes, and random sectors. An epoch with few open changes has every subset
+//! of them. The same log, seed and number give the same states.
 //!
 //! A write is torn between units that the medium writes at once: a sector, or several that begin at a multiple of their number.
 

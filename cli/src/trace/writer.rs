@@ -1,8 +1,8 @@
 //! The thread `trace`: takes records out of the queue, and writes them to the file or to standard error.
 //!
-//! Threads that emit events never wait for it. If the queue is full, an event is counted as lost. The thread does not wait for the file
-//! either. If a write fails or is short, the rest is tried again with the next events. Events that do not fit into the buffer meanwhile are
-//! lost, too.
+//! Threads that emit events never wait for it: if the queue is full, an event is counted as lost. Nor does it wait for the file. If a
+//! write fails or is short, the rest is tried again with the next events, and events that do not fit into the buffer meanwhile are lost,
+//! too.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};

@@ -1,11 +1,11 @@
 //! Transfers through an aligned buffer, for data whose address, offset or length is not aligned for direct I/O.
 //!
-//! The guest's sectors stay 512 bytes, whatever the file requires. A [`Bounce`] buffer turns any transfer into whole units. For
-//! a write, the first and the last unit are read, modified and written back. Two of these writes to one unit at once would undo
-//! each other, so each locks its units in [`WriteRanges`], which all queues of a disk share.
+//! The guest's sectors stay 512 bytes, whatever the file requires. A [`Bounce`] buffer turns any transfer into whole units. For a write,
+//! the first and the last unit are read, modified and written back. Two writes to one unit at once would undo each other, so each locks
+//! its units in [`WriteRanges`], which all queues of a disk share.
 //!
-//! Zeroes that no system call can make are written from this buffer, too. The formats decide which transfers need the buffer.
-//! Each thread of an engine's pool has its own.
+//! Zeroes that no system call can make are written from this buffer, too. The formats decide which transfers need it. Each thread of an
+//! engine's pool has its own.
 
 #![expect(unsafe_code, reason = "system calls with raw pointers into the buffer")]
 
@@ -79,8 +79,8 @@ impl Bounce {
         Ok(())
     }
 
-    /// Writes `length` bytes at `offset` in whole units. `source` is called for each part of the data in order, and fills it. Bytes
-    /// of the first and last unit that are not part of the data keep their content: the caller has locked these units.
+    /// Writes `length` bytes at `offset` in whole units. `source` fills each part of the data in order. Bytes of the first and last unit
+    /// beside the data keep their content: the caller has locked these units.
     pub(super) fn write(
         &mut self,
         file: impl AsFd,

@@ -1,7 +1,7 @@
 //! Direct I/O (`cache=none`, `cache=directsync`): the alignment that the file requires, and which writes exclude each other.
 //!
-//! A capability: buffered images do without it. It hooks in as a [`DirectIo`], which `open` plugs into a raw image. Jobs that are not
-//! aligned go to the threads that wait for the host, which use a [`Bounce`] buffer.
+//! A capability: `open` plugs a [`DirectIo`] into a raw image. Jobs that are not aligned go to the threads that wait for the host, which
+//! use a [`Bounce`] buffer.
 
 use std::fs::File;
 use std::io;

@@ -41,12 +41,12 @@ pub(super) struct HostFile {
     pub(super) kind: FileKind,
     /// What direct I/O requires of offsets and addresses, if the file was opened for it (O_DIRECT).
     pub(super) direct: Option<Alignment>,
-    /// A second open file description, which holds the lock until it is closed. It also claims a writable block device (O_EXCL).
-    /// It must not be registered with an io_uring: a registered file stays open for a moment after the process has ended, and a
-    /// machine that is started again at once would find its own disk locked.
+    /// A second open file description, which holds the lock until it is closed, and claims a writable block device (O_EXCL). It must not
+    /// be registered with an io_uring: a registered file stays open for a moment after the process has ended, and a machine that is
+    /// started again at once would find its disk locked.
     pub(super) lock: Option<File>,
-    /// The errno of the first failed flush of a file that goes through the page cache, else 0. Linux drops data that it could not
-    /// write, so the next fdatasync(2) would succeed without that data. Therefore every later flush fails with this errno.
+    /// The errno of the first failed flush of a file that goes through the page cache, else 0. Linux drops data that it could not write,
+    /// so the next fdatasync(2) would succeed without it. So every later flush fails with this errno.
     failed_flush: AtomicI32,
     pub(super) observer: Option<Arc<dyn Observer>>,
 }

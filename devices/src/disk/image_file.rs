@@ -1,5 +1,5 @@
-//! Opens the file of an image as `--disk` says: locks it, so that no other QEMU or minivmm writes it meanwhile, and finds out what direct
-//! I/O on it requires. Also derives the sizes that the disk announces from those of the file system (statvfs(3)).
+//! Opens the file of an image as `--disk` says. Locks it, so that no other QEMU or minivmm writes it, and finds out what direct I/O on it
+//! requires. Also derives the sizes that the disk announces from those of the file system (statvfs(3)).
 //!
 //! A capability: code that uses a [`HostFile`] knows none of this. `open` and the formats open their files here.
 

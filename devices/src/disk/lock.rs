@@ -1,10 +1,9 @@
 //! Image locks that are compatible with QEMU's: an image has any number of readers or one writer, of both programs together.
 //!
-//! The scheme is QEMU's (block/file-posix.c). A program takes shared open-file-description locks on single bytes of the image. For each
-//! permission n that it *uses*, it locks byte 100 + n. For each permission n that it *forbids to others*, it locks byte 200 + n. Then it
-//! checks for conflicts: on byte 200 + n of each permission that it uses, and on byte 100 + n of each that it forbids, no other lock may
-//! prevent an exclusive one. The kernel releases the locks when the last descriptor of the open file is closed, also if the process is
-//! killed.
+//! The scheme is QEMU's (block/file-posix.c). A program takes shared open-file-description locks on single bytes of the image: byte 100 +
+//! n for each permission n that it *uses*, and byte 200 + n for each that it *forbids to others*. Then it checks for conflicts. On byte
+//! 200 + n of each permission that it uses, and on byte 100 + n of each that it forbids, no other lock may prevent an exclusive one. The
+//! kernel releases the locks when the last descriptor of the open file is closed, also if the process is killed.
 
 #![expect(unsafe_code, reason = "fcntl(2) with struct flock")]
 

@@ -197,8 +197,8 @@ pub trait DeviceCommand: Any + Send + Sync {
     -> Result<(), DiskError>;
 }
 
-/// An opened image. The workers of all queues share it, and it keeps its locks until it is dropped. Methods about the
-/// host have no default implementation, so that a disk which wraps another one has to pass them on.
+/// An opened image. The workers of all queues share it, and it keeps its locks until it is dropped. Methods about the host have no
+/// default implementation: a disk around another one has to pass them on.
 pub trait Disk: Any + Send + Sync {
     /// The size in bytes now, a multiple of 512. `resize` and `refresh_capacity` change it at any moment.
     fn capacity(&self) -> u64;
@@ -215,8 +215,8 @@ pub trait Disk: Any + Send + Sync {
     /// What the host says. The capacity stays as it was.
     fn refresh_capacity(&self) -> std::io::Result<u64>;
 
-    /// Makes the disk `bytes` long (a multiple of 512). Transfers past a smaller end fail from now on. minivmm cannot resize a
-    /// block device: its owner resizes it first, and `bytes` must be its new size.
+    /// Makes the disk `bytes` long (a multiple of 512). Transfers past a smaller end fail from now on. Of a block device, which only its
+    /// owner can resize, `bytes` must be the new size.
     ///
     /// # Errors
     /// `Unsupported` if images of this kind cannot be resized. Otherwise what the host says. The capacity stays as it was.
@@ -265,9 +265,9 @@ pub(crate) const MIN_THREADS: usize = 4;
 /// What executes the transfers of one worker, through all resets of the device. From the first `commit` on it belongs to one thread.
 /// Dropping it waits for what is in flight.
 pub trait Engine: Send {
-    /// Accepts a transfer. When this returns, the transfer may already be finished (see `reap`), or it may not start before
-    /// `commit`. The caller keeps at most `depth` transfers in flight, and has checked each against `capacity`. If the image has
-    /// shrunk since, the completion is an error.
+    /// Accepts a transfer. When this returns, it may be finished (see `reap`), or it may not start before `commit`. The caller keeps at
+    /// most `depth` transfers in flight, and has checked each against `capacity`. If the image has shrunk since, the completion is an
+    /// error.
     fn submit(&mut self, transfer: Transfer<'_>);
 
     /// Accepts a SCSI command, as `submit` does a transfer. `data`: the guest memory that its data comes from or goes to. The
@@ -291,10 +291,9 @@ pub trait Engine: Send {
     /// Appends finished transfers to `done`, in any order, without waiting.
     fn reap(&mut self, done: &mut Vec<Completion>);
 
-    /// An eventfd that is written to when a transfer finishes after the last `reap`. Poll it edge-triggered
-    /// (`EventSet::EDGE_TRIGGERED`): then it need not be read, which saves a system call each time. It need not be written to for
-    /// transfers that finish within `submit` or `commit`, so always call `reap` after `commit` and before sleeping.
-    /// `None`: everything finishes within `submit` or `commit`.
+    /// An eventfd that is written to when a transfer finishes after the last `reap`. Poll it edge-triggered (`EventSet::EDGE_TRIGGERED`),
+    /// so that it need not be read. It need not be written to for transfers that finish within `submit` or `commit`, so call `reap` after
+    /// `commit` and before sleeping. `None`: everything finishes within `submit` or `commit`.
     fn completion_fd(&self) -> Option<RawFd>;
 
     /// Waits until everything in flight is finished and appends it to `done`.

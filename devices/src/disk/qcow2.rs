@@ -231,8 +231,8 @@ impl Qcow2Image {
         self.write_plain_zeroes(whole.end..job.end(), bounce)
     }
 
-    /// The part of `range` that consists of whole clusters. The last one may be cut short by the end of the disk. imago 0.2.6 zeroes a
-    /// wrong range if it is asked for a part of the last cluster, so it is asked only for whole ones.
+    /// The part of `range` that consists of whole clusters; the end of the disk may cut the last one short. Asked for a part of the last
+    /// cluster, imago 0.2.6 zeroes a wrong range.
     fn whole_clusters(&self, range: Range<u64>) -> Range<u64> {
         let start = range.start.next_multiple_of(self.header.cluster).min(range.end);
         let end = match range.end == self.capacity() {

@@ -29,9 +29,8 @@ pub(super) enum Medium {
     Translated,
 }
 
-/// What direct I/O requires of jobs. The file can only be read and written in whole units. For a write that covers a unit in part,
-/// the unit is read, modified and written back. Two of these writes to one unit at once would undo each other, so each locks
-/// its units.
+/// What direct I/O requires of jobs. The file can only be read and written in whole units. A unit that a write covers in part is read,
+/// modified and written back. Two of these writes to one unit at once would undo each other, so each locks its units.
 pub(super) trait DirectIo: Send + Sync {
     /// Whether `job`, a read or write, is aligned as the file requires, so that it needs no bounce buffer.
     fn is_aligned(&self, job: &Job) -> bool;

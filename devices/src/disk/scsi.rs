@@ -1,8 +1,8 @@
 //! SCSI commands to a disk of the host (`scsi=on`), by the SG_IO ioctl (scsi/sg.h, version 3 of its header).
 //!
-//! A capability beside the core: `block/scsi.rs` makes a [`ScsiCommand`] from a guest's request, an engine carries it to a pool
-//! thread as a [`DeviceCommand`], and `open.rs` asks [`is_scsi_disk`] whether the device may be addressed at all. minivmm does not interpret a
-//! command. The host kernel's filter decides whether the device gets it.
+//! A capability. `block/scsi.rs` makes a [`ScsiCommand`] from a guest's request, and an engine carries it to a pool thread as a
+//! [`DeviceCommand`]. `open.rs` asks [`is_scsi_disk`] whether the device may be addressed at all. minivmm does not interpret a command:
+//! the host kernel's filter decides whether the device gets it.
 
 #![expect(
     unsafe_code,
@@ -58,9 +58,9 @@ pub struct ScsiCommand {
     reply: OnceLock<ScsiReply>,
 }
 
-/// The reply to a command. Its fields are those of the same names in sg_io_hdr: the SCSI status and message byte, what the
-/// host adapter and its driver report, the bytes of data that were not moved, and the sense data, which explains an error. Behind
-/// `sense_length` bytes of sense data there are zeroes.
+/// The reply to a command, with the fields of sg_io_hdr: the SCSI status and message byte, what the host adapter and its driver report,
+/// the bytes of data that were not moved, and the sense data, which explains an error. Behind `sense_length` bytes of it there are
+/// zeroes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the fields of scsi/sg.h, explained together above")]
 pub struct ScsiReply {
@@ -189,9 +189,9 @@ struct SgIoHeader {
 
 const _: () = assert!(size_of::<SgIoHeader>() == 88);
 
-/// Drops CAP_SYS_RAWIO from the calling thread for good. Without it Linux lets a thread send only commands that read and, if
-/// the device is open for writing, commands that write: no firmware, no reservations, no modes (scsi_cmd_allowed in
-/// drivers/scsi/scsi_ioctl.c). So a guest of root cannot do more than another user's, and `readonly=on` holds.
+/// Drops CAP_SYS_RAWIO from the calling thread for good. Without it Linux allows only commands that read and, if the device is open for
+/// writing, commands that write: no firmware, no reservations, no modes (scsi_cmd_allowed in drivers/scsi/scsi_ioctl.c). So root's guest
+/// can do no more than another user's, and `readonly=on` holds.
 fn drop_raw_io_capability() -> Result<(), DiskError> {
     let without = || {
         let mut sets = capabilities(None)?;

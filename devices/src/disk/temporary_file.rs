@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-/// A new file without a name, for data that goes with its last descriptor, and the directory that was chosen for it: that of
-/// the variable TMPDIR or, if it is unset or empty, /var/tmp as in QEMU, since /tmp may be memory and small.
+/// A new file without a name, for data that ends with its last descriptor, and the directory that was chosen for it: TMPDIR or, if that
+/// is unset or empty, /var/tmp as in QEMU, since /tmp may be in memory and small.
 pub fn create(tmpdir: Option<OsString>) -> (PathBuf, io::Result<File>) {
     let directory = tmpdir.filter(|directory| !directory.is_empty());
     let directory = directory.map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);

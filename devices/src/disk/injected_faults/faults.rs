@@ -36,7 +36,7 @@ pub struct CountedRule {
     pub id: u64,
     /// The rule as the user wrote it.
     pub rule: FaultRule,
-    /// Requests that it concerned.
+    /// Requests that it concerned and that no rule before it had hit.
     pub seen: u64,
     /// Those of them that it has hit.
     pub hits: u64,

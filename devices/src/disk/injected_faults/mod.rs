@@ -1,7 +1,7 @@
 //! `fault=`: injects faults into the requests of a disk, for tests of guests.
 //!
-//! A capability. It hooks in as a [`Disk`] around the one that [`open`](super::open()) made: [`over`] is called by the builder, and
-//! its engine decides about each [`Transfer`](super::Transfer) before the inner engine gets it. It is outside of a log of writes
+//! A capability. The builder calls [`over`], which puts a [`Disk`] around the one that [`open`](super::open()) made. Its engine decides
+//! about each [`Transfer`](super::Transfer) before the inner engine gets it. It is outside of a log of writes
 //! ([`log_writes`](super::log_writes)), so the log has what reached the disk, and not what the guest was told.
 //!
 //! | file | what it does |
@@ -12,7 +12,7 @@
 //! | `alarm` | wakes a worker for requests that are held back |
 //!
 //! No thread waits for a delay: the request is executed at once, and its completion is held back. A standstill of the machine ends all
-//! delays ([`Faults::hurry`]). For the rest of the machine, a disk with `hang` is one whose host does not answer, with the same deadlines.
+//! delays ([`Faults::hurry`]). A disk with `hang` is like one whose host does not answer, with the same deadlines.
 
 mod alarm;
 mod faults;

@@ -1,8 +1,8 @@
 //! Copies between the guest memory of a job and memory of minivmm's: for bounce buffers and for observers.
 //!
-//! A capability: a job that the worker or io_uring executes moves its data without a copy. It hooks in as methods of [`Job`] and
-//! [`IoBuffers`], which the threads that wait for the host call. The copies are memcpy(3) calls that read each byte once. If the guest
-//! writes at the same time, a copied byte is the old or the new one.
+//! A capability: the threads that wait for the host call these methods of [`Job`] and [`IoBuffers`]. Other jobs move their data without a
+//! copy. The copies are memcpy(3) calls that read each byte once. If the guest writes at the same time, a copied byte is the old or the
+//! new one.
 
 #![expect(unsafe_code, reason = "iovecs are raw pointers into guest memory")]
 

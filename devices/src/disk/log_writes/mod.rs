@@ -1,17 +1,17 @@
 //! `log-writes=`: a log of what the guest writes to a disk, in the format of Linux's dm-log-writes.
 //!
-//! A capability. It hooks in as a [`Disk`] around the one that [`open`](super::open()) made: [`over`] is called by the builder,
-//! and its engine sees each [`Transfer`](super::Transfer) that a worker submits and each [`Completion`](super::Completion) that it
-//! reaps. So the log has the guest's sectors and not those of the image, for every format and engine. The core does not refer to it.
+//! A capability. The builder calls [`over`], which puts a [`Disk`] around the one that [`open`](super::open()) made. Its engine sees each
+//! [`Transfer`](super::Transfer) that a worker submits and each [`Completion`](super::Completion) that it reaps. So the log has the
+//! guest's sectors and not those of the image, for every format and engine.
 //!
-//! Entries are in the order of completion. A write is logged when it has completed, before its worker is told. The entry of a flush is made
-//! when the flush is submitted, because a flush covers what has completed by then. It is a mark at first, and becomes a flush when the flush
-//! has succeeded. Each entry also has the number of entries in the log when its request was submitted, which dm-log-writes does not record
+//! Entries are in the order of completion. A write is logged when it has completed, before its worker is told. The entry of a flush is
+//! made when the flush is submitted, because a flush covers what has completed by then. It is a mark at first, and becomes a flush when
+//! the flush has succeeded. Each entry also has the number of entries when its request was submitted, which dm-log-writes does not record
 //! ([`format`](mod@format)). With `cache=unsafe` flushes make nothing durable, so they stay marks.
 //!
-//! The data is copied from guest memory when the write is submitted. If a guest changes it while the write is in flight, log and image may
-//! differ. Requests that the worker has merged are one entry. A discard is logged with the range that the guest named, even if the image
-//! frees only the whole clusters in it, because the content of a discarded range is not defined.
+//! The data is copied from guest memory at the submission. If a guest changes it while the write is in flight, log and image may differ.
+//! Requests that the worker has merged are one entry. A discard is logged with the range that the guest named, even if the image frees
+//! only the whole clusters in it: the content of a discarded range is not defined.
 //!
 //! | file | what it does |
 //! |---|---|

@@ -1,8 +1,8 @@
 //! The file of a log of writes. The builder checks and begins it before the process is confined; the workers of the disk append to it.
 //!
-//! Nothing in the file system changes before all else that the user named was accepted ([`WriteLog::begin`]). Each entry is one
-//! write to the page cache. The superblock follows once for each batch, before the guest sees its completions, so a log of a
-//! killed minivmm has every write that its guest saw completed.
+//! Nothing in the file system changes before all else that the user named was accepted ([`WriteLog::begin`]). Each entry is one write to
+//! the page cache. The superblock follows once for each batch, before the guest sees its completions. So even after a kill, the log has
+//! every write that the guest saw completed.
 
 use std::fs::File;
 use std::io;

@@ -1,9 +1,9 @@
 //! What a medium may hold after a power cut.
 //!
-//! A change is *durable* at a moment if an fdatasync began after the change had ended, and has itself ended; a durable write
-//! (RWF_DSYNC) is when it has ended, and with it what was in its sectors before. A change that has begun and is not durable is
-//! *open*: the medium may have all of it, nothing, or any of its sectors. Changes that have not begun are not there. A state is the
-//! durable changes and some choice of the open ones.
+//! A change is *durable* at a moment if an fdatasync began after the change had ended, and has itself ended. A durable write (RWF_DSYNC)
+//! is durable when it has ended, and with it what was in its sectors before. A change that has begun and is not durable is *open*: the
+//! medium may have all of it, nothing, or any of its sectors. Changes that have not begun are not there. A state is the durable changes
+//! and some choice of the open ones.
 
 use std::collections::BTreeMap;
 

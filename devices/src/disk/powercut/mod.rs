@@ -1,19 +1,17 @@
 //! The power-cut rig: what the medium of an image may hold after a power cut, and whether that is sound.
 //!
-//! A [`Log`] observes the file of an open image ([`Observer`]) and numbers the moments at which each change
-//! begins and ends. Its user notes the moments at which a guest's requests begin and end by the same numbers
-//! ([`Log::moment`]). Afterwards a [`Replay`](medium::Replay) goes through the moments: at each the medium is some
-//! [`State`](medium::State) of many legal ones, which [`choices`] enumerates. A state of a qcow2 image is judged by
-//! [`qcow2::Image`], in memory, and on a sample by qemu-img. Whether the *data* is right only the user can say, who knows which
-//! flushes had completed: the model is in the tests.
+//! A [`Log`] observes the file of an open image ([`Observer`]) and numbers the moments at which each change begins and ends. Its user
+//! notes by the same numbers when a guest's requests begin and end ([`Log::moment`]). Afterwards a [`Replay`](medium::Replay) goes
+//! through the moments: at each the medium is in one of many legal [`State`](medium::State)s, which [`choices`] enumerates.
+//! [`qcow2::Image`] judges a state of a qcow2 image in memory, and qemu-img a sample. Whether the *data* is right depends on the flushes
+//! that had completed: the tests have that model.
 //!
-//! Each route of an engine is observed: what the worker and the pool's threads write, and what io_uring does, from the moment at
-//! which it is handed to the ring to that at which the worker sees it done.
+//! Each route of an engine is observed: what the worker and the pool's threads write, and what io_uring does, from the submission to the
+//! completion that the worker sees.
 //!
-//! A process that is killed leaves the state in which every change that has begun is there, or begun and cut short: it is
-//! among the states of a power cut.
+//! After a kill of the process, every change that has begun is there, or cut short: that is among the states of a power cut.
 //!
-//! Only tests use this. It hooks in as the [`Observer`] that an image is opened with, so that the core does not know it.
+//! Only tests use this. It hooks in as the [`Observer`] that an image is opened with, so the core does not know it.
 
 pub(super) mod medium;
 pub(super) mod qcow2;

@@ -36,8 +36,8 @@ const COMPRESSED: u64 = 1 << 62;
 
 /// Most clusters of metadata. The largest tables that QEMU allows have fewer.
 const MAX_CLUSTERS: usize = 8 << 20;
-/// Most clusters of the snapshot table and of the L1 tables that it names. A crafted file can end before them, but here they take some
-/// 40 MiB of memory. With this limit, an image of a terabyte in clusters of 4 KiB can have 1,000 snapshots.
+/// Most clusters of the snapshot table and of the L1 tables that it names. A crafted file can end before them, but here they take some 40
+/// MiB of memory. An image of a terabyte in clusters of 4 KiB can still have 1,000 snapshots.
 const MAX_SNAPSHOT_CLUSTERS: u64 = 1 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

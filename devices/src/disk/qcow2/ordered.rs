@@ -67,8 +67,8 @@ pub(super) struct OrderedStorage(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     file: Arc<HostStorage>,
-    /// Hides the dirty and corrupt bits and the autoclear bits from imago. imago would refuse to open a dirty or corrupt image, which
-    /// can still be read. And it would clear autoclear bits when it opens an image, where nothing is written before the guest writes.
+    /// Hides the dirty, corrupt and autoclear bits from imago. It would refuse to open a dirty or corrupt image, which can still be read,
+    /// and clear autoclear bits when it opens an image, before the guest writes.
     hides_features: bool,
     order: Option<Order>,
     helper: CommonStorageHelper,

@@ -24,8 +24,8 @@ struct Plan {
 
 impl Order {
     /// Writes the held metadata to the file, in order. imago's caches must have been flushed, and nothing may be allocated meanwhile.
-    /// Returns whether all data that was written before, with all tables that refer to it, is durable already. Counts that went down
-    /// need not be durable: if they stay too high, clusters leak.
+    /// Returns whether all data that was written before, with its tables, is durable already. Counts that went down need not be: if they
+    /// stay too high, clusters leak.
     ///
     /// # Errors
     /// The host's. Everything stays held, so a later call may succeed.

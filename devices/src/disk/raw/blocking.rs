@@ -1,8 +1,7 @@
-//! Executes jobs of every kind on a raw image, on a thread that may wait for the host. The engine sends these jobs here: transfers that
-//! are not aligned for direct I/O, buffered transfers that may have to wait for the device, and operations that move no data.
+//! Executes jobs of every kind on a raw image, on a thread that may wait for the host. The engine sends it transfers that are not aligned
+//! for direct I/O, buffered transfers that may have to wait, and operations that move no data.
 //!
-//! A capability: the engine executes all other jobs itself, with the image's file. The threads of its pool call
-//! [`Blocking::execute`], through `execute`.
+//! A capability: the engine executes all other jobs itself. The threads of its pool call [`Blocking::execute`], through `execute`.
 
 use std::io;
 use std::sync::Arc;

@@ -89,8 +89,8 @@ fn punch_hole(file: &HostFile, job: &Job) -> io::Result<()> {
 }
 
 impl HostFile {
-    /// The description to discard and zero ranges with. For a block device Linux drops the affected pages from the page
-    /// cache only if the caller has claimed the device; others get EBUSY if one of those pages is dirty.
+    /// The description to discard and zero ranges with. Linux drops the affected pages of a block device from the page cache only for a
+    /// caller that has claimed it. Others get EBUSY if one of those pages is dirty.
     fn for_ranges(&self) -> &File {
         self.lock.as_ref().filter(|_| self.kind == FileKind::BlockDevice).unwrap_or(&self.file)
     }
