@@ -1,21 +1,21 @@
-//! Decides whether a worker busy-polls for more work. To sleep and be woken costs a worker several times as much as a request,
-//! and the driver's kick costs the guest an exit. But a worker that polls takes a CPU from others.
+//! Decides whether a worker busy-polls for more work. To sleep and be woken costs a worker several times as much as a request, and the
+//! driver's kick costs the guest an exit. But a worker that polls takes a CPU from others.
 //!
-//! So a worker needs *credit* for the time that it polls in vain, and polls when its credit covers the polling window. Work
-//! that it finds by polling adds 1/32 of the longest window, which is roughly what a kick, a sleep and a wake-up cost. Work that
-//! woke the worker adds a quarter of that, if it came within the longest window. So a worker tries to poll now and then, and
-//! an idle disk never makes it poll. A window that ends without work takes its length off the credit. If the worker polls on a
-//! CPU that the guest needs, its windows end without work, so it rarely polls.
+//! So a worker needs *credit* for the time that it polls in vain, and polls when its credit covers the polling window. Work that it finds
+//! by polling adds 1/32 of the longest window, which is roughly what a kick, a sleep and a wake-up cost. Work that woke the worker adds
+//! 1/128, if it came within the longest window. So a worker tries to poll now and then, but not for an idle disk. A window that ends
+//! without work takes its length off the credit. If the worker polls on a CPU that the guest needs, its windows end without work, so it
+//! rarely polls.
 //!
-//! A *gap* is the time from when the worker went idle until work came. The window is twice the longest recent gap, at least
-//! `SHORTEST` and at most [`BusyPolling::longest`]. Gaps longer than that are ignored.
+//! A *gap* is the time from when the worker went idle until work came. The window is twice the longest recent gap, at least `SHORTEST`
+//! and at most [`BusyPolling::longest`]. Gaps longer than that are ignored.
 //!
-//! How long a driver takes for its next request, and what a kick and a wake-up cost, depends on the machine. If the host is a
-//! guest itself, each is a hundred times what it is on bare metal. So the longest window is a multiple of what the worker's own
-//! interrupts cost. The worker measures the time of every interrupt that it raises.
+//! How long a driver takes for its next request, and what a kick and a wake-up cost, depends on the machine: on a host that is a guest
+//! itself, each is a hundred times what it is on bare metal. So the longest window is a multiple of what the worker's own interrupts
+//! cost, which it measures.
 //!
-//! The worker calls `idle` when it has nothing to do, `work` when chains came, `in_vain` when a window passed without work,
-//! and `interrupted` after it has raised the line. The loop that polls is in the worker (`poll_for_more`).
+//! The worker calls `idle` when it has nothing to do, `work` when chains came, `in_vain` when a window passed without work, and
+//! `interrupted` after it has raised the line. The loop that polls is in the worker (`poll_for_more`).
 
 use std::time::Duration;
 

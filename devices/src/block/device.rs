@@ -1,8 +1,8 @@
 //! What the transport calls ([`BlockDevice`]), and what the VM calls ([`BlockHandle`]).
 //!
-//! Both only send commands to the worker threads, and read what they share with them. Nothing here waits for the host's disk:
-//! a reset and a pause return a [`Drain`], and a question to a worker has a time limit. This file also puts the device
-//! together: it plugs in the limits, the error policies, the requests that are no read, write or flush, and the geometry.
+//! Both only send commands to the worker threads, and read what they share with them. Nothing here waits for the host's disk: a reset and
+//! a pause return a [`Drain`], and a question to a worker has a time limit. This file also plugs the limits, the error policies, the
+//! other request types and the geometry into the device.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -40,10 +40,8 @@ use crate::virtio::spec::{self, blk, names};
 /// its own.
 const DROP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A virtio-blk device: a [`VirtioDevice`] over a [`Disk`], with its own worker threads.
-///
-/// The threads live as long as the device: a confined process could not start any later. Dropping the device resets it,
-/// waits for what is in flight, and joins the threads.
+/// A virtio-blk device: a [`VirtioDevice`] over a [`Disk`], with its own worker threads, which live as long as the device. Dropping it
+/// resets it, waits for what is in flight, and joins the threads.
 pub struct BlockDevice {
     handle: BlockHandle,
     queue_sizes: Vec<u16>,
@@ -263,14 +261,14 @@ impl BlockHandle {
         self.shared.host_errors.io_status()
     }
 
-    /// Pauses the disk: the workers take no more requests. The drain is done when nothing of the disk is with the host any more.
-    /// From then on the disk's threads do not touch guest memory until `resume`, with one exception: if a reset comes during the
-    /// pause, it answers large requests whose next piece has not been submitted.
+    /// Pauses the disk: the workers take no more requests. The drain is done when nothing of the disk is with the host any more. From
+    /// then on the disk's threads do not touch guest memory until `resume`, with one exception: a reset during the pause answers large
+    /// requests whose next piece has not been submitted.
     ///
-    /// If the host does not answer, the drain is never done. `resume` finishes it in any case, whatever is with the host.
+    /// If the host does not answer, the drain is never done. `resume` finishes it in any case.
     ///
-    /// This is no method of [`VirtioDevice`], because the caller would need the transport's lock. A vCPU holds that lock while it
-    /// starts or configures the disk, and the main thread must not wait for the vCPU.
+    /// This is no method of [`VirtioDevice`], because the caller would need the transport's lock. A vCPU holds that lock while it starts
+    /// or configures the disk, and the main thread must not wait for the vCPU.
     pub fn pause(&self) -> Drain {
         drain(&self.workers, |thread, party, _| thread.pause(party))
     }

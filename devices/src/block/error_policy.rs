@@ -116,9 +116,8 @@ impl HostErrors for ErrorPolicies {
     }
 }
 
-/// Most error events a second of one disk. A guest can make a failing host fail a hundred thousand requests a second, each
-/// event wakes the main loop, and an operator learns from the first few what there is to know: the rest is in the disk's
-/// statistics.
+/// Most error events a second of one disk. A guest can make a failing host fail a hundred thousand requests a second, and each event
+/// wakes the main loop. An operator learns enough from the first few and from the disk's statistics.
 const ERROR_EVENTS_PER_SECOND: u32 = 64;
 
 /// Decides whether an event may be sent.

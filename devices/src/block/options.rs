@@ -39,8 +39,8 @@ pub struct BlockOptions {
     pub read_errors: ErrorPolicy,
     /// `werror`: after a failed write, flush, discard, write-zeroes or secure erase.
     pub write_errors: ErrorPolicy,
-    /// The longest busy-polling window: how long a worker polls for the driver's next request. Zero where polling would keep
-    /// a CPU from the guest. Polling pays as long as it takes no longer than a kick, going to sleep and waking up.
+    /// The longest busy-polling window: how long a worker polls for the driver's next request. Zero where polling would keep a CPU from
+    /// the guest.
     pub poll: Duration,
 }
 

@@ -1,9 +1,9 @@
-//! SCSI commands (`scsi=on`) in virtio-blk's legacy framing: header, command, data, sense, trailer, status (virtio 1.2
-//! §5.2.6.3). A capability: the core knows it as [`RequestTypes`], which `device` plugs in.
+//! SCSI commands (`scsi=on`) in virtio-blk's legacy framing: header, command, data, sense, trailer, status (virtio 1.2 §5.2.6.3). A
+//! capability: the core knows it as [`RequestTypes`], which `device` plugs in.
 //!
-//! F_SCSI is never offered: it is a bit of the legacy interface (§5.2.3.1), and the transport has only the modern one, with
-//! VERSION_1, where QEMU withdraws the bit. So the option alone decides: the operator sets `scsi=on` for a driver that
-//! sends such requests without the feature. Without the option they are refused, with a trailer that says so.
+//! F_SCSI is never offered: it is a bit of the legacy interface (§5.2.3.1), and QEMU withdraws it with VERSION_1, too. So the option
+//! alone decides: the operator sets `scsi=on` for a driver that sends commands without the feature. Without the option they are refused,
+//! with a trailer that says so.
 
 use std::sync::Arc;
 

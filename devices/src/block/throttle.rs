@@ -1,9 +1,8 @@
 //! How fast a disk may be: leaky buckets, with QEMU's names and rules (docs/throttle.txt).
 //!
-//! Each limit is a bucket whose level falls at the permitted rate. A request may start while the level of each bucket that
-//! concerns it is within the bucket's capacity, and then adds its whole size or count. So a large request needs no special
-//! case: it only makes the next one wait longer. Here are the values; `throttle_group` shares them between workers
-//! and disks, and `throttle_queue` has the requests that wait.
+//! Each limit is a bucket whose level falls at the permitted rate. A request may start while each bucket that concerns it is within its
+//! capacity, and then adds its whole size or count. So a large request only makes the next one wait longer. `throttle_group` shares these
+//! values between workers and disks, and `throttle_queue` has the requests that wait.
 
 use std::time::Duration;
 

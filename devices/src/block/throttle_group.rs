@@ -23,9 +23,8 @@ use super::throttle::{Buckets, Direction, Throttling};
 use crate::clock::Instant;
 use crate::lock;
 
-/// How far a member's start tag may be ahead of that of another one that waits, in seconds of the group's rate. To switch to
-/// another thread takes tens of microseconds. If members took turns after each request, a group would start no more than
-/// about 20,000 requests a second.
+/// How far a member's start tag may be ahead of that of another one that waits, in seconds of the group's rate. To switch to another
+/// thread takes tens of microseconds: in turns after each request, a group would start no more than about 20,000 requests a second.
 const LEAD: f64 = 0.002;
 
 /// How long a member that is ahead waits before it compares the start tags again.

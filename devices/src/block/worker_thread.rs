@@ -2,9 +2,9 @@
 //!
 //! The thread, its [`Worker`] and its engine are made with the device, because a confined process could not make them later.
 //!
-//! The device sends commands and waits for none of them, since the thread may be waiting for the host. Instead, the command of a reset
-//! or a pause has a [`Party`] of a drain. After each event the thread checks whether the reset or pause is complete. If so, it drops
-//! the [`Party`], which finishes it.
+//! The device sends commands and does not wait, since the thread may be waiting for the host. The command of a reset or a pause has a
+//! [`Party`] of a drain instead. After each event the thread checks whether the reset or pause is complete, and then drops the [`Party`],
+//! which finishes it.
 //!
 //! All that a worker does is called from here. So this thread alone takes requests, completes them and interrupts the driver for them.
 //!

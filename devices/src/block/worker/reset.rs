@@ -1,9 +1,9 @@
-//! Resets, of a device or of one queue: the worker gives its queues up, and hands them back when none of their chains is
-//! outstanding. `devices/docs/follow-one-reset.md` walks through a reset.
+//! Resets, of a device or of one queue: the worker gives its queues up, and hands them back when none of their chains is outstanding.
+//! `devices/docs/follow-one-reset.md` walks through a reset.
 //!
 //! A capability: a request passes it only if its queue is reset. `device` sends [`Loop::reset`] and [`Loop::reset_queue`] as commands.
-//! Both mark queues as `Leaving` and put a [`Reset`](super::Reset) into the worker, whose thread calls it after each event. The reset of a device
-//! also waits for a last flush, since no driver is left that would make the written data durable.
+//! Both mark queues as `Leaving` and put a [`Reset`](super::Reset) into the worker, whose thread calls it after each event. The reset of
+//! a device also waits for a last flush: no driver is left that would make written data durable.
 
 use std::os::fd::AsRawFd;
 

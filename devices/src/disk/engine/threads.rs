@@ -1,12 +1,12 @@
-//! Threads that wait for the host. With `aio=threads` or qcow2 they execute every job that may have to wait. Beside io_uring they
-//! execute what io_uring cannot, such as discards and device commands.
+//! Threads that wait for the host. With `aio=threads` or qcow2 they execute every job that may have to wait, and beside io_uring what
+//! io_uring cannot, such as discards and device commands.
 //!
 //! A capability: jobs that the worker executes itself (`inline`) do not come here. It hooks in as an [`Executor`], which `open` gives to
 //! each engine.
 //!
-//! Each engine has a pool of its own. All threads are started with the pool, because a confined process cannot start any later. When
-//! the pool is dropped, they finish the queued jobs and end. If the host refuses a thread (RLIMIT_NPROC, a pids cgroup), the pool has
-//! fewer threads. If it has none, the worker executes the jobs.
+//! Each engine has a pool of its own. All threads are started with the pool, because a confined process cannot start any later. When the
+//! pool is dropped, they finish the queued jobs and end. If the host refuses threads (RLIMIT_NPROC, a pids cgroup), the pool has fewer.
+//! If it has none, the worker executes the jobs.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -58,9 +58,8 @@ impl EngineSetup {
     }
 }
 
-/// Makes a pool for at most `depth` jobs at a time, with at most the threads that `setup` says. It writes to `event` when jobs finish.
-/// A pool that is rarely used, since the engine `has_ring` or the file is in memory, gets few threads: making a thread delays the
-/// guest's start.
+/// Makes a pool for at most `depth` jobs at a time, with at most the threads that `setup` says. It writes to `event` when jobs finish. If
+/// the engine `has_ring` or the file is in memory, it gets few threads, since they would be rarely used and delay the guest's start.
 ///
 /// # Errors
 /// When the host has no descriptor left.

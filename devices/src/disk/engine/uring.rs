@@ -2,12 +2,12 @@
 //!
 //! A capability: without it the pool's threads do the same. It hooks in as an [`Executor`], which `open` gives to an engine.
 //!
-//! A ring belongs to one worker and one image. A batch of jobs costs one io_uring_enter(2). Collecting completions costs at most
-//! one more, and none if there are no completions, which the ring's shared memory shows. The ring is restricted to transfers of
-//! the image's file, because a seccomp filter does not see what goes through it.
+//! A ring belongs to one worker and one image. A batch of jobs costs one io_uring_enter(2). To collect completions costs at most one
+//! more, and none if the ring's shared memory shows none. The ring is restricted to transfers of the image's file, because a seccomp
+//! filter does not see what goes through it.
 //!
-//! A ring whose submissions the kernel refuses is *broken*: it gives back the jobs that the kernel has not taken, and the engine
-//! uses threads from then on. A new ring would need a system call that a confined process has given up.
+//! A ring whose submissions the kernel refuses is *broken*: it gives back the jobs that the kernel has not taken, and the engine uses
+//! threads from then on. A confined process cannot make a new ring.
 
 #![expect(unsafe_code, reason = "submission queue entries carry raw pointers")]
 
@@ -123,8 +123,8 @@ fn restrict(uring: &IoUring) -> io::Result<()> {
     uring.submitter().register_restrictions(&mut [read, readv, write, writev, fsync, fixed_file])
 }
 
-/// A ring for the image of `disk`, of at most `depth` jobs. It writes to `event` when jobs finish. `None`: the image is not raw, or its
-/// file is in memory, so that no job would come here; or the host refuses a ring, for now or for good, which is logged.
+/// A ring for the image of `disk`, of at most `depth` jobs. It writes to `event` when jobs finish. `None`: no job would come here,
+/// because the image is not raw or its file is in memory, or the host refuses a ring, which is logged.
 ///
 /// # Errors
 /// Without file descriptors. Nothing else would work then, either.
