@@ -94,8 +94,8 @@ pub(crate) fn check(cmdline: &str, limit: usize) -> Result<(), Error> {
     Ok(())
 }
 
-/// The keys of the kernel's words, as the kernel reads them (`lib/cmdline.c`, `next_arg`): words end at a space outside
-/// double quotes, `-` and `_` are the same in a key, and what follows `--` is for init.
+/// The keys of the kernel's words, as the kernel reads them (`lib/cmdline.c`, `next_arg`). Words end at a space outside double quotes. In
+/// a key, `-` and `_` are the same. What follows `--` is for init.
 fn keys(cmdline: &str) -> Vec<String> {
     let mut quoted = false;
     cmdline

@@ -79,8 +79,7 @@ pub const HIGH_MEMORY: GuestAddress = GuestAddress(0x10_0000);
 
 // ---- The hole below 4 GiB ----
 
-/// Where RAM stops below 4 GiB. 1 GiB of 32-bit addresses is more than the devices below need; it is the size that PCs
-/// have, so no kernel is surprised.
+/// Where RAM stops below 4 GiB. The devices need less than 1 GiB of addresses, but PCs have that size.
 pub const HOLE_START: GuestAddress = GuestAddress(0xc000_0000);
 /// Where RAM continues above 4 GiB, if there is more than fits below [`HOLE_START`].
 pub const HOLE_END: GuestAddress = GuestAddress(0x1_0000_0000);
@@ -130,8 +129,8 @@ pub const SLEEP_STATUS: u16 = 0x601;
 pub const SLEEP_CONTROL_S5: u8 = 1 << 5 | SLEEP_TYPE_S5 << 2;
 /// The sleep type that the DSDT's `\_S5` package gives the guest for "soft off".
 pub const SLEEP_TYPE_S5: u8 = 5;
-/// The reset control register, one byte, where chipsets have it: it serves as ACPI's RESET_REG, and a kernel that
-/// resets through "CF9" without asking ACPI (`reboot=p`) finds it too.
+/// The reset control register, one byte, where chipsets have it. It serves as ACPI's RESET_REG, and for a kernel that resets by "CF9"
+/// without asking ACPI (`reboot=p`).
 pub const RESET: u16 = 0xcf9;
 /// What ACPI tells the guest to write to [`RESET`]: hard reset (bit 1), now (bit 2).
 pub const RESET_VALUE: u8 = 0x06;
@@ -148,7 +147,7 @@ pub const GENERATION_ID_GSI: u32 = 13;
 /// Edge-triggered interrupts of the first disks, which they never share: the pins that no PC device ever had.
 const VIRTIO_MMIO_GSIS: [u32; 8] = [16, 17, 18, 19, 20, 21, 22, 23];
 /// Those of all others: the pins of ISA cards that this machine lacks. Left out: 0 (timer), 1 (keyboard), 2 (cascade), 3 (COM2), 4, 8
-/// (clock), 9, 13 (VM generation ID). 16 disks have an interrupt each; with more, disks 8, 16, 24 ... share the first of these, disks 9,
+/// (clock), 9, 13 (VM generation ID). 16 disks have an interrupt each. With more, disks 8, 16, 24 ... share the first of these, disks 9,
 /// 17, 25 ... the second, and so on.
 const VIRTIO_MMIO_SHARED_GSIS: [u32; 8] = [5, 6, 7, 10, 11, 12, 14, 15];
 /// How many virtio-mmio devices the machine has room for. Interrupts cost more the more disks share a line, seven at most.

@@ -1,6 +1,6 @@
-//! System calls without which there is no VM, tried before anything else. If the seccomp filter of a container or a service manager
-//! refuses one, Rust's library would panic (a clock), the C library abort (a futex), or the VM never end, since its threads can be
-//! neither woken (eventfd, epoll) nor taken out of the guest (tgkill).
+//! System calls without which there is no VM, tried before anything else. The seccomp filter of a container or a service manager may
+//! refuse one. Without this check, Rust's library would panic (a clock), or the C library abort (a futex). Or the VM would never end: its
+//! threads could not be woken (eventfd, epoll) or taken out of the guest (tgkill).
 //!
 //! `main` calls [`check`]. The refusal of any other call is handled where the call is made (`vmm/docs/refused-system-calls.md`).
 #![expect(unsafe_code, reason = "system calls are made without wrappers, which would panic")]

@@ -1,7 +1,7 @@
 //! ELF kernels (`vmlinux`), checked header by header.
 //!
-//! linux-loader's ELF loader is not used. It does not check class, machine and type, a later note segment can hide the PVH entry from it,
-//! and it does not limit how much memory a segment zeroes. It also reads into memory, while this crate only computes.
+//! linux-loader's ELF loader is not used. It does not check class, machine and type, and does not limit how much memory a segment zeroes.
+//! A later note segment can hide the PVH entry from it. It also reads into memory, while this crate only computes.
 
 use linux_loader::elf::{
     EI_CLASS, EI_DATA, ELFCLASS64, ELFDATA2LSB, ELFMAG, EM_386, EM_AARCH64, EM_ARM, EM_LOONGARCH,

@@ -180,9 +180,9 @@ fn extended_topology(function: u32, vcpu: &Vcpu) -> [kvm_cpuid_entry2; 3] {
 
 /// Leaves 0x15 and 0x16: a kernel without KVM's clock need not measure the TSC against the 8254.
 ///
-/// The TSC is its own crystal: ratios to a real crystal's frequency lose precision in Linux's 32-bit arithmetic
-/// (`native_calibrate_tsc`). Linux also takes the crystal for the local APIC timer's clock, which here runs at
-/// [`APIC_BUS_KHZ`], so this is only for guests whose timer is the TSC deadline.
+/// The TSC is its own crystal: ratios to a real crystal's frequency lose precision in Linux's 32-bit arithmetic (`native_calibrate_tsc`).
+/// Linux also takes the crystal for the clock of the local APIC's timer, which runs at [`APIC_BUS_KHZ`] here. So this is only for guests
+/// whose timer is the TSC deadline.
 fn frequency(leaves: &mut Vec<kvm_cpuid_entry2>, khz: u32) {
     // Divided above 4.29 GHz, where hertz leave 32 bits.
     let ratio = khz / (u32::MAX / 1000) + 1;

@@ -1,5 +1,5 @@
-//! ACPI: hardware-reduced (ACPI 6.5 §4.1), so there is no legacy power management to emulate, only a reset register,
-//! two sleep registers, and a power button that arrives as an ordinary interrupt.
+//! ACPI: hardware-reduced (ACPI 6.5 §4.1), with no legacy power management to emulate. There are a reset register, two sleep registers,
+//! and a power button that is an ordinary interrupt.
 //!
 //! A capability, as the MPTable is: `tables` chooses one of the two, and all other code sees a [`Structure`].
 //!

@@ -1,7 +1,7 @@
 //! A trace as a load: the requests of one disk, when they began and how long the host's disk took.
 //!
-//! A request's time with the engine is what a replay can measure, too: from `virtio_blk_submit` (or else the request's first event) to
-//! the last `virtio_blk_rw_complete`, of which a large request has one for each piece.
+//! A request's time with the engine is what a replay can measure, too. It is from `virtio_blk_submit`, or else the request's first event,
+//! to the last `virtio_blk_rw_complete`: a large request has one for each piece.
 //!
 //! With `--no-stall`, a request begins when no more requests are in flight than when it was recorded. The trace says no more about which
 //! requests wait for others: a guest that reads, waits and reads again never has two in flight, however fast the disk is.

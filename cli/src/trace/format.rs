@@ -17,8 +17,8 @@ pub(crate) enum Format {
     Perfetto,
 }
 
-/// How long an event is in Perfetto, in microseconds: long enough that an arrow can begin and end at it, and shorter than the time between
-/// two events of a thread.
+/// How long an event is in Perfetto, in microseconds: long enough for an arrow to begin and end at it, and shorter than the time to the
+/// thread's next event.
 const STATION_US: f64 = 0.05;
 
 /// Converts records to bytes. Each record is one line.

@@ -64,8 +64,8 @@ fn standard_geometry(capacity: u64) -> Geometry {
     Geometry { cylinders: cylinders as u16, heads: 16, sectors: 63 }
 }
 
-/// The sectors in a track. If the geometry does not divide the disk into logical blocks, a track has whole ones, as in QEMU, and at least
-/// half of a track: with QEMU's 0 for blocks of 32 KiB and more, drivers would divide by zero.
+/// The sectors in a track. If the geometry does not divide the disk into logical blocks, a track has whole ones, as in QEMU. At least
+/// half of a track is left: with QEMU's 0 for blocks of 32 KiB and more, drivers would divide by zero.
 fn whole_blocks(geometry: Geometry, capacity: u64, block_size: u32) -> u8 {
     let Geometry { heads, sectors, .. } = geometry;
     if (capacity / u64::from(heads) / u64::from(sectors)).is_multiple_of(block_size.into()) {

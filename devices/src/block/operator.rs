@@ -82,8 +82,8 @@ impl BlockHandle {
         self.throttle.limits()
     }
 
-    /// Sets other limits, also for the requests that the present ones delay: for the disk's group, or for the one that they name, to
-    /// which the disk moves. `disks` are all of the machine, `default` the name of a new group that the limits do not name.
+    /// Sets other limits of the disk's group, or of the one that they name, to which the disk moves. They also count for the requests
+    /// that the present ones delay. `disks` are all of the machine, `default` the name of a new group that the limits do not name.
     ///
     /// # Errors
     /// What does not go together; nothing has changed then.

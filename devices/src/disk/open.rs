@@ -1,6 +1,6 @@
-//! Opens a disk as the options of `--disk` say: chooses the backend for the image's format and the parts of its engines, and
-//! refuses combinations that cannot work. The VM calls this before it makes anything else. Opening creates nothing, changes
-//! nothing and waits for nothing.
+//! Opens a disk as the options of `--disk` say. Chooses the backend for the image's format and the parts of its engines, and refuses
+//! combinations that cannot work. The VM calls this before it makes anything else. Opening creates nothing, changes nothing and waits for
+//! nothing.
 
 use std::io;
 use std::sync::Arc;

@@ -1,8 +1,8 @@
 //! Recognizes images of other formats by their first bytes, so that an image is not served as raw by mistake.
 //!
-//! `open` calls [`refuse`] when `--disk` names no format. The content never decides how an image is used, because a guest can
-//! write any header into a raw disk. A raw image that starts like another format is refused until the user adds `format=raw`:
-//! served as raw, the guest would see the container's metadata as its disk, and could overwrite it.
+//! `open` calls [`refuse`] when `--disk` names no format. The content never decides how an image is used, because a guest can write any
+//! header into a raw disk. A raw image that starts like another format is refused until the user adds `format=raw`. Otherwise the guest
+//! would see the container's metadata as its disk, and could overwrite it.
 
 use std::io;
 

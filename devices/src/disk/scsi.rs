@@ -58,9 +58,8 @@ pub struct ScsiCommand {
     reply: OnceLock<ScsiReply>,
 }
 
-/// The reply to a command, with the fields of sg_io_hdr: the SCSI status and message byte, what the host adapter and its driver report,
-/// the bytes of data that were not moved, and the sense data, which explains an error. Behind `sense_length` bytes of it there are
-/// zeroes.
+/// The reply to a command, with the fields of sg_io_hdr: SCSI status and message byte, the host adapter's and its driver's report, the
+/// bytes that were not moved, and the sense data, which explains an error. Behind `sense_length` bytes of it there are zeroes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the fields of scsi/sg.h, explained together above")]
 pub struct ScsiReply {

@@ -19,9 +19,9 @@ use crate::log_limit::LogLimit;
 /// The device's side of the virtio-mmio interrupt. Clones share the same registers.
 ///
 /// Drivers acknowledge used buffers after nearly every interrupt. An exit for each would cost more than the interrupt. So KVM turns a
-/// write of `INTERRUPT_USED_BUFFER` to InterruptACK into an increment of an eventfd (`acknowledgements`). minivmm clears bit 0 of
-/// InterruptStatus when it next reads that eventfd: before it sets the bit again, when a queue's worker wakes up, and at each access that
-/// reaches the transport.
+/// write of `INTERRUPT_USED_BUFFER` to InterruptACK into an increment of an eventfd (`acknowledgements`). When minivmm next reads that
+/// eventfd, it clears bit 0 of InterruptStatus. It reads it before it sets the bit again, when a queue's worker wakes up, and at each
+/// access that reaches the transport.
 ///
 /// So a driver that polls InterruptStatus of an idle device may still read the bit after its acknowledgement, where virtio 1.2 §4.2.2.1
 /// clears it at once. A driver that waits for interrupts reads the register only when interrupted, and sees no difference.

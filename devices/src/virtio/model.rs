@@ -231,8 +231,8 @@ fn no_interrupt_is_lost_with_event_indices() {
     no_interrupt_is_lost(true);
 }
 
-/// A driver that reads a field in two halves around a change finds out by the generation, unless all of its attempt falls between
-/// two stores; then the interrupt that follows has it read again.
+/// A driver that reads a field in two halves around a change finds out by the generation. If all of its attempt falls between two stores,
+/// the interrupt that follows makes it read again.
 #[test]
 fn a_torn_configuration_is_noticed() {
     model(|| {

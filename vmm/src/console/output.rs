@@ -1,5 +1,5 @@
-//! Passes the guest's output to the host: a bounded buffer between the vCPUs, which never wait, and the thread `console`, which waits for
-//! a slow reader without a limit.
+//! Passes the guest's output to the host, by a bounded buffer. The vCPUs never wait, and the thread `console` waits for a slow reader
+//! without a limit.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};

@@ -1,7 +1,7 @@
 //! Cuts a client's bytes into JSON values. QMP has no separator between messages: a value ends where its brackets close.
 //!
-//! A client that does not know what was sent before it resets this parser by a byte that is never part of JSON, such as a control
-//! character or 0xff (QEMU, docs/interop/qmp-spec.rst, "Forcing the JSON parser into known-good state").
+//! A byte that is never part of JSON, such as a control character or 0xff, resets this parser. A client sends it if it does not know what
+//! was sent before (QEMU, docs/interop/qmp-spec.rst, "Forcing the JSON parser into known-good state").
 
 /// Longest value in bytes. The longest useful QMP command has a few hundred.
 const LENGTH_MAX: usize = 1 << 20;

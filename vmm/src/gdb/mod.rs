@@ -11,9 +11,8 @@
 //! | [`target`] | carries out requests of the protocol on vCPUs and guest memory |
 //! | [`registers`], [`breakpoints`] | convert registers and breakpoints between GDB's and KVM's form |
 //!
-//! A debugger sees vCPUs as threads: vCPU 0 is thread 1. Its addresses are virtual, translated by the page tables of the vCPU. While
-//! the guest is stopped for the debugger, the machine stands still as for QMP's `stop`, in the state `debug`: no vCPU is in the guest
-//! and no disk has a request with the host.
+//! A debugger sees vCPUs as threads: vCPU 0 is thread 1. Its addresses are virtual, translated by the page tables of the vCPU. While the
+//! guest is stopped for the debugger, the machine stands still as for QMP's `stop`, in the state `debug`.
 //!
 //! The core has two hooks for a debugger:
 //!

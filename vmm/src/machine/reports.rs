@@ -148,8 +148,8 @@ impl Machine {
         }
     }
 
-    /// The outcome of a reset or a triple fault: a panic or a reboot, as the warm-reset flag says, or `unexpected` if the guest's
-    /// kernel had not begun to restart. (With `reboot=t` Linux restarts by a triple fault.)
+    /// The outcome of a reset or a triple fault: a panic or a reboot, as the warm-reset flag says. `unexpected`: the guest's kernel had
+    /// not begun to restart. (With `reboot=t` Linux restarts by a triple fault.)
     fn restarted(&self, unexpected: Outcome) -> Outcome {
         match restart(&self.hardware.memory) {
             Restart::AfterPanic => Outcome::Panicked("it reset itself after a kernel panic"),

@@ -1,5 +1,5 @@
-//! A vCPU: made from the register images of `arch::cpu` ([`setup`]), run on a thread of its own ([`run`], [`thread`]), and
-//! readable as a value while it stands still ([`state`]).
+//! A vCPU. It is made from the register images of `arch::cpu` ([`setup`]), runs on a thread of its own ([`run`], [`thread`]), and is a
+//! value while it stands still ([`state`]).
 
 mod exits;
 mod halt;

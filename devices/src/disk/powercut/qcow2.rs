@@ -1,8 +1,8 @@
 //! Judges one state of a qcow2 image's medium: what `qemu-img check` would find, and what a reader would see.
 //!
-//! It shares no code with the image's driver, so that one mistake does not hide another, and takes microseconds where
-//! qemu-img takes tens of milliseconds. qemu-img is the referee on a sample (the tests'). A cluster that is counted
-//! more often than it is used is a leak, which costs space and nothing else; all else that is wrong is an error.
+//! It shares no code with the image's driver, so that one mistake does not hide another. It takes microseconds where qemu-img takes tens
+//! of milliseconds. The tests compare it with qemu-img on a sample. A cluster that is counted more often than it is used is a leak, which
+//! costs only space. All else that is wrong is an error.
 
 use std::collections::HashMap;
 

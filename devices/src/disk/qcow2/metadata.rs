@@ -343,8 +343,8 @@ impl Metadata {
         larger
     }
 
-    /// Refuses an L2 table from the file that refers to metadata, which a guest could then write, or to clusters that are not counted,
-    /// which would be allocated a second time.
+    /// Refuses an L2 table of the file that refers to metadata, which a guest could then write, or to clusters without a count, which
+    /// would be allocated a second time.
     pub(super) fn check_l2(&mut self, file: &HostStorage, table: &[u8]) -> io::Result<()> {
         for entry in entries(table) {
             let clusters = match entry {

@@ -43,8 +43,8 @@ impl HostStorage {
         Ok(Self { path: path.to_owned(), file, host: Arc::clone(host) })
     }
 
-    /// Checks that the host allows preadv(2) and, if `writable`, pwritev(2). imago makes these calls and has no others to fall back to,
-    /// so the guest would see I/O errors.
+    /// Checks that the host allows preadv(2) and, if `writable`, pwritev(2). imago has no other calls to fall back to, so the guest would
+    /// see I/O errors.
     ///
     /// # Errors
     /// The call that is refused.

@@ -1,8 +1,7 @@
 //! Operations on ranges of a raw image that move no data: discards, zeroes, and secure erasure.
 //!
-//! A capability: `blocking` calls it on a thread that may wait. To zero a range, it tries in this order what the host supports: punch a
-//! hole (if the range may be unmapped), zero the range in place, write zeroes. A discard is a hint: if the host supports none, it succeeds
-//! and does nothing.
+//! A capability: `blocking` calls it on a thread that may wait. To zero a range, it tries in this order: punch a hole (if the range may
+//! be unmapped), zero the range in place, write zeroes. A discard is a hint: if the host supports none, it succeeds and does nothing.
 
 #![expect(unsafe_code, reason = "ioctl(2)")]
 

@@ -143,8 +143,8 @@ impl Rig {
 
 static FORKS: Mutex<()> = Mutex::new(());
 
-/// No child of this process starts meanwhile. For a moment a new child has copies of all descriptors, with the locks that
-/// belong to them: who counts on a lock being free must not meet one.
+/// No child of this process starts meanwhile. For a moment a new child has copies of all descriptors, with their locks. A test that
+/// expects a lock to be free must not run in that moment.
 pub(in crate::disk) fn without_forks() -> MutexGuard<'static, ()> {
     FORKS.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -76,8 +76,8 @@ impl DriverRegisters {
         &self.queues[usize::from(index)]
     }
 
-    /// The index of the selected queue while its registers may be written: between FEATURES_OK and DRIVER_OK, or after a ring
-    /// reset of a `started` device, and not while it is enabled.
+    /// The index of the selected queue, if its registers may be written: between FEATURES_OK and DRIVER_OK, or after its reset in a
+    /// `started` device, and not while it is enabled.
     pub(super) fn configurable(&self, started: bool) -> Option<u16> {
         let settled = STATUS_FEATURES_OK | STATUS_DRIVER_OK | STATUS_FAILED;
         let phase = match self.status & settled {
