@@ -160,9 +160,8 @@ struct Save {
     error: Option<String>,
     /// How long the guest stood still, in milliseconds. `None` until it goes on.
     downtime: Option<u64>,
-    /// Only of a background save: its part that runs while the guest goes on. Kept after a cancel, because the save's thread may still
-    /// have to remove the file.
-    rest: Option<BackgroundSave>,
+    /// The background save under way. Kept after a cancel, because its thread may still have to remove the file.
+    background: Option<BackgroundSave>,
 }
 
 /// The settings for saves, and the state of the last save.
@@ -175,7 +174,7 @@ pub(crate) struct Migration {
     /// A save has only the pages that changed since the base (the capability `x-minivmm-incremental`).
     is_incremental: bool,
     /// The thread that starts child processes. `None`: the sandbox allows none.
-    pub(super) background: Option<SaveThread>,
+    pub(super) save_thread: Option<SaveThread>,
     save: Option<Save>,
     /// MIGRATION events that were not sent yet.
     messages: Vec<Value>,
@@ -199,7 +198,7 @@ impl Migration {
             events: false,
             in_background: false,
             is_incremental: false,
-            background: None,
+            save_thread: None,
             save: None,
             messages: Vec::new(),
             received: None,
@@ -273,19 +272,19 @@ impl Migration {
         }
         let (progress, config) = (Progress::default(), self.config.clone());
         let purpose = if self.is_incremental { Purpose::Increment } else { Purpose::Save };
-        let (job, rest) = match (&self.background, self.in_background) {
+        let (job, saving) = match (&self.save_thread, self.in_background) {
             (_, false) => {
                 let job = snapshot::begin(machine, config, destination, &progress, purpose);
                 job.map(|job| (job, None))
             }
-            (Some(background), true) => {
-                begin_in_background(machine, config, destination, &progress, purpose, background)
-                    .map(|(job, rest)| (job, Some(rest)))
+            (Some(thread), true) => {
+                begin_in_background(machine, config, destination, &progress, purpose, thread)
+                    .map(|(job, saving)| (job, Some(saving)))
             }
             (None, true) => return Err(Failure::generic(NO_CHILD)),
         }
         .map_err(|error| Failure::of(&error))?;
-        let is_held_later = rest.is_some();
+        let is_held_later = saving.is_some();
         self.save = Some(Save {
             job,
             status: SETUP,
@@ -294,7 +293,7 @@ impl Migration {
             milliseconds: 0,
             error: None,
             downtime: None,
-            rest,
+            background: saving,
         });
         self.set_status(SETUP);
         if !is_held_later {
@@ -323,8 +322,8 @@ impl Migration {
 
     /// Called when the machine has ended, which ends a save, too. Waits for a background save, which may have to remove its file.
     pub(super) fn end(&self) {
-        if let Some(rest) = self.save.as_ref().and_then(|save| save.rest.as_ref()) {
-            rest.wait();
+        if let Some(background) = self.save.as_ref().and_then(|save| save.background.as_ref()) {
+            background.wait();
         }
     }
 
@@ -342,7 +341,7 @@ impl Migration {
                 save.downtime = Some(save.began.elapsed().as_millis() as u64);
                 match result {
                     // A background save: the guest goes on, and its memory of this moment is being written.
-                    Ok(()) if save.rest.is_some() => {
+                    Ok(()) if save.background.is_some() => {
                         if save.status == SETUP {
                             self.set_status(ACTIVE);
                         }
@@ -353,7 +352,7 @@ impl Migration {
         }
         if let Some(save) =
             self.save.as_mut().filter(|save| save.milliseconds == 0 && save.downtime.is_some())
-            && let Some(result) = save.rest.as_ref().and_then(BackgroundSave::poll)
+            && let Some(result) = save.background.as_ref().and_then(BackgroundSave::poll)
         {
             self.finish(&result);
         }

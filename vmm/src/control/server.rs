@@ -82,7 +82,7 @@ impl ControlServer {
         main_loop: &Arc<EventSender>,
     ) -> Result<Box<dyn Source>, Error> {
         if config.spawn || config.sandbox == SandboxMode::Off {
-            self.migration.background = Some(SaveThread::start(spawn, Arc::clone(main_loop))?);
+            self.migration.save_thread = Some(SaveThread::start(spawn, Arc::clone(main_loop))?);
         }
         Ok(Box::new(self))
     }

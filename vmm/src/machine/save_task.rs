@@ -64,7 +64,7 @@ impl Machine {
     }
 
     /// The state and clock of the stopped machine, to be saved.
-    pub(crate) fn stopped_at(&self) -> (RunState, Option<kvm_clock_data>) {
+    pub(crate) fn state_and_clock(&self) -> (RunState, Option<kvm_clock_data>) {
         (self.state, self.clock)
     }
 

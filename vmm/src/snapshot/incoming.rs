@@ -10,7 +10,7 @@
 //! and compared with its checksums, in these cases:
 //!
 //! - there is no lease, or the host would take it away before `--stop-timeout`;
-//! - a chain of files has too many pieces;
+//! - a chain of files has too many parts to map;
 //! - guest memory is huge pages;
 //! - the host is a guest itself, where each page costs an exit through two hypervisors.
 

@@ -147,7 +147,7 @@ impl Chain {
     }
 
     /// Maps the content of the files into RAM, which is new, and makes the newest file the base of later increments. `None`: the host gives
-    /// no lease on a file, or the chain has too many pieces to map. Then a part of RAM may be mapped.
+    /// no lease on a file, or the chain has too many parts to map. Then a part of RAM may be mapped.
     ///
     /// # Errors
     /// The host refuses.

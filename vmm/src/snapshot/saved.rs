@@ -207,7 +207,7 @@ impl SavedMachine {
         purpose: Purpose,
     ) -> Result<Self, Error> {
         let hardware = &machine.hardware;
-        let (state, clock) = machine.stopped_at();
+        let (state, clock) = machine.state_and_clock();
         let clock = match clock {
             Some(clock) => clock,
             None => hardware.vm.get_clock().map_err(Error::kvm("read the guest's clock"))?,
