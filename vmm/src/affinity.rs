@@ -8,6 +8,7 @@ mod cpu_pm;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 pub(crate) use self::cpu_pm::{hints, keep_idle_in_guest};
+use crate::config::VmConfig;
 use crate::error::Error;
 
 /// A host CPU that this process may not use.
@@ -19,11 +20,16 @@ struct NotAllowed {
     allowed: String,
 }
 
-/// Checks that this process may use the `processors` that `option` names.
+/// Checks that this process may use the host CPUs that the options name.
 ///
 /// # Errors
 /// One line that says which it may use.
-pub(crate) fn check(option: &'static str, processors: &[usize]) -> Result<(), Error> {
+pub(crate) fn check(config: &VmConfig) -> Result<(), Error> {
+    check_option("--vcpu-affinity", &config.vcpu_affinity)?;
+    check_option("--io-affinity", &config.io_affinity)
+}
+
+fn check_option(option: &'static str, processors: &[usize]) -> Result<(), Error> {
     if processors.is_empty() {
         return Ok(());
     }

@@ -90,10 +90,9 @@ impl DiskAttacher<'_> {
         }
         let transport = Arc::new(Mutex::new(transport));
         mmio.insert(window.base.0, window.size, Arc::clone(&transport) as _)?;
-        let (state, config) = (DiskState::Running, config.clone());
+        let (state, config, resizes) = (DiskState::Running, config.clone(), Vec::new());
         let name = format!("disk-{}-job", config.device.name);
         let background = BackgroundThread::spawn(&self.threads.io, name, Arc::clone(self.events))?;
-        let resizes = Vec::new();
         Ok(MachineDisk { config, handle, image, window, transport, state, background, resizes })
     }
 }

@@ -23,7 +23,7 @@ impl BackgroundThread {
     /// When the host has no thread left.
     pub(crate) fn spawn(
         spawn: &Spawn,
-        name: String,
+        name: impl Into<String>,
         main_loop: Arc<EventSender>,
     ) -> Result<Self, Error> {
         let (sender, work) = channel::<Body>();
@@ -34,7 +34,7 @@ impl BackgroundThread {
                 main_loop.wake();
             }
         };
-        spawn(name, Box::new(body)).map_err(Error::host("start a thread"))?;
+        spawn(name.into(), Box::new(body)).map_err(Error::host("start a thread"))?;
         Ok(Self(sender))
     }
 

@@ -38,8 +38,8 @@ use crate::sources::Source;
 use crate::timeout::Timeout;
 use crate::vcpu::{VcpuSetup, VcpuStart, VcpuThread, install_kick_handler};
 use crate::{
-    affinity, attach, boot_image, console, control, disk_faults, exec, host_cpu, hugepages, kvm,
-    memory, register_pages, trace,
+    affinity, attach, binary_pages, boot_image, console, control, disk_faults, exec, host_cpu,
+    hugepages, kvm, memory, register_pages, trace,
 };
 
 /// Builds a machine that boots or, with `incoming`, one that was saved. Its vCPUs have threads, but have not entered the guest:
@@ -82,8 +82,8 @@ pub fn build(
     boot_image::describe(config, boot_image.as_ref(), &images);
     let mut outputs = OutputFiles::with_logs(&mut images, &config.disks)?;
     disk_faults::over(&mut images, &config.disks);
-    affinity::check("--vcpu-affinity", &config.vcpu_affinity)?;
-    affinity::check("--io-affinity", &config.io_affinity)?;
+    affinity::check(config)?;
+    binary_pages::release();
     tracing::info!(target: "boot", "files opened");
 
     // 2. Map guest memory.
@@ -192,8 +192,7 @@ pub fn build(
         serial,
     };
     let spawn = sandbox.spawn(Kind::DiskIo);
-    let background =
-        BackgroundThread::spawn(&spawn, "machine-job".to_owned(), Arc::clone(&events))?;
+    let background = BackgroundThread::spawn(&spawn, "machine-job", Arc::clone(&events))?;
     let mut machine = Machine::new(hardware, Arc::clone(&events), background, config.stop_timeout)?;
     let paused = match incoming {
         Some(incoming) => incoming.restore(&mut machine)? && control.is_some() || config.paused,
@@ -206,8 +205,9 @@ pub fn build(
     let spawn = sandbox.spawn(Kind::Save);
     let control = control.map(|control| control.into_source(config, &spawn, &events));
     sources.extend(control.transpose()?);
-    // The last source: it confines the main thread when the loop begins, after all others have added their descriptors.
+    // It confines the main thread when the loop begins, after all others have added their descriptors.
     sources.extend(sandbox.source()?);
+    sources.push(Box::new(binary_pages::ReleaseOnce::new()?));
     // Nothing can be refused any more.
     outputs.begin()?;
     Ok(EventLoop::new(machine, sources, paused))

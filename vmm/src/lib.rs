@@ -11,6 +11,7 @@
 mod affinity;
 mod attach;
 mod background;
+mod binary_pages;
 mod boot_image;
 pub mod builder;
 pub mod chapters;

@@ -17,6 +17,7 @@ use std::collections::BTreeSet;
 const CAPABILITIES: &[(&str, &[&str])] = &[
     ("ACPI", &["arch/src/tables/acpi.rs"]),
     ("affinity", &["vmm/src/affinity.rs"]),
+    ("binary's pages", &["vmm/src/binary_pages.rs"]),
     ("block devices", &["devices/src/disk/block_device.rs"]),
     ("bzImage", &["arch/src/boot/bzimage.rs"]),
     ("saved machines: words", &["cli/src/saved.rs", "cli/src/arguments/incoming.rs"]),

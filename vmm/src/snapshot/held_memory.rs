@@ -50,7 +50,7 @@ impl SaveThread {
     /// # Errors
     /// When the host has no thread left.
     pub(crate) fn start(spawn: &Spawn, main_loop: Arc<EventSender>) -> Result<Self, Error> {
-        BackgroundThread::spawn(spawn, "save".to_owned(), main_loop).map(Self)
+        BackgroundThread::spawn(spawn, "save", main_loop).map(Self)
     }
 }
 
