@@ -48,7 +48,7 @@ fn check_option(option: &'static str, processors: &[usize]) -> Result<(), Error>
     }
 }
 
-/// Runs `start`. The threads that it starts, and those that these start, stay on `processors`, if there are any. They were checked.
+/// Runs `start`. Its threads, and the threads that these start, stay on `processors`. An empty list pins nothing.
 ///
 /// # Errors
 /// Those of `start`, or the host refuses.

@@ -25,8 +25,8 @@ impl Machine {
         self.end = Some(End { outcome, began, limit: self.stop_timeout, over: false });
     }
 
-    /// Takes the next step of the end: flushes disks that have drained, and looks for the deadline. Then the end is over, with an error
-    /// that names what hangs.
+    /// Takes the next step of the end: flushes disks that have drained. At the deadline the end is over, with an error that names what
+    /// hangs.
     pub(super) fn advance_end(&mut self) {
         let Some(mut end) = self.end.take() else { return };
         for disk in &mut self.hardware.disks {

@@ -39,7 +39,7 @@ struct SaveTask {
 }
 
 impl Machine {
-    /// Saves the machine at a standstill. Afterwards the machine `goes_on`, or stays stopped. Returns the number of the `Done` event.
+    /// Saves the machine at a standstill. Afterwards it `goes_on`, or stays stopped. Returns the number of the `Done` event.
     ///
     /// # Errors
     /// The machine is about to end, is being saved, or is being reset.

@@ -11,8 +11,7 @@ use super::{NO_CORE_DUMP, advise, host_address};
 use crate::GuestMemory;
 use crate::error::Error;
 
-/// Gives all guest RAM back to the host: what the guest finds there next is zeroes. No vCPU runs, and no device has anything in
-/// flight.
+/// Gives all guest RAM back to the host, so that it reads as zeroes. No vCPU runs, and no device has anything in flight.
 ///
 /// # Errors
 /// The host refuses, and the guest may have lost memory.
@@ -31,7 +30,7 @@ pub(crate) fn clear(memory: &GuestMemory) -> Result<(), Error> {
     Ok(())
 }
 
-/// Replaces `length` bytes of RAM at `address`, whole pages of the ordinary size, by new ones, which are zero.
+/// Maps new pages, which are zero, in place of `length` bytes of RAM at `address`: whole pages of 4 KiB.
 ///
 /// # Errors
 /// The host refuses, and the guest may have lost that memory.

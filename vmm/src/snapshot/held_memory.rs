@@ -81,7 +81,7 @@ const CHILD_TIMEOUT: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
 /// How often a save checks whether it was canceled, while it waits for the child's next message.
 const CANCEL_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 
-/// Saves `machine` as of the next standstill, after which it goes on: then the `Done` event comes, whose number this returns.
+/// Saves `machine` as of the next standstill, after which it goes on. Returns the number of the `Done` event, which comes then.
 ///
 /// # Errors
 /// The target cannot be made, the machine is busy, or it cannot be saved in the background. Nothing has changed then.

@@ -45,7 +45,8 @@ pub(crate) struct Progress {
 /// Has another thread write a save. Returns when the machine may go on.
 pub(super) type WriteInBackground = Box<dyn FnOnce(UnwrittenSave) -> Result<(), Error> + Send>;
 
-/// Saves `machine` at the next standstill. Returns the number of the `Done` event.
+/// Saves `machine` at the next standstill. Returns the job's number: the event [`MachineEvent::Done`](crate::machine::MachineEvent) with
+/// it ends the save.
 ///
 /// # Errors
 /// The target cannot be made, or the machine is busy. Nothing has changed then.

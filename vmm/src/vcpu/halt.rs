@@ -1,5 +1,5 @@
-//! Whether a vCPU can ever run again by itself. `halt_watch` asks the machine, which asks here during a standstill: while a vCPU is
-//! in KVM_RUN, an ioctl that reads its state would wait.
+//! Whether a vCPU can ever run again by itself. `halt_watch` asks the machine, which asks here at a standstill: while a vCPU is in
+//! KVM_RUN, a read of its state would wait.
 
 use std::mem::MaybeUninit;
 use std::os::unix::thread::JoinHandleExt;

@@ -216,8 +216,8 @@ pub(crate) fn install_kick_handler() -> io::Result<()> {
     register_signal_handler(KICK, leave_guest).map_err(io::Error::from)
 }
 
-/// The handler of the kick. A KVM_RUN that is under way returns EINTR because of the signal. If one is about to begin,
-/// `immediate_exit` makes it return at once (`api.rst`, 5 "immediate_exit").
+/// The handler of the kick. The signal itself makes a KVM_RUN that is under way return EINTR. One that is about to begin returns at once
+/// by `immediate_exit` (`api.rst`, 5 "immediate_exit").
 #[expect(unsafe_code, reason = "a signal handler reaches the kvm_run page by a raw pointer")]
 extern "C" fn leave_guest(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     let page = KVM_RUN_PAGE.get();
