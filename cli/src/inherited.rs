@@ -1,7 +1,7 @@
 //! Corrects what minivmm inherits from its parent process: the signal mask, the umask, and the limits on open files and on the stack.
 //!
 //! `main` calls [`reset`] before anything else. Rust's runtime opens /dev/null for closed standard descriptors. Signals that the parent
-//! ignores stay ignored, as nohup(1) or a shell's background job wants it, except for those that the machine reads from a descriptor.
+//! ignores stay ignored, as nohup(1) wants it, except for SIGTERM, SIGINT and SIGQUIT, by which users end a VM.
 
 /// Unblocks all signals: one kicks a vCPU out of the guest, and SIGCONT restores the terminal's raw mode. Makes new files and sockets
 /// private. Raises the limit on open files as far as the parent allows, since the usual 1024 are too few for many vCPUs with many disks,

@@ -26,8 +26,9 @@ struct Settings {
     group: Pid,
 }
 
-/// Signals whose default action ends the process (signal(7)), without those that the main loop reads.
-const FATAL: [libc::c_int; 15] = [
+/// Signals whose default action ends the process with a core dump (signal(7)), but for SIGQUIT and SIGXCPU. The main loop reads those,
+/// and the others that would end the process.
+const FATAL: [libc::c_int; 7] = [
     libc::SIGSEGV,
     libc::SIGBUS,
     libc::SIGILL,
@@ -35,14 +36,6 @@ const FATAL: [libc::c_int; 15] = [
     libc::SIGABRT,
     libc::SIGTRAP,
     libc::SIGSYS,
-    libc::SIGXCPU,
-    libc::SIGUSR1,
-    libc::SIGUSR2,
-    libc::SIGALRM,
-    libc::SIGVTALRM,
-    libc::SIGPROF,
-    libc::SIGPWR,
-    libc::SIGSTKFLT,
 ];
 
 pub(crate) struct RawMode(());

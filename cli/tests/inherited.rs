@@ -53,6 +53,55 @@ fn signals_end_the_vm_whatever_the_parent_blocked_or_ignored() {
     }
 }
 
+/// Sends the signal of this number, which may be one without a name (SIGRTMIN+3 and others).
+fn send(session: &Session, signal: i32) {
+    let sent = Command::new("kill").args([format!("-{signal}"), session.id().to_string()]).status();
+    assert!(sent.unwrap().success());
+}
+
+/// Each signal that Linux has, by its number (signal(7)): no default action ends a VM without its disks having been flushed.
+#[test]
+fn every_signal_ends_the_vm_cleanly_or_does_nothing_unless_it_means_a_crash() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let start = |shell| {
+        let mut command = child_of(shell, directory.path(), Program::Echo);
+        let mut session = Session::start(&mut command);
+        session.expect("ready\n", BOUND);
+        session.send("x");
+        session.expect("x", BOUND);
+        session
+    };
+    // The last three stand for those from SIGRTMIN to SIGRTMAX.
+    let ends = [1, 2, 3, 10, 12, 14, 15, 16, 24, 26, 27, 30, 34, 37, 64];
+    for signal in ends {
+        let session = start("exec \"$@\"");
+        send(&session, signal);
+        let ended = session.wait(BOUND);
+        assert_eq!(ended.code(), 0, "signal {signal}: {ended}");
+    }
+    // What the parent ignores stays ignored, but for the signals by which users end a VM.
+    let mut session = start("exec env --ignore-signal \"$@\"");
+    let always = [2, 3, 15];
+    for signal in [13, 17, 18, 23, 25, 28, 29].into_iter().chain(ends) {
+        if !always.contains(&signal) {
+            send(&session, signal);
+        }
+    }
+    session.send("still here");
+    session.expect("still here", BOUND);
+    send(&session, 15);
+    session.wait(BOUND).must_be(0);
+    // Crashes: systemd's watchdog sends SIGABRT for a core dump. (Rust's library handles SIGBUS and SIGSEGV.)
+    for signal in [4, 5, 6, 8, 31] {
+        let session = start("ulimit -c 0; exec \"$@\"");
+        send(&session, signal);
+        session.wait(BOUND).must_be(128 + signal);
+    }
+}
+
 /// nohup keeps its promise: the terminal's end is not the VM's.
 #[test]
 fn an_ignored_hangup_stays_ignored() {

@@ -29,10 +29,10 @@ const WAYS_OUT: &[WayOut] = &[
     ("a crash by SIGBUS", |vm| vm.signal(Signal::BUS), 128 + 7),
     ("SIGABRT", |vm| vm.signal(Signal::ABORT), 128 + 6),
     ("SIGQUIT", |vm| vm.signal(Signal::QUIT), 4),
-    ("SIGUSR1", |vm| vm.signal(Signal::USR1), 128 + 10),
-    ("SIGUSR2", |vm| vm.signal(Signal::USR2), 128 + 12),
-    ("SIGALRM", |vm| vm.signal(Signal::ALARM), 128 + 14),
-    ("SIGXCPU", |vm| vm.signal(Signal::XCPU), 128 + 24),
+    ("SIGUSR1", |vm| vm.signal(Signal::USR1), 4),
+    ("SIGUSR2", |vm| vm.signal(Signal::USR2), 4),
+    ("SIGALRM", |vm| vm.signal(Signal::ALARM), 4),
+    ("SIGXCPU", |vm| vm.signal(Signal::XCPU), 4),
     ("SIGSYS", |vm| vm.signal(Signal::SYS), 128 + 31),
 ];
 

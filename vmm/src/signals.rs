@@ -7,14 +7,29 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-use vmm_sys_util::signal::{block_signal, create_sigset};
+use vmm_sys_util::signal::create_sigset;
 
 use crate::error::Error;
 use crate::machine::{Machine, Outcome};
 use crate::sources::{Poller, Source};
 
-/// SIGTERM and SIGINT end the VM cleanly; SIGHUP (the terminal went away) and SIGQUIT do, too.
-const ENDING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
+/// The signals by which users end a VM. They end it even if the parent process ignores them, as a shell does for a background job.
+const ALWAYS: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT];
+
+/// The other signals whose default action ends a process, without those of a crash. They end the VM unless the parent process ignores them,
+/// as nohup(1) does with SIGHUP. So a limit or a timer that the parent has set (`ulimit -t`, alarm(2)) costs the disks nothing. The
+/// signals from SIGRTMIN to SIGRTMAX, whose numbers are not constants, are treated the same.
+const UNLESS_IGNORED: [libc::c_int; 9] = [
+    libc::SIGHUP,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGALRM,
+    libc::SIGVTALRM,
+    libc::SIGPROF,
+    libc::SIGXCPU,
+    libc::SIGPWR,
+    libc::SIGSTKFLT,
+];
 
 /// The host's kernel asks for the lease on a mapped file: another process wants to write to it, and the guest may be using its pages.
 const MAPPED_FILE_WANTED: libc::c_int = libc::SIGIO;
@@ -30,19 +45,20 @@ impl Signals {
     ///
     /// # Errors
     /// When the host has no descriptor left.
-    #[expect(unsafe_code, reason = "signalfd has no safe wrapper")]
+    #[expect(unsafe_code, reason = "pthread_sigmask and signalfd have no safe wrappers")]
     pub fn block() -> Result<Self, Error> {
         let failed = |error| Error::host("watch for signals")(error);
-        // `nohup` ignores SIGHUP for us, which a blocked signal would undo.
-        let wanted = |signal: &libc::c_int| *signal != libc::SIGHUP || !is_ignored(*signal);
+        // A signal that is blocked would be read here even if it is ignored.
+        let others = UNLESS_IGNORED.into_iter().chain(libc::SIGRTMIN()..=libc::SIGRTMAX());
+        let others = others.filter(|signal| !is_ignored(*signal));
         let signals: Vec<_> =
-            ENDING.into_iter().chain([MAPPED_FILE_WANTED]).filter(wanted).collect();
-        // Fails only for numbers that are no signals, or to say that the parent process has blocked it.
-        signals.iter().for_each(|signal| drop(block_signal(*signal)));
+            ALWAYS.into_iter().chain([MAPPED_FILE_WANTED]).chain(others).collect();
         let set = create_sigset(&signals).map_err(|error| failed(error.into()))?;
-        // SAFETY: signalfd reads `set` alone.
-        let fd =
-            unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+        // SAFETY: both calls read `set` alone. The first one has no error for a valid set.
+        let fd = unsafe {
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+            libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
+        };
         if fd < 0 {
             return Err(failed(io::Error::last_os_error()));
         }
@@ -50,8 +66,13 @@ impl Signals {
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
+    /// The number of a signal that arrived, if one did, and asks for the end.
+    pub fn ending(&self) -> Option<i32> {
+        self.read().filter(|signal| *signal != MAPPED_FILE_WANTED)
+    }
+
     /// The number of a signal that arrived, if one did.
-    pub fn read(&self) -> Option<i32> {
+    fn read(&self) -> Option<i32> {
         // struct signalfd_siginfo is 128 bytes and begins with the signal's number (signalfd(2)).
         let mut info = [0; 128];
         match rustix::io::read(&self.0, &mut info) {

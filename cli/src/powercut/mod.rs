@@ -172,7 +172,7 @@ fn run(arguments: &Arguments) -> Result<u8, PowercutError> {
         let signals = Signals::block().ok();
         let file = directory.join("state");
         make_state(&history, &image, name, &file, |source| judge.failed(source))?;
-        let is_stopped = || signals.as_ref().is_some_and(|signals| signals.read().is_some());
+        let is_stopped = || signals.as_ref().is_some_and(|signals| signals.ending().is_some());
         return Ok(judge.hand_over(&file, is_stopped)?.unwrap_or(EXIT_HOST));
     }
     let Some(path) = &arguments.picture else { return look(arguments, &judge, None) };
@@ -217,7 +217,7 @@ fn look(
     let signals = Signals::block().ok();
     let mut is_stopped = false;
     let mut look_for_signals = || {
-        is_stopped |= signals.as_ref().is_some_and(|signals| signals.read().is_some());
+        is_stopped |= signals.as_ref().is_some_and(|signals| signals.ending().is_some());
         is_stopped
     };
     let plan =

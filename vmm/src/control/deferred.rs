@@ -79,7 +79,7 @@ pub fn wait(
         let ready = wait_for(signals, &server, &clients, left);
         let ready = ready.map_err(Error::host("wait for a control client"))?;
         if ready.signal
-            && let Some(signal) = signals.read()
+            && let Some(signal) = signals.ending()
         {
             return Ok(Awaited::Signal(signal));
         }
