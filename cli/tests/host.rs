@@ -56,7 +56,7 @@ const ROWS: &[(&str, &str, i32, &str)] = &[
         "ulimit -v 300000; exec \"$@\"",
         "--memory 512M",
         1,
-        "cannot map 512M of guest memory: Cannot allocate memory (os error 12); ask for less with --memory",
+        "cannot map 512M of guest memory: Cannot allocate memory (os error 12); ask for less with --memory, or raise the limit (`ulimit -v`)",
     ),
     (
         "ulimit -n 5; exec \"$@\"",
@@ -123,8 +123,7 @@ fn too_few_descriptors_are_the_hosts_fault_at_every_step() {
             break;
         }
         refusals += 1;
-        let mut lines = unexpected_lines(&ended.errors);
-        lines.retain(|line| !line.contains("warning: this host does not allow io_uring"));
+        let lines = unexpected_lines(&ended.errors);
         let cause =
             "Too many open files (os error 24); raise the limit on open files (`ulimit -n`)";
         assert!(matches!(lines[..], [line] if line.ends_with(cause)), "{limit}: {ended}");
@@ -132,6 +131,36 @@ fn too_few_descriptors_are_the_hosts_fault_at_every_step() {
         assert!(!directory.path().join("socket").exists(), "{limit}");
     }
     assert!(refusals > 20, "{refusals}");
+}
+
+/// With any limit on memory, either the guest runs or one line with exit status 1 says what to do.
+#[test]
+fn too_little_memory_for_threads_is_the_hosts_fault_at_every_step() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    sparse(&directory.path().join("disk.img"), 1 << 20);
+    let mut refusals = 0;
+    // In KiB. The dynamic loader needs some itself.
+    for limit in (48 << 10..).step_by(700) {
+        let vm = small_guest(directory.path(), Program::PowerOff);
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("ulimit -v {limit}; exec \"$@\""), "sh"]);
+        command.arg(vm.get_program()).args(vm.get_args()).current_dir(directory.path());
+        command.args(["--disk", "disk.img", "--cpus", "3", "--qmp", "unix:socket"]);
+        let ended = Session::start(command.args(["--console", "file:log"])).wait(BOUND);
+        if ended.code() == 0 {
+            break;
+        }
+        refusals += 1;
+        let mut lines = unexpected_lines(&ended.errors);
+        // A pool goes on with the threads that it has.
+        lines.retain(|line| !line.contains("warning: a disk's queue has"));
+        assert!(matches!(lines[..], [line] if line.contains("ulimit -v")), "{limit}: {ended}");
+        assert_eq!(ended.code(), 1, "{limit}: {ended}");
+    }
+    assert!(refusals > 10, "{refusals}");
 }
 
 /// A KVM without hardware support runs small guests only: a line names the lab, where Linux runs.

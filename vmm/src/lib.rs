@@ -41,6 +41,7 @@ mod sandbox;
 mod signals;
 mod snapshot;
 mod sources;
+mod thread_memory;
 mod timeout;
 pub mod trace;
 mod vcpu;

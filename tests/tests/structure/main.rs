@@ -180,6 +180,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
             "devices/src/disk/raw/blocking.rs",
         ],
     ),
+    ("threads' memory", &["vmm/src/thread_memory.rs"]),
     ("throttling", &["devices/src/block/throttle"]),
     ("timeout", &["vmm/src/timeout.rs"]),
     (

@@ -45,7 +45,9 @@ fn shortage(error: &(dyn StdError + 'static)) -> Option<&'static str> {
     match causes(error).find_map(errno)? {
         libc::EMFILE => Some("raise the limit on open files (`ulimit -n`)"),
         libc::ENFILE => Some("the host has too many open files"),
-        libc::ENOMEM => Some("the host has too little free memory"),
+        libc::ENOMEM => {
+            Some("the host has too little free memory, or a limit is too low (`ulimit -v`)")
+        }
         libc::EAGAIN => Some("raise the limit on tasks (`ulimit -u`, or the cgroup's pids.max)"),
         // Of a path's permissions, open(2) tells by EACCES.
         libc::EPERM | libc::ENOSYS => Some("allow it in the container, service or file system"),
@@ -85,7 +87,9 @@ impl Error {
                 _ => None,
             },
             Self::Disk { remedy, .. } => *remedy,
-            Self::Memory { .. } => Some("ask for less with --memory"),
+            Self::Memory { .. } => {
+                Some("ask for less with --memory, or raise the limit (`ulimit -v`)")
+            }
             Self::NoKvm(source) => Some(match source.kind() {
                 io::ErrorKind::NotFound => {
                     "load the kvm_intel or kvm_amd module, or enable virtualization in the firmware (in a virtual \

@@ -37,8 +37,8 @@ use self::violation::Violations;
 pub use self::violation::on_violation;
 use crate::config::{ConsoleConfig, GdbConfig, SandboxMode, VmConfig};
 use crate::error::{Cause, Error};
-use crate::lock;
 use crate::sources::Source;
+use crate::{lock, thread_memory};
 
 #[derive(Debug, thiserror::Error)]
 #[error("--sandbox: the list of system calls cannot be compiled")]
@@ -188,7 +188,7 @@ impl Sandbox {
 
     /// The function that starts threads of this kind.
     pub(crate) fn spawn(&self, kind: Kind) -> Spawn {
-        let plain = spawn::plain();
+        let plain = thread_memory::checked(spawn::plain());
         let Some(rules) = self.0.clone() else { return plain };
         Arc::new(move |name, body| {
             *lock(&rules.unconfined) += 1;
