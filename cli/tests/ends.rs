@@ -29,6 +29,8 @@ fn by_the_guest_or_the_clock() {
         (Program::TripleFault, &[], 3, "the guest panicked (triple fault)"),
         (Program::RebootTripleFault, &[], 0, ""),
         (Program::RebootBios, &[], 0, ""),
+        (Program::Init, &[], 0, ""),
+        (Program::Init, &["--cpus", "2"], 0, ""),
         (Program::Exit, &["--debug-exit"], guest::SUCCESS, ""),
         (Program::Unmapped, &["--debug-exit"], guest::SUCCESS, ""),
         (

@@ -93,6 +93,8 @@ programs! {
     RebootTripleFault = "reboot_triple_fault",
     /// Reboots by the BIOS's reset vector, as Linux does with `reboot=b`.
     RebootBios = "reboot_bios",
+    /// Sends an INIT to its own vCPU, which puts a PC's processor to where the firmware starts.
+    Init = "init",
     /// Halts for good.
     Halt = "halt",
     /// Runs a guest of its own, which is [`Program::Echo`]. Without SVM it ends with [`NO_SVM`].

@@ -67,6 +67,12 @@ guest_reboot_bios:                      # the code there is the same in this mod
     movl $RESET_VECTOR, %eax
     jmp *%eax
 
+guest_init:
+    movl $0x1ff, 0xfee000f0             # local APIC: enabled by the spurious interrupt vector register
+    movl $0, 0xfee00310                 # interrupt command: to APIC ID 0, INIT, level, asserted
+    movl $0x4500, 0xfee00300
+    jmp guest_spin
+
 guest_halt:                             # interrupts are disabled at the entry
     hlt
     jmp guest_halt

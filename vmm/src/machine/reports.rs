@@ -16,7 +16,7 @@ use vm_memory::Bytes;
 
 use super::{Hardware, Machine, MachineDisk, MachineEvent, Outcome, RunState};
 use crate::GuestMemory;
-use crate::error::Error;
+use crate::error::{Error, VcpuError};
 use crate::events::{CAPACITY, EventSender, VmEvent};
 use crate::sources::{Poller, Source};
 
@@ -26,6 +26,10 @@ struct WorkerFailed {
     device: String,
     message: String,
 }
+
+/// Where a processor starts after an INIT, and at power-on (Intel SDM 3A 10.1.4). A PC has its firmware there, which restarts the
+/// machine. Here is no memory, and KVM reports an instruction that it cannot execute.
+const FIRMWARE: u64 = 0xffff_fff0;
 
 /// The source of the main loop that takes all reports.
 pub(crate) struct Reports {
@@ -85,6 +89,9 @@ impl Reports {
                 machine.stop(RunState::Debug);
                 return;
             }
+            VmEvent::Failed(Error::Vcpu {
+                source: VcpuError::Emulation { rip: FIRMWARE }, ..
+            }) => machine.restarted(Outcome::Reset),
             VmEvent::Failed(error) => return machine.end(Err(error)),
         };
         match outcome {

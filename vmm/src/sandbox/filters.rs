@@ -263,7 +263,7 @@ pub(super) fn allowed(kind: Kind, needs: Needs) -> Vec<Allowed> {
         Kind::Vcpu => {
             calls.extend(anonymous_memory());
             calls.push(ioctl(
-                "KVM_RUN, KVM_KVMCLOCK_CTRL, KVM_IRQ_LINE, KVM_GET_REGS",
+                "KVM_RUN, KVM_KVMCLOCK_CTRL, KVM_IRQ_LINE, KVM_GET_REGS, KVM_GET_SREGS",
                 ioctls::VCPU,
             ));
         }

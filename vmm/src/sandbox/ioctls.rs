@@ -31,6 +31,7 @@ const fn exchange<T>(number: u32) -> u64 {
 const KVM_RUN: u64 = none(0x80);
 const KVM_KVMCLOCK_CTRL: u64 = none(0xad);
 const KVM_GET_REGS: u64 = get::<kvm_regs>(0x81);
+const KVM_GET_SREGS: u64 = get::<kvm_sregs>(0x83);
 pub(super) const KVM_IRQ_LINE: u64 = set::<kvm_irq_level>(0x61);
 pub(super) const KVM_SET_USER_MEMORY_REGION: u64 = set::<kvm_userspace_memory_region>(0x46);
 
@@ -39,7 +40,8 @@ pub(super) const KVM_SET_USER_MEMORY_REGION: u64 = set::<kvm_userspace_memory_re
 pub(super) const KVM_CREATE_VM: u64 = none(0x01);
 
 /// Of a vCPU's own thread.
-pub(super) const VCPU: [u64; 4] = [KVM_RUN, KVM_KVMCLOCK_CTRL, KVM_IRQ_LINE, KVM_GET_REGS];
+pub(super) const VCPU: [u64; 5] =
+    [KVM_RUN, KVM_KVMCLOCK_CTRL, KVM_IRQ_LINE, KVM_GET_REGS, KVM_GET_SREGS];
 
 /// linux/fs.h, `BLKDISCARD` and `BLKSECDISCARD`.
 pub(super) const DISCARD: [u64; 2] = [0x1277, 0x127d];
@@ -62,7 +64,7 @@ pub(super) fn main() -> Vec<u64> {
         KVM_IRQ_LINE,
         KVM_GET_REGS,
         set::<kvm_regs>(0x82),
-        get::<kvm_sregs>(0x83),
+        KVM_GET_SREGS,
         set::<kvm_sregs>(0x84),
         exchange::<kvm_msrs>(0x88),
         set::<kvm_msrs>(0x89),

@@ -46,10 +46,9 @@ impl Vcpu {
         }
         loop {
             match self.run_once(leave) {
-                Ok(Ran::Exited) => {}
                 // The only place to leave: a KVM_RUN that returns EINTR has first completed the device access of the last exit.
                 Ok(Ran::Interrupted) if leave.load(Ordering::Acquire) => return true,
-                Ok(Ran::Interrupted) => {}
+                Ok(Ran::Exited | Ran::Interrupted) => {}
                 Err(event) => {
                     self.events.send(event);
                     return false;
@@ -147,10 +146,9 @@ impl Vcpu {
         // nothing else refers to it until the next KVM_RUN.
         let data = unsafe { &mut *data };
         for operand in data.chunks_mut(usize::from(io.size).max(1)) {
-            if matches!(reason, Reason::PortWrite) {
-                self.unfinished = self.port_io.write(port.into(), operand);
-            } else {
-                self.port_io.read(u64::from(port), operand);
+            match reason {
+                Reason::PortWrite => self.unfinished = self.port_io.write(port.into(), operand),
+                _ => self.port_io.read(u64::from(port), operand),
             }
         }
         self.exits.count(reason, port.into(), data);
@@ -160,7 +158,8 @@ impl Vcpu {
     fn internal_error(&mut self) -> Result<Ran, VmEvent> {
         // SAFETY: the last exit was KVM_EXIT_INTERNAL_ERROR, so `internal` is the live member of the union.
         let suberror = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
-        let rip = self.fd.get_regs().map(|regs| regs.rip).unwrap_or_default();
+        let code = self.fd.get_sregs().map(|sregs| sregs.cs.base).unwrap_or_default();
+        let rip = code.wrapping_add(self.fd.get_regs().map(|regs| regs.rip).unwrap_or_default());
         self.fail(match suberror {
             KVM_INTERNAL_ERROR_EMULATION => VcpuError::Emulation { rip },
             suberror => VcpuError::Internal { suberror, rip },
