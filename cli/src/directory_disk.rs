@@ -25,9 +25,9 @@ pub(crate) enum DirectoryError {
     Format { path: PathBuf, format: Format },
     #[error("--disk {}: cannot read the directory", path.display())]
     Read { path: PathBuf, source: io::Error },
-    #[error("--disk {}: cannot make an image in {}; set TMPDIR to a directory with space", path.display(), place.display())]
+    #[error("--disk {}: cannot make an image in {} (set TMPDIR to a directory with space)", path.display(), place.display())]
     Create { path: PathBuf, place: PathBuf, source: io::Error },
-    #[error("--disk {}: cannot run mke2fs; install e2fsprogs", path.display())]
+    #[error("--disk {}: cannot run mke2fs (install e2fsprogs)", path.display())]
     NoTool { path: PathBuf, source: io::Error },
     #[error("--disk {}: mke2fs cannot make an image of the directory: {reason}", path.display())]
     Tool { path: PathBuf, reason: String },

@@ -186,7 +186,7 @@ fn a_directory_that_cannot_become_a_disk_is_refused() {
             "dir",
             "/no/such",
             1,
-            "--disk dir: cannot make an image in /no/such; set TMPDIR to a directory with space: No such file",
+            "--disk dir: cannot make an image in /no/such (set TMPDIR to a directory with space): No such file",
         ),
     ];
     for (disk, temporary, status, says) in table {

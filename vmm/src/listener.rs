@@ -18,6 +18,9 @@ use rustix::net::{
     socket_with,
 };
 
+/// unix(7): `sun_path` has 108 bytes.
+const TOO_LONG: &str = "the path of a socket has at most 108 bytes; give a shorter one";
+
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 8;
 
@@ -42,12 +45,13 @@ impl Listener {
     /// # Errors
     /// When the path is in use or cannot be made.
     pub(crate) fn bind(path: &Path) -> io::Result<Self> {
+        let address = SocketAddrUnix::new(path).map_err(|_| io::Error::other(TOO_LONG))?;
         remove_stale(path)?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
         // Before it has a name: bind(2) gives the file the socket's own mode, so that it is never open to others.
         fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-        bind(&socket, &SocketAddrUnix::new(path)?)?;
+        bind(&socket, &address)?;
         listen(&socket, BACKLOG).inspect_err(|_| {
             let _ = fs::remove_file(path);
         })?;
@@ -75,7 +79,11 @@ impl Listener {
 /// Removes a socket file that no process uses. It is renamed first and then checked again, because a process that started at the same time
 /// may have put its own socket there.
 fn remove_stale(path: &Path) -> io::Result<()> {
-    let Ok(meta) = fs::symlink_metadata(path) else { return Ok(()) };
+    let meta = match fs::symlink_metadata(path) {
+        Ok(meta) => meta,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
     if !meta.file_type().is_socket() {
         return Err(io::Error::other("it exists and is no socket; give another path"));
     }

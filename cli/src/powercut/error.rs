@@ -22,7 +22,7 @@ pub(super) enum PowercutError {
     Command { command: String, source: io::Error },
     #[error("--state {name}: {reason}; take the name from a report on the same log")]
     State { name: String, reason: String },
-    #[error("cannot keep states in {}; set TMPDIR to a directory with space", directory.display())]
+    #[error("cannot keep states in {} (set TMPDIR to a directory with space)", directory.display())]
     Space { directory: PathBuf, source: io::Error },
 }
 

@@ -101,7 +101,7 @@ fn permission_hint(writable: bool) -> &'static str {
 impl From<Errno> for FileError {
     fn from(error: Errno) -> Self {
         match error {
-            Errno::NOENT | Errno::NOTDIR => Self::Missing,
+            Errno::NOENT => Self::Missing,
             Errno::ROFS => Self::ReadOnlyHost,
             error => Self::Host(error.into()),
         }

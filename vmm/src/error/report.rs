@@ -83,7 +83,7 @@ impl Error {
             Self::Argument { source, .. } => match source.kind() {
                 io::ErrorKind::AddrInUse => Some("stop the other program, or choose another path"),
                 io::ErrorKind::PermissionDenied => Some("make it accessible for this user"),
-                io::ErrorKind::NotFound => Some("check the path"),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Some("check the path"),
                 _ => None,
             },
             Self::Disk { remedy, .. } => *remedy,

@@ -3,7 +3,10 @@
 //! After a wrong checksum, GDB's protocol answers `-`, which asks for the packet again, but gdbstub ends the connection. So [`Packets`]
 //! checks packets first, and [`server`](super::server) sends the `-`.
 //!
-//! Bytes outside of packets are passed on to gdbstub, which ends the connection. That keeps web pages out: a page can make a browser send
+//! GDB itself sends `-` when a reply takes more than two seconds, as while the machine comes to a stop. The reply is on its way then, and a
+//! socket damages none, so that `-` is ignored. gdbstub would end the connection.
+//!
+//! Other bytes outside of packets are passed on to gdbstub, which ends the connection. That keeps web pages out: a page can make a browser send
 //! packets to a port of the loopback interface, but only after the first lines of an HTTP request.
 
 use std::mem;
@@ -14,7 +17,7 @@ const LONGEST: usize = 4096;
 /// The result of a further byte.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Piece {
-    /// The byte is part of a packet that is not complete.
+    /// The byte is part of a packet that is not complete, or one to be ignored.
     Incomplete,
     /// Bytes for gdbstub: a packet, or bytes outside of packets.
     Whole(Vec<u8>),
@@ -37,6 +40,10 @@ impl Packets {
                 if is_right { Piece::Whole(packet) } else { Piece::Damaged }
             }
             [b'$', ..] if self.0.len() <= LONGEST => Piece::Incomplete,
+            [b'-'] => {
+                self.0.clear();
+                Piece::Incomplete
+            }
             _ => Piece::Whole(mem::take(&mut self.0)),
         }
     }
@@ -57,14 +64,7 @@ mod tests {
         let whole = |bytes: &[u8]| Piece::Whole(bytes.to_vec());
         assert_eq!(
             pieces(b"+$?#3f-$?#3F\x03$#00"),
-            [
-                whole(b"+"),
-                whole(b"$?#3f"),
-                whole(b"-"),
-                whole(b"$?#3F"),
-                whole(b"\x03"),
-                whole(b"$#00")
-            ]
+            [whole(b"+"), whole(b"$?#3f"), whole(b"$?#3F"), whole(b"\x03"), whole(b"$#00")]
         );
         for damaged in ["$?#40", "$?#zz", "$?#+f", "$?##3", "$?#\u{e9}"] {
             assert_eq!(

@@ -37,8 +37,11 @@ pub(super) fn no_paths(
         .create()?;
     for socket in sockets {
         let directory = socket.parent().filter(|path| !path.as_os_str().is_empty());
-        // If the directory cannot be opened, the socket's file remains when the VM ends.
-        if let Ok(directory) = PathFd::new(directory.unwrap_or(Path::new("."))) {
+        let directory = directory.unwrap_or(Path::new("."));
+        // If the directory cannot be opened, the socket's file remains when the VM ends. If it is none, the socket cannot be made.
+        if directory.is_dir()
+            && let Ok(directory) = PathFd::new(directory)
+        {
             ruleset = ruleset.add_rule(PathBeneath::new(directory, AccessFs::RemoveFile))?;
         }
     }

@@ -67,6 +67,20 @@ pub struct BadFault(&'static str);
 
 const HOW: &str = "write KIND[:WORD]...; KIND is error, torn, lost, flip, delay, hang or misdirected, WORD is read, write, flush, discard, n=N, sectors=FIRST-LAST, one-in=N, seed=N, once, nospace, until-written, ms=N or to=SECTOR";
 
+/// What to write instead of a word that is not valid.
+fn hint(word: &str) -> &'static str {
+    match word.split_once('=').unwrap_or((word, "")).0 {
+        "sectors" => "write sectors=FIRST-LAST, two numbers of which the first is not larger",
+        "n" => "write n=N, a number from 1 on",
+        "one-in" => "write one-in=N, a number from 1 on",
+        "seed" => "write seed=N, a number",
+        "ms" => "only delay has a duration; write delay:ms=N, a number",
+        "to" => "only misdirected has a place; write misdirected:to=SECTOR, a number",
+        "nospace" => "only error can mean a lack of space; write error:nospace",
+        _ => HOW,
+    }
+}
+
 impl FromStr for FaultRule {
     type Err = BadFault;
 
@@ -95,7 +109,7 @@ impl FromStr for FaultRule {
             bad: BTreeSet::new(),
         };
         for word in words {
-            rule.set(word).ok_or(BadFault(HOW))?;
+            rule.set(word).ok_or_else(|| BadFault(hint(word)))?;
         }
         rule.check().map_err(BadFault)?;
         if rule.until_written {
