@@ -97,8 +97,9 @@ pub(crate) fn number<T: FromStr>(text: &str) -> Result<T, ValueError> {
 
 const PAGE: u64 = 4096;
 
-/// A number and its unit, a power of 1024; without a unit, times two to the power of `plain`. A fraction is cut to whole pages: 1.1G is
-/// no whole number of bytes.
+/// A number and its unit, a power of 1024; without a unit, times two to the power of `plain`. A fraction from M on is cut to whole pages, of
+/// which at least one is left: 1.1G is no whole number of bytes. In smaller units, it has to be one. 0 often means no limit, so that
+/// nothing else may become 0.
 fn size(text: &str, plain: u32) -> Option<u64> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
@@ -115,8 +116,11 @@ fn size(text: &str, plain: u32) -> Option<u64> {
     };
     let scaled: u128 = format!("{whole}{fraction}").parse().ok()?;
     let divisor = 10_u128.checked_pow(u32::try_from(fraction.len()).ok()?)?;
-    let bytes = u64::try_from(scaled.checked_mul(1 << shift)? / divisor).ok()?;
-    (!whole.is_empty() && !fraction.is_empty()).then_some(bytes - bytes % PAGE)
+    let scaled = scaled.checked_mul(1 << shift)?;
+    let bytes = u64::try_from(scaled / divisor).ok()?;
+    let cut = if shift < 20 { bytes } else { bytes - bytes % PAGE };
+    let fits = if shift < 20 { scaled.is_multiple_of(divisor) } else { cut > 0 || scaled == 0 };
+    (fits && !whole.is_empty() && !fraction.is_empty()).then_some(cut)
 }
 
 /// A duration from `60s`, `1m30s`, `1500ms`, `1h`, or a plain number of seconds. Zero is refused.
@@ -242,15 +246,32 @@ pub(crate) fn console(text: &OsStr) -> Result<ConsoleConfig, ValueError> {
     }
 }
 
-/// Takes `,max=SIZE` from the end of a path.
+/// Takes `,max=SIZE` from the end of a path. What else looks like a key there is refused: it is more likely to be a mistyped one than a part of
+/// the path.
 fn with_max(path: PathBuf) -> Result<(PathBuf, Option<u64>), ValueError> {
-    const KEY: &[u8] = b",max=";
+    const MAX: &[u8] = b",max=";
+    const USAGE: ValueError =
+        ValueError::Write("the only key is max=, once; write file:PATH,max=SIZE");
+    let has_max = |text: &[u8]| text.windows(MAX.len()).any(|part| part == MAX);
     let text = path.as_os_str().as_bytes();
-    let Some(at) = text.windows(KEY.len()).rposition(|part| part == KEY) else {
-        return Ok((path, None));
+    let (path, value) = match last_key(text) {
+        None if has_max(text) => return Err(USAGE),
+        None => return Ok((path, None)),
+        Some((path, b"max", value)) if !path.is_empty() && !has_max(path) => (path, value),
+        Some(_) => return Err(USAGE),
     };
-    let max = bytes(&String::from_utf8_lossy(&text[at + KEY.len()..]))?;
-    Ok((OsStr::from_bytes(&text[..at]).into(), Some(max)))
+    let max = bytes(&String::from_utf8_lossy(value))?;
+    Ok((OsStr::from_bytes(path).into(), Some(max)))
+}
+
+/// The parts of `PATH,KEY=VALUE`, with a key of lowercase letters and hyphens behind the last comma.
+fn last_key(text: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
+    let comma = text.iter().rposition(|byte| *byte == b',')?;
+    let (path, rest) = (&text[..comma], &text[comma + 1..]);
+    let equals = rest.iter().position(|byte| *byte == b'=')?;
+    let (key, value) = (&rest[..equals], &rest[equals + 1..]);
+    let is_key = !key.is_empty() && key.iter().all(|byte| matches!(byte, b'a'..=b'z' | b'-'));
+    is_key.then_some((path, key, value))
 }
 
 pub(crate) fn socket(text: &OsStr) -> Result<PathBuf, ValueError> {
@@ -264,6 +285,9 @@ pub(crate) fn gdb(text: &OsStr) -> Result<GdbConfig, ValueError> {
     }
     let address = text.to_str().and_then(|text| text.strip_prefix("tcp:")).ok_or(USAGE)?;
     let address: SocketAddr = address.parse().map_err(|_| USAGE)?;
+    if address.port() == 0 {
+        return Err(ValueError::Write("port 0 is any free port; name one, such as 1234"));
+    }
     if !address.ip().is_loopback() {
         return Err(ValueError::Write(
             "other hosts would control the guest; write tcp:127.0.0.1:PORT and forward the port by ssh",
@@ -314,6 +338,24 @@ mod tests {
     }
 
     #[test]
+    fn a_fraction_becomes_no_other_size_and_never_0() {
+        for (text, value) in [
+            ("1.5K", 1536),
+            ("0.5k", 512),
+            ("1.5M", 3 << 19),
+            ("1.1M", 0x11_9000),
+            ("0.0K", 0),
+            ("0.00G", 0),
+            ("2.0", 2),
+        ] {
+            assert_eq!(bytes::<u64>(text), Ok(value), "{text}");
+        }
+        for text in ["1.5", "0.5", "1.3K", "0.0001K", "0.001M", "0.000001G"] {
+            assert!(bytes::<u64>(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
     fn durations() {
         for (text, milliseconds) in [
             ("60s", 60_000),
@@ -345,7 +387,16 @@ mod tests {
         let file = |path: &str, max| ConsoleConfig::File { path: path.into(), max };
         assert_eq!(console("file:/a:b".as_ref()), Ok(file("/a:b", None)));
         assert_eq!(console("file:/a,b,max=1M".as_ref()), Ok(file("/a,b", Some(1 << 20))));
-        assert!(console("file:/a,max=much".as_ref()).is_err());
+        assert_eq!(console("file:/a=b,c".as_ref()), Ok(file("/a=b,c", None)));
+        for bad in [
+            "file:a,max=much",
+            "file:a,mx=1",
+            "file:a,max=1,max=2",
+            "file:a,max=1,x",
+            "file:,max=1",
+        ] {
+            assert!(console(bad.as_ref()).is_err(), "{bad}");
+        }
         assert_eq!(console("unix:s".as_ref()), Ok(ConsoleConfig::Unix("s".into())));
         for bad in ["", "tty", "file:", "unix", "stdio:"] {
             assert!(console(bad.as_ref()).is_err(), "{bad}");
