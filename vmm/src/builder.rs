@@ -28,10 +28,9 @@ use crate::events::event_channel;
 use crate::gdb::Gdb;
 use crate::halt_watch::HaltWatch;
 use crate::kernel_pages::{KernelPages, lease_outlasts};
-use crate::kvm::EmptyVm;
 use crate::machine::{Hardware, Machine, PowerOn, Reports};
 use crate::output_files::OutputFiles;
-use crate::sandbox::{Kind, Sandbox};
+use crate::sandbox::Kind;
 use crate::signals::Signals;
 use crate::snapshot::{Incoming, PanicDump, generation_id};
 use crate::sources::Source;
@@ -83,17 +82,17 @@ pub fn build(
     let mut outputs = OutputFiles::with_logs(&mut images, &config.disks)?;
     disk_faults::over(&mut images, &config.disks);
     affinity::check(config)?;
-    binary_pages::release();
+    Incoming::release_binary_pages(incoming.as_ref());
     tracing::info!(target: "boot", "files opened");
 
-    // 2. Map guest memory.
+    // 2. Map guest memory. Start the first threads, which confine themselves while the rest is made.
     let memory =
         if config.hugepages { hugepages::allocate(&layout)? } else { memory::allocate(&layout)? };
+    let sandbox = Incoming::sandbox(&mut incoming, config)?;
 
     // 3. Make a VM in KVM, with memory slots. Interrupt controllers come later, because they make changes of the memory map and
     // of ioeventfds slow (`register_memory`).
-    let made = incoming.as_mut().and_then(|incoming| incoming.host.take());
-    let host = made.map_or_else(EmptyVm::new, Ok)?;
+    let host = Incoming::empty_vm(&mut incoming)?;
     let (kvm_fd, vm) = (&host.kvm, Arc::clone(&host.vm));
     check_cpus(kvm_fd, config.cpus)?;
     affinity::keep_idle_in_guest(config, kvm_fd, &vm)?;
@@ -111,7 +110,6 @@ pub fn build(
     tracing::info!(target: "boot", "kernel loaded");
 
     // 5. Attach devices to their buses. Their threads confine themselves when they start.
-    let sandbox = Sandbox::prepare(config)?;
     let (events, receiver) = event_channel().map_err(Error::host("make an eventfd"))?;
     let (reports, report) = Reports::new(&events, receiver, config.dump_on_panic.is_some());
     let (mut port_io, mut mmio) = (Bus::default(), Bus::default());

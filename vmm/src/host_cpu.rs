@@ -32,11 +32,17 @@ const MAX_POLLING: Duration = Duration::from_millis(20);
 
 /// How long a disk's worker may poll before it sleeps. On a host with one CPU it must not poll: the guest needs the CPU.
 pub(crate) fn polling_window() -> Duration {
-    match std::thread::available_parallelism().map_or(1, usize::from) {
-        1 => Duration::ZERO,
-        _ => MAX_POLLING,
-    }
+    if *PROCESSORS == 1 { Duration::ZERO } else { MAX_POLLING }
 }
+
+/// Reads the host's files now, so that the other functions need not.
+pub(crate) fn read_early() {
+    let _ = (is_nested(), polling_window());
+}
+
+/// Number of processors that this process may use.
+static PROCESSORS: LazyLock<usize> =
+    LazyLock::new(|| std::thread::available_parallelism().map_or(1, usize::from));
 
 /// The processor's features, as the host's kernel names them.
 struct Flags(String);

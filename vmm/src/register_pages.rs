@@ -20,9 +20,9 @@ use crate::machine::MachineDisk;
 /// The memory slots of device registers come after those of RAM.
 const FIRST_READ_ONLY_SLOT: u32 = 8;
 
-/// Whether the user wants this, and KVM can do it.
+/// Whether there are disks, the user wants this, and KVM can do it.
 pub(crate) fn are_used(config: &VmConfig, kvm: &Kvm) -> bool {
-    !config.trap_registers && kvm.check_extension(Cap::ReadonlyMem)
+    !config.disks.is_empty() && !config.trap_registers && kvm.check_extension(Cap::ReadonlyMem)
 }
 
 /// Has KVM turn the acknowledgement of used buffers into a write to an eventfd of the transport. That of a configuration change has

@@ -18,18 +18,22 @@ const ROOM: usize = 3 << 20;
 /// Starts threads as `spawn` does, if there is memory for them. The error is ENOMEM if not.
 pub(crate) fn checked(spawn: Spawn) -> Spawn {
     Arc::new(move |name, body| {
-        try_to_map()?;
+        try_to_map(ROOM)?;
         spawn(name, body)
     })
 }
 
+/// Checks that the process may map so many bytes more.
+///
+/// # Errors
+/// It may not.
 #[expect(unsafe_code, reason = "memory is mapped, and unmapped again")]
-fn try_to_map() -> io::Result<()> {
+pub(crate) fn try_to_map(bytes: usize) -> io::Result<()> {
     let protection = ProtFlags::READ | ProtFlags::WRITE;
     // SAFETY: the kernel chooses an address that nothing uses, and nothing refers to this mapping when it is removed.
     unsafe {
-        let mapped = mmap_anonymous(ptr::null_mut(), ROOM, protection, MapFlags::PRIVATE)?;
-        munmap(mapped, ROOM)?;
+        let mapped = mmap_anonymous(ptr::null_mut(), bytes, protection, MapFlags::PRIVATE)?;
+        munmap(mapped, bytes)?;
     }
     Ok(())
 }

@@ -79,6 +79,30 @@ fn a_silent_client_keeps_no_other_from_naming_the_file() {
     assert_complete(directory.path());
 }
 
+/// Confinement takes time: the client does not wait for it.
+#[test]
+fn the_first_threads_are_started_while_the_process_waits() {
+    let Some(directory) = saved_machine() else { return };
+    let defer = ["--incoming", "defer", "--qmp", "unix:qmp", "--disk", "disk.img", "--paused"];
+    let session = Session::start(minivmm(defer).current_dir(directory.path()));
+    let mut qmp = Qmp::connect(&directory.path().join("qmp"));
+    qmp.query("query-status");
+    let tasks = Path::new("/proc").join(session.id().to_string()).join("task");
+    let threads = fs::read_dir(&tasks).unwrap().map(|task| task.unwrap().path());
+    let main = tasks.join(session.id().to_string());
+    let early: Vec<_> = threads.filter(|task| *task != main).collect();
+    let uri = format!("file:{}", directory.path().join("saved").display());
+    qmp.execute("migrate-incoming", json!({ "uri": uri })).unwrap();
+    // Answered when all threads are confined.
+    qmp.query("query-block");
+    let name = |task: &PathBuf| fs::read_to_string(task.join("comm")).unwrap();
+    let names: BTreeSet<_> = early.iter().map(name).collect();
+    assert_eq!(names, ["console\n", "machine-job\n", "vcpu-0\n"].map(str::to_owned).into());
+    qmp.query("cont");
+    session.wait(BOUND).must_be(SUCCESS);
+    assert_complete(directory.path());
+}
+
 #[test]
 fn the_time_limit_covers_the_wait_for_the_file() {
     let directory = tempdir().unwrap();

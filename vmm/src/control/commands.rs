@@ -173,5 +173,5 @@ fn query_cpus_fast(machine: &Machine) -> Value {
             "props": { "socket-id": 0, "core-id": index, "thread-id": 0 },
         })
     };
-    machine.hardware.vcpus.iter().map(|vcpu| vcpu.id).enumerate().map(cpu).collect()
+    machine.hardware.vcpus.iter().map(|vcpu| *vcpu.id).enumerate().map(cpu).collect()
 }

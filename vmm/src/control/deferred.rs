@@ -18,10 +18,13 @@ use super::commands;
 use super::migration;
 use super::protocol::{Failure, Request};
 use super::server::{CLIENTS_MAX, ControlServer};
+use crate::binary_pages;
 use crate::chardev;
 use crate::config::VmConfig;
 use crate::error::Error;
+use crate::host_cpu;
 use crate::kvm::EmptyVm;
+use crate::sandbox::Sandbox;
 use crate::signals::Signals;
 use crate::snapshot::{Incoming, IncomingConfig, SavedConfig, remove_unfinished};
 
@@ -67,8 +70,12 @@ pub fn wait(
 ) -> Result<Awaited, Error> {
     let path = config.qmp.clone().unwrap_or_default();
     let mut server = listen(&path, config)?;
-    // So that the client waits less for the machine.
+    // All of the machine that does not depend on the file, so that the client waits less.
+    let sandbox = Sandbox::prepare(config)?;
     let host = EmptyVm::new()?;
+    host_cpu::read_early();
+    binary_pages::release();
+    sandbox.wait();
     let mut clients: Vec<Client> = Vec::new();
     let deadline = config.timeout.and_then(|limit| Instant::now().checked_add(limit));
     loop {
@@ -90,6 +97,7 @@ pub fn wait(
                     server.adopt(mem::take(&mut clients));
                     server.migration().set_config(SavedConfig::of(config));
                     (incoming.control, incoming.host) = (Some(server), Some(host));
+                    incoming.sandbox = Some(sandbox);
                     // The time limit counts from the start of the process.
                     config.timeout = left.or(config.timeout);
                     return Ok(Awaited::Incoming(incoming));

@@ -58,7 +58,7 @@ impl Kind {
 }
 
 /// The options on which the lists depend.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Needs {
     /// This process's ID.
     pub(super) process: u32,

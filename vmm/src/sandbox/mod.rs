@@ -9,10 +9,11 @@
 //! - Inspection: other processes of the same user cannot read its memory, because the process is not dumpable.
 //!
 //! The builder plugs this in. `snapshot::new_file` asks where it may save ([`check_save`]), and `explain` for the lists
-//! ([`system_calls`]). The functions that [`Sandbox::spawn`] returns start threads, which confine themselves before their body runs.
-//! [`Sandbox::source`] is the last source that the main loop begins to watch before the guest runs: it waits until all other threads are
-//! confined, and then confines the main thread. If the host lacks a part of this, one warning names it, and the other parts are used.
+//! ([`system_calls`]). The functions that [`Sandbox::spawn`] returns start threads, which confine themselves before their body runs. The
+//! first threads start early, and wait for their bodies (`early`). [`Sandbox::source`] is the last source that the main loop begins to
+//! watch before the guest runs: it waits until all other threads are confined, and then confines the main thread. If the host lacks a part of this, one warning names it, and the other parts are used.
 
+mod early;
 mod filters;
 mod ioctls;
 mod privileges;
@@ -31,6 +32,7 @@ use rustix::io::Errno;
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use seccompiler::{BpfProgram, SeccompAction};
 
+use self::early::EarlyThreads;
 pub(crate) use self::filters::Kind;
 use self::filters::Needs;
 use self::violation::Violations;
@@ -120,6 +122,8 @@ fn save_directory(path: &Path) -> Result<PathBuf, Error> {
 pub(crate) struct Sandbox(Option<Arc<Rules>>);
 
 struct Rules {
+    /// What the filters were compiled for.
+    needs: Needs,
     /// By `Kind`.
     filters: Vec<BpfProgram>,
     ruleset: Option<OwnedFd>,
@@ -127,12 +131,13 @@ struct Rules {
     /// Number of threads that were started and are not confined yet.
     unconfined: Mutex<usize>,
     confined: Condvar,
+    early: EarlyThreads,
     /// The parts of the confinement that this host lacks, of which a warning was printed.
     lacking: Mutex<Vec<&'static str>>,
 }
 
 impl Sandbox {
-    /// Prepares the confinement that `config` asks for. Called before there is a second thread.
+    /// Prepares the confinement that `config` asks for, and starts the first threads. Called before there is a second thread.
     ///
     /// # Errors
     /// `--user` or `--save-directory` cannot be used, the host is short of memory or descriptors, or a filter has a mistake.
@@ -175,15 +180,30 @@ impl Sandbox {
         };
         violation::install_handler();
         let _ = SAVE.set(save);
-        Ok(Self(Some(Arc::new(Rules {
+        let sandbox = Self(Some(Arc::new(Rules {
+            needs,
             filters: filters
                 .map_err(|error| Error::Capability(UncompiledFilter(error.into()).into()))?,
             ruleset,
             user: config.user,
             unconfined: Mutex::new(0),
             confined: Condvar::new(),
+            early: EarlyThreads::default(),
             lacking: Mutex::default(),
-        }))))
+        })));
+        let spawn = |kind| sandbox.spawn(kind);
+        sandbox.0.iter().for_each(|rules| rules.early.start(config, spawn));
+        Ok(sandbox)
+    }
+
+    /// Waits until the first threads are confined.
+    pub(crate) fn wait(&self) {
+        self.0.iter().for_each(|rules| rules.wait_for_threads());
+    }
+
+    /// Whether it is also the confinement of `config`, which is as it was except for what a saved machine has changed.
+    pub(crate) fn fits(&self, config: &VmConfig) -> bool {
+        self.0.as_ref().is_none_or(|rules| rules.needs == needs(config))
     }
 
     /// The function that starts threads of this kind.
@@ -191,6 +211,10 @@ impl Sandbox {
         let plain = thread_memory::checked(spawn::plain());
         let Some(rules) = self.0.clone() else { return plain };
         Arc::new(move |name, body| {
+            let body = match rules.early.begin(kind, &name, body) {
+                Ok(thread) => return Ok(thread),
+                Err(body) => body,
+            };
             *lock(&rules.unconfined) += 1;
             let of_thread = Arc::clone(&rules);
             let confined: Body = Box::new(move || {
@@ -219,9 +243,8 @@ impl Sandbox {
 impl Rules {
     /// Confines the main thread, after all others are confined.
     fn confine_main(&self) {
-        let waiting = |unconfined: &mut usize| *unconfined > 0;
-        let waited = self.confined.wait_while(lock(&self.unconfined), waiting);
-        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        self.early.end();
+        self.wait_for_threads();
         if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
             self.warn("the process stays dumpable", &error);
         }
@@ -229,6 +252,13 @@ impl Rules {
         violation::install_handler();
         self.confine(Kind::Main);
         tracing::debug!("all threads are confined");
+    }
+
+    /// Waits until all threads are confined.
+    fn wait_for_threads(&self) {
+        let waiting = |unconfined: &mut usize| *unconfined > 0;
+        let waited = self.confined.wait_while(lock(&self.unconfined), waiting);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Gives up all rights of the calling thread that its kind does not need.

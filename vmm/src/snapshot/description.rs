@@ -10,15 +10,22 @@ use super::saved::{MAJOR, NEEDS_BASE, SavedMachine, Versioned};
 
 /// Parses the description, if its format is one that this program can read.
 pub(super) fn parse(json: &[u8]) -> Result<SavedMachine, SnapshotError> {
-    let Versioned { format } = serde_json::from_slice(json).map_err(SnapshotError::Description)?;
+    let saved = serde_json::from_slice::<SavedMachine>(json);
+    // Another format may also be the reason why it cannot be parsed.
+    let format = match &saved {
+        Ok(saved) => &saved.format,
+        Err(_) => {
+            &serde_json::from_slice::<Versioned>(json).map_err(SnapshotError::Description)?.format
+        }
+    };
     if format.major != MAJOR {
         return Err(SnapshotError::Format(format.major, format.minor));
     }
-    let unknown: Vec<_> = format.needs.into_iter().filter(|word| word != NEEDS_BASE).collect();
+    let unknown: Vec<_> = format.needs.iter().filter(|word| *word != NEEDS_BASE).cloned().collect();
     if !unknown.is_empty() {
         return Err(SnapshotError::Needs(unknown.join(", ")));
     }
-    serde_json::from_slice(json).map_err(SnapshotError::Description)
+    saved.map_err(SnapshotError::Description)
 }
 
 /// Checks that the parts of the description agree with each other and with the file's RAM.

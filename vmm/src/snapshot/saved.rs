@@ -43,7 +43,7 @@ const MINOR: u32 = 0;
 /// The word in `needs` of an increment.
 pub(super) const NEEDS_BASE: &str = "base";
 
-/// The version of a file's description. It is read first, so that the error for a file of a later minivmm names its version.
+/// The version of a file's description. It can be read alone, so that the error for a file of a later minivmm names its version.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Format {
     pub(super) major: u32,

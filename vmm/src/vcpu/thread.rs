@@ -22,7 +22,7 @@
 //!
 //! After each EINTR, `run` reads `leave`.
 
-use std::cell::Cell;
+use std::cell::{Cell, LazyCell};
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -69,8 +69,8 @@ struct Shared {
 /// the vCPU is in the guest or while a kick is sent.
 pub(crate) struct VcpuThread {
     index: u32,
-    /// The host's number for the thread, as in `/proc/PID/task`.
-    pub(crate) id: i32,
+    /// The host's number for the thread, as in `/proc/PID/task`. The first use waits until the thread has begun.
+    pub(crate) id: LazyCell<i32, Box<dyn FnOnce() -> i32>>,
     pub(crate) exits: Arc<Exits>,
     pub(super) thread: JoinHandle<()>,
     shared: Arc<Shared>,
@@ -97,7 +97,8 @@ impl VcpuThread {
         };
         let thread = spawn(format!("vcpu-{index}"), Box::new(body))
             .map_err(Error::host("start a vCPU thread"))?;
-        Ok(Self { index, id: id.recv().unwrap_or_default(), exits, thread, shared, held: false })
+        let id = LazyCell::new(Box::new(move || id.recv().unwrap_or_default()) as Box<_>);
+        Ok(Self { index, id, exits, thread, shared, held: false })
     }
 
     pub(crate) fn resume(&self) {
