@@ -144,7 +144,8 @@ programs! {
     SecondPort = "second_port",
     /// Does what `--exec`'s script does with a command that prints all byte values [`JOB_ROUNDS`] times, and has status 7.
     Job = "job",
-    /// Writes to each page of 128 MiB, then prints lines of a dot without end.
+    /// Writes to each page of 128 MiB, then prints lines of a dot without end. After a typed byte, writes to each page of 16 of these
+    /// MiB again, and prints a line of a plus.
     Fill = "fill",
     /// Counts at both [`COUNTERS`], one after the other, and prints a dot now and then.
     Count = "count",

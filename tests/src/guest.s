@@ -687,18 +687,34 @@ guest_reborn:                           # checks that nothing is left of a life 
 
 .set FILL_START, 0x1000000
 .set FILL_END, 0x9000000
+.set REFILL_END, 0x2000000
 
-guest_fill:                             # a word that is not 0 in each page, then lines of a dot
+guest_fill:                             # a word that is not 0 in each page, then lines of a dot; when typed at, other words, and a plus
     movl $STACK_TOP, %esp
     movl $FILL_START, %edi
 0:  movl %edi, (%edi)
     addl $0x1000, %edi
     cmpl $FILL_END, %edi
     jne 0b
+    movw $(COM1 + 1), %dx               # IER: received data; a port that only prints gets no input
+    movb $1, %al
+    outb %al, %dx
 1:  movb $'.', %al
-    call put_char
+2:  call put_char
     call put_line_end
-    jmp 1b
+    movw $COM1_LSR, %dx
+    inb %dx, %al
+    testb $1, %al
+    jz 1b
+    movw $COM1, %dx
+    inb %dx, %al
+    movl $FILL_START, %edi
+3:  incl (%edi)
+    addl $0x1000, %edi
+    cmpl $REFILL_END, %edi
+    jne 3b
+    movb $'+', %al
+    jmp 2b
 
 guest_count:                            # counts at both ends of its memory, and prints a dot now and then
     movl $STACK_TOP, %esp

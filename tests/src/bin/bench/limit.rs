@@ -1,4 +1,5 @@
-//! What a request costs at least on this machine: the limit that is printed beside what was measured.
+//! What a request costs at least on this machine: the limit that is printed beside what was measured. Also what the data of a saved
+//! machine costs.
 //!
 //! A request at depth 1 needs a hand-over from the driver's CPU to the disk's and back, and one copy by the host's kernel.
 //! With many in flight the hand-over is hidden behind other requests' copies, so that the copy alone remains. Neither
@@ -98,4 +99,19 @@ pub(crate) fn copy(path: &Path, block: u64, depth: usize, write: bool, random: b
         }
     }
     begin.elapsed().as_secs_f64() / count as f64
+}
+
+/// Milliseconds that it takes to write `bytes` to a new file in this directory, and to have them on the medium.
+pub(crate) fn write_and_sync(directory: &Path, bytes: u64) -> f64 {
+    const BLOCK: u64 = 2 << 20;
+    let (path, block) = (directory.join("limit"), vec![1; BLOCK as usize]);
+    let file = File::create(&path).unwrap();
+    let begin = Instant::now();
+    for at in (0..bytes).step_by(BLOCK as usize) {
+        file.write_all_at(&block, at).unwrap();
+    }
+    file.sync_all().unwrap();
+    let time = begin.elapsed();
+    std::fs::remove_file(path).unwrap();
+    time.as_secs_f64() * 1e3
 }

@@ -1,10 +1,14 @@
 //! A saved machine: how long a save and a restore take, and what a clone costs. A guest with 1 GiB of memory, of which 128 MiB are
-//! in use, on any /dev/kvm.
+//! in use, on any /dev/kvm. For an increment it has changed 16 of these MiB since it was restored.
+//!
+//! Beside the save of all and that of an increment is the host's limit: a write of as many bytes to a file in the same directory, and a
+//! sync, just after the save.
 
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use minivmm_tests::files::allocated;
 use minivmm_tests::guest::Program;
 use minivmm_tests::qmp::Qmp;
 use minivmm_tests::{image, minivmm};
@@ -12,14 +16,16 @@ use serde_json::{Value, json};
 
 use crate::process::Process;
 use crate::results::{Key, Results};
-use crate::table::Target;
-use crate::{Options, results};
+use crate::table::{LIMIT, Target};
+use crate::{Options, limit, results};
 
 /// The name of this part's results.
 pub(crate) const PART: &str = "saved.json";
 const GROUP: &str = "saved machine";
-/// KiB of the guest's data.
-const DATA: f64 = (128 << 10) as f64;
+const INCREMENT: &str = "save of an increment";
+/// Bytes of the guest's data, and of those that it changes for an increment.
+const DATA: u64 = 128 << 20;
+const CHANGED: u64 = 16 << 20;
 const CLONES: [usize; 2] = [20, 100];
 /// How long a guest may take to print something, on the most loaded of machines.
 const SILENCE: Duration = Duration::from_secs(120);
@@ -39,19 +45,32 @@ pub(crate) fn target(group: &str, row: &str) -> Option<Target> {
 }
 
 pub(crate) fn run(options: &Options, results: &mut Results) {
-    let mut add = |row: &str, metric: &str, value| {
-        results.add(Key::new(GROUP, row, "minivmm", metric), value);
-    };
     for _ in 0..options.repetitions {
         let directory = tempfile::tempdir_in(results::directory()).unwrap();
         let directory = directory.path();
+        let mut limit = |row: &str, bytes| {
+            let time = limit::write_and_sync(directory, bytes);
+            results.add(Key::new(GROUP, row, LIMIT, "ms"), time);
+        };
         let [save, pause, background] = save(directory);
+        limit("save", DATA);
+        let increments: Vec<_> = (0..3)
+            .map(|_| {
+                let save = increment(directory);
+                limit(INCREMENT, CHANGED);
+                save
+            })
+            .collect();
+        let mut add = |row: &str, metric: &str, value| {
+            results.add(Key::new(GROUP, row, "minivmm", metric), value);
+        };
         add("save", "ms", save);
         add("pause of a background save", "ms", pause);
         add("background save, to its end", "ms", background);
-        let saved = directory.join("saved");
-        let blocks = std::os::unix::fs::MetadataExt::blocks(&fs::metadata(saved).unwrap());
-        add("file, beyond the guest's data", "KiB", blocks as f64 / 2.0 - DATA);
+        add("file, beyond the guest's data", "KiB", beyond(&directory.join("saved"), DATA));
+        increments.into_iter().for_each(|save| add(INCREMENT, "ms", save));
+        let extra = beyond(&directory.join("increment"), CHANGED);
+        add("increment, beyond what changed", "KiB", extra);
         // What all clones share (the program's code, the file's pages) would be the only one's own.
         let other = start(directory);
         first_line(&other);
@@ -61,6 +80,9 @@ pub(crate) fn run(options: &Options, results: &mut Results) {
             add("exec to the restored guest", "ms", first_line(&clone).as_secs_f64() * 1e3);
             add("private memory of a clone", "KiB", memory(&clone).0);
             // Its guest prints without end.
+            drop(clone);
+            let clone = start_from("increment", directory, &[]);
+            add("exec to the guest of an increment", "ms", first_line(&clone).as_secs_f64() * 1e3);
             drop(clone);
             add("migrate-incoming to the guest", "ms", deferred(directory));
         }
@@ -107,6 +129,24 @@ fn save(directory: &Path) -> [f64; 3] {
     [save_to(&directory.join("qmp"), &directory.join("saved")), pause, background]
 }
 
+/// KiB that the file has on the disk besides `data` bytes.
+fn beyond(file: &Path, data: u64) -> f64 {
+    (allocated(file) as f64 - data as f64) / 1024.0
+}
+
+/// Saves an increment on `saved` to `increment`. Returns milliseconds.
+fn increment(directory: &Path) -> f64 {
+    let options = ["--qmp", "unix:qmp", "--save-directory", "."];
+    let mut machine = start_from("saved,map=on", directory, &options);
+    first_line(&machine);
+    machine.enter();
+    while machine.line(SILENCE).expect("a guest that changes its memory").1 != "+" {}
+    let mut qmp = connect(&directory.join("qmp"));
+    let capability = json!({ "capability": "x-minivmm-incremental", "state": true });
+    qmp.execute("migrate-set-capabilities", json!({ "capabilities": [capability] })).unwrap();
+    save_by(&mut qmp, &directory.join("increment")).0
+}
+
 fn connect(socket: &Path) -> Qmp {
     let mut qmp = Qmp::connect(socket);
     qmp.set_bound(SILENCE);
@@ -139,7 +179,12 @@ fn save_by(qmp: &mut Qmp, saved: &Path) -> (f64, Vec<Value>) {
 }
 
 fn start(directory: &Path) -> Process {
-    Process::start(minivmm(["--incoming", "file:saved"]).current_dir(directory))
+    start_from("saved", directory, &[])
+}
+
+fn start_from(file: &str, directory: &Path, options: &[&str]) -> Process {
+    let mut command = minivmm(["--incoming", &format!("file:{file}")]);
+    Process::start(command.args(options).current_dir(directory))
 }
 
 /// From a client's migrate-incoming to the guest's first byte, in milliseconds.
