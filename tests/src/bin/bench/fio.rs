@@ -18,6 +18,8 @@ pub(crate) struct Job {
     sync: bool,
     /// How many threads do it at a time.
     count: u32,
+    /// The guest polls for completions.
+    polled: bool,
 }
 
 impl Job {
@@ -27,16 +29,18 @@ impl Job {
             "randwrite" => "random write",
             other => other,
         };
-        let Self { block, depth, count, .. } = self;
+        let Self { block, depth, count, polled, .. } = self;
         let how = if self.sync { "and fsync".to_owned() } else { format!("depth {depth}") };
         let jobs = if *count == 1 { String::new() } else { format!(", {count} jobs") };
-        format!("{block}k {pattern}, {how}{jobs}")
+        let polled = if *polled { ", polled" } else { "" };
+        format!("{block}k {pattern}, {how}{jobs}{polled}")
     }
 }
 
 /// Those of one run: with one job, and also with two unless it is to be `quick`.
 pub(crate) fn jobs(quick: bool) -> Vec<Job> {
-    let job = |pattern, block, depth, sync| Job { pattern, block, depth, sync, count: 1 };
+    let job =
+        |pattern, block, depth, sync| Job { pattern, block, depth, sync, count: 1, polled: false };
     let single = [
         job("randread", 4, 1, false),
         job("randread", 4, 32, false),
@@ -48,6 +52,11 @@ pub(crate) fn jobs(quick: bool) -> Vec<Job> {
     ];
     let double = single.map(|job| Job { count: 2, ..job });
     single.into_iter().chain(double.into_iter().filter(|_| !quick)).collect()
+}
+
+/// Those of a guest that polls its queues.
+pub(crate) fn polled_jobs() -> Vec<Job> {
+    jobs(true).into_iter().take(4).map(|job| Job { polled: true, ..job }).collect()
 }
 
 /// A job file. With `marks`, each job says on the console when it begins and ends, by its number.
@@ -64,11 +73,11 @@ pub(crate) fn file(
         u8::from(direct)
     );
     for (number, job) in jobs.iter().enumerate() {
-        let Job { pattern, block, depth, sync, count } = job;
-        let sync = u8::from(*sync);
+        let Job { pattern, block, depth, sync, count, polled } = job;
+        let (sync, polled) = (u8::from(*sync), u8::from(*polled));
         write!(
             text,
-            "[{number}]\nnew_group=1\nrw={pattern}\nbs={block}k\niodepth={depth}\nfsync={sync}\nnumjobs={count}\n"
+            "[{number}]\nnew_group=1\nrw={pattern}\nbs={block}k\niodepth={depth}\nfsync={sync}\nnumjobs={count}\nhipri={polled}\n"
         )
         .unwrap();
         if marks {

@@ -79,9 +79,14 @@ fn target(group: &str, metric: &str, row: &str) -> Option<(Target, bool)> {
     if group.starts_with("driver") {
         return driver_target(metric, row).map(|target| (target, false));
     }
+    if row.starts_with("PSS") {
+        return Some((Target::AtMost(3072.0), false));
+    }
     let single = !row.contains("jobs");
     let exits = match (metric, row) {
         (metric, _) if metric == EVENTS[1].0 => Some(0.005),
+        // None for a request; the guest's timers cause some.
+        (metric, row) if metric == EVENTS[0].0 && row.ends_with(", polled") => Some(0.05),
         (metric, "4k random read, depth 1" | "4k random write, depth 1")
             if metric == EVENTS[0].0 =>
         {
