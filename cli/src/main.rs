@@ -147,6 +147,11 @@ fn wait_for_storage(config: &VmConfig, incoming: Option<&IncomingOption>) {
 
 /// The exit status. Prints how the VM ended, if the guest's output does not show it.
 fn exit_status(outcome: &Outcome, config: &VmConfig) -> u8 {
+    if let Outcome::Signal(signal) = outcome
+        && ![libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT].contains(signal)
+    {
+        print_message(&format!("signal {signal} ended the VM; `kill -l {signal}` names it"));
+    }
     match outcome {
         Outcome::PowerOff | Outcome::Reset if config.debug_exit => {
             print_message("--debug-exit: the guest ended without writing a byte to I/O port 0xf4");

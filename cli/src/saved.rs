@@ -29,7 +29,14 @@ pub(crate) fn main(word: &str, arguments: Vec<OsString>) -> ExitCode {
     match Incoming::describe(&file, word == "check") {
         Ok(text) => ExitCode::from(if print_text(&text) { EXIT_CLEAN } else { EXIT_HOST }),
         Err(error) => {
-            print_message(&WithCauses(&error).to_string());
+            let line = match &error {
+                // Of the file, or of one that it builds on.
+                vmm::Error::Incoming { path, source } => {
+                    format!("{word} {}: {}", path.display(), WithCauses(&**source))
+                }
+                error => WithCauses(error).to_string(),
+            };
+            print_message(&line);
             ExitCode::from(if error.is_usage() { EXIT_USAGE } else { EXIT_HOST })
         }
     }

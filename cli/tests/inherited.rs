@@ -81,6 +81,9 @@ fn every_signal_ends_the_vm_cleanly_or_does_nothing_unless_it_means_a_crash() {
         send(&session, signal);
         let ended = session.wait(BOUND);
         assert_eq!(ended.code(), 0, "signal {signal}: {ended}");
+        let line = format!("minivmm: signal {signal} ended the VM; `kill -l {signal}` names it");
+        let is_known = [1, 2, 3, 15].contains(&signal);
+        assert!(ended.errors.contains(&line) != is_known, "signal {signal}: {ended}");
     }
     // What the parent ignores stays ignored, but for the signals by which users end a VM.
     let mut session = start("exec env --ignore-signal \"$@\"");

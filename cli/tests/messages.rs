@@ -19,8 +19,8 @@ fn each_line_is_pinned_and_nothing_is_changed() {
     let mut count = 0;
     while let (Some(arguments), Some(line)) = (rows.next(), rows.next()) {
         let mut words: Vec<_> = arguments.split_whitespace().skip(1).collect();
-        let complete =
-            words.len() < 2 || ["ctl", "powercut", "replay", "trace-view"].contains(&words[0]);
+        let commands = ["check", "ctl", "powercut", "replay", "show", "trace-view"];
+        let complete = words.len() < 2 || commands.contains(&words[0]);
         for [option, value] in [["--console", "file:log"], ["--memory", "32M"]] {
             if !complete && !arguments.contains(option) {
                 words.extend([option, value]);
