@@ -179,7 +179,7 @@ fn what_a_killed_save_has_left_is_removed_at_the_next_start() {
     let mut qmp = Qmp::connect(&at("qmp"));
     let uri = format!("file:{}", at("saved").display());
     qmp.execute("migrate", json!({ "uri": uri })).unwrap();
-    let hidden = format!(".saved.{}.saving", session.id());
+    let hidden = format!(".saved.0.{}.saving", session.id());
     session.signal(Signal::KILL);
     let ended = session.id();
     session.wait(BOUND).must_be(128 + 9);

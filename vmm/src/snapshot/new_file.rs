@@ -10,6 +10,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::fs::{
     AtFlags, CWD, FlockOperation, Mode, OFlags, flock, linkat, openat, renameat, unlinkat,
@@ -104,11 +105,14 @@ impl Drop for NewFile {
 
 const SUFFIX: &str = ".saving";
 
-/// The hidden name `.NAME.PID.saving`. It is unique, because one process saves one machine at a time.
+/// The hidden name `.NAME.NUMBER.PID.saving`. It is unique: a save that was canceled may still have its file when the next one to the same
+/// target begins.
 fn hidden_name(path: &Path) -> io::Result<OsString> {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
     let mut hidden = OsString::from(".");
     hidden.push(path.file_name().ok_or(io::ErrorKind::IsADirectory)?);
-    hidden.push(format!(".{}{SUFFIX}", std::process::id()));
+    hidden.push(format!(".{number}.{}{SUFFIX}", std::process::id()));
     Ok(hidden)
 }
 
@@ -130,6 +134,22 @@ pub(crate) fn remove_unfinished(directory: &Path) {
             if file.is_ok_and(|file| lock(file).is_ok()) {
                 let _ = fs::remove_file(entry.path());
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_save_to_the_target_of_one_that_is_not_over_has_a_file_of_its_own() {
+        let path = Path::new("directory/saved");
+        let [first, second] = [(); 2].map(|()| hidden_name(path).unwrap());
+        assert_ne!(first, second);
+        for name in [first, second] {
+            let maker = maker(&name).unwrap();
+            assert_eq!(maker.as_raw_nonzero().get() as u32, std::process::id(), "{name:?}");
         }
     }
 }
