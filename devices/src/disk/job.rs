@@ -73,6 +73,7 @@ impl IoBuffers {
     ///
     /// # Safety
     /// The caller keeps `memory` mapped until the list is dropped, cleared or resolved anew.
+    #[inline(always)]
     pub(super) unsafe fn resolve(
         &mut self,
         memory: &GuestMemory,
@@ -81,21 +82,25 @@ impl IoBuffers {
         self.clear();
         let mut total = 0;
         for range in ranges {
-            if let Some(slice) = in_one_region(memory, range) {
-                total += slice.len() as u64;
-                self.push(&slice);
-                continue;
-            }
-            for slice in memory.get_slices(range.address, range.length as usize) {
-                let Ok(slice) = slice else {
-                    self.clear();
-                    return Err(DiskError::OutOfRange);
-                };
-                total += slice.len() as u64;
-                self.push(&slice);
+            total += u64::from(range.length);
+            match in_one_region(memory, range) {
+                Some(slice) => self.push(&slice),
+                None => self.push_parts(memory, range)?,
             }
         }
         Ok(total)
+    }
+
+    #[cold]
+    fn push_parts(&mut self, memory: &GuestMemory, range: &GuestRange) -> Result<(), DiskError> {
+        for slice in memory.get_slices(range.address, range.length as usize) {
+            let Ok(slice) = slice else {
+                self.clear();
+                return Err(DiskError::OutOfRange);
+            };
+            self.push(&slice);
+        }
+        Ok(())
     }
 
     fn push(&mut self, slice: &VolatileSlice<'_>) {
@@ -136,6 +141,7 @@ impl IoBuffers {
     }
 
     /// One read from `offset` into the buffers, which stay as they are. Returns the bytes read.
+    #[inline(always)]
     pub(super) fn read_from(&self, file: impl AsFd, offset: u64, flags: i32) -> io::Result<u64> {
         // SAFETY: the iovecs are valid for writes by the invariant.
         unsafe { transfer(READ, file, self.pending(), offset, flags) }

@@ -69,6 +69,7 @@ pub const SECTOR: u64 = 512;
 
 /// What to do with a range of the disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Operation {
     /// Disk to guest memory. If a write to the same sectors is in flight, the read may get the old or the new data.
     Read,

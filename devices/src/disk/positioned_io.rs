@@ -26,6 +26,7 @@ pub(super) const WRITE: Direction = [libc::SYS_pwrite64, libc::SYS_pwritev, libc
 ///
 /// # Safety
 /// `buffers` are at most IOV_MAX, and valid for reads and, if the direction is `READ`, for writes.
+#[inline(always)]
 pub(super) unsafe fn transfer(
     [single, vector, flagged]: Direction,
     file: impl AsFd,
@@ -35,40 +36,41 @@ pub(super) unsafe fn transfer(
 ) -> io::Result<u64> {
     waypoint!();
     let fd = file.as_fd().as_raw_fd();
-    let (list, count) = (buffers.as_ptr(), buffers.len());
     let Some(first) = buffers.first() else { return Ok(0) };
-    // SAFETY: as the caller says. A 64-bit kernel takes the whole offset from the low half of its two arguments.
-    let single = || unsafe { libc::syscall(single, fd, first.iov_base, first.iov_len, offset) };
-    // SAFETY: as above.
-    let vector = || unsafe { libc::syscall(vector, fd, list, count, offset, 0_u64) };
-    // SAFETY: as above.
-    let flagged = || unsafe { libc::syscall(flagged, fd, list, count, offset, 0_u64, flags) };
-    match (flags, count) {
-        (0, 1) => either(single, vector),
-        (0, _) => either(vector, single),
-        _ => uninterrupted(flagged),
+    let number = if flags == 0 { vector } else { flagged };
+    // SAFETY: as the caller says. A 64-bit kernel takes the whole offset from the low half of its two arguments. The calls without
+    // flags do not look at the last argument.
+    let call = move |is_single| unsafe {
+        if is_single {
+            libc::syscall(single, fd, first.iov_base, first.iov_len, offset)
+        } else {
+            libc::syscall(number, fd, buffers.as_ptr(), buffers.len(), offset, 0_u64, flags)
+        }
+    };
+    let is_single = flags == 0 && buffers.len() == 1;
+    match u64::try_from(call(is_single)) {
+        Ok(count) => Ok(count),
+        Err(_) => call_again(call, is_single, flags == 0),
     }
 }
 
-/// Makes the system call `call`, or `other` if a seccomp filter refuses it.
-fn either(call: impl Fn() -> c_long, other: impl Fn() -> c_long) -> io::Result<u64> {
-    match uninterrupted(call) {
-        Err(error) if is_refusal(&error) => uninterrupted(other),
-        result => result,
-    }
-}
-
-/// Makes a system call, and repeats it while a signal interrupts it.
-fn uninterrupted(call: impl Fn() -> c_long) -> io::Result<u64> {
+/// After `call` has failed: repeats it while a signal interrupts it, and if a seccomp filter refuses it, makes the other call, if it
+/// `has_other`.
+#[cold]
+fn call_again(
+    call: impl Fn(bool) -> c_long,
+    mut is_single: bool,
+    mut has_other: bool,
+) -> io::Result<u64> {
     loop {
-        match u64::try_from(call()) {
-            Ok(count) => return Ok(count),
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
+        let error = io::Error::last_os_error();
+        if is_refusal(&error) && has_other {
+            (is_single, has_other) = (!is_single, false);
+        } else if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+        if let Ok(count) = u64::try_from(call(is_single)) {
+            return Ok(count);
         }
     }
 }

@@ -18,6 +18,7 @@ mod ranges;
 
 /// Where the data of a job is on the host: this decides what the job may have to wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub(super) enum Medium {
     /// In memory, because the file is in memory (tmpfs): no job waits for a device.
     Memory,

@@ -28,6 +28,7 @@ const BACKOFF_WRITES: u32 = 64;
 
 /// Executes `job`, a read, write or flush, by one system call, as far as that needs no waiting. Notes in `options` what the next jobs
 /// should know of the host.
+#[inline(always)]
 pub(super) fn attempt(
     raw: &RawImage,
     medium: Medium,

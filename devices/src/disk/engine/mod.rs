@@ -111,41 +111,32 @@ impl QueueEngine {
         Ok(())
     }
 
-    /// Executes a job, or what is left of it, on the route that suits it.
-    fn start(&mut self, job: Box<Job>) {
-        let mut next = Some(job);
-        while let Some(job) = next {
-            next = self.start_once(job);
-        }
-    }
-
-    /// As `start`. Returns the job if only a part of it is done.
-    fn start_once(&mut self, mut job: Box<Job>) -> Option<Box<Job>> {
-        let raw = self.disk.raw();
-        let medium = raw.map_or(Medium::Translated, |raw| raw.medium(&job));
-        match (route(job.operation, job.length, medium, self.options), raw, &mut self.ring) {
-            (Route::Done, ..) => {
-                self.finish(job, Ok(()));
-                return None;
-            }
-            (Route::Inline, Some(raw), _) => {
-                let outcome = inline::attempt(raw, medium, &job, &mut self.options);
-                return self.take_back(job, outcome);
-            }
-            (Route::Ring, _, Some(ring)) => match ring.submit(job) {
-                Ok(()) => {
-                    self.in_flight += 1;
-                    return None;
+    /// Executes a job, and then what is left of it, each time on the route that suits it.
+    #[inline(always)]
+    fn start(&mut self, mut job: Box<Job>) {
+        loop {
+            let raw = self.disk.raw();
+            let medium = raw.map_or(Medium::Translated, |raw| raw.medium(&job));
+            let route = route(job.operation, job.length, medium, self.options);
+            match (route, raw, &mut self.ring) {
+                (Route::Done, ..) => return self.finish(job, Ok(())),
+                (Route::Inline, Some(raw), _) => {
+                    let outcome = inline::attempt(raw, medium, &job, &mut self.options);
+                    let Some(rest) = self.take_back(job, outcome) else { return };
+                    job = rest;
+                    continue;
                 }
-                Err(refused) => job = refused,
-            },
-            _ if job.operation == (Operation::Write { durable: false }) => {
-                self.options.backoff = self.options.backoff.saturating_sub(1);
+                (Route::Ring, _, Some(ring)) => match ring.submit(job) {
+                    Ok(()) => return self.in_flight += 1,
+                    Err(refused) => job = refused,
+                },
+                _ if job.operation == (Operation::Write { durable: false }) => {
+                    self.options.backoff = self.options.backoff.saturating_sub(1);
+                }
+                _ => {}
             }
-            _ => {}
+            return self.submit_to_pool(job);
         }
-        self.submit_to_pool(job);
-        None
     }
 
     /// Hands a job to a thread that may wait for the host.
@@ -157,6 +148,7 @@ impl QueueEngine {
     }
 
     /// A route is done with a job: finishes it, or hands it to the pool. Returns the job if only a part of it is done.
+    #[inline(always)]
     fn take_back(&mut self, mut job: Box<Job>, outcome: Outcome) -> Option<Box<Job>> {
         match outcome {
             None => self.submit_to_pool(job),
@@ -173,6 +165,7 @@ impl QueueEngine {
     }
 
     /// Queues the completion of a job for `reap`, and keeps the job for another transfer.
+    #[inline(always)]
     fn finish(&mut self, mut job: Box<Job>, result: Result<(), DiskError>) {
         job.buffers.clear();
         self.finished.push(Completion { tag: job.tag, result });

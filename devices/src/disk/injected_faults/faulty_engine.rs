@@ -113,7 +113,7 @@ impl FaultyEngine {
             |(hold, _): &mut (Hold, Completion)| !faults.holds(hold.rule, hold.until, now);
         done.extend(self.held.extract_if(.., is_over).map(|(_, completion)| completion));
         if let Some(next) = self.held.iter().filter_map(|(hold, _)| hold.until).min() {
-            self.alarm.set(next.saturating_duration_since(now));
+            self.alarm.set(next - now);
         }
     }
 }
