@@ -10,7 +10,9 @@ pub(crate) mod ranges;
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{ByteValued, Bytes, GuestAddress, VolatileSlice};
+use vm_memory::{
+    Address, ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, VolatileSlice,
+};
 
 use super::memory;
 use crate::virtio::spec::ring;
@@ -42,40 +44,60 @@ pub enum ChainError {
 /// once the lists have grown.
 #[derive(Default)]
 pub struct ChainBuffers {
-    readable: Vec<GuestRange>,
-    /// How many of `readable` have been consumed.
+    /// The readable ranges, and behind them the writable ones.
+    ranges: Vec<GuestRange>,
+    /// How many of the readable ranges have been consumed.
     consumed: usize,
-    writable: Vec<GuestRange>,
+    /// How many ranges are readable.
+    readable: usize,
 }
 
 /// A table of descriptors: the queue's own, or an indirect one.
 struct Table<'m> {
+    memory: &'m GuestMemory,
     address: GuestAddress,
     entries: u32,
-    /// All of it, if it lies in one region of guest memory.
-    slice: Option<VolatileSlice<'m>>,
+    /// As much of it as lies in the region of its address.
+    slice: VolatileSlice<'m>,
+    /// Where that region starts, and its length.
+    region: (u64, u64),
 }
 
 impl<'m> Table<'m> {
-    fn new(memory: &'m GuestMemory, address: GuestAddress, entries: u32) -> Self {
-        let slice = memory::slice(memory, address, entries as usize * DESCRIPTOR_SIZE as usize);
-        Self { address, entries, slice }
+    fn new(memory: &'m GuestMemory, address: GuestAddress, entries: u32) -> Option<Self> {
+        let (region, offset) = memory::find(memory, address)?;
+        let length = u64::from(entries * DESCRIPTOR_SIZE).min(region.len() - offset.0);
+        let slice = region.get_slice(offset, length as usize).ok()?;
+        let region = (region.start_addr().0, region.len());
+        Some(Self { memory, address, entries, slice, region })
     }
 
     /// Copies a descriptor. The copy is checked and used, so it does not matter if the driver changes the descriptor later.
-    fn read(&self, memory: &GuestMemory, index: u32) -> Result<Descriptor, ChainError> {
+    fn read(&self, index: u16) -> Result<Descriptor, ChainError> {
         let offset = u64::from(index) * u64::from(DESCRIPTOR_SIZE);
-        if let Some(slice) = &self.slice {
-            return memory::load_from(slice, offset as usize).ok_or(ChainError::Table);
+        match memory::load_from(&self.slice, offset as usize) {
+            Some(descriptor) => Ok(descriptor),
+            None if u32::from(index) >= self.entries => Err(ChainError::Next),
+            None => {
+                let address = self.address.checked_add(offset).ok_or(ChainError::Table)?;
+                memory::load_parts(self.memory, address).ok_or(ChainError::Table)
+            }
         }
-        let address = self.address.0.checked_add(offset).ok_or(ChainError::Table)?;
-        memory::load(memory, GuestAddress(address)).ok_or(ChainError::Table)
+    }
+
+    /// Whether a range is guest memory. It is mostly in the region of the table.
+    fn contains(&self, range: &GuestRange) -> bool {
+        let (start, length) = self.region;
+        let end = range.address.0.wrapping_sub(start).checked_add(range.length.into());
+        end.is_some_and(|end| end <= length)
+            || GuestMemoryBackend::check_range(self.memory, range.address, range.length as usize)
     }
 }
 
 impl ChainBuffers {
     /// Walks the chain that starts at descriptor `head`, which is below the queue's size. `indirect`: INDIRECT_DESC was
-    /// negotiated.
+    /// negotiated. Out of line, so that the loop has all registers.
+    #[inline(never)]
     pub(super) fn walk(
         &mut self,
         memory: &GuestMemory,
@@ -84,17 +106,16 @@ impl ChainBuffers {
         indirect: bool,
     ) -> Result<(), ChainError> {
         waypoint!();
-        self.readable.clear();
-        self.consumed = 0;
-        self.writable.clear();
+        self.ranges.clear();
+        (self.consumed, self.readable) = (0, 0);
+        let address = GuestAddress(queue.desc_table());
         let mut table =
-            Table::new(memory, GuestAddress(queue.desc_table()), u32::from(queue.size()));
-        let mut nested = false;
-        let mut index = u32::from(head);
-        let mut left = CHAIN_MAX;
+            Table::new(memory, address, queue.size().into()).ok_or(ChainError::Table)?;
+        let (mut index, mut nested, mut left) = (head, false, CHAIN_MAX);
         loop {
             left = left.checked_sub(1).ok_or(ChainError::Endless)?;
-            let descriptor = table.read(memory, index)?;
+            let descriptor = table.read(index)?;
+            index = descriptor.next();
             if descriptor.refers_to_indirect_table() {
                 // §2.7.5.3.1: an indirect table contains no other one, and ends the chain. The walk continues inside.
                 let entries = descriptor.len() / DESCRIPTOR_SIZE;
@@ -103,45 +124,57 @@ impl ChainBuffers {
                 if !indirect || nested || descriptor.has_next() || !whole {
                     return Err(ChainError::Indirect);
                 }
-                nested = true;
-                table = Table::new(memory, descriptor.addr(), entries);
-                index = 0;
+                table = Table::new(memory, descriptor.addr(), entries).ok_or(ChainError::Table)?;
+                (index, nested) = (0, true);
                 continue;
             }
-            self.add(memory, &descriptor)?;
+            let range = GuestRange { address: descriptor.addr(), length: descriptor.len() };
+            let is_writable = descriptor.is_write_only();
+            // §2.7.4.2: readable buffers come first.
+            if !is_writable && self.readable < self.ranges.len() {
+                return Err(ChainError::Order);
+            }
+            if range.length > 0 {
+                if !table.contains(&range) {
+                    return Err(ChainError::Buffer);
+                }
+                self.ranges.push(range);
+                self.readable += usize::from(!is_writable);
+            }
             if !descriptor.has_next() {
                 return Ok(());
-            }
-            index = u32::from(descriptor.next());
-            if index >= table.entries {
-                return Err(ChainError::Next);
             }
         }
     }
 
     /// What is left of the device-readable buffers.
     pub fn readable(&self) -> &[GuestRange] {
-        &self.readable[self.consumed..]
+        &self.ranges[self.consumed..self.readable]
     }
 
     /// What is left of the device-writable buffers.
     pub fn writable(&self) -> &[GuestRange] {
-        &self.writable
+        &self.ranges[self.readable..]
+    }
+
+    fn next_readable(&self) -> Option<&GuestRange> {
+        if self.consumed == self.readable { None } else { self.ranges.get(self.consumed) }
     }
 
     /// Reads the next device-readable bytes as a value and consumes them. `None`: the chain has fewer.
     pub(crate) fn read<T: ByteValued>(&mut self, memory: &GuestMemory) -> Option<T> {
         let size = size_of::<T>() as u32;
-        if let Some(range) = self.readable.get_mut(self.consumed)
-            && range.length >= size
-        {
-            // The usual case: the driver did not split the value.
-            let value = memory::load(memory, range.address)?;
-            range.address = GuestAddress(range.address.0 + u64::from(size));
-            range.length -= size;
-            self.consumed += usize::from(range.length == 0);
-            return Some(value);
+        if self.next_readable()?.length < size {
+            return self.read_split(memory);
         }
+        let value = memory::load(memory, self.next_readable()?.address)?;
+        self.consume(size);
+        Some(value)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn read_split<T: ByteValued>(&mut self, memory: &GuestMemory) -> Option<T> {
         let mut value = T::zeroed();
         self.read_bytes(memory, value.as_mut_slice())?;
         Some(value)
@@ -151,47 +184,34 @@ impl ChainBuffers {
     pub(crate) fn read_bytes(&mut self, memory: &GuestMemory, bytes: &mut [u8]) -> Option<()> {
         let mut filled = 0;
         while filled < bytes.len() {
-            let range = self.readable.get_mut(self.consumed)?;
+            let range = self.next_readable()?;
             let part = (bytes.len() - filled).min(range.length as usize);
             memory.read_slice(&mut bytes[filled..filled + part], range.address).ok()?;
             filled += part;
-            range.address = GuestAddress(range.address.0 + part as u64);
-            range.length -= part as u32;
-            if range.length == 0 {
-                self.consumed += 1;
-            }
+            self.consume(part as u32);
         }
         Some(())
     }
 
+    /// Consumes the next `count` device-readable bytes, which are in one range.
+    fn consume(&mut self, count: u32) {
+        let range = &mut self.ranges[self.consumed];
+        range.address = GuestAddress(range.address.0 + u64::from(count));
+        range.length -= count;
+        self.consumed += usize::from(range.length == 0);
+    }
+
     /// Removes the last device-writable byte and returns its address. `None`: nothing is writable.
     pub(crate) fn take_last_writable(&mut self) -> Option<GuestAddress> {
-        let last = self.writable.last_mut()?;
+        if self.ranges.len() == self.readable {
+            return None;
+        }
+        let last = self.ranges.last_mut()?;
         last.length -= 1;
         let address = GuestAddress(last.address.0 + u64::from(last.length));
         if last.length == 0 {
-            self.writable.pop();
+            self.ranges.pop();
         }
         Some(address)
-    }
-
-    fn add(&mut self, memory: &GuestMemory, descriptor: &Descriptor) -> Result<(), ChainError> {
-        let range = GuestRange { address: descriptor.addr(), length: descriptor.len() };
-        // §2.7.4.2: readable buffers come first.
-        if !descriptor.is_write_only() && !self.writable.is_empty() {
-            return Err(ChainError::Order);
-        }
-        if range.length == 0 {
-            return Ok(());
-        }
-        if !memory::contains(memory, range.address, range.length) {
-            return Err(ChainError::Buffer);
-        }
-        if descriptor.is_write_only() {
-            self.writable.push(range);
-        } else {
-            self.readable.push(range);
-        }
-        Ok(())
     }
 }

@@ -55,18 +55,8 @@ pub(crate) fn store_atomic<T: AtomicAccess>(
     region.store(value, offset, order).ok()
 }
 
-/// Whether `length` bytes, at least one, from `address` on are guest memory.
-pub(super) fn contains(memory: &GuestMemory, address: GuestAddress, length: u32) -> bool {
-    let Some((region, offset)) = find(memory, address) else { return false };
-    u64::from(length) <= region.len() - offset.0 || contains_parts(memory, address, length)
-}
-
 /// The `length` bytes from `address` on. `None`: they are not all in one region.
-pub(super) fn slice(
-    memory: &GuestMemory,
-    address: GuestAddress,
-    length: usize,
-) -> Option<VolatileSlice<'_>> {
+fn slice(memory: &GuestMemory, address: GuestAddress, length: usize) -> Option<VolatileSlice<'_>> {
     let (region, offset) = find(memory, address)?;
     region.get_slice(offset, length).ok()
 }
@@ -79,7 +69,7 @@ pub(super) fn load_from<T: ByteValued>(slice: &VolatileSlice<'_>, offset: usize)
 // For a value that is in no region or in several. Kept out of line, so that the code for the usual case stays short.
 
 #[cold]
-fn load_parts<T: ByteValued>(memory: &GuestMemory, address: GuestAddress) -> Option<T> {
+pub(super) fn load_parts<T: ByteValued>(memory: &GuestMemory, address: GuestAddress) -> Option<T> {
     memory.read_obj(address).ok()
 }
 
@@ -88,15 +78,10 @@ fn store_parts<T: ByteValued>(memory: &GuestMemory, address: GuestAddress, value
     memory.write_obj(value, address).ok()
 }
 
-#[cold]
-fn contains_parts(memory: &GuestMemory, address: GuestAddress, length: u32) -> bool {
-    GuestMemoryBackend::check_range(memory, address, length as usize)
-}
-
 /// The region of `address`, and the offset in it. RAM has one region, or two around the device memory below 4 GiB. A linear
 /// search through them takes a third of the instructions of the binary search in `to_region_addr`.
 #[inline]
-fn find(
+pub(super) fn find(
     memory: &GuestMemory,
     address: GuestAddress,
 ) -> Option<(&GuestRegionMmap, MemoryRegionAddress)> {

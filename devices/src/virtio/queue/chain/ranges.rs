@@ -12,18 +12,20 @@ use crate::{GuestMemory, GuestRange};
 impl ChainBuffers {
     /// Removes the last `length` device-writable bytes and returns their ranges. `None`: there are fewer.
     pub(crate) fn take_tail(&mut self, length: u64) -> Option<Vec<GuestRange>> {
-        let mut left = total(&self.writable).checked_sub(length)?;
+        let mut left = total(self.writable()).checked_sub(length)?;
         let mut tail = Vec::new();
-        for range in &mut self.writable {
+        let mut kept_ranges = self.readable;
+        for range in &mut self.ranges[self.readable..] {
             let kept = left.min(range.length.into()) as u32;
             left -= u64::from(kept);
+            kept_ranges += usize::from(kept > 0);
             if kept < range.length {
                 let address = GuestAddress(range.address.0 + u64::from(kept));
                 tail.push(GuestRange { address, length: range.length - kept });
                 range.length = kept;
             }
         }
-        self.writable.retain(|range| range.length > 0);
+        self.ranges.truncate(kept_ranges);
         Some(tail)
     }
 }
