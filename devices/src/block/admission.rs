@@ -7,7 +7,7 @@ use std::any::Any;
 use std::os::fd::RawFd;
 
 use super::queue::TakenChain;
-use super::request::Request;
+use super::stats::Kind;
 use crate::clock::Instant;
 use crate::virtio::queue::DescriptorChain;
 
@@ -24,14 +24,14 @@ pub(super) enum Origin {
 
 /// A limit on the rate of one worker's requests. The device makes one for each worker.
 pub(super) trait Limiter: Any + Send {
-    /// Whether nothing is limited now. Called for each request, so it has to be cheap.
+    /// Whether nothing is limited now. Called for each batch of requests, so it has to be cheap.
     fn is_off(&self) -> bool;
 
-    /// Whether the request may start at `now`. If it may, counts it.
-    fn admits(&mut self, request: &Request, origin: Origin, now: Instant) -> bool;
+    /// Whether a request for `bytes` of disk may start at `now`. If it may, counts it.
+    fn admits(&mut self, kind: Kind, bytes: u64, origin: Origin, now: Instant) -> bool;
 
     /// Keeps the chain of a request that may not start yet.
-    fn hold(&mut self, request: &Request, taken: TakenChain);
+    fn hold(&mut self, kind: Kind, taken: TakenChain);
 
     /// Takes the next chain that may start at `now`. The worker begins it, as [`Origin::Waited`].
     fn next(&mut self, now: Instant) -> Option<TakenChain>;

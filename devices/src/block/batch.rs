@@ -37,11 +37,11 @@ pub(super) struct Batch {
 #[derive(Clone, Copy)]
 pub(super) struct Member {
     pub(super) tag: u32,
+    /// Its guest ranges are `count` of `Batch::ranges`, from index `first` on.
+    first: u32,
+    count: u32,
     offset: u64,
     length: u64,
-    /// Its guest ranges are `count` of `Batch::ranges`, from index `first` on.
-    first: usize,
-    count: usize,
 }
 
 impl Batch {
@@ -67,7 +67,7 @@ impl Batch {
         let Transfer { tag, operation, offset, length, ranges } = *transfer;
         self.operation = operation;
         self.ordered &= self.members.last().is_none_or(|last| last.offset <= offset);
-        let (first, count) = (self.ranges.len(), ranges.len());
+        let (first, count) = (self.ranges.len() as u32, ranges.len() as u32);
         self.members.push(Member { tag, offset, length, first, count });
         match ranges {
             // The usual case. Without this arm it would cost a call of memcpy(3), which takes longer than the copy.
@@ -87,37 +87,37 @@ impl Batch {
             self.clear();
             return None;
         }
-        let (head, tail) = self.members[self.taken..].split_first()?;
-        let (mut length, mut count, mut followers) = (head.length, head.count, 0);
-        for next in tail {
-            if next.offset != head.offset + length || count + next.count > CHAIN_MAX as usize {
-                break;
-            }
-            (length, count, followers) = (length + next.length, count + next.count, followers + 1);
+        let (first, mut end) = (self.taken, self.taken + 1);
+        let head = self.members[first];
+        let (mut length, mut count) = (head.length, head.count);
+        while let Some(next) = self.members.get(end)
+            && next.offset == head.offset + length
+            && count + next.count <= CHAIN_MAX
+        {
+            (length, count, end) = (length + next.length, count + next.count, end + 1);
         }
-        let ranges_of = |member: &Member| &self.ranges[member.first..member.first + member.count];
-        let ranges = if followers == 0 {
-            ranges_of(head)
+        self.taken = end;
+        let followers = first + 1..end;
+        let ranges_of = |member: &Member| {
+            &self.ranges[member.first as usize..(member.first + member.count) as usize]
+        };
+        let ranges = if followers.is_empty() {
+            ranges_of(&head)
         } else {
             self.unsorted = 0;
             self.grouped.clear();
-            let group = [head].into_iter().chain(&tail[..followers]);
+            let group = self.members[first..end].iter();
             group.for_each(|member| self.grouped.extend_from_slice(ranges_of(member)));
             self.grouped.as_slice()
         };
-        self.taken += 1 + followers;
-        let transfer = Transfer {
-            tag: head.tag,
-            operation: self.operation,
-            offset: head.offset,
-            length,
-            ranges,
-        };
-        Some((transfer, &tail[..followers]))
+        let Member { tag, offset, .. } = head;
+        let transfer = Transfer { tag, operation: self.operation, offset, length, ranges };
+        Some((transfer, &self.members[followers]))
     }
 
     /// Sorts the members by their offset on the disk, unless this batch is one that is not sorted. Requests that are in
     /// flight together have no order (virtio 1.2 §5.2.6). Members with the same offset keep the order of arrival.
+    #[inline(never)]
     fn sort(&mut self) {
         self.ordered = true;
         if let Some(rest) = self.unsorted.checked_sub(1) {

@@ -99,7 +99,7 @@ impl BusyPolling {
     /// Work came at `now`, whether the worker was polling or had to be woken. A gap includes a window that ended without work.
     pub(super) fn work(&mut self, now: Instant) {
         waypoint!();
-        let gap = now.saturating_duration_since(self.idle_since);
+        let gap = now - self.idle_since;
         if gap <= self.longest() {
             let earned = self.longest() / if self.polls { FOUND_DIVISOR } else { WOKEN_DIVISOR };
             self.credit = (self.credit + earned).min(self.longest() * MAX_CREDIT);
@@ -112,7 +112,7 @@ impl BusyPolling {
 
     /// The window has ended at `now` without work, and the worker goes to sleep.
     pub(super) fn in_vain(&mut self, now: Instant) {
-        let polled = now.saturating_duration_since(self.idle_since);
+        let polled = now - self.idle_since;
         (self.credit, self.polls) = (self.credit.saturating_sub(polled), false);
     }
 }

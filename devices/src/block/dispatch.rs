@@ -13,8 +13,8 @@
 use std::collections::VecDeque;
 
 use super::batch::Batch;
-use super::in_flight::{InFlight, InFlightRequest, PIECE, Step, cost};
-use super::request::DiskRange;
+use super::in_flight::{InFlight, PIECE, Step, cost};
+use super::request::{CommandRequest, DiskRange};
 use crate::GuestRange;
 use crate::disk::{Engine, Transfer};
 use crate::virtio::queue::ChainBuffers;
@@ -91,22 +91,16 @@ impl Dispatcher {
 
     /// Submits a read or write. `alone`: it must not be merged.
     #[inline]
-    pub(super) fn submit_transfer(
-        &mut self,
-        mut request: InFlightRequest,
-        range: DiskRange,
-        data: &[GuestRange],
-        alone: bool,
-    ) {
+    pub(super) fn submit_transfer(&mut self, tag: u32, data: &[GuestRange], alone: bool) {
         waypoint!();
-        let DiskRange { operation, offset, length } = range;
+        let request = self.in_flight.get(tag);
+        let range @ DiskRange { operation, offset, length } = request.parsed.range;
         let room = self.with_engine + length <= BYTES_WITH_ENGINE && self.left_in_turn > 0;
         if length > PIECE || !room || !self.ready.is_empty() {
-            return self.submit_ranges(request, &[range], data);
+            return self.begin_pieces(tag, &[range], data);
         }
         request.cost = length;
         self.count(length);
-        let tag = self.in_flight.insert(request);
         let transfer = Transfer { tag, operation, offset, length, ranges: data };
         if alone || !self.merges {
             return self.engine.submit(transfer);
@@ -118,31 +112,28 @@ impl Dispatcher {
     }
 
     /// Puts a request of several ranges, or a large one, into `ready`. `submit_piece` submits its pieces.
-    pub(super) fn submit_ranges(
-        &mut self,
-        mut request: InFlightRequest,
-        ranges: &[DiskRange],
-        data: &[GuestRange],
-    ) {
-        request.step = Step::Pieces;
-        let tag = self.in_flight.insert(request);
+    #[cold]
+    pub(super) fn begin_pieces(&mut self, tag: u32, ranges: &[DiskRange], data: &[GuestRange]) {
+        self.in_flight.get(tag).step = Step::Pieces;
         self.in_flight.set_remaining(tag, ranges, data);
         self.ready.push_back(tag);
     }
 
     /// Submits a flush, after all transfers of the batch.
-    pub(super) fn submit_flush(&mut self, request: InFlightRequest) {
+    pub(super) fn submit_flush(&mut self, tag: u32) {
         self.submit_batch();
-        let tag = self.in_flight.insert(request);
         self.engine.submit(Transfer { tag, ..Transfer::FLUSH });
     }
 
-    /// Submits a command: the request's step is [`Step::Command`], which calls the engine itself.
-    pub(super) fn submit_command(&mut self, request: InFlightRequest, buffers: &ChainBuffers) {
-        let tag = self.in_flight.insert(request);
-        if let Step::Command(command) = &self.in_flight.get(tag).step {
-            command.submit(tag, buffers, &mut *self.engine);
-        }
+    /// Submits a command, which calls the engine itself.
+    pub(super) fn submit_command(
+        &mut self,
+        tag: u32,
+        command: Box<dyn CommandRequest>,
+        buffers: &ChainBuffers,
+    ) {
+        command.submit(tag, buffers, &mut *self.engine);
+        self.in_flight.get(tag).step = Step::Command(command);
     }
 
     /// Submits all groups of the batch.
@@ -178,37 +169,27 @@ impl Dispatcher {
         self.engine.commit();
     }
 
-    /// Takes a request back whose transfer is finished. Returns the request, and the tag of the next request in the same merged
-    /// transfer. If the transfer was a piece that succeeded, the request stays in flight, and there is none to return.
+    /// The transfer of a request is finished. Returns the tag of the next request in the same merged transfer.
     #[inline]
-    pub(super) fn take_back(
-        &mut self,
-        tag: u32,
-        succeeded: bool,
-    ) -> (Option<InFlightRequest>, Option<u32>) {
+    pub(super) fn take_back(&mut self, tag: u32, succeeded: bool) -> Option<u32> {
         let request = self.in_flight.get(tag);
-        tracing::trace!(target: "virtio_blk_rw_complete", req = request.id(), succeeded);
+        tracing::trace!(target: "virtio_blk_rw_complete", req = request.taken.id(), succeeded);
         self.with_engine -= std::mem::take(&mut request.cost);
-        let next = request.next.take();
-        if succeeded && matches!(request.step, Step::Pieces) {
-            self.ready.push_back(tag);
-            return (None, next);
-        }
-        (Some(self.in_flight.remove(tag)), next)
+        request.next.take()
     }
 
-    /// Takes the first request of `ready`. If it is done, or its queue `is_leaving`, returns it with its status. Otherwise submits its
-    /// next piece. If `submit` is false or there is no room, the request becomes the last of `ready` instead.
+    /// Takes the first request of `ready`. If it is done, or its queue `is_leaving`, returns its tag and its status. Otherwise submits
+    /// its next piece. If `submit` is false or there is no room, the request becomes the last of `ready` instead.
     pub(super) fn submit_piece(
         &mut self,
         submit: bool,
         is_leaving: impl Fn(usize) -> bool,
-    ) -> Option<(InFlightRequest, u8)> {
+    ) -> Option<(u32, u8)> {
         let tag = self.ready.pop_front()?;
         let remaining = self.in_flight.has_remaining(tag);
         if !remaining || is_leaving(self.in_flight.get(tag).taken.queue) {
             let code = if remaining { blk::S_IOERR } else { blk::S_OK };
-            return Some((self.in_flight.remove(tag), code));
+            return Some((tag, code));
         }
         if submit && self.left_in_turn > 0 && self.with_engine < BYTES_WITH_ENGINE {
             let transfer = self.in_flight.next_piece(tag)?;

@@ -10,8 +10,7 @@
 use vm_memory::GuestAddress;
 
 use super::queue::TakenChain;
-use super::request::{CommandRequest, DiskRange};
-use super::stats::Kind;
+use super::request::{CommandRequest, DiskRange, Request};
 use crate::GuestRange;
 use crate::disk::{Operation, Transfer};
 
@@ -26,15 +25,7 @@ const DISCARD_PIECE: u64 = 2 << 30;
 /// abandoned only once.
 pub(super) struct InFlightRequest {
     pub(super) taken: TakenChain,
-    pub(super) kind: Kind,
-    /// Where its status byte goes.
-    pub(super) status: GuestAddress,
-    /// Bytes of disk that the request covers.
-    pub(super) length: u64,
-    /// First byte of disk after a read or write.
-    pub(super) end: u64,
-    /// Bytes of data that the device has written to guest memory when the request succeeds.
-    pub(super) written: u32,
+    pub(super) parsed: Request,
     pub(super) step: Step,
     /// The [`cost`] of the transfer that the engine has for it.
     pub(super) cost: u64,
@@ -42,30 +33,6 @@ pub(super) struct InFlightRequest {
     pub(super) next: Option<u32>,
     /// It was merged into the transfer of another request.
     pub(super) merged: bool,
-}
-
-impl InFlightRequest {
-    /// A request that covers no bytes of the disk. The caller sets the other fields.
-    #[inline]
-    pub(super) fn new(taken: TakenChain, kind: Kind, status: GuestAddress) -> Self {
-        Self {
-            taken,
-            kind,
-            status,
-            length: 0,
-            end: 0,
-            written: 0,
-            step: Step::Whole,
-            cost: 0,
-            next: None,
-            merged: false,
-        }
-    }
-
-    /// The request's ID in trace events: its queue and its head, which no other request has until this one is answered.
-    pub(super) fn id(&self) -> u64 {
-        (self.taken.queue as u64) << 16 | u64::from(self.taken.chain.head())
-    }
 }
 
 /// What the request is executed as, and so what a completion of the engine means for it.
@@ -92,14 +59,19 @@ struct Remaining {
 #[derive(Default)]
 struct Entry {
     request: Option<InFlightRequest>,
+    /// Without a request: the tag of the next free entry.
+    next_free: u32,
     /// Not inside of the request, so that the next request of this entry can use the lists again.
     remaining: Remaining,
 }
 
 pub(super) struct InFlight {
     entries: Vec<Entry>,
-    /// Free tags, the most recently used one last: its cache lines are warm.
-    free: Vec<u32>,
+    /// The tag of the first free entry, which is the most recently used one: its cache lines are warm. If all have a request, it is
+    /// their number.
+    first_free: u32,
+    /// How many entries have a request.
+    occupied: usize,
     /// Scratch: the guest ranges of the piece at hand.
     piece_data: Vec<GuestRange>,
 }
@@ -107,28 +79,33 @@ pub(super) struct InFlight {
 impl InFlight {
     pub(super) fn new(count: u32) -> Self {
         Self {
-            entries: (0..count).map(|_| Entry::default()).collect(),
-            free: (0..count).rev().collect(),
+            entries: (1..=count).map(|next_free| Entry { next_free, ..Entry::default() }).collect(),
+            first_free: 0,
+            occupied: 0,
             piece_data: Vec::new(),
         }
     }
 
     pub(super) fn len(&self) -> usize {
-        self.entries.len() - self.free.len()
+        self.occupied
     }
 
     /// Adds a request and returns its tag. The queues together never have more chains outstanding than there are entries.
     #[inline]
-    pub(super) fn insert(&mut self, request: InFlightRequest) -> u32 {
+    pub(super) fn insert(&mut self, taken: TakenChain, parsed: Request) -> u32 {
         waypoint!();
-        tracing::trace!(target: "virtio_blk_submit", req = request.id());
-        let Some(tag) = self.free.pop() else {
+        tracing::trace!(target: "virtio_blk_submit", req = taken.id());
+        let tag = self.first_free;
+        let Some(entry) = self.entries.get_mut(tag as usize) else {
             unreachable!("more requests in flight than the queues hold")
         };
-        let place = &mut self.entries[tag as usize].request;
-        debug_assert!(place.is_none(), "a free tag has no request");
+        debug_assert!(entry.request.is_none(), "a free entry has no request");
+        self.first_free = entry.next_free;
+        self.occupied += 1;
+        let (step, cost, next, merged) = (Step::Whole, 0, None, false);
+        let request = InFlightRequest { taken, parsed, step, cost, next, merged };
         // The old value is `None`: forgetting it leaves out the code that would drop a request.
-        std::mem::forget(place.replace(request));
+        std::mem::forget(entry.request.replace(request));
         tag
     }
 
@@ -144,13 +121,16 @@ impl InFlight {
         self.entries.get(tag as usize)?.request.as_ref()
     }
 
-    #[inline]
-    pub(super) fn remove(&mut self, tag: u32) -> InFlightRequest {
-        let Some(request) = self.entries[tag as usize].request.take() else {
-            unreachable!("no request with tag {tag} is in flight")
-        };
-        self.free.push(tag);
-        request
+    /// Removes a request, and returns its chain.
+    #[inline(always)]
+    pub(super) fn remove(&mut self, tag: u32) -> TakenChain {
+        let entry = &mut self.entries[tag as usize];
+        (entry.next_free, self.first_free) = (self.first_free, tag);
+        self.occupied -= 1;
+        match entry.request.take() {
+            Some(InFlightRequest { taken, .. }) => taken,
+            None => unreachable!("no request with tag {tag} is in flight"),
+        }
     }
 
     /// Sets what is to be executed in pieces: the ranges of the disk, and for a read or write the guest ranges of its data.

@@ -167,9 +167,9 @@ impl Shared {
 struct Histograms([Option<Histogram>; 3]);
 
 impl Latencies for Histograms {
-    fn count(&mut self, kind: Kind, time: Duration) {
+    fn count(&mut self, kind: Kind, nanoseconds: u64) {
         if let Some(Some(histogram)) = self.0.get_mut(kind as usize) {
-            histogram.count(time);
+            histogram.count(nanoseconds);
         }
     }
 }

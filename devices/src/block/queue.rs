@@ -35,6 +35,13 @@ pub(super) struct TakenChain {
     pub(super) started: Instant,
 }
 
+impl TakenChain {
+    /// The request's ID in trace events: its queue and its head, which no other request has until this one is answered.
+    pub(super) fn id(&self) -> u64 {
+        (self.queue as u64) << 16 | u64::from(self.chain.head())
+    }
+}
+
 pub(super) struct WorkerQueue {
     pub(super) index: u16,
     pub(super) kick: Arc<EventFd>,

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use super::request::{Action, CommandRequest, RequestLimits, RequestTypes, Unsuitable};
+use super::request::{Action, CommandRequest, Details, RequestTypes, Unsuitable};
 use super::stats::Kind;
 use crate::disk::{CDB_MAX, DiskError, Engine, SENSE_MAX, ScsiCommand, ScsiDirection};
 use crate::virtio::queue::{ChainBuffers, total, write_into};
@@ -41,7 +41,7 @@ impl RequestTypes for ScsiCommands {
         request_type: u32,
         buffers: &mut ChainBuffers,
         memory: &GuestMemory,
-        _: &RequestLimits,
+        details: &mut Details,
     ) -> Option<(Kind, Result<Action, Unsuitable>)> {
         if !matches!(request_type, blk::T_SCSI_CMD | blk::T_SCSI_CMD_OUT) {
             return None;
@@ -52,7 +52,10 @@ impl RequestTypes for ScsiCommands {
         } else {
             Err((blk::S_UNSUPP, trailer))
         };
-        let action = packet.map(|packet| Action::Command(Box::new(packet)));
+        let action = packet.map(|packet| {
+            details.command = Some(Box::new(packet));
+            Action::Command
+        });
         let refused = |(code, trailer): (u8, Vec<_>)| {
             (code, put_trailer(memory, &trailer, [NOT_DONE, 0, 0, 0]))
         };

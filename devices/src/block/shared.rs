@@ -64,7 +64,7 @@ impl Shared {
     }
 
     /// What requests are checked against now. The driver and a resize may change that later.
-    pub(super) fn request_limits(&self, features: u64) -> RequestLimits {
+    pub(super) fn request_limits(&self, features: u64, throttled: bool) -> RequestLimits {
         waypoint!();
         RequestLimits {
             features,
@@ -73,6 +73,7 @@ impl Shared {
             size_max: self.config_space.size_max(features),
             read_only: self.disk.info().read_only,
             write_through: !self.writeback(features),
+            throttled,
         }
     }
 
@@ -104,11 +105,7 @@ impl Shared {
             }
             Refusal::Unanswerable => {
                 if let Some(suppressed) = self.limits.no_status.admit() {
-                    tracing::warn!(
-                        disk,
-                        suppressed,
-                        "the guest sent a request without a writable status byte"
-                    );
+                    tracing::warn!(disk, suppressed, "a guest's request has no status byte");
                 }
             }
         }

@@ -5,7 +5,6 @@
 use std::any::Any;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use crate::counter::Counter;
 use crate::lock;
@@ -45,7 +44,7 @@ pub enum IoStatus {
 
 /// Gets the latency of each request, while `Counters::counts_latencies` is set.
 pub(super) trait Latencies: Any + Send {
-    fn count(&mut self, kind: Kind, time: Duration);
+    fn count(&mut self, kind: Kind, nanoseconds: u64);
 }
 
 /// One worker's counters: written by that worker alone, read by anyone.
@@ -72,32 +71,37 @@ pub(super) struct KindCounters {
 }
 
 impl Counters {
-    /// Counts a request that succeeded: it covered `bytes` of disk up to byte `end`, and took `time`.
-    pub(super) fn done(&self, kind: Kind, bytes: u64, end: u64, merged: bool, time: Duration) {
+    /// Counts a request that succeeded: it covered `bytes` of disk up to byte `end`, and took `nanoseconds`.
+    pub(super) fn done(&self, kind: Kind, bytes: u64, end: u64, merged: bool, nanoseconds: u64) {
         waypoint!();
-        if kind == Kind::Write {
+        if kind == Kind::Write && bytes > 0 {
             self.highest_write.raise_to(end);
         }
-        self.count_latency(kind, time);
+        self.count_latency(kind, nanoseconds);
         let counters = &self.kinds[kind as usize];
         counters.operations.add(1);
         counters.bytes.add(bytes);
         counters.merged.add(u64::from(merged));
-        counters.nanoseconds.add(time.as_nanos() as u64);
+        counters.nanoseconds.add(nanoseconds);
     }
 
-    pub(super) fn failed(&self, kind: Kind, time: Duration) {
-        self.count_latency(kind, time);
+    pub(super) fn failed(&self, kind: Kind, nanoseconds: u64) {
+        self.count_latency(kind, nanoseconds);
         let counters = &self.kinds[kind as usize];
         counters.errors.add(1);
-        counters.nanoseconds.add(time.as_nanos() as u64);
+        counters.nanoseconds.add(nanoseconds);
     }
 
-    fn count_latency(&self, kind: Kind, time: Duration) {
-        if self.counts_latencies.load(Ordering::Relaxed)
-            && let Some(latencies) = &mut *lock(&self.latencies)
-        {
-            latencies.count(kind, time);
+    fn count_latency(&self, kind: Kind, nanoseconds: u64) {
+        if self.counts_latencies.load(Ordering::Relaxed) {
+            self.add_to_histogram(kind, nanoseconds);
+        }
+    }
+
+    #[cold]
+    fn add_to_histogram(&self, kind: Kind, nanoseconds: u64) {
+        if let Some(latencies) = &mut *lock(&self.latencies) {
+            latencies.count(kind, nanoseconds);
         }
     }
 

@@ -216,7 +216,7 @@ impl Buckets {
     }
 
     fn leak(&mut self, now: Instant) {
-        let elapsed = now.saturating_duration_since(self.leaked).as_secs_f64();
+        let elapsed = (now - self.leaked).as_secs_f64();
         self.leaked = self.leaked.max(now);
         for bucket in &mut self.buckets {
             bucket.level = (bucket.level - bucket.rate.average as f64 * elapsed).max(0.0);

@@ -16,7 +16,6 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::admission::{Limiter, Origin};
 use super::queue::TakenChain;
-use super::request::Request;
 use super::stats::Kind;
 use super::throttle::Direction;
 use super::throttle_group::Throttle;
@@ -76,12 +75,12 @@ impl Limiter for ThrottleQueue {
         self.throttle.is_off()
     }
 
-    fn admits(&mut self, request: &Request, origin: Origin, now: Instant) -> bool {
-        let is_limited = matches!(request.kind, Kind::Read | Kind::Write | Kind::WriteZeroes);
+    fn admits(&mut self, kind: Kind, bytes: u64, origin: Origin, now: Instant) -> bool {
+        let is_limited = matches!(kind, Kind::Read | Kind::Write | Kind::WriteZeroes);
         if !is_limited || origin == Origin::Retry {
             return true;
         }
-        let direction = direction(request);
+        let direction = direction(kind);
         let waits = |of: Direction| !self.waiting[of as usize].is_empty();
         // No request overtakes those that wait for the same limit.
         let must_wait = || {
@@ -92,13 +91,12 @@ impl Limiter for ThrottleQueue {
         if origin == Origin::Queue && must_wait() {
             return false;
         }
-        let bytes = request.action.ranges().iter().map(|range| range.length).sum();
         self.throttle.charge(direction, bytes);
         true
     }
 
-    fn hold(&mut self, request: &Request, taken: TakenChain) {
-        let (waiting, now) = (&mut self.waiting[direction(request) as usize], taken.started);
+    fn hold(&mut self, kind: Kind, taken: TakenChain) {
+        let (waiting, now) = (&mut self.waiting[direction(kind) as usize], taken.started);
         waiting.push_back(taken);
         if waiting.len() == 1 {
             self.set_timer(now);
@@ -138,6 +136,6 @@ impl Limiter for ThrottleQueue {
     }
 }
 
-fn direction(request: &Request) -> Direction {
-    if request.kind == Kind::Read { Direction::Read } else { Direction::Write }
+fn direction(kind: Kind) -> Direction {
+    if kind == Kind::Read { Direction::Read } else { Direction::Write }
 }

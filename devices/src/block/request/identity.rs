@@ -2,7 +2,7 @@
 //!
 //! A capability: `device` plugs [`Identity`] in as [`RequestTypes`].
 
-use super::{Action, RequestLimits, RequestTypes, Unsuitable};
+use super::{Action, Details, RequestTypes, Unsuitable};
 use crate::GuestMemory;
 use crate::block::stats::Kind;
 use crate::disk::{Disk, Lifetime};
@@ -37,16 +37,16 @@ impl RequestTypes for Identity {
         request_type: u32,
         buffers: &mut ChainBuffers,
         memory: &GuestMemory,
-        limits: &RequestLimits,
+        details: &mut Details,
     ) -> Option<(Kind, Result<Action, Unsuitable>)> {
         let lifetime = self.lifetime.to_le_bytes();
         let answer: &[u8] = match request_type {
             blk::T_GET_ID => &self.id,
-            blk::T_GET_LIFETIME if limits.features & blk::F_LIFETIME != 0 => &lifetime,
+            blk::T_GET_LIFETIME if details.limits.features & blk::F_LIFETIME != 0 => &lifetime,
             _ => return None,
         };
-        let written = write_into(memory, buffers.writable(), answer);
-        Some((Kind::Other, Ok(Action::Answered(written as u32))))
+        details.written = write_into(memory, buffers.writable(), answer) as u32;
+        Some((Kind::Other, Ok(Action::Answered)))
     }
 
     fn offer(&self, disk: &dyn Disk, features: &mut u64, _: &mut blk::Config) {

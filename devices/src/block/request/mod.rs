@@ -10,8 +10,6 @@ pub(super) mod identity;
 mod parse;
 pub(super) mod segments;
 
-use std::slice;
-
 use vm_memory::GuestAddress;
 
 use super::stats::{IoStatus, Kind};
@@ -23,7 +21,7 @@ use crate::virtio::spec::blk;
 pub(super) use parse::parse;
 
 /// What requests are checked against. One value serves all chains that are taken together.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct RequestLimits {
     pub(super) features: u64,
     pub(super) capacity: u64,
@@ -34,42 +32,52 @@ pub(super) struct RequestLimits {
     pub(super) read_only: bool,
     /// Writes are durable before they complete.
     pub(super) write_through: bool,
+    /// The limiter decides when they may start.
+    pub(super) throttled: bool,
 }
 
-/// A request that passed every check.
+/// A request that passed every check. It owns nothing, so that it stays in registers.
+#[derive(Clone, Copy)]
 pub(super) struct Request {
     pub(super) kind: Kind,
     pub(super) status: GuestAddress,
     pub(super) action: Action,
+    /// The range of the disk that is transferred. For ranges, the offset of the first and the length of all.
+    pub(super) range: DiskRange,
+    /// Bytes of data that the device has written to guest memory when the request succeeds.
+    pub(super) written: u32,
 }
 
 /// What the worker has to do for a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
-    /// Read this range into the writable buffers, or write the readable ones to it.
-    Transfer(DiskRange),
+    /// Read the range into the writable buffers, or write the readable ones to it.
+    Transfer,
     /// Make the writes durable that completed before this request was taken (virtio 1.2 §5.2.6.2).
     Flush,
-    /// Discard, zero or erase these ranges, one after the other.
-    Ranges(Vec<DiskRange>),
-    /// Nothing more: this many bytes of data are written.
-    Answered(u32),
-    /// Have the engine carry out a command.
-    Command(Box<dyn CommandRequest>),
+    /// Discard, zero or erase the ranges in [`Details`], one after the other.
+    Ranges,
+    /// Nothing more: the data is written.
+    Answered,
+    /// Have the engine carry out the command in [`Details`].
+    Command,
 }
 
-impl Action {
-    /// The ranges of the disk that the action reads or changes.
-    pub(super) fn ranges(&self) -> &[DiskRange] {
-        match self {
-            Self::Transfer(range) => slice::from_ref(range),
-            Self::Ranges(ranges) => ranges,
-            _ => &[],
-        }
-    }
+/// What requests are checked against, and what belongs to the request at hand beside a [`Request`]. The worker keeps one value.
+#[derive(Default)]
+pub(super) struct Details {
+    pub(super) limits: RequestLimits,
+    /// The offset of the first range, and the length of all.
+    pub(super) range: DiskRange,
+    pub(super) ranges: Vec<DiskRange>,
+    /// Bytes of data that are written.
+    pub(super) written: u32,
+    pub(super) command: Option<Box<dyn CommandRequest>>,
+    pub(super) refusal: Refusal,
 }
 
 /// An operation on a byte range of the disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct DiskRange {
     pub(super) operation: Operation,
     pub(super) offset: u64,
@@ -78,11 +86,12 @@ pub(super) struct DiskRange {
 
 /// Why a chain did not become a request. The host's disk and the error policy never see these chains: they are counted
 /// apart from the host's errors, and logged with a rate limit, because a guest can send any number of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Refusal {
     /// The status `code` goes to `address`, after `written` bytes of data.
     Status { kind: Kind, address: GuestAddress, code: u8, written: u32 },
     /// No writable byte: there is nowhere to put a status.
+    #[default]
     Unanswerable,
 }
 
@@ -97,7 +106,7 @@ pub(super) trait RequestTypes: Send + Sync {
         request_type: u32,
         buffers: &mut ChainBuffers,
         memory: &GuestMemory,
-        limits: &RequestLimits,
+        details: &mut Details,
     ) -> Option<(Kind, Result<Action, Unsuitable>)>;
 
     /// Adds the feature bits of its request types to `features`, and their fields to the configuration space of `disk`.

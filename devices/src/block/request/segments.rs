@@ -3,7 +3,7 @@
 //! A capability: `device` plugs [`Segments`] in as [`RequestTypes`]. The worker knows the ranges of the disk that a request is for,
 //! and hands them to the engine in pieces.
 
-use super::{Action, DiskRange, RequestLimits, RequestTypes, Unsuitable, byte_offset};
+use super::{Action, Details, DiskRange, RequestLimits, RequestTypes, Unsuitable, byte_offset};
 use crate::GuestMemory;
 use crate::block::stats::Kind;
 use crate::disk::{Disk, Operation};
@@ -24,7 +24,7 @@ impl RequestTypes for Segments {
         request_type: u32,
         buffers: &mut ChainBuffers,
         memory: &GuestMemory,
-        limits: &RequestLimits,
+        details: &mut Details,
     ) -> Option<(Kind, Result<Action, Unsuitable>)> {
         let kind = match request_type {
             blk::T_DISCARD => Kind::Discard,
@@ -32,7 +32,10 @@ impl RequestTypes for Segments {
             blk::T_SECURE_ERASE => Kind::SecureErase,
             _ => return None,
         };
-        let action = parse_segments(buffers, memory, kind, limits);
+        let action = parse_segments(buffers, memory, kind, &details.limits, &mut details.ranges);
+        let length = details.ranges.iter().map(|range| range.length).sum();
+        let first = details.ranges.first().copied().unwrap_or_default();
+        details.range = DiskRange { length, ..first };
         Some((kind, action.map_err(|code| (code, 0))))
     }
 
@@ -67,6 +70,7 @@ fn parse_segments(
     memory: &GuestMemory,
     kind: Kind,
     limits: &RequestLimits,
+    ranges: &mut Vec<DiskRange>,
 ) -> Result<Action, u8> {
     let (feature, known_flags) = match kind {
         Kind::Discard => (blk::F_DISCARD, 0),
@@ -86,7 +90,7 @@ fn parse_segments(
     {
         return Err(blk::S_IOERR);
     }
-    let mut ranges = Vec::with_capacity(count as usize);
+    ranges.clear();
     let mut valid = true;
     for _ in 0..count {
         let bytes = buffers.read(memory).ok_or(blk::S_IOERR)?;
@@ -111,5 +115,5 @@ fn parse_segments(
             None => valid = false,
         }
     }
-    if valid { Ok(Action::Ranges(ranges)) } else { Err(blk::S_IOERR) }
+    if valid { Ok(Action::Ranges) } else { Err(blk::S_IOERR) }
 }

@@ -361,7 +361,7 @@ fn throttle() {
                 }
             }
             assert_eq!(wait, Duration::ZERO, "it waited in vain");
-            let elapsed = now.saturating_duration_since(start).as_secs_f64();
+            let elapsed = (now - start).as_secs_f64();
             let bytes = u64::from(input.u16()) << input.below(16);
             for (number, rate) in limits.rates.iter().enumerate() {
                 let Rate { average, max, max_length } = *rate;

@@ -38,6 +38,7 @@ use super::admission::{Limiter, Origin};
 use super::busy_poll::BusyPolling;
 use super::dispatch::Dispatcher;
 use super::queue::{Queues, TakenChain, WorkerQueue};
+use super::request::Details;
 use super::shared::Shared;
 use super::stats::Counters;
 use crate::GuestMemory;
@@ -84,10 +85,13 @@ pub(super) struct Worker {
     dispatcher: Dispatcher,
     /// The buffers of the chain that is being parsed.
     buffers: ChainBuffers,
+    /// What the chain is checked against, and what belongs to its request beside the buffers.
+    details: Details,
     limiter: Box<dyn Limiter>,
     /// Scratch: completions that the engine has just given back.
     done: Vec<Completion>,
-    /// When the current pass over a queue, or the current round of completions, began. The clock is read once for a batch.
+    /// When the thread was last woken, had completions, or looked for work while it polled. Requests that are then taken are counted
+    /// from there. The clock is read once for a batch.
     now: Instant,
     busy_polling: BusyPolling,
     /// Dropped after the engine, because a reset is over at the latest when it is dropped.
@@ -117,6 +121,7 @@ impl Worker {
             queues: Queues::new(positions),
             dispatcher: Dispatcher::new(engine, depth),
             buffers: ChainBuffers::default(),
+            details: Details::default(),
             limiter,
             done: Vec::with_capacity(depth as usize),
             now: Instant::now(),
@@ -144,6 +149,7 @@ impl Worker {
     /// The driver kicked the queue at `position`: serves the queue until it is empty or its turn is over.
     pub(super) fn serve(&mut self, position: usize) {
         waypoint!();
+        self.now = Instant::now();
         self.dispatcher.begin_turn();
         if let Some(interrupt) = &self.interrupt {
             interrupt.collect_acknowledgements();
@@ -158,9 +164,8 @@ impl Worker {
             Err(error) => self.break_queue(position, error),
             // More is to do. This kick makes the event loop call again, after all other events.
             Ok(true) => {
-                if let Some(Err(error)) =
-                    self.queues.find(position).map(|queue| queue.kick.write(1))
-                {
+                let kicked = self.queues.find(position).map(|queue| queue.kick.write(1));
+                if let Some(Err(error)) = kicked {
                     self.shared.report_own_error("kick a queue again", &error);
                 }
             }

@@ -9,9 +9,9 @@ use super::{State, Worker};
 use crate::GuestMemory;
 use crate::block::admission::Origin;
 use crate::block::batch::BATCH_MAX;
-use crate::block::in_flight::{InFlightRequest, Step};
+use crate::block::in_flight::Step;
 use crate::block::queue::{QueueState, TakenChain, WorkerQueue};
-use crate::block::request::{Action, DiskRange, Refusal, Request, RequestLimits, parse};
+use crate::block::request::{Action, Refusal, Request, parse};
 use crate::clock::Instant;
 use crate::disk::{Completion, Operation};
 use crate::virtio::queue::{QueueError, memory};
@@ -47,91 +47,81 @@ impl Worker {
             return Ok(false);
         }
         split.note_submission(memory);
-        self.now = Instant::now();
         self.busy_polling.work(self.now);
         // Read after the available index, so that a change that the driver made before it added these chains applies to them.
-        let limits = self.shared.request_limits(self.features);
+        self.details.limits = self.shared.request_limits(self.features, !self.limiter.is_off());
         let count = available.min(BATCH_MAX as u16);
         for _ in 0..count {
             let chain = self.queues.get(position).split.pop(&self.memory)?;
             let taken = TakenChain { chain, queue: position, started: self.now };
-            self.try_begin(taken, &limits, Origin::Queue)?;
+            self.try_begin(taken, Origin::Queue)?;
         }
         Ok(available > count)
     }
 
     /// Begins a chain that was taken from the ring before.
     pub(super) fn begin(&mut self, taken: TakenChain, origin: Origin) {
-        let (queue, limits) = (taken.queue, self.shared.request_limits(self.features));
-        if let Err(error) = self.try_begin(taken, &limits, origin) {
+        let queue = taken.queue;
+        self.details.limits = self.shared.request_limits(self.features, !self.limiter.is_off());
+        if let Err(error) = self.try_begin(taken, origin) {
             self.break_queue(queue, error);
         }
     }
 
     /// Walks and parses a chain. Then submits its request, lets it wait for the limiter, or refuses it.
-    fn try_begin(
-        &mut self,
-        taken: TakenChain,
-        limits: &RequestLimits,
-        origin: Origin,
-    ) -> Result<(), QueueError> {
-        let memory = &self.memory;
+    fn try_begin(&mut self, taken: TakenChain, origin: Origin) -> Result<(), QueueError> {
+        let (memory, details) = (&self.memory, &mut self.details);
         let split = &mut self.queues.get(taken.queue).split;
-        let indirect = limits.features & spec::F_INDIRECT_DESC != 0;
+        let indirect = details.limits.features & spec::F_INDIRECT_DESC != 0;
         if let Err(error) = split.walk(memory, &taken.chain, indirect, &mut self.buffers) {
             split.abandon(taken.chain);
             return Err(error.into());
         }
-        let request = match parse(&mut self.buffers, memory, limits, &self.shared.request_types) {
-            Ok(request) => request,
-            Err(refusal) => return self.refuse(taken, &refusal),
+        let types = &self.shared.request_types;
+        let Some(request) = parse(&mut self.buffers, memory, types, details) else {
+            return self.refuse(taken);
         };
-        if self.limiter.is_off() || self.limiter.admits(&request, origin, taken.started) {
-            self.submit(taken, request, origin);
+        let (kind, bytes, now) = (request.kind, request.range.length, taken.started);
+        if details.limits.throttled && !self.limiter.admits(kind, bytes, origin, now) {
+            self.limiter.hold(kind, taken);
         } else {
-            self.limiter.hold(&request, taken);
+            self.submit(taken, request, origin);
         }
         Ok(())
     }
 
     /// Hands the request to the engine, or answers it if it needs no disk.
     fn submit(&mut self, taken: TakenChain, request: Request, origin: Origin) {
-        let Request { kind, status, action } = request;
-        let mut request = InFlightRequest::new(taken, kind, status);
+        let Request { kind, action, range, .. } = request;
+        // `{ kind }` is a copy: a reference would keep the request out of registers.
         tracing::trace!(
-            target: "virtio_blk_handle", disk = self.shared.options.name, req = request.id(), ?kind,
-            sector = action.ranges().first().map(|range| range.offset / blk::SECTOR_SIZE),
-            nsectors = action.ranges().iter().map(|range| range.length / blk::SECTOR_SIZE).sum::<u64>(),
+            target: "virtio_blk_handle", disk = self.shared.options.name, req = taken.id(), kind = ?{ kind },
+            sector = (range.length > 0).then_some(range.offset / blk::SECTOR_SIZE),
+            nsectors = range.length / blk::SECTOR_SIZE,
         );
+        let tag = self.dispatcher.in_flight.insert(taken, request);
         match action {
-            Action::Transfer(DiskRange { length: 0, .. }) => self.answer(request, blk::S_OK),
-            Action::Transfer(range) => {
-                (request.length, request.end) = (range.length, range.offset + range.length);
+            Action::Transfer if range.length > 0 => {
                 let data = if range.operation == Operation::Read {
-                    request.written = range.length as u32;
                     self.buffers.writable()
                 } else {
-                    self.shared.changes_up_to(request.end);
+                    self.shared.changes_up_to(range.offset + range.length);
                     self.buffers.readable()
                 };
-                let alone = origin == Origin::Retry;
-                self.dispatcher.submit_transfer(request, range, data, alone);
+                self.dispatcher.submit_transfer(tag, data, origin == Origin::Retry);
             }
-            Action::Flush => self.dispatcher.submit_flush(request),
-            Action::Ranges(ranges) => {
-                request.length = ranges.iter().map(|range| range.length).sum();
+            Action::Transfer | Action::Answered => self.answer(tag, blk::S_OK),
+            Action::Flush => self.dispatcher.submit_flush(tag),
+            Action::Ranges => {
+                let ranges = &self.details.ranges;
                 let ends = ranges.iter().map(|range| range.offset + range.length);
                 self.shared.changes_up_to(ends.max().unwrap_or_default());
-                self.dispatcher.submit_ranges(request, &ranges, &[]);
+                self.dispatcher.begin_pieces(tag, ranges, &[]);
             }
-            Action::Answered(written) => {
-                request.written = written;
-                self.answer(request, blk::S_OK);
-            }
-            Action::Command(command) => {
-                request.step = Step::Command(command);
-                self.dispatcher.submit_command(request, &self.buffers);
-            }
+            Action::Command => match self.details.command.take() {
+                Some(command) => self.dispatcher.submit_command(tag, command, &self.buffers),
+                None => self.answer(tag, blk::S_IOERR),
+            },
         }
     }
 
@@ -166,26 +156,32 @@ impl Worker {
     }
 
     /// A transfer is finished: ends its request, or all requests that were merged into it.
-    fn complete(&mut self, completion: Completion) {
-        let Completion { tag, result } = completion;
-        let (mut tag, mut merged) = (Some(tag), false);
-        while let Some(member) = tag {
-            let (request, next) = self.dispatcher.take_back(member, result.is_ok());
-            (tag, merged) = (next, merged || next.is_some());
-            let Some(mut request) = request else { continue };
-            match (&request.step, result) {
+    fn complete(&mut self, Completion { tag, result }: Completion) {
+        let (mut next, mut merged) = (Some(tag), false);
+        while let Some(tag) = next {
+            next = self.dispatcher.take_back(tag, result.is_ok());
+            merged |= next.is_some();
+            let request = self.dispatcher.in_flight.get(tag);
+            let code = match (&request.step, result) {
                 (Step::Command(command), _) => {
-                    let (code, written) = command.reply(&self.memory, result);
-                    request.written = written;
-                    self.answer(request, code);
+                    let code;
+                    (code, request.parsed.written) = command.reply(&self.memory, result);
+                    Some(code)
                 }
-                (_, Ok(())) => self.answer(request, blk::S_OK),
+                // A piece: the next one is submitted, or the request ends.
+                (Step::Pieces, Ok(())) => {
+                    self.dispatcher.ready.push_back(tag);
+                    continue;
+                }
+                (_, Ok(())) => Some(blk::S_OK),
+                (_, Err(_)) if merged => None,
+                (_, Err(error)) => self.shared.host_errors.decide(request.parsed.kind, error),
+            };
+            match code {
+                Some(code) => self.answer(tag, code),
                 // A group failed, which does not say which of its requests did: each is tried again, alone.
-                (_, Err(_)) if merged => self.retry(request.taken),
-                (_, Err(error)) => match self.shared.host_errors.decide(request.kind, error) {
-                    Some(code) => self.answer(request, code),
-                    None => self.stop(request.taken),
-                },
+                None if merged => self.retry(tag),
+                None => self.stop(tag),
             }
         }
     }
@@ -194,11 +190,10 @@ impl Worker {
     /// interrupt is due while the worker busy-polls, it is sent at once.
     pub(super) fn notify(&mut self) {
         // The queues share the line, and a driver that is interrupted looks at all of them. So every coalescer is reset.
-        let mut wanted = false;
-        for queue in self.queues.iter_mut() {
-            wanted |= queue.split.take_interrupt();
-        }
-        if wanted && let Some(interrupt) = &self.interrupt {
+        let take = |wanted, queue: &mut WorkerQueue| queue.split.take_interrupt() || wanted;
+        if self.queues.iter_mut().fold(false, take)
+            && let Some(interrupt) = &self.interrupt
+        {
             self.counters.interrupts.add(1);
             tracing::trace!(target: "virtio_notify", disk = self.shared.options.name);
             let begin = Instant::now();
@@ -215,8 +210,8 @@ impl Worker {
         let submit = self.state != State::Paused;
         for _ in 0..self.dispatcher.ready.len() {
             let is_leaving = |queue| self.queues.is_leaving(queue);
-            if let Some((request, code)) = self.dispatcher.submit_piece(submit, is_leaving) {
-                self.answer(request, code);
+            if let Some((tag, code)) = self.dispatcher.submit_piece(submit, is_leaving) {
+                self.answer(tag, code);
             }
         }
     }
@@ -229,28 +224,35 @@ impl Worker {
     }
 
     /// Answers a request with this status: counts it, and writes the status byte and the used ring.
-    fn answer(&mut self, request: InFlightRequest, code: u8) {
-        tracing::trace!(target: "virtio_blk_req_complete", req = request.id(), status = code);
-        let InFlightRequest { taken: TakenChain { chain, queue, started }, kind, status, .. } =
-            request;
-        let time = self.now.saturating_duration_since(started);
-        match code {
-            blk::S_OK => {
-                self.counters.done(kind, request.length, request.end, request.merged, time)
-            }
-            _ => self.counters.failed(kind, time),
+    fn answer(&mut self, tag: u32, code: u8) {
+        let request = self.dispatcher.in_flight.get(tag);
+        tracing::trace!(target: "virtio_blk_req_complete", req = request.taken.id(), status = code);
+        let Request { kind, status, range, mut written, .. } = request.parsed;
+        let time = self.now.nanoseconds_since(request.taken.started);
+        if code == blk::S_OK {
+            self.counters.done(
+                kind,
+                range.length,
+                range.offset + range.length,
+                request.merged,
+                time,
+            );
+        } else {
+            self.counters.failed(kind, time);
+            // Of a request that failed, only a command has written data that counts.
+            written = if matches!(request.step, Step::Command(_)) { written } else { 0 };
         }
         put_status(&self.memory, status, code);
-        let counts = code == blk::S_OK || matches!(request.step, Step::Command(_));
-        let written = if counts { request.written } else { 0 } + blk::STATUS_SIZE as u32;
+        let TakenChain { chain, queue, .. } = self.dispatcher.in_flight.remove(tag);
         let split = &mut self.queues.get(queue).split;
-        if let Err(error) = split.complete(&self.memory, chain, written) {
+        if let Err(error) = split.complete(&self.memory, chain, written + blk::STATUS_SIZE as u32) {
             self.break_queue(queue, error);
         }
     }
 
     /// The error policy stops a request until `resume`.
-    fn stop(&mut self, taken: TakenChain) {
+    fn stop(&mut self, tag: u32) {
+        let taken = self.dispatcher.in_flight.remove(tag);
         let waits = self.queues.get(taken.queue).stop_request(taken.chain);
         if waits && self.state == State::Serving {
             self.state = State::Stopped;
@@ -258,7 +260,8 @@ impl Worker {
     }
 
     /// Begins a request again that was merged into a transfer that failed.
-    fn retry(&mut self, taken: TakenChain) {
+    fn retry(&mut self, tag: u32) {
+        let taken = self.dispatcher.in_flight.remove(tag);
         if self.state == State::Paused || self.queues.is_leaving(taken.queue) {
             self.queues.get(taken.queue).stop_request(taken.chain);
         } else {
@@ -267,9 +270,9 @@ impl Worker {
     }
 
     /// Answers a chain that did not become a request.
-    fn refuse(&mut self, taken: TakenChain, refusal: &Refusal) -> Result<(), QueueError> {
-        self.shared.report_refusal(refusal);
-        let written = match *refusal {
+    fn refuse(&mut self, taken: TakenChain) -> Result<(), QueueError> {
+        self.shared.report_refusal(&self.details.refusal);
+        let written = match self.details.refusal {
             Refusal::Status { kind, address, code, written } => {
                 self.counters.invalid(kind);
                 put_status(&self.memory, address, code);
@@ -305,14 +308,15 @@ impl Worker {
     /// Busy-polls for chains and completions, if `busy_poll` says that this pays. The driver has been asked not to kick. Returns
     /// `true` if the queue at `position` has chains.
     fn poll_for_more(&mut self, position: usize) -> bool {
-        let mut now = Instant::now();
-        let Some(end) = self.busy_polling.idle(now) else { return false };
+        self.now = Instant::now();
+        let Some(end) = self.busy_polling.idle(self.now) else { return false };
         loop {
             if !self.dispatcher.is_empty() {
                 self.complete_finished();
             }
             let expected = self.busy_polling.expected();
             let max_delay = self.busy_polling.max_interrupt_delay();
+            let now = self.now;
             let due = |queue: &mut WorkerQueue| {
                 queue.split.coalescer.should_interrupt(now, expected, max_delay)
             };
@@ -323,9 +327,9 @@ impl Worker {
             if let Some((found, _)) = self.queues.iter().find(|(_, queue)| queue.has_work(memory)) {
                 return found == position;
             }
-            now = Instant::now();
-            if now >= end || self.dispatcher.turn_is_over() {
-                self.busy_polling.in_vain(now);
+            self.now = Instant::now();
+            if self.now >= end || self.dispatcher.turn_is_over() {
+                self.busy_polling.in_vain(self.now);
                 return false;
             }
             std::hint::spin_loop();
@@ -334,8 +338,9 @@ impl Worker {
 }
 
 /// Writes the status byte. Its address was checked when the chain was walked.
+#[inline(always)]
 fn put_status(memory: &GuestMemory, address: GuestAddress, code: u8) {
     if memory::store(memory, address, code).is_none() {
-        tracing::error!(address = address.0, "bug: a status byte outside guest memory");
+        tracing::error!(address = { address.0 }, "bug: a status byte outside guest memory");
     }
 }
