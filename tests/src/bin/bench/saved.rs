@@ -2,7 +2,7 @@
 //! in use, on any /dev/kvm. For an increment it has changed 16 of these MiB since it was restored.
 //!
 //! Beside the save of all and that of an increment is the host's limit: a write of as many bytes to a file in the same directory, and a
-//! sync, just after the save.
+//! sync, just before the save. Just after it the host may slow writes down, until its disk has what was written.
 
 use std::fs;
 use std::path::Path;
@@ -52,13 +52,12 @@ pub(crate) fn run(options: &Options, results: &mut Results) {
             let time = limit::write_and_sync(directory, bytes);
             results.add(Key::new(GROUP, row, LIMIT, "ms"), time);
         };
-        let [save, pause, background] = save(directory);
         limit("save", DATA);
+        let [save, pause, background] = save(directory);
         let increments: Vec<_> = (0..3)
             .map(|_| {
-                let save = increment(directory);
                 limit(INCREMENT, CHANGED);
-                save
+                increment(directory)
             })
             .collect();
         let mut add = |row: &str, metric: &str, value| {
