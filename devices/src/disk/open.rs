@@ -175,7 +175,7 @@ mod tests {
         let table = [
             (directory.path().join("missing"), "no such file"),
             (dangling, "no such file"),
-            (below_a_file, "no such file"),
+            (below_a_file, "Not a directory"),
             (directory.path().into(), "is a directory"),
             (fifo, "is a fifo"),
             (socket, "is a socket"),
