@@ -8,7 +8,7 @@
 use std::ops::{Add, Sub};
 use std::time::Duration;
 
-/// A moment of CLOCK_MONOTONIC, in nanoseconds since the host started. 64 bits last for 584 years.
+/// A moment of CLOCK_MONOTONIC, in nanoseconds since the host started, without suspends. 64 bits last for 584 years.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Instant(pub(crate) u64);
 

@@ -1,6 +1,6 @@
 //! Hands requests to the engine: merged with their neighbors, or piece by piece.
 //!
-//! The worker submits a request here once, and gets it back by [`Dispatcher::take_back`] when the engine is done with it.
+//! The worker submits a request here once. When the engine is done with it, [`Dispatcher::take_back`] says which request was merged with it.
 //!
 //! - A read or write of at most [`PIECE`] bytes goes into the batch, and is one transfer or a part of a merged one.
 //! - Larger ones, discards and zeroes, and all that come while [`BYTES_WITH_ENGINE`] are with the engine, are executed in

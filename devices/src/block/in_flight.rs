@@ -94,7 +94,6 @@ impl InFlight {
     #[inline]
     pub(super) fn insert(&mut self, taken: TakenChain, parsed: Request) -> u32 {
         waypoint!();
-        tracing::trace!(target: "virtio_blk_submit", req = taken.id());
         let tag = self.first_free;
         let Some(entry) = self.entries.get_mut(tag as usize) else {
             unreachable!("more requests in flight than the queues hold")

@@ -105,7 +105,11 @@ impl Shared {
             }
             Refusal::Unanswerable => {
                 if let Some(suppressed) = self.limits.no_status.admit() {
-                    tracing::warn!(disk, suppressed, "a guest's request has no status byte");
+                    tracing::warn!(
+                        disk,
+                        suppressed,
+                        "a request has no writable byte for its status"
+                    );
                 }
             }
         }

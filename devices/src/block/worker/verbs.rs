@@ -96,12 +96,17 @@ impl Worker {
         // `{ kind }` is a copy: a reference would keep the request out of registers.
         tracing::trace!(
             target: "virtio_blk_handle", disk = self.shared.options.name, req = taken.id(), kind = ?{ kind },
-            sector = (range.length > 0).then_some(range.offset / blk::SECTOR_SIZE),
+            sector = (action == Action::Transfer || range.length > 0)
+                .then_some(range.offset / blk::SECTOR_SIZE),
             nsectors = range.length / blk::SECTOR_SIZE,
         );
+        let is_empty = action == Action::Transfer && range.length == 0;
+        if !is_empty && action != Action::Answered {
+            tracing::trace!(target: "virtio_blk_submit", req = taken.id());
+        }
         let tag = self.dispatcher.in_flight.insert(taken, request);
         match action {
-            Action::Transfer if range.length > 0 => {
+            Action::Transfer if !is_empty => {
                 let data = if range.operation == Operation::Read {
                     self.buffers.writable()
                 } else {
@@ -198,7 +203,9 @@ impl Worker {
             tracing::trace!(target: "virtio_notify", disk = self.shared.options.name);
             let begin = Instant::now();
             interrupt.used_buffer();
-            self.busy_polling.interrupted(Instant::now() - begin);
+            // Where this is slow, the driver may have added chains meanwhile.
+            self.now = Instant::now();
+            self.busy_polling.interrupted(self.now - begin);
         }
     }
 }

@@ -59,8 +59,8 @@ pub(in crate::disk) fn available() -> bool {
     // Restrictions came with Linux 5.10; all operations used here are older.
     *PROBE.get_or_init(|| match build(1).and_then(|uring| restrict(&uring)) {
         Ok(()) => true,
-        // Nothing else would work then, either, and the line about that is enough.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => false,
+        // The next file cannot be opened, either, and the line about that is enough.
+        Err(error) if error.raw_os_error() == Some(libc::EMFILE) => false,
         Err(error) => {
             tracing::warn!(%error, "this host does not allow io_uring (kernel.io_uring_disabled, or a seccomp filter): disks use threads");
             false

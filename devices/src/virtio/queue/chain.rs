@@ -1,7 +1,7 @@
-//! Walks a descriptor chain (virtio 1.2 §2.7.5) into two lists of guest ranges: what the device reads, and what it
+//! Walks a descriptor chain (virtio 1.2 §2.7.5) into a list of guest ranges: what the device reads, and behind it what it
 //! writes.
 //!
-//! The driver may split a request over descriptors wherever it likes (§2.7.4.1). So the lists do not say where a descriptor
+//! The driver may split a request over descriptors wherever it likes (§2.7.4.1). So the list does not say where a descriptor
 //! ended: a device takes its header from the front of the readable bytes and its status from the end of the writable ones.
 //! Each descriptor is read once, and each range is checked against guest memory once. A chain has at most [`CHAIN_MAX`]
 //! descriptors, so a hostile chain costs bounded time. Zero-length buffers are ignored.
@@ -10,9 +10,7 @@ pub(crate) mod ranges;
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{
-    Address, ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, VolatileSlice,
-};
+use vm_memory::{Address, ByteValued, Bytes, GuestAddress, GuestMemoryRegion, VolatileSlice};
 
 use super::memory;
 use crate::virtio::spec::ring;
@@ -41,7 +39,7 @@ pub enum ChainError {
 }
 
 /// The buffers of one chain. A device keeps one value and walks each chain into it, so that walking allocates nothing
-/// once the lists have grown.
+/// once the list has grown.
 #[derive(Default)]
 pub struct ChainBuffers {
     /// The readable ranges, and behind them the writable ones.
@@ -85,12 +83,12 @@ impl<'m> Table<'m> {
         }
     }
 
-    /// Whether a range is guest memory. It is mostly in the region of the table.
+    /// Whether a range is guest memory. In a guest with one region, it is in that of the table.
     fn contains(&self, range: &GuestRange) -> bool {
         let (start, length) = self.region;
         let end = range.address.0.wrapping_sub(start).checked_add(range.length.into());
         end.is_some_and(|end| end <= length)
-            || GuestMemoryBackend::check_range(self.memory, range.address, range.length as usize)
+            || memory::contains(self.memory, range.address, range.length)
     }
 }
 

@@ -55,6 +55,12 @@ pub(crate) fn store_atomic<T: AtomicAccess>(
     region.store(value, offset, order).ok()
 }
 
+/// Whether the `length` bytes from `address` on are guest memory.
+pub(super) fn contains(memory: &GuestMemory, address: GuestAddress, length: u32) -> bool {
+    slice(memory, address, length as usize).is_some()
+        || GuestMemoryBackend::check_range(memory, address, length as usize)
+}
+
 /// The `length` bytes from `address` on. `None`: they are not all in one region.
 fn slice(memory: &GuestMemory, address: GuestAddress, length: usize) -> Option<VolatileSlice<'_>> {
     let (region, offset) = find(memory, address)?;
