@@ -101,6 +101,8 @@ pub(crate) fn host_address(
 pub(crate) fn into_io(error: GuestMemoryError) -> io::Error {
     match error {
         GuestMemoryError::IOError(error) => error,
+        // As from a file of sysfs, which has less than its size says.
+        GuestMemoryError::PartialBuffer { .. } => io::ErrorKind::UnexpectedEof.into(),
         other => io::Error::other(other),
     }
 }

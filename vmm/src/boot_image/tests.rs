@@ -262,6 +262,18 @@ fn a_file_that_shrinks_while_it_is_copied_was_changed() {
 }
 
 #[test]
+fn a_file_that_is_shorter_than_it_says_ends_unexpectedly() {
+    let rig = rig(&kernel_file(), None);
+    let initrd = BootFile::open("--initrd", Path::new("/sys/kernel/uevent_seqnum")).unwrap();
+    let range = FileRange { offset: 0, length: 4096, address: ADDRESS };
+    let error = initrd.copy(&rig.memory, &range, 0).unwrap_err();
+    assert_eq!(
+        crate::WithCauses(&error).to_string(),
+        "--initrd /sys/kernel/uevent_seqnum: unexpected end of file"
+    );
+}
+
+#[test]
 fn a_kernel_that_cannot_be_read_says_why() {
     let kernel = BootFile::open("--kernel", Path::new("/proc/self/mem")).unwrap();
     let spec =
