@@ -47,6 +47,23 @@ fn raise_limit(resource: libc::__rlimit_resource_t, wanted: u64) -> u64 {
     limit.rlim_cur
 }
 
+/// Lowers the soft limit on CPU time if it is the hard one, as after `ulimit -t`: at the soft one a signal ends the VM, and at the hard one the
+/// kernel kills it. The end of a VM takes a fraction of these seconds.
+#[expect(unsafe_code, reason = "rustix's getrlimit has no error")]
+pub(crate) fn keep_cpu_time_for_the_end() {
+    let mut limit = libc::rlimit { rlim_cur: u64::MAX, rlim_max: u64::MAX };
+    // SAFETY: both calls take a structure of this type, which lives across them.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_CPU, &raw mut limit) == 0
+            && limit.rlim_max != libc::RLIM_INFINITY
+        {
+            let end = (limit.rlim_max / 2).min(10);
+            let rlim_cur = limit.rlim_cur.min(limit.rlim_max - end);
+            libc::setrlimit(libc::RLIMIT_CPU, &libc::rlimit { rlim_cur, ..limit });
+        }
+    }
+}
+
 /// Unblocks all. A write beyond RLIMIT_FSIZE becomes an error of that write (EFBIG) instead of the end of minivmm.
 #[expect(unsafe_code, reason = "sigprocmask and signal have no safe wrappers")]
 fn set_signals() {

@@ -105,6 +105,7 @@ fn fail(error: &(dyn std::error::Error + 'static), is_usage: bool) -> ExitCode {
 
 fn run(config: &mut VmConfig, incoming: Option<IncomingOption>) -> Result<Outcome, vmm::Error> {
     wait_for_storage(config, incoming.as_ref());
+    inherited::keep_cpu_time_for_the_end();
     let signals = vmm::Signals::block()?;
     let incoming = match incoming {
         None => None,

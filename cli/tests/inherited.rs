@@ -85,6 +85,10 @@ fn every_signal_ends_the_vm_cleanly_or_does_nothing_unless_it_means_a_crash() {
         let is_known = [1, 2, 3, 15].contains(&signal);
         assert!(ended.errors.contains(&line) != is_known, "signal {signal}: {ended}");
     }
+    // The kernel's own: at the hard limit it would kill the VM.
+    let ended = start("ulimit -t 2; exec \"$@\"").wait(BOUND);
+    assert_eq!(ended.code(), 0, "{ended}");
+    assert!(ended.errors.contains("signal 24 ended the VM"), "{ended}");
     // What the parent ignores stays ignored, but for the signals by which users end a VM.
     let mut session = start("exec env --ignore-signal \"$@\"");
     let always = [2, 3, 15];

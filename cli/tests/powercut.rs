@@ -275,6 +275,18 @@ fn a_report_that_cannot_be_printed_is_no_success() {
     assert_eq!(status.code(), Some(1));
 }
 
+/// A command may have a timer of its own.
+#[test]
+fn a_command_has_no_signal_blocked() {
+    let directory = commit(CacheMode::Writeback, true);
+    let script = "grep -q 'SigBlk:.0*$' /proc/self/status; : {}";
+    for words in [&["--states", "2"][..], &["--state", "0:all"]] {
+        let mut command = minivmm(["powercut", "log", "--base", "base"]);
+        command.args(words).args(["--", "sh", "-ec", script]).current_dir(directory.path());
+        assert_eq!(command.status().unwrap().code(), Some(0), "{words:?}");
+    }
+}
+
 /// Nor does a state fail whose command was killed for that.
 #[test]
 fn a_signal_ends_a_command_that_hangs() {

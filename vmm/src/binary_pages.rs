@@ -1,32 +1,28 @@
 //! Pages of minivmm's binary, which are given back when the start does not need them any more: the code that reads arguments, kernels and
 //! tables is most of the binary, and runs once. The host maps a page again when its code runs.
 //!
-//! A capability: the builder calls [`release`], and adds [`ReleaseOnce`] to the main loop.
+//! A capability: the builder calls [`release`], and adds [`source`] to the main loop.
 
 use std::ffi::{c_int, c_void};
 use std::ptr;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::error::Error;
 use crate::machine::Machine;
 use crate::sources::{Poller, Source};
 
 /// Of x86.
 const PAGE: usize = 4096;
 
-/// A row of the main loop's table, which calls [`release`] in the first turn. By then the guest runs, and does not wait for it.
-pub(crate) struct ReleaseOnce(EventFd);
-
-impl ReleaseOnce {
-    /// # Errors
-    /// When the host refuses an eventfd.
-    pub(crate) fn new() -> Result<Self, Error> {
-        let ready = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
-            .and_then(|event| event.write(1).map(|()| event));
-        ready.map(Self).map_err(Error::host("make an eventfd"))
-    }
+/// A row of the main loop's table, which calls [`release`] in the first turn. By then the guest runs, and does not wait for it. `None`:
+/// the host refuses an eventfd, and the pages stay.
+pub(crate) fn source() -> Option<Box<dyn Source>> {
+    let ready = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).ok()?;
+    ready.write(1).ok()?;
+    Some(Box::new(ReleaseOnce(ready)))
 }
+
+struct ReleaseOnce(EventFd);
 
 impl Source for ReleaseOnce {
     fn watch(&mut self, poller: &mut Poller<'_, '_>) -> event_manager::Result<()> {
@@ -38,8 +34,8 @@ impl Source for ReleaseOnce {
     }
 }
 
-/// Takes the pages of the binary's code and constants out of this process. They stay in the host's page cache. A debug build keeps them: a
-/// debugger's breakpoints are in these pages, and would be lost.
+/// Takes the pages of the binary's code and constants out of this process. They stay in the host's page cache. A debug build keeps them,
+/// because a debugger's breakpoints and uprobes, which are private copies of these pages, would be lost.
 pub(crate) fn release() {
     if !cfg!(debug_assertions) {
         release_segments();

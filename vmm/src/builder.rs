@@ -203,9 +203,9 @@ pub fn build(
     let spawn = sandbox.spawn(Kind::Save);
     let control = control.map(|control| control.into_source(config, &spawn, &events));
     sources.extend(control.transpose()?);
-    // It confines the main thread when the loop begins, after all others have added their descriptors.
+    sources.extend(binary_pages::source());
+    // The last source: it confines the main thread when the loop begins, after all others have added their descriptors.
     sources.extend(sandbox.source()?);
-    sources.push(Box::new(binary_pages::ReleaseOnce::new()?));
     // Nothing can be refused any more.
     outputs.begin()?;
     Ok(EventLoop::new(machine, sources, paused))

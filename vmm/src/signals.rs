@@ -6,6 +6,8 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 use vmm_sys_util::signal::create_sigset;
 
@@ -14,12 +16,12 @@ use crate::machine::{Machine, Outcome};
 use crate::sources::{Poller, Source};
 
 /// The signals by which users end a VM. They end it even if the parent process ignores them, as a shell does for a background job.
-const ALWAYS: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT];
+pub(crate) const ALWAYS: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT];
 
 /// The other signals whose default action ends a process, without those of a crash. They end the VM unless the parent process ignores them,
-/// as nohup(1) does with SIGHUP. So a limit or a timer that the parent has set (`ulimit -t`, alarm(2)) costs the disks nothing. The
-/// signals from SIGRTMIN to SIGRTMAX, whose numbers are not constants, are treated the same.
-const UNLESS_IGNORED: [libc::c_int; 9] = [
+/// as nohup(1) does with SIGHUP, or a preloaded library handles them. So a limit or a timer that the parent has set (`ulimit -t`, alarm(2))
+/// costs the disks nothing. The signals from SIGRTMIN to SIGRTMAX, whose numbers are not constants, are treated the same.
+const UNLESS_HANDLED: [libc::c_int; 9] = [
     libc::SIGHUP,
     libc::SIGUSR1,
     libc::SIGUSR2,
@@ -49,8 +51,8 @@ impl Signals {
     pub fn block() -> Result<Self, Error> {
         let failed = |error| Error::host("watch for signals")(error);
         // A signal that is blocked would be read here even if it is ignored.
-        let others = UNLESS_IGNORED.into_iter().chain(libc::SIGRTMIN()..=libc::SIGRTMAX());
-        let others = others.filter(|signal| !is_ignored(*signal));
+        let others = UNLESS_HANDLED.into_iter().chain(libc::SIGRTMIN()..=libc::SIGRTMAX());
+        let others = others.filter(|signal| action(*signal) == libc::SIG_DFL);
         let signals: Vec<_> =
             ALWAYS.into_iter().chain([MAPPED_FILE_WANTED]).chain(others).collect();
         let set = create_sigset(&signals).map_err(|error| failed(error.into()))?;
@@ -84,16 +86,37 @@ impl Signals {
     }
 }
 
+/// Has the program that `command` starts get every signal: a new program inherits what the thread that starts it has blocked.
+#[expect(unsafe_code, reason = "the call happens between fork and exec")]
+pub fn unblock_in(command: &mut Command) -> &mut Command {
+    let unblock = || {
+        // SAFETY: both calls are async-signal-safe, and all-zero bytes are a valid sigset_t, which sigemptyset initializes.
+        unsafe {
+            let mut none = std::mem::zeroed();
+            libc::sigemptyset(&raw mut none);
+            libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
+        }
+        Ok(())
+    };
+    // SAFETY: the closure allocates nothing and takes no lock.
+    unsafe { command.pre_exec(unblock) }
+}
+
 /// Whether this process ignores `signal`.
-#[expect(unsafe_code, reason = "sigaction has no safe wrapper")]
 pub(crate) fn is_ignored(signal: libc::c_int) -> bool {
+    action(signal) == libc::SIG_IGN
+}
+
+/// What this process does on `signal`.
+#[expect(unsafe_code, reason = "sigaction has no safe wrapper")]
+fn action(signal: libc::c_int) -> libc::sighandler_t {
     let mut action = MaybeUninit::<libc::sigaction>::zeroed();
     // SAFETY: only reads the present action into a structure of the right type, which all-zero bytes initialize.
     let action = unsafe {
         libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr());
         action.assume_init()
     };
-    action.sa_sigaction == libc::SIG_IGN
+    action.sa_sigaction
 }
 
 impl AsRawFd for Signals {

@@ -264,14 +264,14 @@ fn with_max(path: PathBuf) -> Result<(PathBuf, Option<u64>), ValueError> {
     Ok((OsStr::from_bytes(path).into(), Some(max)))
 }
 
-/// The parts of `PATH,KEY=VALUE`, with a key of lowercase letters and hyphens behind the last comma.
+/// The parts of `PATH,KEY=VALUE`, with a key of lowercase letters and hyphens behind the last comma, and no directory.
 fn last_key(text: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     let comma = text.iter().rposition(|byte| *byte == b',')?;
     let (path, rest) = (&text[..comma], &text[comma + 1..]);
     let equals = rest.iter().position(|byte| *byte == b'=')?;
     let (key, value) = (&rest[..equals], &rest[equals + 1..]);
     let is_key = !key.is_empty() && key.iter().all(|byte| matches!(byte, b'a'..=b'z' | b'-'));
-    is_key.then_some((path, key, value))
+    (is_key && !value.contains(&b'/')).then_some((path, key, value))
 }
 
 pub(crate) fn socket(text: &OsStr) -> Result<PathBuf, ValueError> {
@@ -387,6 +387,10 @@ mod tests {
         let file = |path: &str, max| ConsoleConfig::File { path: path.into(), max };
         assert_eq!(console("file:/a:b".as_ref()), Ok(file("/a:b", None)));
         assert_eq!(console("file:/a,b,max=1M".as_ref()), Ok(file("/a,b", Some(1 << 20))));
+        assert_eq!(
+            console("file:/rate=1,seed=3/log".as_ref()),
+            Ok(file("/rate=1,seed=3/log", None))
+        );
         assert_eq!(console("file:/a=b,c".as_ref()), Ok(file("/a=b,c", None)));
         for bad in [
             "file:a,max=much",

@@ -151,7 +151,7 @@ impl Judge<'_> {
     ) -> Result<Option<u8>, PowercutError> {
         let words: Vec<_> = self.command.iter().map(|word| fill(word, file)).collect();
         let mut run = || -> io::Result<Option<i32>> {
-            let mut child = Command::new(&words[0]).args(&words[1..]).spawn()?;
+            let mut child = vmm::unblock_in(Command::new(&words[0]).args(&words[1..])).spawn()?;
             let deadline = self.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
             let ended = wait(&mut child, deadline, &mut is_stopped);
             let code = match &ended {
@@ -270,13 +270,10 @@ fn run(
     timeout: Option<Duration>,
     mut is_stopped: impl FnMut() -> bool,
 ) -> io::Result<Ended> {
-    let mut child = Command::new(&words[0])
-        .args(&words[1..])
-        .process_group(0)
-        .stdin(Stdio::null())
-        .stdout(output.try_clone()?)
-        .stderr(output.try_clone()?)
-        .spawn()?;
+    let mut command = Command::new(&words[0]);
+    command.args(&words[1..]).process_group(0).stdin(Stdio::null());
+    command.stdout(output.try_clone()?).stderr(output.try_clone()?);
+    let mut child = vmm::unblock_in(&mut command).spawn()?;
     let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
     let ended = wait(&mut child, deadline, &mut is_stopped);
     if !matches!(ended, Ok(Ended::Exited(_))) {

@@ -5,8 +5,9 @@
 use std::time::Duration;
 
 use super::{Machine, Outcome};
+use crate::signals::ALWAYS;
 
-/// How long the end may take in all, if a further signal or `Ctrl-A x` comes. It is not zero, because timeout(1) sends its signal twice:
+/// How long the end may take in all, if a further SIGTERM, SIGINT, SIGQUIT or `Ctrl-A x` comes. It is not zero, because timeout(1) sends its signal twice:
 /// to the process and to its group. If all disks answer, the end takes a fraction of this time.
 const HURRIED_END: Duration = Duration::from_secs(1);
 
@@ -15,8 +16,9 @@ impl Machine {
     pub(crate) fn end_by_user(&mut self, outcome: Outcome) {
         if let Some(end) = &mut self.end
             && end.limit > HURRIED_END
-            // When a terminal closes, the shell and the kernel each send one.
-            && outcome != Outcome::Signal(libc::SIGHUP)
+            // The others are sent more than once without impatience: SIGHUP by the shell and the kernel when a terminal closes, SIGALRM by
+            // a timer with an interval, SIGXCPU each second.
+            && !matches!(outcome, Outcome::Signal(signal) if !ALWAYS.contains(&signal))
         {
             end.limit = HURRIED_END;
             let left = HURRIED_END.saturating_sub(end.began.elapsed());

@@ -201,7 +201,8 @@ impl Sandbox {
         self.0.iter().for_each(|rules| rules.wait_for_threads());
     }
 
-    /// Whether it is also the confinement of `config`, which is as it was except for what a saved machine has changed.
+    /// Whether it is also the confinement of `config`, in which a saved machine may have changed what the filters depend on (`Needs`).
+    /// The user, the consoles, sockets and directories are those of the command line.
     pub(crate) fn fits(&self, config: &VmConfig) -> bool {
         self.0.as_ref().is_none_or(|rules| rules.needs == needs(config))
     }

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use rustix::fs::{
     AtFlags, CWD, FlockOperation, Mode, OFlags, flock, linkat, openat, renameat, unlinkat,
 };
-use rustix::process::{Pid, test_kill_process};
+use rustix::process::{Pid, getpid, test_kill_process};
 
 use crate::sandbox;
 
@@ -125,7 +125,10 @@ fn maker(name: &OsStr) -> Option<Pid> {
 /// Removes the files of saves whose processes were killed, from `directory`. Errors are ignored.
 pub(crate) fn remove_unfinished(directory: &Path) {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-        let has_ended = |maker| matches!(test_kill_process(maker), Err(rustix::io::Errno::SRCH));
+        // A container gives each life of a VM the same number: what this process has not begun yet is of an earlier one.
+        let has_ended = |maker| {
+            maker == getpid() || matches!(test_kill_process(maker), Err(rustix::io::Errno::SRCH))
+        };
         let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
         if is_file && maker(&entry.file_name()).is_some_and(has_ended) {
             // The process may exist in another PID namespace. Then it has a lock on the file.
