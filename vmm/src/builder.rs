@@ -124,8 +124,7 @@ pub fn build(
         lines: BTreeMap::new(),
     };
     let disks = config.disks.iter().zip(&images).zip(&layout.disks);
-    let disks =
-        disks.map(|((disk, image), window)| attacher.attach(&mut mmio, disk, image, *window));
+    let disks = disks.map(|((disk, image), place)| attacher.attach(&mut mmio, disk, image, *place));
     let disks: Vec<_> = affinity::start_on(&config.io_affinity, || disks.collect())?;
     block::share_limits(disks.iter().map(|disk| &disk.handle));
     if map_registers {

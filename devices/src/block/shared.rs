@@ -105,11 +105,7 @@ impl Shared {
             }
             Refusal::Unanswerable => {
                 if let Some(suppressed) = self.limits.no_status.admit() {
-                    tracing::warn!(
-                        disk,
-                        suppressed,
-                        "a request has no writable byte for its status"
-                    );
+                    tracing::warn!(disk, suppressed, "a request has no writable status byte");
                 }
             }
         }

@@ -96,17 +96,17 @@ impl Worker {
         // `{ kind }` is a copy: a reference would keep the request out of registers.
         tracing::trace!(
             target: "virtio_blk_handle", disk = self.shared.options.name, req = taken.id(), kind = ?{ kind },
-            sector = (action == Action::Transfer || range.length > 0)
-                .then_some(range.offset / blk::SECTOR_SIZE),
+            sector = matches!(action, Action::Transfer | Action::Ranges).then_some(range.offset / blk::SECTOR_SIZE),
             nsectors = range.length / blk::SECTOR_SIZE,
         );
-        let is_empty = action == Action::Transfer && range.length == 0;
-        if !is_empty && action != Action::Answered {
+        let is_answered =
+            range.length == 0 && matches!(action, Action::Answered | Action::Transfer);
+        if !is_answered {
             tracing::trace!(target: "virtio_blk_submit", req = taken.id());
         }
         let tag = self.dispatcher.in_flight.insert(taken, request);
         match action {
-            Action::Transfer if !is_empty => {
+            Action::Transfer if !is_answered => {
                 let data = if range.operation == Operation::Read {
                     self.buffers.writable()
                 } else {
@@ -321,9 +321,8 @@ impl Worker {
             if !self.dispatcher.is_empty() {
                 self.complete_finished();
             }
-            let expected = self.busy_polling.expected();
             let max_delay = self.busy_polling.max_interrupt_delay();
-            let now = self.now;
+            let (now, expected) = (self.now, self.busy_polling.expected());
             let due = |queue: &mut WorkerQueue| {
                 queue.split.coalescer.should_interrupt(now, expected, max_delay)
             };

@@ -106,9 +106,8 @@ impl ChainBuffers {
         waypoint!();
         self.ranges.clear();
         (self.consumed, self.readable) = (0, 0);
-        let address = GuestAddress(queue.desc_table());
-        let mut table =
-            Table::new(memory, address, queue.size().into()).ok_or(ChainError::Table)?;
+        let table = Table::new(memory, GuestAddress(queue.desc_table()), queue.size().into());
+        let mut table = table.ok_or(ChainError::Table)?;
         let (mut index, mut nested, mut left) = (head, false, CHAIN_MAX);
         loop {
             left = left.checked_sub(1).ok_or(ChainError::Endless)?;
@@ -201,9 +200,7 @@ impl ChainBuffers {
 
     /// Removes the last device-writable byte and returns its address. `None`: nothing is writable.
     pub(crate) fn take_last_writable(&mut self) -> Option<GuestAddress> {
-        if self.ranges.len() == self.readable {
-            return None;
-        }
+        self.writable().last()?;
         let last = self.ranges.last_mut()?;
         last.length -= 1;
         let address = GuestAddress(last.address.0 + u64::from(last.length));
