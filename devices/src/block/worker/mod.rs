@@ -90,8 +90,8 @@ pub(super) struct Worker {
     limiter: Box<dyn Limiter>,
     /// Scratch: completions that the engine has just given back.
     done: Vec<Completion>,
-    /// When the thread was last woken by a kick, had completions, had interrupted the driver, or looked for work while it polled.
-    /// Requests that are then taken are counted from there. The clock is read once for a batch.
+    /// When chains were last taken, requests were completed, or the worker looked for work while it polled. The clock is read once for a
+    /// batch.
     now: Instant,
     busy_polling: BusyPolling,
     /// Dropped after the engine, because a reset is over at the latest when it is dropped.

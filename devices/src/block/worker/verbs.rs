@@ -47,6 +47,7 @@ impl Worker {
             return Ok(false);
         }
         split.note_submission(memory);
+        self.now = Instant::now();
         self.busy_polling.work(self.now);
         // Read after the available index, so that a change that the driver made before it added these chains applies to them.
         self.details.limits = self.shared.request_limits(self.features, !self.limiter.is_off());
@@ -203,9 +204,7 @@ impl Worker {
             tracing::trace!(target: "virtio_notify", disk = self.shared.options.name);
             let begin = Instant::now();
             interrupt.used_buffer();
-            // Where this is slow, the driver may have added chains meanwhile.
-            self.now = Instant::now();
-            self.busy_polling.interrupted(self.now - begin);
+            self.busy_polling.interrupted(Instant::now() - begin);
         }
     }
 }
