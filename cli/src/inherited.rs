@@ -30,38 +30,37 @@ fn hide_new_files_from_others() {
     unsafe { libc::umask(libc::S_IRWXG | libc::S_IRWXO) };
 }
 
-/// Raises a soft limit that is lower than `wanted` as far as the hard limit allows, as any process may. Returns what it is then. Not by
-/// rustix, for the same reason.
-#[expect(unsafe_code, reason = "rustix's getrlimit has no error")]
+/// Raises a soft limit that is lower than `wanted` as far as the hard limit allows, as any process may. Returns what it is then.
 fn raise_limit(resource: libc::__rlimit_resource_t, wanted: u64) -> u64 {
+    change_limit(resource, |limit| limit.rlim_cur.max(wanted.min(limit.rlim_max)))
+}
+
+/// Lowers the soft limit on CPU time to some seconds below the hard one, which `ulimit -t` sets to the same: at the soft one a signal ends the
+/// VM, and at the hard one the kernel kills it. The end of a VM takes a fraction of these seconds.
+pub(crate) fn keep_cpu_time_for_the_end() {
+    change_limit(libc::RLIMIT_CPU, |limit| match limit.rlim_max {
+        libc::RLIM_INFINITY => limit.rlim_cur,
+        hard => limit.rlim_cur.min(hard - (hard / 2).min(10)),
+    });
+}
+
+/// Makes a soft limit what `wanted` says, and returns what it is then. Not by rustix, which panics where a seccomp filter refuses the call.
+#[expect(unsafe_code, reason = "rustix's getrlimit has no error")]
+fn change_limit(
+    resource: libc::__rlimit_resource_t,
+    wanted: impl FnOnce(libc::rlimit) -> u64,
+) -> u64 {
     let mut limit = libc::rlimit { rlim_cur: u64::MAX, rlim_max: u64::MAX };
-    // SAFETY: both calls take a structure of this type, which lives across them.
-    unsafe {
-        if libc::getrlimit(resource, &raw mut limit) == 0 && limit.rlim_cur < wanted {
-            let raised = libc::rlimit { rlim_cur: wanted.min(limit.rlim_max), ..limit };
-            if libc::setrlimit(resource, &raw const raised) == 0 {
-                return raised.rlim_cur;
-            }
+    // SAFETY: the call writes a structure of this type, which lives across it.
+    if unsafe { libc::getrlimit(resource, &raw mut limit) } == 0 {
+        let changed = libc::rlimit { rlim_cur: wanted(limit), ..limit };
+        // SAFETY: the call reads a structure of this type, which lives across it.
+        let set = || unsafe { libc::setrlimit(resource, &raw const changed) } == 0;
+        if changed.rlim_cur != limit.rlim_cur && set() {
+            return changed.rlim_cur;
         }
     }
     limit.rlim_cur
-}
-
-/// Lowers the soft limit on CPU time if it is the hard one, as after `ulimit -t`: at the soft one a signal ends the VM, and at the hard one the
-/// kernel kills it. The end of a VM takes a fraction of these seconds.
-#[expect(unsafe_code, reason = "rustix's getrlimit has no error")]
-pub(crate) fn keep_cpu_time_for_the_end() {
-    let mut limit = libc::rlimit { rlim_cur: u64::MAX, rlim_max: u64::MAX };
-    // SAFETY: both calls take a structure of this type, which lives across them.
-    unsafe {
-        if libc::getrlimit(libc::RLIMIT_CPU, &raw mut limit) == 0
-            && limit.rlim_max != libc::RLIM_INFINITY
-        {
-            let end = (limit.rlim_max / 2).min(10);
-            let rlim_cur = limit.rlim_cur.min(limit.rlim_max - end);
-            libc::setrlimit(libc::RLIMIT_CPU, &libc::rlimit { rlim_cur, ..limit });
-        }
-    }
 }
 
 /// Unblocks all. A write beyond RLIMIT_FSIZE becomes an error of that write (EFBIG) instead of the end of minivmm.

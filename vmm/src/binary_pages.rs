@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::machine::Machine;
 use crate::sources::{Poller, Source};
 
-/// Of x86.
+/// Bytes of a page (x86).
 const PAGE: usize = 4096;
 
 /// A row of the main loop's table, which calls [`release`] in the first turn. By then the guest runs, and does not wait for it. `None`:
@@ -34,8 +34,8 @@ impl Source for ReleaseOnce {
     }
 }
 
-/// Takes the pages of the binary's code and constants out of this process. They stay in the host's page cache. A debug build keeps them,
-/// because a debugger's breakpoints and uprobes, which are private copies of these pages, would be lost.
+/// Takes the pages of the binary's code and constants out of this process. They stay in the host's page cache. A debug build keeps them.
+/// Breakpoints of a debugger and uprobes are private copies of these pages: a release build loses those that were set before.
 pub(crate) fn release() {
     if !cfg!(debug_assertions) {
         release_segments();

@@ -1,6 +1,6 @@
 //! Asks for a thread's memory before the thread is started.
 //!
-//! A capability, of hosts that limit memory (`ulimit -v`, `ulimit -d`): `sandbox` starts every thread by [`checked`]. For a thread without a
+//! A capability, of hosts that limit memory (`ulimit -v`, `ulimit -d`): `sandbox` starts the threads of a VM by [`checked`]. For a thread without a
 //! stack, the C library returns EAGAIN, as if the user had too many tasks. And when a new thread finds no memory for the stack of its
 //! signal handlers, the standard library ends the process.
 

@@ -11,7 +11,8 @@
 //! The builder plugs this in. `snapshot::new_file` asks where it may save ([`check_save`]), and `explain` for the lists
 //! ([`system_calls`]). The functions that [`Sandbox::spawn`] returns start threads, which confine themselves before their body runs. The
 //! first threads start early, and wait for their bodies (`early`). [`Sandbox::source`] is the last source that the main loop begins to
-//! watch before the guest runs: it waits until all other threads are confined, and then confines the main thread. If the host lacks a part of this, one warning names it, and the other parts are used.
+//! watch before the guest runs: it waits until all other threads are confined, and then confines the main thread. If the host lacks a
+//! part of this, one warning names it, and the other parts are used.
 
 mod early;
 mod filters;
