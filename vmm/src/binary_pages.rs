@@ -78,8 +78,11 @@ unsafe extern "C" fn release_of(
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::process::Command;
 
     use super::*;
+
+    const ALONE: &str = "MINIVMM_TEST_ALONE";
 
     /// KiB of this program that are mapped, code and constants.
     fn resident() -> u64 {
@@ -97,8 +100,18 @@ mod tests {
         sum
     }
 
+    /// Runs in a process of its own: the tests beside it in this one would bring pages back.
     #[test]
     fn the_pages_of_the_binary_are_released_and_come_back() {
+        const NAME: &str =
+            "binary_pages::tests::the_pages_of_the_binary_are_released_and_come_back";
+        if std::env::var_os(ALONE).is_none() {
+            let mut child = Command::new(std::env::current_exe().unwrap());
+            let output = child.args(["--exact", NAME]).env(ALONE, "1").output().unwrap();
+            let printed = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success() && printed.contains("1 passed"), "{printed}");
+            return;
+        }
         let before = resident();
         release_segments();
         let after = resident();
