@@ -1,7 +1,7 @@
 //! The clock of the request path: the monotonic clock as one number.
 //!
 //! `std::time::Instant` keeps seconds and nanoseconds apart, so that a difference costs 40 instructions; here it is a
-//! subtraction. Workers take one [`Instant`] a batch and compute with it for every request.
+//! subtraction. Workers take one [`Instant`] for several requests and compute with it for each of them.
 
 #![expect(unsafe_code, reason = "the system call fills a structure")]
 

@@ -29,7 +29,7 @@ pub(crate) struct OutputFiles {
 }
 
 impl OutputFiles {
-    /// Has no file yet, except for the logs of `disks`, which are added to `images`.
+    /// Starts without a file, except for the logs of `disks`, which are added to `images`.
     ///
     /// # Errors
     /// The host refuses a log, or the file has other content than a log.

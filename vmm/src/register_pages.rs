@@ -25,7 +25,7 @@ pub(crate) fn are_used(config: &VmConfig, kvm: &Kvm) -> bool {
     !config.disks.is_empty() && !config.trap_registers && kvm.check_extension(Cap::ReadonlyMem)
 }
 
-/// Has KVM turn the acknowledgement of used buffers into a write to an eventfd of the transport. That of a configuration change has
+/// Tells KVM to turn the acknowledgement of used buffers into a write to an eventfd of the transport. That of a configuration change has
 /// another value, and still exits.
 ///
 /// # Errors

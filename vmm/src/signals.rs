@@ -86,7 +86,7 @@ impl Signals {
     }
 }
 
-/// Has the program that `command` starts get every signal: a new program inherits what the thread that starts it has blocked.
+/// Lets the program that `command` starts receive every signal: a new program inherits what the thread that starts it has blocked.
 #[expect(unsafe_code, reason = "the call happens between fork and exec")]
 pub fn unblock_in(command: &mut Command) -> &mut Command {
     let unblock = || {

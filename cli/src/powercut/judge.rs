@@ -1,4 +1,4 @@
-//! Has a command look at states, several at once, and finds the smallest of a failing kind.
+//! Lets a command look at states, several at once, and finds the smallest of a failing kind.
 //!
 //! Each job has a [`Medium`] of its own, and a file for the command's output. A state passes if the command exits with 0.
 

@@ -1,7 +1,7 @@
 //! When a request may start. A limit on the disk's rate (throttling) hooks in here, as a [`Limiter`].
 //!
-//! While something is limited, the worker asks its limiter about each request. The limiter keeps the chain of a request that has to wait. When it may start,
-//! the limiter's timer expires, and the worker begins the chain: it is walked and parsed again.
+//! While something is limited, the worker asks its limiter about each request. The limiter keeps the chain of a request that has to wait.
+//! When it may start, the limiter's timer expires, and the worker begins the request again: its chain is walked and parsed once more.
 
 use std::any::Any;
 use std::os::fd::RawFd;
@@ -24,7 +24,7 @@ pub(super) enum Origin {
 
 /// A limit on the rate of one worker's requests. The device makes one for each worker.
 pub(super) trait Limiter: Any + Send {
-    /// Whether nothing is limited now. Called for each batch and each chain that waited, so it has to be cheap.
+    /// Whether nothing is limited now. Called for each pass and each chain that waited, so it has to be cheap.
     fn is_off(&self) -> bool;
 
     /// Whether a request for `bytes` of disk may start at `now`. If it may, counts it.

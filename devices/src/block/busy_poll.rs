@@ -23,7 +23,7 @@ use crate::clock::Instant;
 
 /// The shortest window: clocks and schedulers are not more exact.
 const SHORTEST: Duration = Duration::from_micros(50);
-/// The longest window where interrupts cost next to nothing: as long as KVM by default polls for a vCPU's interrupt
+/// The longest window is at least this long, if the operator permits it: as long as KVM by default polls for a vCPU's interrupt
 /// (`halt_poll_ns`).
 const LONGEST: Duration = Duration::from_micros(200);
 /// The longest window takes as long as this many interrupts. On bare metal an interrupt costs 1 to 2 us, so 100 of them take

@@ -15,14 +15,14 @@ use super::throttle::{Throttling, ThrottlingError};
 use crate::clock::Instant;
 use crate::lock;
 
-/// The account of one kind of request.
+/// The statistics of one kind of request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct KindStats {
     /// Requests that succeeded.
     pub operations: u64,
     /// Bytes of disk those covered.
     pub bytes: u64,
-    /// Of those requests, how many travelled in another one's transfer.
+    /// Of those requests, how many were merged into another one's transfer.
     pub merged: u64,
     /// Requests that the host failed.
     pub errors: u64,
@@ -32,11 +32,11 @@ pub struct KindStats {
     pub time: Duration,
 }
 
-/// The accounts of a disk.
+/// The statistics of a disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BlockStats {
     kinds: [KindStats; KINDS],
-    /// Chains that could not be answered for want of a writable byte.
+    /// Chains that could not be answered, because no byte of them is writable.
     pub unanswerable: u64,
     /// Rings that the driver corrupted.
     pub broken_rings: u64,
@@ -47,14 +47,14 @@ pub struct BlockStats {
 }
 
 impl BlockStats {
-    /// The account of one kind.
+    /// The statistics of one kind.
     pub fn kind(&self, kind: Kind) -> &KindStats {
         &self.kinds[kind as usize]
     }
 }
 
 impl BlockHandle {
-    /// The accounts so far.
+    /// The statistics so far.
     pub fn stats(&self) -> BlockStats {
         self.shared.stats()
     }
@@ -133,7 +133,7 @@ impl BlockHandle {
     }
 }
 
-/// Has the disks of a new machine that name the same throttle group share the limits of the first one.
+/// Makes the disks of a new machine that name the same throttle group share the limits of the first one.
 pub fn share_limits<'a>(disks: impl Iterator<Item = &'a BlockHandle> + Clone) {
     for (count, disk) in disks.clone().enumerate() {
         let group = disk.throttle.group();

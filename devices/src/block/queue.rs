@@ -25,7 +25,7 @@ pub(super) enum QueueState {
     Leaving,
 }
 
-/// A chain that was taken from a queue and is not answered.
+/// A chain that was taken from a queue and has not been completed yet.
 #[derive(Debug)]
 pub(super) struct TakenChain {
     pub(super) chain: DescriptorChain,
@@ -36,7 +36,7 @@ pub(super) struct TakenChain {
 }
 
 impl TakenChain {
-    /// The request's ID in trace events: its queue and its head, which no other request has until this one is answered.
+    /// The request's ID in trace events: its queue and its head, which no other request has until this one is completed.
     pub(super) fn id(&self) -> u64 {
         (self.queue as u64) << 16 | u64::from(self.chain.head())
     }

@@ -19,7 +19,7 @@ use crate::virtio::spec::blk;
 
 pub(super) const NO_THRESHOLD: u64 = u64::MAX;
 
-/// See the module.
+/// What all threads of one disk share.
 pub(super) struct Shared {
     pub(super) options: BlockOptions,
     pub(super) config_space: ConfigSpace,

@@ -2,13 +2,13 @@
 //!
 //! The thread, its [`Worker`] and its engine are made with the device, because a confined process could not make them later.
 //!
-//! The device sends commands and does not wait, since the thread may be waiting for the host. The command of a reset or a pause has a
-//! [`Party`] of a drain instead. After each event the thread checks whether the reset or pause is complete, and then drops the [`Party`],
-//! which finishes it.
+//! `BlockDevice` and `BlockHandle` send commands from the vCPUs' threads and the main thread, and do not wait until a command is carried
+//! out: this thread may be waiting for the host. The command of a reset or a pause brings a [`Party`] of a drain with it. After each event
+//! this thread checks whether the reset or pause is complete, and then drops the party. That wakes the thread that waits for the drain.
 //!
 //! All that a worker does is called from here. So this thread alone takes requests, completes them and interrupts the driver for them.
 //!
-//! If the event loop fails or the worker panics, [`run`] sends an event to the VM, which stops.
+//! If the event loop fails or the worker panics, [`run`] sends an event to the VM, which ends.
 
 use std::any::Any;
 use std::io;
@@ -34,7 +34,7 @@ use crate::spawn::DiskThreads;
 use crate::virtio::device::ActiveQueue;
 use crate::virtio::drain::Party;
 
-/// A command of the device, carried out on the worker thread: it calls a method of [`Loop`].
+/// A command of `BlockDevice` or `BlockHandle`, carried out on the worker thread: it calls a method of [`Loop`].
 type Command = Box<dyn FnOnce(&mut Loop, &mut EventOps<'_>) + Send>;
 
 /// A handle to a worker thread, for the device: a channel of commands, and the eventfd that wakes the thread for them. The
@@ -141,7 +141,7 @@ const TIMER: u32 = 2;
 /// The kick of the queue at position `n` is `KICK + n`.
 const KICK: u32 = 3;
 
-/// The state of a worker thread. Its methods are called by commands of the device, and by the event loop.
+/// The state of a worker thread. Its methods are called by commands, and by the event loop.
 pub(super) struct Loop {
     shared: Arc<Shared>,
     pub(super) worker: Worker,

@@ -2,7 +2,7 @@
 //!
 //! A [`Disk`] is the opened image. All workers share it, and only its size changes. Each worker asks it for an [`Engine`] of
 //! its own. The worker uses every engine in the same way, whether the engine finishes a transfer at once or later: it calls `submit`
-//! for each transfer, `commit` once for each batch, and `reap` for what is finished. `block/` calls these two traits, its tests
+//! for each transfer, `commit` after several of them, and `reap` for what is finished. `block/` calls these two traits, its tests
 //! implement them, and [`open()`] makes the real ones. Nothing here knows virtio.
 //!
 //! `open.rs` puts a disk together from a host file, a format and the parts of its engines. Then a cached write to a raw image passes
@@ -275,7 +275,7 @@ pub trait Engine: Send {
     /// command succeeds if there is a reply, even one that reports a failure. It fails unless the disk's `scsi` is true.
     fn submit_scsi(&mut self, tag: u32, command: Arc<dyn DeviceCommand>, data: &[GuestRange]);
 
-    /// Hands everything submitted so far to the host. Called once for each batch, since it may cost a system call.
+    /// Hands everything submitted so far to the host. Called after several `submit`s, since it may cost a system call.
     fn commit(&mut self);
 
     /// Whether the caller may merge requests for adjacent sectors into one transfer. If not, each request is a transfer, or

@@ -53,7 +53,7 @@ impl Machine {
         }
     }
 
-    /// Has all vCPUs and disks pause, and starts the timer of the deadline. Returns the time when this began.
+    /// Tells all vCPUs and disks to pause, and starts the timer of the deadline. Returns the time when this began.
     pub(super) fn begin_to_pause(&mut self) -> Instant {
         // Read before the timer starts, so that the whole time has passed when the timer expires.
         let began = Instant::now();

@@ -49,7 +49,7 @@ impl EarlyThreads {
         }
     }
 
-    /// Has the waiting thread of this kind and name do the work.
+    /// Lets the waiting thread of this kind and name do the work.
     ///
     /// # Errors
     /// There is none, and the work is given back.

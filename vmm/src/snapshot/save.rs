@@ -42,7 +42,7 @@ pub(crate) struct Progress {
     pub(crate) cancel: Arc<AtomicBool>,
 }
 
-/// Has another thread write a save. Returns when the machine may go on.
+/// Makes another thread write a save. Returns when the machine may go on.
 pub(super) type WriteInBackground = Box<dyn FnOnce(UnwrittenSave) -> Result<(), Error> + Send>;
 
 /// Saves `machine` at the next standstill. Returns the job's number: the event [`MachineEvent::Done`](crate::machine::MachineEvent) with

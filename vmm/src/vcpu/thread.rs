@@ -107,7 +107,7 @@ impl VcpuThread {
         }
     }
 
-    /// Has the vCPU leave the guest. `has_left` is true when it has.
+    /// Tells the vCPU to leave the guest. `has_left` is true when it has.
     pub(crate) fn pause(&self) {
         self.order(Order::Pause);
     }

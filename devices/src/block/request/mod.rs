@@ -59,7 +59,7 @@ pub(super) enum Action {
     Ranges,
     /// Nothing more: the data is written.
     Answered,
-    /// Have the engine carry out the command in [`Details`].
+    /// Let the engine carry out the command in [`Details`].
     Command,
 }
 
@@ -100,7 +100,7 @@ pub(super) trait RequestTypes: Send + Sync {
     /// Makes a request from the buffers behind the header. `None`: it does not know this request type.
     ///
     /// # Errors
-    /// The request is not suitable.
+    /// The inner `Err` is the status that refuses the request, and the bytes that were written before it.
     fn parse(
         &self,
         request_type: u32,

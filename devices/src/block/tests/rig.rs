@@ -150,7 +150,7 @@ impl Rig {
         self.throttle.set(throttling, "vda", now);
     }
 
-    /// Has this disk share the limits of `other`.
+    /// Makes this disk share the limits of `other`.
     pub(super) fn join(&self, other: &Self) {
         self.throttle.join(&other.throttle);
     }

@@ -9,7 +9,7 @@
 //! notify     send one interrupt for all that was completed              virtio::interrupt
 //! ```
 //!
-//! Each verb calls a module below and gets a value back. These modules decide and count, and only the worker (this folder) acts:
+//! Each verb calls another module and gets a value back. These modules decide and count, and only the worker (this folder) acts:
 //! `verbs` on requests, `reset` on queues that the driver resets, and `state` on queues that are saved or restored. A worker lives as
 //! long as its thread, `worker_thread`, which calls it for each kick, completion and command. It has queues from the driver's
 //! DRIVER_OK to its reset. The worker knows nothing of threads. It waits in two places only: while it busy-polls, for a bounded time,
@@ -23,7 +23,7 @@
 //!
 //! A pause is complete when nothing is with the engine any more ([`Worker::stands_still`]). A reset (`reset`, a capability) is not a
 //! state of the worker: it marks the queues as leaving, and hands each back when none of its chains is outstanding. So both wait
-//! for at most [`BYTES_WITH_ENGINE`](super::dispatch::BYTES_WITH_ENGINE) of data, besides flushes and SCSI commands under way.
+//! for less than 36 MiB of data ([`BYTES_WITH_ENGINE`](super::dispatch::BYTES_WITH_ENGINE)), besides flushes and SCSI commands under way.
 
 mod reset;
 pub(super) mod state;
@@ -90,8 +90,8 @@ pub(super) struct Worker {
     limiter: Box<dyn Limiter>,
     /// Scratch: completions that the engine has just given back.
     done: Vec<Completion>,
-    /// When chains were last taken, requests were completed, or the worker looked for work while it polled. The clock is read once for a
-    /// batch.
+    /// When chains were last taken, requests were completed, or the worker looked for work while it polled. The clock is read once for
+    /// several of them.
     now: Instant,
     busy_polling: BusyPolling,
     /// Dropped after the engine, because a reset is over at the latest when it is dropped.

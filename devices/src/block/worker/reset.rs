@@ -66,8 +66,8 @@ impl Worker {
         self.submit_pieces();
     }
 
-    /// Takes no more chains from a queue, and gives up what is stopped or waits. The caller then has `submit_pieces` answer the
-    /// requests in pieces.
+    /// Takes no more chains from a queue, and gives up what is stopped or waits. The caller then calls `submit_pieces`, which
+    /// completes the requests in pieces.
     fn leave(&mut self, position: usize) {
         let Some(queue) = self.queues.find_mut(position) else { return };
         queue.state = QueueState::Leaving;

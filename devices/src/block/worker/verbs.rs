@@ -1,7 +1,10 @@
-//! The six verbs that a request passes, and their helpers.
+//! The six verbs that a request passes, and their helpers. The parent module has their order, and the worker's states.
 //!
-//! See the parent module for their order, and for the states. A verb is called by the one before it, or by a method that the
-//! thread calls. Each calls a module below once, and acts on the value that it gets back.
+//! `pass` runs all six for the chains of one queue. The methods `fetch`, `submit`, `complete_request` and `notify` are four of them.
+//! `parse_and_admit` is two: it calls `request::parse`, and then asks the limiter. `begin_again` takes a request that came out of the ring
+//! earlier through the verbs from *parse* on: it was stopped, had to wait for the limiter, or failed as a part of a group.
+//!
+//! The modules that these methods call decide and count. Only the worker acts.
 
 use vm_memory::GuestAddress;
 
@@ -19,7 +22,7 @@ use crate::virtio::spec::{self, blk};
 
 /// The verbs.
 impl Worker {
-    /// One pass over a queue: fetches a batch of chains, submits their requests, and completes what is finished. `true`: there
+    /// One pass over a queue: takes the chains of one pass, submits their requests, and completes what is finished. `true`: there
     /// may be more to fetch.
     pub(super) fn pass(&mut self, position: usize) -> Result<bool, QueueError> {
         let is_running = |queue: &WorkerQueue| queue.state == QueueState::Running;
@@ -36,7 +39,7 @@ impl Worker {
         self.queues.get(position).split.enable_notifications(&self.memory)
     }
 
-    /// Takes up to [`BATCH_MAX`] chains from the queue, and begins each. `true`: more wait.
+    /// Takes up to [`BATCH_MAX`] chains from the queue, and starts parsing each. `true`: more are available.
     fn fetch(&mut self, position: usize) -> Result<bool, QueueError> {
         waypoint!();
         let memory = &self.memory;
@@ -49,7 +52,8 @@ impl Worker {
         split.note_submission(memory);
         self.now = Instant::now();
         self.busy_polling.work(self.now);
-        // Read after the available index, so that a change that the driver made before it added these chains applies to them.
+        // The request limits are read after the available index. So if the driver changed `writeback` before it added these chains,
+        // the change applies to them.
         self.details.limits = self.shared.request_limits(self.features, !self.limiter.is_off());
         let count = available.min(BATCH_MAX as u16);
         for _ in 0..count {
@@ -146,11 +150,11 @@ impl Worker {
                 self.complete(completion);
             }
             for queue in self.queues.iter_mut() {
-                // A used ring outside of guest memory is noticed by `publish`, too.
+                // Cannot fail: the transport has checked where the ring lies. If it does fail, `publish` interrupts all the same.
                 let _ = queue.split.show(&self.memory);
             }
             self.submit_pieces();
-            // Submits the next step of the batch, and retries that `complete` has begun.
+            // Submits the rest of the batch, and the requests that begin again alone after their group failed.
             self.dispatcher.commit();
         }
         self.done = done;
@@ -193,7 +197,7 @@ impl Worker {
     }
 
     /// Interrupts the driver, if it wants an interrupt for what was published. The passes of one turn share a call of this. But if an
-    /// interrupt is due while the worker busy-polls, it is sent at once.
+    /// interrupt becomes due while the worker busy-polls, it is sent at once.
     pub(super) fn notify(&mut self) {
         // The queues share the line, and a driver that is interrupted looks at all of them. So every coalescer is reset.
         let take = |wanted, queue: &mut WorkerQueue| queue.split.take_interrupt() || wanted;
@@ -265,7 +269,8 @@ impl Worker {
         }
     }
 
-    /// Begins a request again that was merged into a transfer that failed.
+    /// Begins a request again that was merged into a transfer that failed. If the worker is paused, the request waits for `resume`. If its
+    /// queue is leaving, it is abandoned.
     fn retry(&mut self, tag: u32) {
         let taken = self.dispatcher.in_flight.remove(tag);
         if self.state == State::Paused || self.queues.is_leaving(taken.queue) {
@@ -304,15 +309,15 @@ impl Worker {
         }
     }
 
-    /// Has the driver reset the device (virtio 1.2 §2.1.2).
+    /// Sets DEVICE_NEEDS_RESET, so that the driver resets the device (virtio 1.2 §2.1.2).
     pub(super) fn needs_reset(&self) {
         if let Some(interrupt) = &self.interrupt {
             interrupt.device_needs_reset();
         }
     }
 
-    /// Busy-polls for chains and completions, if `busy_poll` says that this pays. The driver has been asked not to kick. Returns
-    /// `true` if the queue at `position` has chains.
+    /// Busy-polls for chains and completions, if `busy_poll` says that this pays. The driver does not kick meanwhile
+    /// (`disable_notifications`). Returns `true` if the queue at `position` has chains.
     fn poll_for_more(&mut self, position: usize) -> bool {
         self.now = Instant::now();
         let Some(end) = self.busy_polling.idle(self.now) else { return false };

@@ -2,9 +2,9 @@
 //!
 //! A capability: without it the pool's threads do the same. It hooks in as an [`Executor`], which `open` gives to an engine.
 //!
-//! A ring belongs to one worker and one image. A batch of jobs costs one io_uring_enter(2). To collect completions costs at most one
-//! more, and none if the ring's shared memory shows none. The ring is restricted to transfers of the image's file, because a seccomp
-//! filter does not see what goes through it.
+//! A ring belongs to one worker and one image. All jobs that are submitted before one `commit` cost one io_uring_enter(2). To collect
+//! completions costs at most one more, and none if the ring's shared memory shows none. The ring is restricted to transfers of the
+//! image's file, because a seccomp filter does not see what goes through it.
 //!
 //! A ring whose submissions the kernel refuses is *broken*: it gives back the jobs that the kernel has not taken, and the engine uses
 //! threads from then on. A confined process cannot make a new ring.

@@ -1,10 +1,10 @@
 //! Walks a descriptor chain (virtio 1.2 §2.7.5) into a list of guest ranges: what the device reads, and behind it what it
 //! writes.
 //!
-//! The driver may split a request over descriptors wherever it likes (§2.7.4.1). So the list does not say where a descriptor
-//! ended: a device takes its header from the front of the readable bytes and its status from the end of the writable ones.
-//! Each descriptor is read once, and each range is checked against guest memory once. A chain has at most [`CHAIN_MAX`]
-//! descriptors, so a hostile chain costs bounded time. Zero-length buffers are ignored.
+//! The driver may split a request over descriptors wherever it likes (§2.7.4.1). So a device takes its header from the front of the
+//! readable bytes and its status from the end of the writable ones. The list has one range for each descriptor that is not empty, but
+//! only the check of SIZE_MAX uses that. Each descriptor is read once, and each range is checked against guest memory once. A chain has
+//! at most [`CHAIN_MAX`] descriptors, so a hostile chain costs bounded time. Zero-length buffers are ignored.
 
 pub(crate) mod ranges;
 

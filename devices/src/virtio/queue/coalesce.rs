@@ -35,7 +35,7 @@ pub(crate) struct Coalescer {
     limit: u16,
     /// Completions that the driver has not looked at.
     unseen: u16,
-    /// When the driver first wanted the interrupt that is held back. `None`: no interrupt is due.
+    /// When the driver first wanted the interrupt that is held back. `None`: none is wanted.
     wanted: Option<Instant>,
     /// Submissions that arrived past the limit, less the costs of late interrupts: 0 to `EVIDENCE_TO_DOUBLE`.
     evidence: u8,
@@ -89,7 +89,7 @@ impl Coalescer {
         true
     }
 
-    /// The device is about to interrupt. Returns whether the driver wants that; from now on no interrupt is due.
+    /// The device is about to interrupt. Returns whether the driver wants that; from now on no interrupt is wanted.
     pub(crate) fn take(&mut self) -> bool {
         self.wanted.take().is_some()
     }

@@ -2,10 +2,10 @@
 //!
 //! `virtio_queue::Queue` holds the addresses, the size and the two indices. The rings themselves are read and written
 //! here. The crate's own iterators accept heads beyond the queue, do not tell the end of a chain from a broken one, and
-//! ignore NO_INTERRUPT. They also publish each completion on its own, where a batch can share one store and one barrier.
+//! ignore NO_INTERRUPT. They also publish each completion on its own, where several can share one store and one barrier.
 //!
 //! The device calls [`SplitQueue::available`] and [`SplitQueue::pop`] to take chains, [`SplitQueue::complete`] or
-//! [`SplitQueue::abandon`] for each of them, and [`SplitQueue::publish`] once a batch. Device and driver each store one word
+//! [`SplitQueue::abandon`] for each of them, and [`SplitQueue::publish`] once for several completions. Device and driver each store one word
 //! and then load one that the other side stores. So two places need a full barrier: `publish`, between the store of the used
 //! index and the load of the driver's request for an interrupt, and `enable_notifications`, between the store that asks for a
 //! kick and the load of the available index.
@@ -238,7 +238,7 @@ impl SplitQueue {
         }
     }
 
-    /// Whether an interrupt is due for what was published. The caller must then raise it: the next call returns false.
+    /// Whether the driver wants an interrupt for what was published. The caller must then raise it: the next call returns false.
     pub fn take_interrupt(&mut self) -> bool {
         self.coalescer.take()
     }
