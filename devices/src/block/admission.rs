@@ -14,11 +14,12 @@ use crate::virtio::queue::DescriptorChain;
 /// Why a request begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Origin {
-    /// Its chain was just taken from the ring.
-    Queue,
+    /// Its chain was just taken from the ring, or was stopped until `resume`. A request that is executed again from its beginning is asked
+    /// about and counted again, as in QEMU. In a restored machine, one that waited for a limit at the save is among these.
+    New,
     /// The limiter made it wait before, and lets it start now.
     Waited,
-    /// It has failed or was stopped before. It is not merged, and the limiter has counted it.
+    /// It was merged into a transfer that failed. It is tried again alone, and the limiter has counted it.
     Retry,
 }
 

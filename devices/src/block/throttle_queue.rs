@@ -88,7 +88,7 @@ impl Limiter for ThrottleQueue {
                 || self.throttle.couples_directions() && waits(direction.other())
                 || self.throttle.wait(direction, now) > Duration::ZERO
         };
-        if origin == Origin::Queue && must_wait() {
+        if origin == Origin::New && must_wait() {
             return false;
         }
         self.throttle.charge(direction, bytes);

@@ -9,7 +9,7 @@ use super::driver::{Sent, UNTOUCHED};
 use super::machine::Machine;
 use super::rig::Rig;
 use crate::block::throttle::Direction;
-use crate::block::{Kind, Limit, Rate, Throttling};
+use crate::block::{Kind, Limit, QueueSnapshot, Rate, Throttling};
 use crate::virtio::device::VirtioDevice;
 
 /// So slow that of two requests the second one waits for longer than any test takes.
@@ -120,6 +120,58 @@ fn a_pause_is_no_way_around_the_limits() {
     rig.worker().resume();
     assert_eq!(answered(&mut rig, &[&sent[1], &sent[2]]), [false, false]);
     assert!(rig.next_release(Instant::now()).unwrap() > Duration::ZERO);
+}
+
+/// As in a restored machine: the queue has its requests back by their heads only.
+fn save_and_restore(rig: &mut Rig) {
+    rig.pause();
+    let stopped = rig.stopped();
+    let queue = rig.remove_queue(0).unwrap();
+    rig.worker().add_queue(0, queue);
+    assert!(rig.worker().restore(0, &QueueSnapshot { stopped, ..Default::default() }));
+}
+
+/// The requests that waited when the machine was saved wait in the restored one, too.
+#[test]
+fn a_restore_is_no_way_around_the_limits() {
+    let mut rig = limited(Limit::OperationsTotal);
+    let sent = three_writes(&mut rig);
+    save_and_restore(&mut rig);
+    rig.worker().resume();
+    assert_eq!(answered(&mut rig, &[&sent[1], &sent[2]]), [false, false]);
+    assert!(rig.next_release(Instant::now()).unwrap() > Duration::ZERO);
+    lift(&mut rig);
+    assert_eq!(
+        rig.driver.used(0).iter().map(|(head, _)| *head).collect::<Vec<_>>(),
+        [sent[1].head, sent[2].head]
+    );
+}
+
+/// A guest whose writes fail does not get past its limits by that: what begins again counts again, as in QEMU.
+#[test]
+fn a_stopped_request_counts_again() {
+    let mut rig = limited(Limit::OperationsTotal);
+    rig.disk.fail(crate::disk::DiskError::NoSpace);
+    let sent = rig.driver.send_write(0, 1, &[1; 512]);
+    rig.serve();
+    assert_eq!(rig.stopped(), [sent.head]);
+    rig.disk.heal();
+    rig.pause();
+    rig.worker().resume();
+    assert_eq!(answered(&mut rig, &[&sent]), [false]);
+    lift(&mut rig);
+    assert_eq!(answered(&mut rig, &[&sent]), [true]);
+}
+
+/// In the restored machine nothing is counted yet: the first request starts, is counted, and the others wait for it.
+#[test]
+fn a_restored_request_is_counted() {
+    let mut rig = limited(Limit::OperationsTotal);
+    let sent = three_writes(&mut rig);
+    save_and_restore(&mut rig);
+    rig.set_throttling(slow(Limit::OperationsTotal));
+    rig.worker().resume();
+    assert_eq!(answered(&mut rig, &[&sent[1], &sent[2]]), [true, false]);
 }
 
 /// The driver gives up what has not begun when it resets the device.

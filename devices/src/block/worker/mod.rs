@@ -196,7 +196,8 @@ impl Worker {
         self.dispatcher.stands_still()
     }
 
-    /// Begins the stopped requests again, queue by queue and in the order in which they stopped. Then serves all queues.
+    /// Begins the stopped requests again, queue by queue and in the order in which they stopped. If they exceed a limit, they wait for the
+    /// limiter. Then serves all queues.
     pub(super) fn resume(&mut self) {
         self.state = State::Serving;
         self.dispatcher.begin_turn();
@@ -205,7 +206,7 @@ impl Worker {
             let queue = self.queues.find_mut(position);
             for chain in queue.map(|queue| std::mem::take(&mut queue.stopped)).unwrap_or_default() {
                 let taken = TakenChain { chain, queue: position, started: self.now };
-                self.begin(taken, Origin::Retry);
+                self.begin(taken, Origin::New);
             }
         }
         self.reap();

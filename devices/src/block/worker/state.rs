@@ -1,7 +1,7 @@
 //! The state of a disk's queues as values, which a save reads and a restore puts into a new machine.
 //!
 //! Of a request that was taken and not completed, only the head of its chain is saved. A restored worker has it as a stopped request:
-//! `resume` walks and parses the chain again, and executes the request from its beginning.
+//! `resume` walks and parses the chain again, and executes the request from its beginning. If a limit does not admit it, it waits.
 //!
 //! A capability: the worker does without it. It is a child of the worker's module, so that it can use the worker's fields. It adds
 //! [`BlockHandle::queues`] and [`BlockHandle::restore_queue`]. The transport saves addresses, sizes and indices.

@@ -22,7 +22,7 @@ use crate::virtio::spec::{self, blk};
 
 /// The verbs.
 impl Worker {
-    /// One pass over a queue: takes the chains of one pass, submits their requests, and completes what is finished. `true`: there
+    /// One pass over a queue: fetches chains, submits their requests, and completes what is finished. `true`: there
     /// may be more to fetch.
     pub(super) fn pass(&mut self, position: usize) -> Result<bool, QueueError> {
         let is_running = |queue: &WorkerQueue| queue.state == QueueState::Running;
@@ -59,7 +59,7 @@ impl Worker {
         for _ in 0..count {
             let chain = self.queues.get(position).split.pop(&self.memory)?;
             let taken = TakenChain { chain, queue: position, started: self.now };
-            self.try_begin(taken, Origin::Queue)?;
+            self.try_begin(taken, Origin::New)?;
         }
         Ok(available > count)
     }
