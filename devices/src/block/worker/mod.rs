@@ -206,7 +206,7 @@ impl Worker {
             let queue = self.queues.find_mut(position);
             for chain in queue.map(|queue| std::mem::take(&mut queue.stopped)).unwrap_or_default() {
                 let taken = TakenChain { chain, queue: position, started: self.now };
-                self.begin(taken, Origin::New);
+                self.begin_again(taken, Origin::New);
             }
         }
         self.reap();
@@ -229,7 +229,7 @@ impl Worker {
         self.now = now;
         self.dispatcher.begin_turn();
         while let Some(taken) = self.limiter.next(now) {
-            self.begin(taken, Origin::Waited);
+            self.begin_again(taken, Origin::Waited);
         }
         self.submit_and_complete();
         self.notify();

@@ -59,22 +59,22 @@ impl Worker {
         for _ in 0..count {
             let chain = self.queues.get(position).split.pop(&self.memory)?;
             let taken = TakenChain { chain, queue: position, started: self.now };
-            self.try_begin(taken, Origin::New)?;
+            self.parse_and_admit(taken, Origin::New)?;
         }
         Ok(available > count)
     }
 
     /// Begins a chain that was taken from the ring before.
-    pub(super) fn begin(&mut self, taken: TakenChain, origin: Origin) {
+    pub(super) fn begin_again(&mut self, taken: TakenChain, origin: Origin) {
         let queue = taken.queue;
         self.details.limits = self.shared.request_limits(self.features, !self.limiter.is_off());
-        if let Err(error) = self.try_begin(taken, origin) {
+        if let Err(error) = self.parse_and_admit(taken, origin) {
             self.break_queue(queue, error);
         }
     }
 
     /// Walks and parses a chain. Then submits its request, lets it wait for the limiter, or refuses it.
-    fn try_begin(&mut self, taken: TakenChain, origin: Origin) -> Result<(), QueueError> {
+    fn parse_and_admit(&mut self, taken: TakenChain, origin: Origin) -> Result<(), QueueError> {
         let (memory, details) = (&self.memory, &mut self.details);
         let split = &mut self.queues.get(taken.queue).split;
         let indirect = details.limits.features & spec::F_INDIRECT_DESC != 0;
@@ -276,7 +276,7 @@ impl Worker {
         if self.state == State::Paused || self.queues.is_leaving(taken.queue) {
             self.queues.get(taken.queue).stop_request(taken.chain);
         } else {
-            self.begin(taken, Origin::Retry);
+            self.begin_again(taken, Origin::Retry);
         }
     }
 
