@@ -206,9 +206,9 @@ impl MutEventSubscriber for Loop {
                 while let Ok(command) = self.commands.try_recv() {
                     command(self, ops);
                 }
-                self.worker.reap();
+                self.worker.continue_requests();
             }
-            COMPLETION => self.worker.reap(),
+            COMPLETION => self.worker.continue_requests(),
             TIMER => self.worker.release(Instant::now()),
             kick => {
                 waypoint!();

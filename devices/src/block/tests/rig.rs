@@ -103,7 +103,7 @@ impl Rig {
                 return;
             }
             self.disk.finish_all();
-            self.worker.reap();
+            self.worker.continue_requests();
         }
     }
 
@@ -125,7 +125,7 @@ impl Rig {
         self.worker.pause();
         while !self.worker.stands_still() {
             self.disk.finish_all();
-            self.worker.reap();
+            self.worker.continue_requests();
         }
     }
 
@@ -158,7 +158,7 @@ impl Rig {
     /// Lets the oldest `count` transfers that the disk holds finish.
     pub(super) fn release(&mut self, count: usize) {
         self.disk.release(count);
-        self.worker().reap();
+        self.worker().continue_requests();
     }
 
     pub(super) fn stats(&self) -> BlockStats {

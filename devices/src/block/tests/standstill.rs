@@ -93,7 +93,7 @@ fn a_large_request_pauses_between_its_pieces_and_goes_on() {
     rig.disk.release_all();
     rig.worker().resume();
     while rig.worker().wants_turn() {
-        rig.worker().reap();
+        rig.worker().continue_requests();
     }
     let mut used = rig.driver.used(0);
     used.sort_unstable();
@@ -134,7 +134,7 @@ fn a_turn_ends_although_the_engine_never_waits() {
     let first: u64 = rig.disk.log().iter().map(|seen| seen.length).sum();
     assert!((BYTES_PER_TURN..COUNT * LARGE).contains(&first), "{first} bytes in a turn");
     assert!(rig.worker().wants_turn());
-    rig.worker().reap();
+    rig.worker().continue_requests();
     assert!(!rig.worker().wants_turn());
     assert_eq!(rig.driver.used(0).len() as u64, COUNT);
     assert_eq!(rig.disk.log().iter().map(|seen| seen.length).sum::<u64>(), COUNT * LARGE);

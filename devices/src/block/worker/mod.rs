@@ -89,7 +89,7 @@ pub(super) struct Worker {
     details: Details,
     limiter: Box<dyn Limiter>,
     /// Scratch: completions that the engine has just given back.
-    done: Vec<Completion>,
+    reaped: Vec<Completion>,
     /// When chains were last taken, requests were completed, or the worker looked for work while it polled. The clock is read once for
     /// several of them.
     now: Instant,
@@ -123,7 +123,7 @@ impl Worker {
             buffers: ChainBuffers::default(),
             details: Details::default(),
             limiter,
-            done: Vec::with_capacity(depth as usize),
+            reaped: Vec::with_capacity(depth as usize),
             now: Instant::now(),
             resets: Vec::new(),
         }
@@ -174,13 +174,13 @@ impl Worker {
     }
 
     /// The engine finished something, or an earlier turn was cut short: completes requests and submits further pieces.
-    pub(super) fn reap(&mut self) {
+    pub(super) fn continue_requests(&mut self) {
         self.dispatcher.begin_turn();
         self.submit_and_complete();
         self.notify();
     }
 
-    /// Whether a turn ended although more pieces could be submitted: the thread must then call `reap` again.
+    /// Whether a turn ended although more pieces could be submitted: the thread must then call `continue_requests`.
     pub(super) fn wants_turn(&self) -> bool {
         let pieces = self.state != State::Paused && self.dispatcher.has_pieces_to_submit();
         self.dispatcher.turn_is_over() && pieces
@@ -209,7 +209,7 @@ impl Worker {
                 self.begin_again(taken, Origin::New);
             }
         }
-        self.reap();
+        self.continue_requests();
         self.release(Instant::now());
         self.queues.positions().for_each(|position| self.serve(position));
     }

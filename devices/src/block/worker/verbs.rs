@@ -120,7 +120,7 @@ impl Worker {
                 };
                 self.dispatcher.submit_transfer(tag, data, origin == Origin::Retry);
             }
-            Action::Transfer | Action::Answered => self.answer(tag, blk::S_OK),
+            Action::Transfer | Action::Answered => self.complete_request(tag, blk::S_OK),
             Action::Flush => self.dispatcher.submit_flush(tag),
             Action::Ranges => {
                 let ranges = &self.details.ranges;
@@ -130,24 +130,24 @@ impl Worker {
             }
             Action::Command => match self.details.command.take() {
                 Some(command) => self.dispatcher.submit_command(tag, command, &self.buffers),
-                None => self.answer(tag, blk::S_IOERR),
+                None => self.complete_request(tag, blk::S_IOERR),
             },
         }
     }
 
     /// Completes everything that the engine has finished, and publishes the completions to the driver.
-    pub(super) fn complete_finished(&mut self) {
-        let mut done = std::mem::take(&mut self.done);
+    pub(super) fn reap_finished(&mut self) {
+        let mut reaped = std::mem::take(&mut self.reaped);
         let mut any = false;
         while self.dispatcher.in_flight.len() > 0 {
-            self.dispatcher.engine.reap(&mut done);
-            if done.is_empty() {
+            self.dispatcher.engine.reap(&mut reaped);
+            if reaped.is_empty() {
                 break;
             }
             any = true;
             self.now = Instant::now();
-            for completion in done.drain(..) {
-                self.complete(completion);
+            for completion in reaped.drain(..) {
+                self.transfer_finished(completion);
             }
             for queue in self.queues.iter_mut() {
                 // Cannot fail: the transport has checked where the ring lies. If it does fail, `publish` interrupts all the same.
@@ -157,7 +157,7 @@ impl Worker {
             // Submits the rest of the batch, and the requests that begin again alone after their group failed.
             self.dispatcher.commit();
         }
-        self.done = done;
+        self.reaped = reaped;
         // A paused worker does not touch guest memory, unless it has just completed something.
         if any || self.state != State::Paused {
             let (memory, now) = (&self.memory, self.now);
@@ -166,7 +166,7 @@ impl Worker {
     }
 
     /// A transfer is finished: ends its request, or all requests that were merged into it.
-    fn complete(&mut self, Completion { tag, result }: Completion) {
+    fn transfer_finished(&mut self, Completion { tag, result }: Completion) {
         let (mut next, mut merged) = (Some(tag), false);
         while let Some(tag) = next {
             next = self.dispatcher.take_back(tag, result.is_ok());
@@ -188,7 +188,7 @@ impl Worker {
                 (_, Err(error)) => self.shared.host_errors.decide(request.parsed.kind, error),
             };
             match code {
-                Some(code) => self.answer(tag, code),
+                Some(code) => self.complete_request(tag, code),
                 // A group failed, which does not say which of its requests did: each is tried again, alone.
                 None if merged => self.retry(tag),
                 None => self.stop(tag),
@@ -221,7 +221,7 @@ impl Worker {
         for _ in 0..self.dispatcher.ready.len() {
             let is_leaving = |queue| self.queues.is_leaving(queue);
             if let Some((tag, code)) = self.dispatcher.submit_piece(submit, is_leaving) {
-                self.answer(tag, code);
+                self.complete_request(tag, code);
             }
         }
     }
@@ -230,11 +230,11 @@ impl Worker {
     pub(super) fn submit_and_complete(&mut self) {
         self.submit_pieces();
         self.dispatcher.commit();
-        self.complete_finished();
+        self.reap_finished();
     }
 
     /// Answers a request with this status: counts it, and writes the status byte and the used ring.
-    fn answer(&mut self, tag: u32, code: u8) {
+    fn complete_request(&mut self, tag: u32, code: u8) {
         let request = self.dispatcher.in_flight.get(tag);
         tracing::trace!(target: "virtio_blk_req_complete", req = request.taken.id(), status = code);
         let Request { kind, status, range, mut written, .. } = request.parsed;
@@ -323,7 +323,7 @@ impl Worker {
         let Some(end) = self.busy_polling.idle(self.now) else { return false };
         loop {
             if !self.dispatcher.is_empty() {
-                self.complete_finished();
+                self.reap_finished();
             }
             let max_delay = self.busy_polling.max_interrupt_delay();
             let (now, expected) = (self.now, self.busy_polling.expected());
