@@ -106,14 +106,14 @@ impl BlockHandle {
         }
         self.throttle.set(limits, &name, Instant::now());
         // This disk, too, which may have left its group.
-        self.release_waiting();
-        disks.filter(in_group).for_each(Self::release_waiting);
+        self.start_waiting();
+        disks.filter(in_group).for_each(Self::start_waiting);
         Ok(())
     }
 
-    fn release_waiting(&self) {
+    fn start_waiting(&self) {
         for worker in &*self.workers {
-            let _ = worker.send(|thread, _| thread.worker.release(Instant::now()));
+            let _ = worker.send(|thread, _| thread.worker.start_waiting(Instant::now()));
         }
     }
 

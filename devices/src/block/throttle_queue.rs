@@ -4,7 +4,7 @@
 //! flushes are never limited, as in QEMU.
 //!
 //! A timer is set for the first request that may start. It wakes the worker's thread (`worker_thread`), which calls
-//! [`Worker::release`](super::worker::Worker::release). A change of the limits (`operator`) has the same effect.
+//! [`Worker::start_waiting`](super::worker::Worker::start_waiting). A change of the limits (`operator`) has the same effect.
 
 use std::collections::VecDeque;
 use std::io;

@@ -209,7 +209,7 @@ impl MutEventSubscriber for Loop {
                 self.worker.continue_requests();
             }
             COMPLETION => self.worker.continue_requests(),
-            TIMER => self.worker.release(Instant::now()),
+            TIMER => self.worker.start_waiting(Instant::now()),
             kick => {
                 waypoint!();
                 tracing::trace!(target: "virtio_queue_notify", queue = kick - KICK);

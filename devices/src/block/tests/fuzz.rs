@@ -196,7 +196,7 @@ impl Fuzz {
                 }
                 throttling.operation_size = input.below(2) * 512;
                 rig.set_throttling(throttling);
-                rig.worker().release(Instant::now());
+                rig.worker().start_waiting(Instant::now());
             }
             _ => {
                 rig.remove_queue(queue.into()).unwrap();

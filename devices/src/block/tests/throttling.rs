@@ -33,7 +33,7 @@ fn answered(rig: &mut Rig, sent: &[&Sent]) -> Vec<bool> {
 
 fn lift(rig: &mut Rig) {
     rig.set_throttling(Throttling::default());
-    rig.worker().release(Instant::now());
+    rig.worker().start_waiting(Instant::now());
 }
 
 #[test]
@@ -47,7 +47,7 @@ fn requests_wait_in_order_and_go_when_the_limit_is_lifted() {
     );
     assert!(rig.next_release(Instant::now()).is_some());
     // Too early: nothing happens.
-    rig.worker().release(Instant::now());
+    rig.worker().start_waiting(Instant::now());
     assert_eq!(rig.driver.used(0), []);
     lift(&mut rig);
     let heads: Vec<_> = rig.driver.used(0).iter().map(|(head, _)| *head).collect();
@@ -285,7 +285,7 @@ fn minute<const N: usize>(rates: &[(Limit, u64)], depths: [[usize; 2]; N]) -> [[
     while now <= start + Duration::from_secs(60) {
         for (load, wake) in loads.iter_mut().zip(&mut wake).filter(|(_, wake)| **wake <= now) {
             load.refill();
-            load.rig.worker().release(now);
+            load.rig.worker().start_waiting(now);
             load.count();
             load.refill();
             // One without requests sleeps on.

@@ -210,7 +210,7 @@ impl Worker {
             }
         }
         self.continue_requests();
-        self.release(Instant::now());
+        self.start_waiting(Instant::now());
         self.queues.positions().for_each(|position| self.serve(position));
     }
 
@@ -221,8 +221,8 @@ impl Worker {
         self.resets = resets;
     }
 
-    /// Begins the waiting requests that the limiter lets start at `now`: its timer expired, or the limits changed.
-    pub(super) fn release(&mut self, now: Instant) {
+    /// Starts the requests that waited and that the limiter now admits: its timer expired, or the limits changed.
+    pub(super) fn start_waiting(&mut self, now: Instant) {
         if self.state != State::Serving {
             return;
         }

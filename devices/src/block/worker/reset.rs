@@ -54,7 +54,7 @@ impl Worker {
         self.leave(position);
         self.submit_pieces();
         if state != self.state {
-            self.release(Instant::now());
+            self.start_waiting(Instant::now());
         }
     }
 
