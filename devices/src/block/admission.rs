@@ -28,8 +28,8 @@ pub(super) trait Limiter: Any + Send {
     /// Whether nothing is limited now. Called for each pass and each chain that waited, so it has to be cheap.
     fn is_off(&self) -> bool;
 
-    /// Whether a request for `bytes` of disk may start at `now`. If it may, counts it.
-    fn admits(&mut self, kind: Kind, bytes: u64, origin: Origin, now: Instant) -> bool;
+    /// Lets a request for `bytes` of disk start at `now`, and counts it. `false`: it has to wait. Then the worker calls `hold`.
+    fn try_start(&mut self, kind: Kind, bytes: u64, origin: Origin, now: Instant) -> bool;
 
     /// Keeps the chain of a request that may not start yet.
     fn hold(&mut self, kind: Kind, taken: TakenChain);

@@ -75,7 +75,7 @@ impl Limiter for ThrottleQueue {
         self.throttle.is_off()
     }
 
-    fn admits(&mut self, kind: Kind, bytes: u64, origin: Origin, now: Instant) -> bool {
+    fn try_start(&mut self, kind: Kind, bytes: u64, origin: Origin, now: Instant) -> bool {
         let is_limited = matches!(kind, Kind::Read | Kind::Write | Kind::WriteZeroes);
         if !is_limited || origin == Origin::Retry {
             return true;

@@ -87,7 +87,7 @@ impl Worker {
             return self.refuse(taken);
         };
         let (kind, bytes, now) = (request.kind, request.range.length, taken.started);
-        if details.limits.throttled && !self.limiter.admits(kind, bytes, origin, now) {
+        if details.limits.throttled && !self.limiter.try_start(kind, bytes, origin, now) {
             self.limiter.hold(kind, taken);
         } else {
             self.submit(taken, request, origin);
