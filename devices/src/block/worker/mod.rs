@@ -143,7 +143,7 @@ impl Worker {
     /// A queue that the driver enabled cannot be served.
     pub(super) fn cannot_start_queue(&self, error: &io::Error) {
         self.shared.report_own_error("start a queue", error);
-        self.needs_reset();
+        self.request_reset();
     }
 
     /// The driver kicked the queue at `position`: serves the queue until it is empty or its turn is over.

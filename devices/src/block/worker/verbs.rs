@@ -305,12 +305,12 @@ impl Worker {
             queue.state = QueueState::Broken;
             self.counters.broken_rings.add(1);
             self.shared.report_broken_queue(queue.index, error);
-            self.needs_reset();
+            self.request_reset();
         }
     }
 
     /// Sets DEVICE_NEEDS_RESET, so that the driver resets the device (virtio 1.2 §2.1.2).
-    pub(super) fn needs_reset(&self) {
+    pub(super) fn request_reset(&self) {
         if let Some(interrupt) = &self.interrupt {
             interrupt.device_needs_reset();
         }
