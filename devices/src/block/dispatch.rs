@@ -1,6 +1,6 @@
 //! Hands requests to the engine: merged with their neighbors, or piece by piece.
 //!
-//! The worker submits a request here once. When the engine is done with it, [`Dispatcher::take_back`] says which request was merged with it.
+//! The worker submits a request here once. When the engine is done with it, [`Dispatcher::end_transfer`] says which request was merged with it.
 //!
 //! - A read or write of at most [`PIECE`] bytes goes into the batch, and is one transfer or a part of a merged one.
 //! - Larger ones, discards and zeroes are executed in pieces. So is every read and write that does not fit into what the engine or this
@@ -171,9 +171,9 @@ impl Dispatcher {
         self.engine.commit();
     }
 
-    /// The transfer of a request is finished. Returns the tag of the next request in the same merged transfer.
+    /// A transfer is finished: its bytes no longer count as with the engine. Returns the tag of the next request that was merged into it.
     #[inline]
-    pub(super) fn take_back(&mut self, tag: u32, succeeded: bool) -> Option<u32> {
+    pub(super) fn end_transfer(&mut self, tag: u32, succeeded: bool) -> Option<u32> {
         let request = self.in_flight.get(tag);
         tracing::trace!(target: "virtio_blk_rw_complete", req = request.taken.id(), succeeded);
         self.with_engine -= std::mem::take(&mut request.cost);

@@ -169,7 +169,7 @@ impl Worker {
     fn transfer_finished(&mut self, Completion { tag, result }: Completion) {
         let (mut next, mut merged) = (Some(tag), false);
         while let Some(tag) = next {
-            next = self.dispatcher.take_back(tag, result.is_ok());
+            next = self.dispatcher.end_transfer(tag, result.is_ok());
             merged |= next.is_some();
             let request = self.dispatcher.in_flight.get(tag);
             let code = match (&request.step, result) {

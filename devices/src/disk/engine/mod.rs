@@ -122,7 +122,7 @@ impl QueueEngine {
                 (Route::Done, ..) => return self.finish(job, Ok(())),
                 (Route::Inline, Some(raw), _) => {
                     let outcome = inline::attempt(raw, medium, &job, &mut self.options);
-                    let Some(rest) = self.take_back(job, outcome) else { return };
+                    let Some(rest) = self.handle_outcome(job, outcome) else { return };
                     job = rest;
                     continue;
                 }
@@ -147,9 +147,9 @@ impl QueueEngine {
         }
     }
 
-    /// A route is done with a job: finishes it, or hands it to the pool. Returns the job if only a part of it is done.
+    /// What a route did with a job: finishes the job, or hands it to the pool. Returns the job if only a part of it is done.
     #[inline(always)]
-    fn take_back(&mut self, mut job: Box<Job>, outcome: Outcome) -> Option<Box<Job>> {
+    fn handle_outcome(&mut self, mut job: Box<Job>, outcome: Outcome) -> Option<Box<Job>> {
         match outcome {
             None => self.submit_to_pool(job),
             Some(Ok(count)) if count == job.length => self.finish(job, Ok(())),
@@ -217,7 +217,7 @@ impl Engine for QueueEngine {
             }
             while let Some((job, outcome)) = self.reaped.pop_front() {
                 self.in_flight -= 1;
-                if let Some(rest) = self.take_back(job, outcome) {
+                if let Some(rest) = self.handle_outcome(job, outcome) {
                     self.start(rest);
                 }
             }
