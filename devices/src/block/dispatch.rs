@@ -2,7 +2,7 @@
 //!
 //! The worker submits a request here once. When the engine is done with it, [`Dispatcher::end_transfer`] says which request was merged with it.
 //!
-//! - A read or write of at most [`PIECE`] bytes goes into the batch, and is one transfer or a part of a merged one.
+//! - A read or write of at most [`PIECE_BYTES`] bytes goes into the batch, and is one transfer or a part of a merged one.
 //! - Larger ones, discards and zeroes are executed in pieces. So is every read and write that does not fit into what the engine or this
 //!   turn may still get, or that comes while others wait for that. Their tags wait in `ready`. [`Dispatcher::submit_piece`] submits a
 //!   piece of each in turn while there is room.
@@ -14,7 +14,7 @@
 use std::collections::VecDeque;
 
 use super::batch::Batch;
-use super::in_flight::{InFlight, PIECE, Step, cost};
+use super::in_flight::{InFlight, PIECE_BYTES, Step, cost};
 use super::request::{CommandRequest, DiskRange};
 use crate::GuestRange;
 use crate::disk::{Engine, Transfer};
@@ -22,7 +22,7 @@ use crate::virtio::queue::ChainBuffers;
 use crate::virtio::spec::blk;
 
 /// While this many bytes are with the engine, only flushes and commands are submitted. The last piece may go beyond it, so the engine has
-/// less than `BYTES_WITH_ENGINE` + [`PIECE`] (36 MiB) at a time. 32 MiB keep a device of 10 GB/s busy for 3 ms, and a device that writes
+/// less than `BYTES_WITH_ENGINE` + [`PIECE_BYTES`] (36 MiB) at a time. 32 MiB keep a device of 10 GB/s busy for 3 ms, and a device that writes
 /// 36 MiB/s is done with all of it within a second.
 pub(super) const BYTES_WITH_ENGINE: u64 = 32 << 20;
 
@@ -33,7 +33,7 @@ pub(super) const BYTES_PER_TURN: u64 = 128 << 20;
 /// If the engine executes transfers within `submit`, the worker completes their requests whenever it has executed this many bytes.
 /// So the driver can work on its next requests while the rest of the batch is executed. 16 KiB are copied in 4 us. 8 and 32 KiB were as
 /// fast.
-const STEP_BYTES: u64 = 16 << 10;
+const INLINE_BYTES_BEFORE_COMPLETING: u64 = 16 << 10;
 
 pub(super) struct Dispatcher {
     pub(super) engine: Box<dyn Engine>,
@@ -98,7 +98,7 @@ impl Dispatcher {
         let request = self.in_flight.get(tag);
         let range @ DiskRange { operation, offset, length } = request.parsed.range;
         let room = self.with_engine + length <= BYTES_WITH_ENGINE && self.left_in_turn > 0;
-        if length > PIECE || !room || !self.ready.is_empty() {
+        if length > PIECE_BYTES || !room || !self.ready.is_empty() {
             return self.begin_pieces(tag, &[range], data);
         }
         request.cost = length;
@@ -159,12 +159,12 @@ impl Dispatcher {
     }
 
     /// Submits the batch, and lets the engine hand everything to the host. If the engine executes transfers within `submit`,
-    /// this stops after [`STEP_BYTES`]: the worker completes these and calls again for the rest.
+    /// this stops after [`INLINE_BYTES_BEFORE_COMPLETING`]: the worker completes these and calls again for the rest.
     pub(super) fn commit(&mut self) {
         let mut bytes = 0;
         while let Some(length) = self.submit_group() {
             bytes += length;
-            if bytes >= STEP_BYTES && self.engine.finished() > 0 {
+            if bytes >= INLINE_BYTES_BEFORE_COMPLETING && self.engine.finished() > 0 {
                 break;
             }
         }

@@ -1,8 +1,8 @@
 //! The table of requests in flight. The index of an entry is the request's *tag*, which the engine gives back with the
 //! completion.
 //!
-//! Large requests are executed in *pieces*. A piece is at most [`PIECE`] bytes of a read, write or write-zeroes, or
-//! [`DISCARD_PIECE`] bytes of a discard or secure erase. A request has at most one piece with the engine at a time. So a
+//! Large requests are executed in *pieces*. A piece is at most [`PIECE_BYTES`] bytes of a read, write or write-zeroes, or
+//! [`DISCARD_PIECE_BYTES`] bytes of a discard or secure erase. A request has at most one piece with the engine at a time. So a
 //! pause or a reset waits for one piece of a request and not for all of it. The table entry keeps the ranges that remain.
 //!
 //! The table has a fixed size, which bounds the requests in flight. No memory is allocated for a request.
@@ -16,10 +16,10 @@ use crate::disk::{Operation, Transfer};
 
 /// Most bytes of a read, write or write-zeroes that the engine gets at once: 4 MiB, so that a usual request is one transfer. It is the
 /// largest request that Linux makes by default, since its commit 9b8b84879d4a (2025). Before, that was 1280 KiB.
-pub(super) const PIECE: u64 = 4 << 20;
+pub(super) const PIECE_BYTES: u64 = 4 << 20;
 /// Most bytes of a discard or secure erase that the engine gets at once: 2 GiB, the largest segment that the driver may
 /// send, since the host moves no data for it.
-const DISCARD_PIECE: u64 = 2 << 30;
+const DISCARD_PIECE_BYTES: u64 = 2 << 30;
 
 /// A request in flight: admitted, and not yet answered. It owns the chain's token, so the chain can be completed, stopped or
 /// abandoned only once.
@@ -186,13 +186,13 @@ impl Remaining {
 
 fn piece_limit(operation: Operation) -> u64 {
     match operation {
-        Operation::Discard | Operation::SecureErase => DISCARD_PIECE,
-        _ => PIECE,
+        Operation::Discard | Operation::SecureErase => DISCARD_PIECE_BYTES,
+        _ => PIECE_BYTES,
     }
 }
 
 /// What a transfer counts for in the limits of bytes: its length, but a discard or secure erase counts for less, so that a
 /// full piece of any operation counts the same.
 pub(super) fn cost(operation: Operation, length: u64) -> u64 {
-    length / (piece_limit(operation) / PIECE)
+    length / (piece_limit(operation) / PIECE_BYTES)
 }

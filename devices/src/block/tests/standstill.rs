@@ -6,11 +6,11 @@ use super::disk::TestDisk;
 use super::driver::{BUFFERS, Buffer, Sent, UNTOUCHED};
 use super::rig::Rig;
 use crate::block::dispatch::{BYTES_PER_TURN, BYTES_WITH_ENGINE};
-use crate::block::in_flight::PIECE;
+use crate::block::in_flight::PIECE_BYTES;
 use crate::virtio::spec::blk;
 
 /// Bytes of a request: far more than the engine gets at a time, and no multiple of a piece.
-const LARGE: u64 = BYTES_WITH_ENGINE + PIECE / 2;
+const LARGE: u64 = BYTES_WITH_ENGINE + PIECE_BYTES / 2;
 /// As many of them are more than a turn.
 const COUNT: u64 = BYTES_PER_TURN / LARGE + 1;
 /// Where the first request begins on the disk: not where a piece does.
@@ -64,11 +64,11 @@ fn the_engine_gets_bounded_pieces_however_much_is_asked_for() {
     }
     assert_eq!(rig.driver.used(0).len() as u64, COUNT);
     let log = rig.disk.log();
-    assert!(log.iter().all(|seen| seen.length <= PIECE));
+    assert!(log.iter().all(|seen| seen.length <= PIECE_BYTES));
     // Nothing is left out or done twice, and pieces end where clusters do.
     assert_eq!(log.iter().map(|seen| seen.length).sum::<u64>(), COUNT * LARGE);
-    let inner = log.iter().filter(|seen| (seen.offset + seen.length).is_multiple_of(PIECE));
-    assert!(inner.count() as u64 >= COUNT * (LARGE / PIECE));
+    let inner = log.iter().filter(|seen| (seen.offset + seen.length).is_multiple_of(PIECE_BYTES));
+    assert!(inner.count() as u64 >= COUNT * (LARGE / PIECE_BYTES));
 }
 
 #[test]
