@@ -186,7 +186,7 @@ fn open(
         return Err(ReplayError::Overwrites);
     }
     let disk = devices::disk::open(image)?;
-    let (capacity, block) = (disk.capacity(), disk.info().limits.logical_block_size);
+    let (capacity, block) = (disk.capacity(), disk.info().block_limits.logical_block_size);
     let ranged = || requests.iter().filter(|request| request.kind != Kind::Flush);
     let end = |request: &Request| request.offset.saturating_add(request.length);
     let needed = ranged().map(end).max().unwrap_or(0);

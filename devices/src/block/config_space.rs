@@ -86,13 +86,13 @@ mod tests {
     use crate::block::device::request_types;
     use crate::block::geometry::{self, Geometry};
     use crate::block::tests::TestDisk;
-    use crate::disk::{Lifetime, Limits};
+    use crate::disk::{BlockLimits, Lifetime};
 
     fn config_space(change: impl FnOnce(&mut BlockOptions, &mut TestDisk)) -> ConfigSpace {
         let mut options = BlockOptions::new("vda");
         let mut disk = TestDisk::new(8);
         change(&mut options, &mut disk);
-        let sizes = options.check(&disk.info.limits).unwrap();
+        let sizes = options.check(&disk.info.block_limits).unwrap();
         let geometry = Box::new(geometry::rule(options.geometry, &disk));
         let request_types = request_types(&options, &disk);
         ConfigSpace::new(&options, &sizes, &disk, geometry, &request_types)
@@ -122,11 +122,11 @@ mod tests {
             (all | blk::F_LIFETIME, config_space(|_, disk| disk.info.lifetime = Some(lifetime))),
             (
                 all & !blk::F_SECURE_ERASE,
-                config_space(|_, disk| disk.info.limits.secure_erase = false),
+                config_space(|_, disk| disk.info.block_limits.secure_erase = false),
             ),
             (
                 all & !blk::F_DISCARD,
-                config_space(|_, disk| disk.info.limits.discard_granularity = 0),
+                config_space(|_, disk| disk.info.block_limits.discard_granularity = 0),
             ),
             // A read-only disk offers nothing that writes.
             (blk::F_RO, config_space(|_, disk| disk.info.read_only = true)),
@@ -170,7 +170,7 @@ mod tests {
     #[test]
     fn options_override_the_disk() {
         let facts = config_space(|options, disk| {
-            disk.info.limits.alignment_offset = 1 << 12;
+            disk.info.block_limits.alignment_offset = 1 << 12;
             options.queue_size = 1024;
             options.logical_block_size = Some(1024);
             options.physical_block_size = Some(8192);
@@ -189,8 +189,8 @@ mod tests {
 
     #[test]
     fn limits_are_zero_exactly_when_nothing_is_offered() {
-        let none = Limits { discard_granularity: 0, secure_erase: false, ..TestDisk::LIMITS };
-        let config = config_space(|_, disk| disk.info.limits = none).config(0, true);
+        let none = BlockLimits { discard_granularity: 0, secure_erase: false, ..TestDisk::LIMITS };
+        let config = config_space(|_, disk| disk.info.block_limits = none).config(0, true);
         assert_eq!(
             (config.max_discard_sectors, config.max_discard_seg, config.discard_sector_alignment),
             (0, 0, 0)
@@ -200,7 +200,7 @@ mod tests {
         assert_eq!(config.write_zeroes_may_unmap, 0);
         // Finer than a logical block there is nothing to discard.
         let coarse = config_space(|options, disk| {
-            disk.info.limits.discard_granularity = 512;
+            disk.info.block_limits.discard_granularity = 512;
             options.logical_block_size = Some(4096);
         });
         assert_eq!(coarse.config(0, true).discard_sector_alignment, 8);

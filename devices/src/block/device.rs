@@ -91,7 +91,7 @@ pub(super) fn share(
     events: EventSink,
     workers: usize,
 ) -> Result<Arc<Shared>, BlockError> {
-    let sizes = options.check(&disk.info().limits)?;
+    let sizes = options.check(&disk.info().block_limits)?;
     let request_types = request_types(&options, &*disk);
     let geometry = Box::new(geometry::rule(options.geometry, &*disk));
     Ok(Arc::new(Shared {
@@ -106,7 +106,7 @@ pub(super) fn share(
             options.write_errors,
             Arc::clone(&events),
         )),
-        limits: LogLimits::default(),
+        log_limits: LogLimits::default(),
         options,
         disk,
         events,

@@ -4,7 +4,7 @@
 
 use super::geometry::Geometry;
 use super::options::{BlockError, BlockOptions, BlockSizes};
-use crate::disk::Limits;
+use crate::disk::BlockLimits;
 use crate::virtio::spec::blk;
 
 /// Largest queue, in descriptors. A chain then always fits one vectored transfer (IOV_MAX is 1024).
@@ -20,7 +20,7 @@ impl BlockOptions {
     ///
     /// # Errors
     /// `BlockError::Option` for the first option that does not work.
-    pub(super) fn check(&self, limits: &Limits) -> Result<BlockSizes, BlockError> {
+    pub(super) fn check(&self, limits: &BlockLimits) -> Result<BlockSizes, BlockError> {
         self.throttling.check()?;
         let sizes = self.check_sizes(limits)?;
         let in_range = (1..=QUEUES_MAX).contains(&self.num_queues);
@@ -42,7 +42,7 @@ impl BlockOptions {
     }
 
     /// The block sizes and the suggested I/O sizes, from the options or else from the disk.
-    fn check_sizes(&self, limits: &Limits) -> Result<BlockSizes, BlockError> {
+    fn check_sizes(&self, limits: &BlockLimits) -> Result<BlockSizes, BlockError> {
         let logical = self.logical_block_size.unwrap_or(limits.logical_block_size);
         let fits = logical.is_power_of_two()
             && (blk::SECTOR_SIZE as u32..=LOGICAL_BLOCK_MAX).contains(&logical);
@@ -131,7 +131,7 @@ mod tests {
 
     #[test]
     fn a_logical_block_is_not_finer_than_the_host_can_address() {
-        let limits = Limits { logical_block_size: 4096, ..TestDisk::LIMITS };
+        let limits = BlockLimits { logical_block_size: 4096, ..TestDisk::LIMITS };
         let mut options = BlockOptions::new("vda");
         assert_eq!(options.check(&limits).unwrap().logical, 4096);
         options.logical_block_size = Some(512);

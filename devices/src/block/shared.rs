@@ -32,7 +32,7 @@ pub(super) struct Shared {
     pub(super) counters: Vec<Arc<Counters>>,
     pub(super) request_types: Vec<Box<dyn RequestTypes>>,
     pub(super) host_errors: Box<dyn HostErrors>,
-    pub(super) limits: LogLimits,
+    pub(super) log_limits: LogLimits,
 }
 
 /// One limit for each message that a guest can provoke, so that none hides another.
@@ -89,7 +89,7 @@ impl Shared {
 
     /// Logs that an eventfd or a timer of ours failed.
     pub(super) fn report_own_error(&self, what: &str, error: &std::io::Error) {
-        if let Some(suppressed) = self.limits.own_error.admit() {
+        if let Some(suppressed) = self.log_limits.own_error.admit() {
             let disk = &self.options.name;
             tracing::error!(disk, %error, suppressed, "cannot {what}");
         }
@@ -99,12 +99,12 @@ impl Shared {
         let disk = &self.options.name;
         match refusal {
             Refusal::Status { kind, code, .. } => {
-                if let Some(suppressed) = self.limits.bad_request.admit() {
+                if let Some(suppressed) = self.log_limits.bad_request.admit() {
                     tracing::debug!(disk, ?kind, code, suppressed, "the guest sent a bad request");
                 }
             }
             Refusal::Unanswerable => {
-                if let Some(suppressed) = self.limits.no_status.admit() {
+                if let Some(suppressed) = self.log_limits.no_status.admit() {
                     tracing::warn!(disk, suppressed, "a request has no writable status byte");
                 }
             }
@@ -112,7 +112,7 @@ impl Shared {
     }
 
     pub(super) fn report_broken_queue(&self, queue: u16, error: QueueError) {
-        if let Some(suppressed) = self.limits.broken_ring.admit() {
+        if let Some(suppressed) = self.log_limits.broken_ring.admit() {
             let disk = &self.options.name;
             tracing::warn!(disk, queue, %error, suppressed, "the guest broke a ring; the disk needs a reset");
         }

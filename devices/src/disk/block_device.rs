@@ -12,14 +12,14 @@ use std::str::FromStr;
 use rustix::ioctl::{Getter, Opcode, ioctl};
 
 use super::host_file::HostFile;
-use super::{Lifetime, Limits};
+use super::{BlockLimits, Lifetime};
 
 const BLKIOMIN: Opcode = 0x1278;
 const BLKIOOPT: Opcode = 0x1279;
 const BLKALIGNOFF: Opcode = 0x127a;
 
 /// The sizes that a disk should announce whose bytes are the device's. `discard`: the guest's discards reach the device.
-pub(super) fn limits(device: &HostFile, discard: bool) -> io::Result<Limits> {
+pub(super) fn limits(device: &HostFile, discard: bool) -> io::Result<BlockLimits> {
     let file = &device.file;
     // SAFETY: all three store one 32-bit integer.
     let (min_io_size, opt_io_size, offset) = unsafe {
@@ -35,7 +35,7 @@ pub(super) fn limits(device: &HostFile, discard: bool) -> io::Result<Limits> {
     // A misaligned range is refused with EINVAL, but only after the kernel has checked that the device can erase and is
     // open for writing: this asks without erasing anything.
     let erases = device.secure_erase(1, 1);
-    Ok(Limits {
+    Ok(BlockLimits {
         logical_block_size,
         physical_block_size: rustix::fs::ioctl_blkpbszget(file)?,
         // Linux says -1 where the devices below are misaligned to each other.

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use super::host_file::{FileKind, HostFile};
 use super::lock::{self, LockError};
-use super::{FileError, Limits, OpenOptions, OpenReason, SECTOR, direct};
+use super::{BlockLimits, FileError, OpenOptions, OpenReason, SECTOR, direct};
 
 /// Opens `path` with the cache mode and locking of `options`.
 pub(super) fn open(
@@ -91,7 +91,7 @@ pub(super) fn check_tail(file: &HostFile, length: u64) -> Result<(), OpenReason>
 
 impl HostFile {
     /// The sizes that a disk should announce whose bytes are the file's. `discard`: the guest's discards reach the file.
-    pub(super) fn limits(&self, discard: bool) -> Limits {
+    pub(super) fn limits(&self, discard: bool) -> BlockLimits {
         let unit = rustix::fs::fstatvfs(&self.file).map_or(4096, |status| status.f_frsize);
         let unit = match unit.clamp(SECTOR, 4096) as u32 {
             unit if unit.is_power_of_two() => unit,
@@ -99,7 +99,7 @@ impl HostFile {
         };
         // Direct I/O below its unit is read-modify-write: 512 bytes work, but the guest had better align.
         let physical_block_size = self.unit().max(unit);
-        Limits {
+        BlockLimits {
             logical_block_size: SECTOR as u32,
             physical_block_size,
             alignment_offset: 0,

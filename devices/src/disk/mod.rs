@@ -140,7 +140,7 @@ pub struct BackingImage {
 
 /// Sizes that the disk announces to the guest, in bytes. They come from statx(2), statvfs(3) and the BLK* ioctls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub struct BlockLimits {
     /// The smallest unit that the host can write, so that minivmm need not read, modify and write back: 512 for regular files.
     pub logical_block_size: u32,
     /// The unit in which the medium writes. Smaller writes are correct, but slower.
@@ -174,7 +174,7 @@ pub struct DiskInfo {
     /// Writes, discards and zeroes are refused.
     pub read_only: bool,
     /// What the host's file or device prefers.
-    pub limits: Limits,
+    pub block_limits: BlockLimits,
     /// How worn the medium was when the image was opened, if the host knows.
     pub lifetime: Option<Lifetime>,
     /// Engines take SCSI commands: the image is a SCSI disk of the host, and `scsi=on` allows the guest to send them.

@@ -77,17 +77,17 @@ fn open_raw(
 /// The raw image in `file`.
 pub(super) fn raw_image(file: HostFile, options: &OpenOptions) -> io::Result<(Backend, DiskInfo)> {
     let discard = options.discard == DiscardMode::Unmap;
-    let (limits, lifetime) = match file.kind {
+    let (block_limits, lifetime) = match file.kind {
         FileKind::Regular => (file.limits(discard), None),
         FileKind::BlockDevice => {
             (block_device::limits(&file, discard)?, block_device::lifetime(&file))
         }
     };
     let direct = file.direct.map(|alignment| Arc::new(Direct::new(alignment)));
-    let takes = direct.clone().map(|direct| direct as Arc<dyn DirectIo>);
-    let backend = Backend::Raw(RawImage::new(file, takes)?, Blocking::new(limits, direct, discard));
+    let raw = RawImage::new(file, direct.clone().map(|direct| direct as Arc<dyn DirectIo>))?;
+    let backend = Backend::Raw(raw, Blocking::new(block_limits, direct, discard));
     let OpenOptions { read_only, scsi, .. } = *options;
-    Ok((backend, DiskInfo { read_only, limits, lifetime, scsi, backing_images: Vec::new() }))
+    Ok((backend, DiskInfo { read_only, block_limits, lifetime, scsi, backing_images: Vec::new() }))
 }
 
 impl Disk for OpenedDisk {

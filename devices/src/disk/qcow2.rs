@@ -46,7 +46,7 @@ use super::image_file::check_length;
 use super::job::Job;
 use super::observer::Observer;
 use super::{
-    Corruption, DiscardMode, DiskError, DiskInfo, Limits, OpenError, OpenOptions, OpenReason,
+    BlockLimits, Corruption, DiscardMode, DiskError, DiskInfo, OpenError, OpenOptions, OpenReason,
     Operation, SECTOR,
 };
 use crate::lock;
@@ -96,7 +96,7 @@ impl Qcow2Image {
         let discard = options.discard == DiscardMode::Unmap;
         // In version 2 a discarded cluster would show what is below it.
         let discards = discard && (header.version >= 3 || backing == 0);
-        let limits = Limits {
+        let block_limits = BlockLimits {
             logical_block_size: SECTOR as u32,
             physical_block_size: 4096,
             alignment_offset: 0,
@@ -118,7 +118,7 @@ impl Qcow2Image {
         };
         let read_only = options.read_only;
         let (lifetime, scsi, backing_images) = (None, false, below);
-        Ok((image, DiskInfo { read_only, limits, lifetime, scsi, backing_images }))
+        Ok((image, DiskInfo { read_only, block_limits, lifetime, scsi, backing_images }))
     }
 
     fn shared(&self) -> RwLockReadGuard<'_, Layer> {

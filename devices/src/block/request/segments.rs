@@ -43,7 +43,7 @@ impl RequestTypes for Segments {
         if disk.info().read_only {
             return;
         }
-        let limits = disk.info().limits;
+        let limits = disk.info().block_limits;
         *features |= blk::F_WRITE_ZEROES;
         config.max_write_zeroes_sectors = MAX_SEGMENT_SECTORS;
         config.max_write_zeroes_seg = MAX_SEGMENTS;

@@ -10,8 +10,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::GuestMemory;
 use crate::disk::{
-    Completion, DeviceCommand, Disk, DiskError, DiskInfo, Engine, EngineSetup, GuestRange, Limits,
-    Operation, ScsiCommand, ScsiDirection, ScsiReply, Transfer,
+    BlockLimits, Completion, DeviceCommand, Disk, DiskError, DiskInfo, Engine, EngineSetup,
+    GuestRange, Operation, ScsiCommand, ScsiDirection, ScsiReply, Transfer,
 };
 
 /// A transfer as the engine got it.
@@ -67,7 +67,7 @@ pub(in crate::block) struct TestDisk {
 }
 
 impl TestDisk {
-    pub(in crate::block) const LIMITS: Limits = Limits {
+    pub(in crate::block) const LIMITS: BlockLimits = BlockLimits {
         logical_block_size: 512,
         physical_block_size: 4096,
         alignment_offset: 0,
@@ -90,7 +90,7 @@ impl TestDisk {
             capacity: AtomicU64::new(sectors * 512),
             info: DiskInfo {
                 read_only: false,
-                limits: Self::LIMITS,
+                block_limits: Self::LIMITS,
                 lifetime: None,
                 scsi: false,
                 backing_images: Vec::new(),

@@ -120,7 +120,7 @@ impl DeviceReset {
             let Some(completion) = done.pop() else { return false };
             dispatcher.flushing = false;
             if let Err(error) = completion.result
-                && let Some(suppressed) = worker.shared.limits.last_flush.admit()
+                && let Some(suppressed) = worker.shared.log_limits.last_flush.admit()
             {
                 let disk = &worker.shared.options.name;
                 tracing::error!(disk, %error, suppressed, "the disk's last flush failed");

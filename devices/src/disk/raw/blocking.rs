@@ -14,7 +14,7 @@ use crate::disk::direct::Direct;
 use crate::disk::host_file::{FileKind, HostFile};
 use crate::disk::job::Job;
 use crate::disk::observer::FileChange;
-use crate::disk::{DiskError, Limits, Operation, SECTOR};
+use crate::disk::{BlockLimits, DiskError, Operation, SECTOR};
 
 /// What these operations have learned about the image's host.
 pub(in crate::disk) struct Blocking {
@@ -27,7 +27,11 @@ pub(in crate::disk) struct Blocking {
 impl Blocking {
     /// For an image with these `limits`. `direct`: the requirements of direct I/O, if the file was opened for it. `discard`: the guest's discards reach
     /// the file.
-    pub(in crate::disk) fn new(limits: Limits, direct: Option<Arc<Direct>>, discard: bool) -> Self {
+    pub(in crate::disk) fn new(
+        limits: BlockLimits,
+        direct: Option<Arc<Direct>>,
+        discard: bool,
+    ) -> Self {
         let ranges = Ranges::new(discard, limits);
         Self { direct, ranges, no_durable_writes: AtomicBool::new(false) }
     }

@@ -13,7 +13,7 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Setter, ioctl};
 
-use crate::disk::Limits;
+use crate::disk::BlockLimits;
 use crate::disk::bounce::Bounce;
 use crate::disk::error::is_refusal;
 use crate::disk::host_file::{FileKind, HostFile};
@@ -27,13 +27,13 @@ const BLKSECDISCARD: Opcode = 0x127d;
 pub(super) struct Ranges {
     /// The guest's discards reach the file.
     discard: bool,
-    limits: Limits,
+    limits: BlockLimits,
     /// The file system cannot zero a range that stays allocated, so zeroes are written.
     no_zero_range: AtomicBool,
 }
 
 impl Ranges {
-    pub(super) fn new(discard: bool, limits: Limits) -> Self {
+    pub(super) fn new(discard: bool, limits: BlockLimits) -> Self {
         Self { discard, limits, no_zero_range: AtomicBool::new(false) }
     }
 

@@ -50,7 +50,7 @@ fn a_block_device_is_a_disk() {
         let Some(device) = Loop::new(file.path(), sector) else { return };
         for (name, disk) in every_way(&device.0, DetectZeroes::Unmap) {
             eprintln!("{name}");
-            let limits = disk.info().limits;
+            let limits = disk.info().block_limits;
             assert_eq!((disk.capacity(), limits.logical_block_size), (SIZE, sector));
             assert!(limits.discard_granularity >= sector && limits.physical_block_size >= sector);
             // Below the device's own sectors the guest's are read, modified and written.

@@ -43,7 +43,7 @@ fn discard_gives_blocks_back_and_zeroes_keep_them() {
         for (name, disk) in every_way(&full_image(directory.path()), DetectZeroes::Off) {
             let path = full_image(directory.path());
             let mut rig = Rig::new(disk);
-            assert!(rig.disk.info().limits.discard_granularity > 0, "{name}");
+            assert!(rig.disk.info().block_limits.discard_granularity > 0, "{name}");
             let full = allocated(&path);
             rig.ok(Request::bare(
                 Operation::WriteZeroes { unmap: false, durable: false },
@@ -80,7 +80,7 @@ fn discard_ignore_changes_nothing() {
         let options = OpenOptions { discard: DiscardMode::Ignore, ..OpenOptions::new(&path) };
         let mut rig = Rig::new(open(&options).unwrap());
         let full = allocated(&path);
-        assert_eq!(rig.disk.info().limits.discard_granularity, 0);
+        assert_eq!(rig.disk.info().block_limits.discard_granularity, 0);
         rig.ok(Request::bare(Operation::Discard, 0, SIZE));
         assert!(std::fs::read(&path).unwrap().iter().all(|byte| *byte == 0x5a));
         rig.ok(Request::bare(Operation::WriteZeroes { unmap: true, durable: false }, 0, SIZE));
