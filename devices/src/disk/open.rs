@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::bounce::Bounce;
 use super::direct::Direct;
-use super::engine::{QueueEngine, threads, uring};
+use super::engine::{WorkerEngine, threads, uring};
 use super::host_file::{FileKind, HostFile};
 use super::job::Job;
 use super::observer::Observer;
@@ -138,7 +138,7 @@ impl Disk for OpenedDisk {
         let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         let ring = if self.uses_ring { uring::make(&self, depth, &event)? } else { None };
         let pool = threads::make(&self, depth, &setup, ring.is_some(), &event)?;
-        Ok(Box::new(QueueEngine::new(self, setup.memory, depth, event, ring, pool)))
+        Ok(Box::new(WorkerEngine::new(self, setup.memory, depth, event, ring, pool)))
     }
 }
 

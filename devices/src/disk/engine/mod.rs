@@ -33,7 +33,7 @@ mod route;
 pub(super) mod threads;
 pub(super) mod uring;
 
-pub(super) struct QueueEngine {
+pub(super) struct WorkerEngine {
     disk: Arc<OpenedDisk>,
     options: RouteOptions,
     /// Jobs that are not in use. They keep the allocations of their buffer lists, so that a busy queue allocates nothing.
@@ -53,7 +53,7 @@ pub(super) struct QueueEngine {
     memory: GuestMemory,
 }
 
-impl QueueEngine {
+impl WorkerEngine {
     /// An engine for at most `depth` transfers at a time. `ring` and `pool` write to `event`.
     pub(super) fn new(
         disk: Arc<OpenedDisk>,
@@ -173,7 +173,7 @@ impl QueueEngine {
     }
 }
 
-impl Engine for QueueEngine {
+impl Engine for WorkerEngine {
     fn submit(&mut self, transfer: Transfer<'_>) {
         waypoint!();
         let mut job = self.spare.pop().unwrap_or_default();
@@ -248,7 +248,7 @@ impl Engine for QueueEngine {
     }
 }
 
-impl Drop for QueueEngine {
+impl Drop for WorkerEngine {
     fn drop(&mut self) {
         self.drain(&mut Vec::new());
     }
