@@ -25,9 +25,9 @@ use crate::clock::Instant;
 const SHORTEST: Duration = Duration::from_micros(50);
 /// The longest window is at least this long, if the operator permits it: as long as KVM by default polls for a vCPU's interrupt
 /// (`halt_poll_ns`).
-const LONGEST: Duration = Duration::from_micros(200);
+const MIN_OF_LONGEST: Duration = Duration::from_micros(200);
 /// The longest window takes as long as this many interrupts. On bare metal an interrupt costs 1 to 2 us, so 100 of them take
-/// no longer than `LONGEST`.
+/// no longer than `MIN_OF_LONGEST`.
 const LONGEST_IN_INTERRUPTS: u32 = 100;
 /// An interrupt is delayed by at most the longest window divided by this.
 const MAX_DELAY_DIVISOR: u32 = 4;
@@ -60,7 +60,7 @@ pub(super) struct BusyPolling {
 impl BusyPolling {
     /// `permitted`: the longest window, whatever interrupts cost.
     pub(super) fn new(permitted: Duration) -> Self {
-        let gap = permitted.min(LONGEST).as_nanos() as u64;
+        let gap = permitted.min(MIN_OF_LONGEST).as_nanos() as u64;
         let (longest_gap, usual_gap, idle_since) = (gap, gap, Instant::now());
         let (interrupt_cost, credit, polls) = (Duration::ZERO, Duration::ZERO, false);
         Self { permitted, interrupt_cost, credit, polls, longest_gap, usual_gap, idle_since }
@@ -68,7 +68,7 @@ impl BusyPolling {
 
     /// The longest window. It has to be longer than what a driver does between a completion and its next request.
     fn longest(&self) -> Duration {
-        (self.interrupt_cost * LONGEST_IN_INTERRUPTS).max(LONGEST).min(self.permitted)
+        (self.interrupt_cost * LONGEST_IN_INTERRUPTS).max(MIN_OF_LONGEST).min(self.permitted)
     }
 
     /// The longest that an interrupt may be held back.
@@ -133,9 +133,11 @@ mod tests {
     #[test]
     fn the_longest_window_follows_what_interrupts_cost() {
         let mut polling = BusyPolling::new(LONGEST);
-        assert_eq!(polling.longest(), super::LONGEST);
+        assert_eq!(polling.longest(), super::MIN_OF_LONGEST);
         // A fast machine, a slower one, and one that the operator's limit does not cover.
-        for (microseconds, window) in [(1, super::LONGEST), (4, LONGEST * 2 / 5), (40, LONGEST)] {
+        for (microseconds, window) in
+            [(1, super::MIN_OF_LONGEST), (4, LONGEST * 2 / 5), (40, LONGEST)]
+        {
             polling = BusyPolling::new(LONGEST);
             polling.interrupted(Duration::from_micros(microseconds));
             assert_eq!(polling.longest(), window);
