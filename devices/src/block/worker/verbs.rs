@@ -151,7 +151,7 @@ impl Worker {
             }
             for queue in self.queues.iter_mut() {
                 // Cannot fail: the transport has checked where the ring lies. If it does fail, `publish` interrupts all the same.
-                let _ = queue.split.show(&self.memory);
+                let _ = queue.split.store_used_index(&self.memory);
             }
             self.submit_pieces();
             // Submits the rest of the batch, and the requests that begin again alone after their group failed.

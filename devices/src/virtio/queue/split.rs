@@ -243,9 +243,9 @@ impl SplitQueue {
         self.coalescer.take()
     }
 
-    /// Stores the used index, so that a driver that polls sees the completions so far. The next `publish` decides whether to
+    /// Stores the used index and no more, so that a driver that polls sees the completions so far. The next `publish` decides whether to
     /// interrupt for them.
-    pub fn show(&mut self, memory: &GuestMemory) -> Option<()> {
+    pub fn store_used_index(&mut self, memory: &GuestMemory) -> Option<()> {
         let new = self.queue.next_used();
         if self.shown != new {
             let index = GuestAddress(self.queue.used_ring() + ring::IDX);
@@ -264,7 +264,7 @@ impl SplitQueue {
             return;
         }
         self.published = new;
-        let stored = self.show(memory);
+        let stored = self.store_used_index(memory);
         // The index must be visible before the driver's request is read. Otherwise the driver could ask for an interrupt
         // and look at the old index after the device has read the request: then no interrupt would come.
         fence(Ordering::SeqCst);
