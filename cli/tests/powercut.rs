@@ -49,7 +49,7 @@ impl Database {
         self.engine.submit(Transfer { tag: 0, operation, offset, length, ranges });
         self.engine.commit();
         let mut done = Vec::new();
-        self.engine.drain(&mut done);
+        self.engine.wait_for_all(&mut done);
         assert!(done.len() == 1 && done[0].result.is_ok(), "{done:?}");
     }
 }

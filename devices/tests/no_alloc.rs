@@ -56,7 +56,7 @@ fn rounds(engine: &mut dyn Engine, done: &mut Vec<Completion>, operation: Operat
             });
         }
         engine.commit();
-        engine.drain(done);
+        engine.wait_for_all(done);
         assert_eq!(done.len(), DEPTH as usize);
         for completion in done.drain(..) {
             completion.result.unwrap();

@@ -106,8 +106,8 @@ impl Engine for CountedEngine {
         self.engine.completion_fd()
     }
 
-    fn drain(&mut self, done: &mut Vec<Completion>) {
-        self.engine.drain(done);
+    fn wait_for_all(&mut self, done: &mut Vec<Completion>) {
+        self.engine.wait_for_all(done);
     }
 }
 

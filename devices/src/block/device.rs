@@ -127,7 +127,7 @@ pub(super) fn place(workers: &[WorkerThread], index: u16) -> (&WorkerThread, usi
 }
 
 /// Sends `command` to each of `workers`, with its party in the drain that is returned. A command may take as long as the host does.
-fn drain(
+fn send_with_party(
     workers: &[WorkerThread],
     command: impl Fn(&mut Loop, Party, &mut EventOps<'_>) + Copy + Send + 'static,
 ) -> Drain {
@@ -187,7 +187,7 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn reset(&mut self) -> Drain {
-        let drain = drain(&self.handle.workers, Loop::reset);
+        let drain = send_with_party(&self.handle.workers, Loop::reset);
         *lock(&self.handle.negotiated) = None;
         // For the next driver the cache is as configured, whatever this driver has set.
         self.handle.shared.set_writeback(None);
@@ -208,7 +208,7 @@ impl VirtioDevice for BlockDevice {
         let reset = move |thread: &mut Loop, party, ops: &mut EventOps<'_>| {
             thread.reset_queue(position, party, ops);
         };
-        drain(std::slice::from_ref(worker), reset)
+        send_with_party(std::slice::from_ref(worker), reset)
     }
 
     fn start_queue(&mut self, queue: ActiveQueue) -> io::Result<()> {
@@ -270,7 +270,7 @@ impl BlockHandle {
     /// This is no method of [`VirtioDevice`], because the caller would need the transport's lock. A vCPU holds that lock while it starts
     /// or configures the disk, and the main thread must not wait for the vCPU.
     pub fn pause(&self) -> Drain {
-        drain(&self.workers, |thread, party, _| thread.pause(party))
+        send_with_party(&self.workers, |thread, party, _| thread.pause(party))
     }
 
     /// Ends a pause, and clears the I/O status. Each worker begins its stopped requests again, in order, and then serves its

@@ -57,7 +57,7 @@ pub(super) trait EngineLayer: Send {
     }
 
     /// Appends what it holds back: the engine inside has nothing in flight.
-    fn drain(&mut self, _done: &mut Vec<Completion>) {}
+    fn wait_for_all(&mut self, _done: &mut Vec<Completion>) {}
 }
 
 /// `disk` with a layer around it.
@@ -145,10 +145,10 @@ impl<L: EngineLayer> Engine for LayeredEngine<L> {
         self.layer.completion_fd(self.engine.completion_fd())
     }
 
-    fn drain(&mut self, done: &mut Vec<Completion>) {
+    fn wait_for_all(&mut self, done: &mut Vec<Completion>) {
         let first = done.len();
-        self.engine.drain(done);
+        self.engine.wait_for_all(done);
         self.layer.complete(done, first);
-        self.layer.drain(done);
+        self.layer.wait_for_all(done);
     }
 }

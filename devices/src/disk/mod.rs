@@ -298,5 +298,5 @@ pub trait Engine: Send {
     fn completion_fd(&self) -> Option<RawFd>;
 
     /// Waits until everything in flight is finished and appends it to `done`.
-    fn drain(&mut self, done: &mut Vec<Completion>);
+    fn wait_for_all(&mut self, done: &mut Vec<Completion>);
 }

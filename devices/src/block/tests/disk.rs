@@ -371,7 +371,7 @@ impl Engine for TestEngine {
         Some(self.disk.completion.as_raw_fd())
     }
 
-    fn drain(&mut self, done: &mut Vec<Completion>) {
+    fn wait_for_all(&mut self, done: &mut Vec<Completion>) {
         let mut state = self.disk.state();
         let mine = |held: &Seen| held.engine == self.number;
         while let Some(position) = state.held.iter().position(mine) {

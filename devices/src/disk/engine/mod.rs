@@ -231,7 +231,7 @@ impl Engine for WorkerEngine {
         Some(self.event.as_raw_fd())
     }
 
-    fn drain(&mut self, done: &mut Vec<Completion>) {
+    fn wait_for_all(&mut self, done: &mut Vec<Completion>) {
         self.commit();
         self.reap(done);
         loop {
@@ -250,6 +250,6 @@ impl Engine for WorkerEngine {
 
 impl Drop for WorkerEngine {
     fn drop(&mut self) {
-        self.drain(&mut Vec::new());
+        self.wait_for_all(&mut Vec::new());
     }
 }

@@ -175,7 +175,7 @@ impl EngineLayer for FaultyEngine {
         Some(self.alarm.as_raw_fd())
     }
 
-    fn drain(&mut self, done: &mut Vec<Completion>) {
+    fn wait_for_all(&mut self, done: &mut Vec<Completion>) {
         done.extend(self.held.drain(..).map(|(_, completion)| completion));
     }
 }

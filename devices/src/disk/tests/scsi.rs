@@ -89,7 +89,7 @@ fn command(
     rig.engine.submit_scsi(0, command.clone(), data);
     rig.engine.commit();
     let mut done = Vec::new();
-    rig.engine.drain(&mut done);
+    rig.engine.wait_for_all(&mut done);
     done.pop().unwrap().result.map(|()| *command.reply().unwrap())
 }
 
