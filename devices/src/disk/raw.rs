@@ -1,6 +1,6 @@
 //! A raw image: a host file or block device whose bytes are the disk's.
 //!
-//! The engine asks where the data of a job is ([`Medium`]), and its `route` decides by that who executes the job. If the job needs
+//! The engine asks where the data of a job is ([`DataPlace`]), and its `route` decides by that who executes the job. If the job needs
 //! no waiting thread, the engine executes it with the file. For all others the pool's threads call `blocking`. `open` plugs in
 //! `blocking`, and the requirements of direct I/O ([`DirectIo`]).
 
@@ -19,7 +19,7 @@ mod ranges;
 /// Where the data of a job is on the host: this decides what the job may have to wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub(super) enum Medium {
+pub(super) enum DataPlace {
     /// In memory, because the file is in memory (tmpfs): no job waits for a device.
     Memory,
     /// In the page cache. A write is a copy. A read is one if the data is cached.
@@ -66,11 +66,11 @@ impl RawImage {
         &self.file
     }
 
-    pub(super) fn medium(&self, job: &Job) -> Medium {
+    pub(super) fn data_place(&self, job: &Job) -> DataPlace {
         match &self.direct {
-            Some(direct) => Medium::Direct { aligned: direct.is_aligned(job) },
-            None if self.in_memory => Medium::Memory,
-            None => Medium::PageCache,
+            Some(direct) => DataPlace::Direct { aligned: direct.is_aligned(job) },
+            None if self.in_memory => DataPlace::Memory,
+            None => DataPlace::PageCache,
         }
     }
 

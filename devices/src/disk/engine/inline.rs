@@ -18,7 +18,7 @@ use super::executor::Outcome;
 use super::route::RouteOptions;
 use crate::disk::error::is_refusal;
 use crate::disk::job::Job;
-use crate::disk::raw::{Medium, RawImage};
+use crate::disk::raw::{DataPlace, RawImage};
 use crate::disk::{DiskError, Operation};
 
 /// A buffered write that takes longer than this is a stall: the host made the writer wait until the device had caught up.
@@ -31,12 +31,12 @@ const BACKOFF_WRITES: u32 = 64;
 #[inline(always)]
 pub(super) fn attempt(
     raw: &RawImage,
-    medium: Medium,
+    place: DataPlace,
     job: &Job,
     options: &mut RouteOptions,
 ) -> Outcome {
     waypoint!();
-    let cached = medium == Medium::PageCache;
+    let cached = place == DataPlace::PageCache;
     let result = match job.operation {
         Operation::Flush => raw.file().flush().map(|()| 0),
         Operation::Read => {

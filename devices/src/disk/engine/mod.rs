@@ -21,7 +21,7 @@ use self::executor::{Executor, Outcome};
 use self::route::{Route, RouteOptions, route};
 use super::job::Job;
 use super::opened::OpenedDisk;
-use super::raw::Medium;
+use super::raw::DataPlace;
 use super::{
     Completion, DeviceCommand, DiskError, Engine, GuestRange, Operation, SECTOR, Transfer,
 };
@@ -116,12 +116,12 @@ impl WorkerEngine {
     fn start(&mut self, mut job: Box<Job>) {
         loop {
             let raw = self.disk.raw();
-            let medium = raw.map_or(Medium::Translated, |raw| raw.medium(&job));
-            let route = route(job.operation, job.length, medium, self.options);
+            let place = raw.map_or(DataPlace::Translated, |raw| raw.data_place(&job));
+            let route = route(job.operation, job.length, place, self.options);
             match (route, raw, &mut self.ring) {
                 (Route::Done, ..) => return self.finish(job, Ok(())),
                 (Route::Inline, Some(raw), _) => {
-                    let outcome = inline::attempt(raw, medium, &job, &mut self.options);
+                    let outcome = inline::attempt(raw, place, &job, &mut self.options);
                     let Some(rest) = self.handle_outcome(job, outcome) else { return };
                     job = rest;
                     continue;

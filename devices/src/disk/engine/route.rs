@@ -2,7 +2,7 @@
 //! one.
 
 use crate::disk::Operation;
-use crate::disk::raw::Medium;
+use crate::disk::raw::DataPlace;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Route {
@@ -34,25 +34,25 @@ pub(super) struct RouteOptions {
 pub(super) fn route(
     operation: Operation,
     length: u64,
-    medium: Medium,
+    place: DataPlace,
     options: RouteOptions,
 ) -> Route {
     use Operation::{Flush, Read, Write};
     waypoint!();
-    match (operation, medium) {
+    match (operation, place) {
         (Flush, _) if !options.flushes => Route::Done,
         _ if length == 0 && operation != Flush => Route::Done,
-        (Read | Write { .. } | Flush, Medium::Memory) => Route::Inline,
-        (Read | Write { .. }, Medium::Direct { aligned: true })
-        | (Flush, Medium::Direct { .. } | Medium::PageCache)
-        | (Read, Medium::PageCache)
+        (Read | Write { .. } | Flush, DataPlace::Memory) => Route::Inline,
+        (Read | Write { .. }, DataPlace::Direct { aligned: true })
+        | (Flush, DataPlace::Direct { .. } | DataPlace::PageCache)
+        | (Read, DataPlace::PageCache)
             if options.ring =>
         {
             Route::Ring
         }
-        (Read, Medium::PageCache) if options.reads_inline => Route::Inline,
+        (Read, DataPlace::PageCache) if options.reads_inline => Route::Inline,
         // io_uring would give buffered writes to kernel threads, one at a time for each file.
-        (Write { durable: false }, Medium::PageCache) if options.backoff == 0 => Route::Inline,
+        (Write { durable: false }, DataPlace::PageCache) if options.backoff == 0 => Route::Inline,
         _ => Route::Pool,
     }
 }
@@ -96,18 +96,18 @@ mod tests {
     #[test]
     fn the_decision_tables_show_what_route_decides() {
         let media = [
-            Medium::Memory,
-            Medium::PageCache,
-            Medium::Direct { aligned: true },
-            Medium::Direct { aligned: false },
-            Medium::Translated,
+            DataPlace::Memory,
+            DataPlace::PageCache,
+            DataPlace::Direct { aligned: true },
+            DataPlace::Direct { aligned: false },
+            DataPlace::Translated,
         ];
         let learned = [(true, true), (true, false), (false, true), (false, false)];
         for (heading, ring) in [("### With io_uring", true), ("### Without io_uring", false)] {
             let mut rows = 0;
             for row in table(heading) {
                 rows += 1;
-                for (medium, cell) in media.into_iter().zip(&row[1..]) {
+                for (place, cell) in media.into_iter().zip(&row[1..]) {
                     let shown: BTreeSet<&str> = cell
                         .split(|c: char| !c.is_alphanumeric() && c != '_')
                         .filter(|word| ["done", "inline", "io_uring", "pool"].contains(word))
@@ -121,17 +121,17 @@ mod tests {
                                 backoff: u32::from(!writes_inline),
                                 flushes: !ignored,
                             };
-                            decided.insert(match route(operation, 512, medium, options) {
+                            decided.insert(match route(operation, 512, place, options) {
                                 Route::Done => "done",
                                 Route::Inline => "inline",
                                 Route::Ring => "io_uring",
                                 Route::Pool => "pool",
                             });
-                            let empty = route(operation, 0, medium, options);
+                            let empty = route(operation, 0, place, options);
                             assert!(operation == Operation::Flush || empty == Route::Done);
                         }
                     }
-                    assert_eq!(decided, shown, "{heading}, {}, {medium:?}", row[0]);
+                    assert_eq!(decided, shown, "{heading}, {}, {place:?}", row[0]);
                 }
             }
             assert_eq!(rows, 6, "{heading}");
