@@ -95,7 +95,7 @@ mod tests {
 
     #[test]
     fn the_decision_tables_show_what_route_decides() {
-        let media = [
+        let places = [
             DataPlace::Memory,
             DataPlace::PageCache,
             DataPlace::Direct { aligned: true },
@@ -107,7 +107,7 @@ mod tests {
             let mut rows = 0;
             for row in table(heading) {
                 rows += 1;
-                for (place, cell) in media.into_iter().zip(&row[1..]) {
+                for (place, cell) in places.into_iter().zip(&row[1..]) {
                     let shown: BTreeSet<&str> = cell
                         .split(|c: char| !c.is_alphanumeric() && c != '_')
                         .filter(|word| ["done", "inline", "io_uring", "pool"].contains(word))
