@@ -21,7 +21,7 @@ use super::request::RequestTypes;
 use super::request::identity::Identity;
 use super::request::segments::Segments;
 use super::scsi::ScsiCommands;
-use super::shared::{LogLimits, NO_THRESHOLD, Shared};
+use super::shared::{DiskShared, LogLimits, NO_THRESHOLD};
 use super::stats::IoStatus;
 use super::throttle_group::Throttle;
 use super::throttle_queue::ThrottleQueue;
@@ -90,11 +90,11 @@ pub(super) fn share(
     disk: Arc<dyn Disk>,
     events: EventSink,
     workers: usize,
-) -> Result<Arc<Shared>, BlockError> {
+) -> Result<Arc<DiskShared>, BlockError> {
     let sizes = options.check(&disk.info().block_limits)?;
     let request_types = request_types(&options, &*disk);
     let geometry = Box::new(geometry::rule(options.geometry, &*disk));
-    Ok(Arc::new(Shared {
+    Ok(Arc::new(DiskShared {
         config_space: ConfigSpace::new(&options, &sizes, &*disk, geometry, &request_types),
         writeback: AtomicBool::new(options.write_cache),
         write_threshold: AtomicU64::new(NO_THRESHOLD),
@@ -238,7 +238,7 @@ impl Drop for BlockDevice {
 /// that save and restore the queues.
 #[derive(Clone)]
 pub struct BlockHandle {
-    pub(super) shared: Arc<Shared>,
+    pub(super) shared: Arc<DiskShared>,
     pub(super) throttle: Arc<Throttle>,
     pub(super) workers: Arc<[WorkerThread]>,
     /// With the driver, from DRIVER_OK to the reset.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::device::BlockHandle;
 use super::histogram::Histogram;
-use super::shared::{NO_THRESHOLD, Shared};
+use super::shared::{DiskShared, NO_THRESHOLD};
 use super::stats::{Counters, KINDS, Kind, Latencies};
 use super::throttle::{Throttling, ThrottlingError};
 use crate::clock::Instant;
@@ -146,7 +146,7 @@ pub fn share_limits<'a>(disks: impl Iterator<Item = &'a BlockHandle> + Clone) {
     }
 }
 
-impl Shared {
+impl DiskShared {
     pub(super) fn stats(&self) -> BlockStats {
         let mut stats = BlockStats::default();
         self.counters.iter().for_each(|counters| counters.add_to(&mut stats));

@@ -20,7 +20,7 @@ use crate::virtio::spec::blk;
 pub(super) const NO_THRESHOLD: u64 = u64::MAX;
 
 /// What all threads of one disk share.
-pub(super) struct Shared {
+pub(super) struct DiskShared {
     pub(super) options: BlockOptions,
     pub(super) config_space: ConfigSpace,
     pub(super) disk: Arc<dyn Disk>,
@@ -45,7 +45,7 @@ pub(super) struct LogLimits {
     own_error: LogLimit,
 }
 
-impl Shared {
+impl DiskShared {
     /// How many requests of `positions` queues can be in flight.
     pub(super) fn depth(&self, positions: usize) -> u32 {
         u32::from(self.options.queue_size) * positions as u32

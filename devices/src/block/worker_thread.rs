@@ -24,7 +24,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::admission::Limiter;
 use super::events::BlockEvent;
 use super::options::BlockError;
-use super::shared::Shared;
+use super::shared::DiskShared;
 use super::worker::Worker;
 use crate::GuestMemory;
 use crate::clock::Instant;
@@ -48,7 +48,7 @@ pub(super) struct WorkerThread {
 impl WorkerThread {
     /// Starts thread `number` of the disk, with its engine. The thread will serve up to `positions` queues.
     pub(super) fn spawn(
-        shared: &Arc<Shared>,
+        shared: &Arc<DiskShared>,
         number: usize,
         positions: usize,
         memory: &GuestMemory,
@@ -143,7 +143,7 @@ const KICK: u32 = 3;
 
 /// The state of a worker thread. Its methods are called by commands, and by the event loop.
 pub(super) struct Loop {
-    shared: Arc<Shared>,
+    shared: Arc<DiskShared>,
     pub(super) worker: Worker,
     commands: Receiver<Command>,
     control: Arc<EventFd>,

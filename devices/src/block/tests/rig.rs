@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::disk::TestDisk;
 use super::driver::{Buffer, Driver, MEMORY, Sent};
 use crate::block::device::share;
-use crate::block::shared::Shared;
+use crate::block::shared::DiskShared;
 use crate::block::throttle_group::Throttle;
 use crate::block::throttle_queue::ThrottleQueue;
 use crate::block::worker::{Negotiated, Worker};
@@ -33,7 +33,7 @@ pub(super) struct Rig {
     pub(super) disk: Arc<TestDisk>,
     pub(super) driver: Driver,
     worker: Worker,
-    shared: Arc<Shared>,
+    shared: Arc<DiskShared>,
     throttle: Arc<Throttle>,
     events: Arc<Mutex<Vec<BlockEvent>>>,
     features: u64,
@@ -165,7 +165,7 @@ impl Rig {
         self.shared.stats()
     }
 
-    pub(super) fn shared(&self) -> &Shared {
+    pub(super) fn shared(&self) -> &DiskShared {
         &self.shared
     }
 

@@ -39,7 +39,7 @@ use super::busy_poll::BusyPolling;
 use super::dispatch::Dispatcher;
 use super::queue::{Queues, TakenChain, WorkerQueue};
 use super::request::Details;
-use super::shared::Shared;
+use super::shared::DiskShared;
 use super::stats::Counters;
 use crate::GuestMemory;
 use crate::clock::Instant;
@@ -72,9 +72,9 @@ enum State {
 pub(super) type Reset = Box<dyn FnMut(&mut Worker) -> bool + Send>;
 
 /// One thread's share of a device: its queues, its engine, and the requests between them. It has no lock, because only its
-/// thread uses it. What other threads read is in [`Shared`] and in the [`Counters`].
+/// thread uses it. What other threads read is in [`DiskShared`] and in the [`Counters`].
 pub(super) struct Worker {
-    shared: Arc<Shared>,
+    shared: Arc<DiskShared>,
     counters: Arc<Counters>,
     memory: GuestMemory,
     features: u64,
@@ -102,7 +102,7 @@ pub(super) struct Worker {
 impl Worker {
     /// Worker `number` of a disk. `positions`: how many queues it may get.
     pub(super) fn new(
-        shared: &Arc<Shared>,
+        shared: &Arc<DiskShared>,
         number: usize,
         positions: usize,
         memory: GuestMemory,
