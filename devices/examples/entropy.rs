@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 
 use devices::GuestMemory;
 use devices::clock::Instant;
-use devices::virtio::device::{Activation, ActiveQueue, RingPosition, VirtioDevice};
+use devices::virtio::device::{Activation, ActiveQueue, RingIndices, VirtioDevice};
 use devices::virtio::drain::Drain;
 use devices::virtio::interrupt::Interrupt;
 use devices::virtio::queue::{ChainBuffers, QueueError, SplitQueue};
@@ -136,10 +136,10 @@ impl VirtioDevice for Entropy {
         server.drain.clone()
     }
 
-    fn ring_positions(&self) -> Vec<RingPosition> {
+    fn ring_indices(&self) -> Vec<RingIndices> {
         let Some(server) = &self.server else { return Vec::new() };
         let (next_available, next_used) = server.queue.lock().unwrap().ring_indices();
-        vec![RingPosition { queue: 0, next_available, next_used }]
+        vec![RingIndices { queue: 0, next_available, next_used }]
     }
 }
 

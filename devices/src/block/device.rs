@@ -32,7 +32,7 @@ use crate::clock::Instant;
 use crate::disk::Disk;
 use crate::lock;
 use crate::spawn::DiskThreads;
-use crate::virtio::device::{Activation, ActiveQueue, RingPosition, VirtioDevice};
+use crate::virtio::device::{Activation, ActiveQueue, RingIndices, VirtioDevice};
 use crate::virtio::drain::{Drain, Party};
 use crate::virtio::spec::{self, blk, names};
 
@@ -194,13 +194,13 @@ impl VirtioDevice for BlockDevice {
         drain
     }
 
-    fn ring_positions(&self) -> Vec<RingPosition> {
-        let positions = self.handle.queues().into_iter().map(|queue| RingPosition {
+    fn ring_indices(&self) -> Vec<RingIndices> {
+        let indices = self.handle.queues().into_iter().map(|queue| RingIndices {
             queue: queue.queue,
             next_available: queue.next_avail,
             next_used: queue.next_used,
         });
-        positions.collect()
+        indices.collect()
     }
 
     fn reset_queue(&mut self, index: u16) -> Drain {

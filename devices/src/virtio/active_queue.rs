@@ -1,4 +1,4 @@
-//! A queue as the transport hands it to a device and gets it back, and the position in its rings, which a save needs.
+//! A queue as the transport hands it to a device and gets it back, and the indices into its rings, which a save needs.
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ pub struct ActiveQueue {
 
 /// How far a device has come in a queue's rings: free-running indices (virtio 1.2 §2.7.6, §2.7.8).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RingPosition {
+pub struct RingIndices {
     /// The queue's index in the device.
     pub queue: u16,
     /// The entry of the available ring that the device takes next.

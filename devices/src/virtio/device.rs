@@ -2,7 +2,7 @@
 
 use std::io;
 
-pub use super::active_queue::{ActiveQueue, RingPosition};
+pub use super::active_queue::{ActiveQueue, RingIndices};
 use super::drain::Drain;
 use super::interrupt::Interrupt;
 use crate::GuestMemory;
@@ -79,7 +79,7 @@ pub trait VirtioDevice: Send {
     /// As `start`.
     fn start_queue(&mut self, queue: ActiveQueue) -> io::Result<()>;
 
-    /// The position in each active queue, in index order. Called while the device is paused. A device whose `start` gets queues
-    /// with these positions goes on from there.
-    fn ring_positions(&self) -> Vec<RingPosition>;
+    /// The indices into the rings of each active queue, in the order of the queues. Called while the device is paused. A device whose
+    /// `start` gets queues with these indices goes on from there.
+    fn ring_indices(&self) -> Vec<RingIndices>;
 }

@@ -9,7 +9,7 @@ use virtio_queue::QueueT;
 
 use super::driver_registers::DriverRegisters;
 use super::{Activity, MmioTransport};
-use crate::virtio::device::{ActiveQueue, RingPosition};
+use crate::virtio::device::{ActiveQueue, RingIndices};
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::registers::CONFIG_SIZE;
 use crate::virtio::spec::STATUS_DEVICE_NEEDS_RESET;
@@ -26,8 +26,9 @@ pub struct TransportState {
     pub(super) config: Vec<u8>,
     /// The device has its queues.
     pub(super) started: bool,
-    /// One for each queue that the device has.
-    pub(super) positions: Vec<RingPosition>,
+    /// Those of each queue that the device has.
+    #[serde(rename = "positions")]
+    pub(super) ring_indices: Vec<RingIndices>,
 }
 
 /// Why a saved state does not fit a device.
@@ -91,9 +92,9 @@ impl MmioTransport {
     /// waits for the host.
     pub fn save(&mut self) -> Option<TransportState> {
         self.catch_up();
-        let (started, positions) = match self.activity {
+        let (started, ring_indices) = match self.activity {
             Activity::Idle => (false, Vec::new()),
-            Activity::Started => (true, self.device.ring_positions()),
+            Activity::Started => (true, self.device.ring_indices()),
             Activity::ResettingQueue(..) | Activity::Resetting(_) => return None,
         };
         let mut config = vec![0; CONFIG_SIZE];
@@ -104,7 +105,7 @@ impl MmioTransport {
             interrupt: self.interrupt.save(),
             config,
             started,
-            positions,
+            ring_indices,
         })
     }
 
@@ -124,8 +125,8 @@ impl MmioTransport {
         self.page().set(Register::Status, self.registers.status);
         if state.started {
             let go_on = |active: &mut ActiveQueue| {
-                let mut positions = state.positions.iter();
-                if let Some(at) = positions.find(|position| position.queue == active.index) {
+                let mut indices = state.ring_indices.iter();
+                if let Some(at) = indices.find(|indices| indices.queue == active.index) {
                     active.queue.set_next_avail(at.next_available);
                     active.queue.set_next_used(at.next_used);
                     active.restored = true;

@@ -17,7 +17,7 @@ use vm_memory::GuestAddress;
 
 use super::*;
 use crate::log_limit::tests::Log;
-use crate::virtio::device::{ActiveQueue, RingPosition};
+use crate::virtio::device::{ActiveQueue, RingIndices};
 use crate::virtio::spec::mmio::{INTERRUPT_CONFIG_CHANGE, INTERRUPT_USED_BUFFER};
 use crate::virtio::spec::{
     F_EVENT_IDX, F_INDIRECT_DESC, F_NOTIFICATION_DATA, STATUS_DEVICE_NEEDS_RESET,
@@ -150,11 +150,11 @@ impl VirtioDevice for Recorder {
         self.shared.drain()
     }
 
-    fn ring_positions(&self) -> Vec<RingPosition> {
+    fn ring_indices(&self) -> Vec<RingIndices> {
         let active = self.shared.active.lock().unwrap();
         active
             .iter()
-            .map(|ActiveQueue { index, queue, .. }| RingPosition {
+            .map(|ActiveQueue { index, queue, .. }| RingIndices {
                 queue: *index,
                 next_available: queue.next_avail(),
                 next_used: queue.next_used(),

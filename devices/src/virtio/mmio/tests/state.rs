@@ -50,8 +50,8 @@ fn a_started_device_starts_where_it_was() {
     let (mut restored, state) = moved(&mut driver);
     let only_second = Call::Start { features: GOOD, queues: vec![1] };
     assert_eq!(restored.calls(), [Call::RestoreConfig(0x11), only_second]);
-    assert_eq!(restored.transport.save().unwrap().positions, state.positions);
-    assert_eq!(state.positions, [RingPosition { queue: 1, next_available: 9, next_used: 7 }]);
+    assert_eq!(restored.transport.save().unwrap().ring_indices, state.ring_indices);
+    assert_eq!(state.ring_indices, [RingIndices { queue: 1, next_available: 9, next_used: 7 }]);
     assert_eq!(restored.status(), driver.status());
     // The queue that was reset can come back.
     restored.enable_queue(0);
