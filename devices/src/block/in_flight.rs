@@ -21,7 +21,7 @@ pub(super) const PIECE_BYTES: u64 = 4 << 20;
 /// send, since the host moves no data for it.
 const DISCARD_PIECE_BYTES: u64 = 2 << 30;
 
-/// A request in flight: admitted, and not yet answered. It owns the chain's token, so the chain can be completed, stopped or
+/// A request in flight: admitted, and not yet completed. It owns the chain's token, so the chain can be completed, stopped or
 /// abandoned only once.
 pub(super) struct InFlightRequest {
     pub(super) taken: TakenChain,

@@ -95,7 +95,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Hands the request to the engine, or answers it if it needs no disk.
+    /// Hands the request to the engine, or completes it if it needs no disk.
     fn submit(&mut self, taken: TakenChain, request: Request, origin: Origin) {
         let Request { kind, action, range, .. } = request;
         // `{ kind }` is a copy: a reference would keep the request out of registers.
@@ -165,17 +165,17 @@ impl Worker {
         }
     }
 
-    /// A transfer is finished: ends its request, or all requests that were merged into it.
+    /// A transfer is finished: completes its request, or all requests that were merged into it. Or does what the error policy decides.
     fn transfer_finished(&mut self, Completion { tag, result }: Completion) {
         let (mut next, mut merged) = (Some(tag), false);
         while let Some(tag) = next {
             next = self.dispatcher.end_transfer(tag, result.is_ok());
             merged |= next.is_some();
-            let request = self.dispatcher.in_flight.get(tag);
-            let code = match (&request.step, result) {
+            let in_flight = self.dispatcher.in_flight.get(tag);
+            let code = match (&in_flight.step, result) {
                 (Step::Command(command), _) => {
                     let code;
-                    (code, request.parsed.written) = command.reply(&self.memory, result);
+                    (code, in_flight.parsed.written) = command.reply(&self.memory, result);
                     Some(code)
                 }
                 // A piece: the next one is submitted, or the request ends.
@@ -185,7 +185,7 @@ impl Worker {
                 }
                 (_, Ok(())) => Some(blk::S_OK),
                 (_, Err(_)) if merged => None,
-                (_, Err(error)) => self.shared.host_errors.decide(request.parsed.kind, error),
+                (_, Err(error)) => self.shared.host_errors.decide(in_flight.parsed.kind, error),
             };
             match code {
                 Some(code) => self.complete_request(tag, code),
@@ -215,7 +215,7 @@ impl Worker {
 
 /// Helpers of the verbs.
 impl Worker {
-    /// Submits the next pieces of requests in pieces, and answers those that have ended. A paused worker submits none.
+    /// Submits the next pieces of requests in pieces, and completes those that have ended. A paused worker submits none.
     pub(super) fn submit_pieces(&mut self) {
         let submit = self.state != State::Paused;
         for _ in 0..self.dispatcher.ready.len() {
@@ -233,24 +233,24 @@ impl Worker {
         self.reap_finished();
     }
 
-    /// Answers a request with this status: counts it, and writes the status byte and the used ring.
+    /// Completes a request with this status: counts it, and writes the status byte and the used ring.
     fn complete_request(&mut self, tag: u32, code: u8) {
-        let request = self.dispatcher.in_flight.get(tag);
-        tracing::trace!(target: "virtio_blk_req_complete", req = request.taken.id(), status = code);
-        let Request { kind, status, range, mut written, .. } = request.parsed;
-        let time = self.now.nanoseconds_since(request.taken.started);
+        let in_flight = self.dispatcher.in_flight.get(tag);
+        tracing::trace!(target: "virtio_blk_req_complete", req = in_flight.taken.id(), status = code);
+        let Request { kind, status, range, mut written, .. } = in_flight.parsed;
+        let time = self.now.nanoseconds_since(in_flight.taken.started);
         if code == blk::S_OK {
             self.counters.done(
                 kind,
                 range.length,
                 range.offset + range.length,
-                request.merged,
+                in_flight.merged,
                 time,
             );
         } else {
             self.counters.failed(kind, time);
             // Of a request that failed, only a command has written data that counts.
-            written = if matches!(request.step, Step::Command(_)) { written } else { 0 };
+            written = if matches!(in_flight.step, Step::Command(_)) { written } else { 0 };
         }
         put_status(&self.memory, status, code);
         let TakenChain { chain, queue, .. } = self.dispatcher.in_flight.remove(tag);
