@@ -196,8 +196,8 @@ impl Worker {
         self.dispatcher.stands_still()
     }
 
-    /// Begins the stopped requests again, queue by queue and in the order in which they stopped. If they exceed a limit, they wait for the
-    /// limiter. Then serves all queues.
+    /// Begins the stopped requests again, queue by queue and in the order in which they stopped. Those that a limit does not admit wait for
+    /// the limiter. Then serves all queues.
     pub(super) fn resume(&mut self) {
         self.state = State::Serving;
         self.dispatcher.begin_turn();
