@@ -85,7 +85,7 @@ pub fn build(
     Incoming::release_binary_pages(incoming.as_ref());
     tracing::info!(target: "boot", "files opened");
 
-    // 2. Map guest memory. Start the first threads, which confine themselves while the rest is made.
+    // 2. Map guest memory. Start the threads that nearly every machine has. They confine themselves while the rest is made.
     let memory =
         if config.hugepages { hugepages::allocate(&layout)? } else { memory::allocate(&layout)? };
     let sandbox = Incoming::sandbox(&mut incoming, config)?;
@@ -219,7 +219,8 @@ fn open_boot_image(
     let kernel = BootFile::open("--kernel", &config.kernel)?;
     let initrd =
         config.initrd.as_deref().map(|path| BootFile::open("--initrd", path)).transpose()?;
-    // If the host is a guest itself, each mapped page costs an exit through two hypervisors: then the kernel is copied.
+    // If the host is a guest itself and its CPU has hardware virtualization, each mapped page costs an exit through two hypervisors.
+    // Then the kernel is copied.
     let map = !host_cpu::is_nested() && lease_outlasts(config.stop_timeout);
     let pages = Box::new(KernelPages { map });
     let mut image = BootImage::new(layout, kernel, initrd, cmdline, pages)?;

@@ -21,7 +21,7 @@ pub fn missing_hardware_support() -> Option<&'static str> {
     )
 }
 
-/// Whether this host is itself a guest, whose own guests exit through both hypervisors.
+/// Whether this host is itself a guest and runs guests by hardware virtualization: then their exits go through both hypervisors.
 pub(crate) fn is_nested() -> bool {
     FLAGS.as_ref().is_some_and(|flags| flags.has_virtualization() && flags.contain("hypervisor"))
 }

@@ -12,7 +12,7 @@
 //! - there is no lease, or the host would take it away before `--stop-timeout`;
 //! - a chain of files has too many parts to map;
 //! - guest memory is huge pages;
-//! - the host is a guest itself, where each page costs an exit through two hypervisors.
+//! - the host is a guest itself, and its CPU has hardware virtualization: then each page costs an exit through two hypervisors.
 
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
