@@ -36,7 +36,12 @@ impl Source for DelayEnd {
 
     fn process(&mut self, _: u8, _: &mut Poller<'_, '_>, _: &mut Machine) {}
 
-    fn emit(&mut self, _: &[MachineEvent], _: &mut Poller<'_, '_>, machine: &mut Machine) -> bool {
+    fn on_events(
+        &mut self,
+        _: &[MachineEvent],
+        _: &mut Poller<'_, '_>,
+        machine: &mut Machine,
+    ) -> bool {
         for disk in &machine.hardware.disks {
             if let Some(faults) = injected_faults::of(&*disk.image) {
                 faults.hurry(!matches!(disk.state, DiskState::Running));

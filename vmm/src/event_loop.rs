@@ -1,7 +1,7 @@
 //! The loop of the main thread: a table of sources, each of which acts on the machine.
 //!
 //! One round has three steps. A ready descriptor's source handles it ([`Source::process`]). The machine takes its next step
-//! ([`Machine::advance`]). Every source gets the events that this caused ([`Source::emit`]). If a source acts on the machine in `emit`,
+//! ([`Machine::advance`]). Every source gets the events that this caused ([`Source::on_events`]). If a source acts on the machine there,
 //! the last two steps are repeated, so the loop sleeps only when no event is pending.
 //!
 //! The loop knows neither what a source is for nor what the machine does. `builder` chooses the sources and their order.
@@ -67,7 +67,7 @@ impl EventLoop {
             let events = std::mem::take(&mut self.machine.pending_events);
             let mut acted = false;
             for (row, source) in self.sources.iter_mut().enumerate() {
-                acted |= source.emit(&events, &mut Poller::new(ops, row), &mut self.machine);
+                acted |= source.on_events(&events, &mut Poller::new(ops, row), &mut self.machine);
             }
             if !acted && self.machine.pending_events.is_empty() {
                 return;

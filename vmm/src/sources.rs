@@ -19,9 +19,9 @@ pub(crate) trait Source {
 
     fn process(&mut self, number: u8, poller: &mut Poller<'_, '_>, machine: &mut Machine);
 
-    /// Called after every event of any source, with what has happened to the machine since the last call. Returns `true` if the source
-    /// has acted on the machine: then all sources are called again.
-    fn emit(
+    /// Tells the source what has happened to the machine since the last call. The main loop calls it after every event of any source.
+    /// Returns `true` if the source has acted on the machine: then all sources are called again.
+    fn on_events(
         &mut self,
         _events: &[MachineEvent],
         _poller: &mut Poller<'_, '_>,
@@ -30,7 +30,7 @@ pub(crate) trait Source {
         false
     }
 
-    /// Called when the machine has ended. `emit` has got the last events before.
+    /// Called when the machine has ended. `on_events` has got the last events before.
     fn finish(self: Box<Self>) {}
 }
 

@@ -157,7 +157,7 @@ impl Source for ControlServer {
 
     /// Sends the events first. Then, for each client, answers its command if the events report that as done, and executes at most one
     /// more command.
-    fn emit(
+    fn on_events(
         &mut self,
         events: &[MachineEvent],
         poller: &mut Poller<'_, '_>,

@@ -415,7 +415,7 @@ impl Source for Gdb {
         }
     }
 
-    fn emit(
+    fn on_events(
         &mut self,
         events: &[MachineEvent],
         poller: &mut Poller<'_, '_>,

@@ -85,7 +85,7 @@ impl Source for PanicDump {
 
     fn process(&mut self, _: u8, _: &mut Poller<'_, '_>, _: &mut Machine) {}
 
-    fn emit(
+    fn on_events(
         &mut self,
         events: &[MachineEvent],
         _: &mut Poller<'_, '_>,
