@@ -74,8 +74,8 @@ impl Reports {
     fn act(&mut self, event: VmEvent, machine: &mut Machine) {
         let outcome = match event {
             VmEvent::Guest(GuestEvent::PowerOff) => Outcome::PowerOff,
-            VmEvent::Guest(GuestEvent::Reset) => machine.restarted(Outcome::Reset),
-            VmEvent::TripleFault => machine.restarted(Outcome::Panicked("triple fault")),
+            VmEvent::Guest(GuestEvent::Reset) => machine.outcome_of_reset(Outcome::Reset),
+            VmEvent::TripleFault => machine.outcome_of_reset(Outcome::Panicked("triple fault")),
             VmEvent::Guest(GuestEvent::Panicked) => {
                 Outcome::Panicked("it said so at the pvpanic port")
             }
@@ -91,7 +91,7 @@ impl Reports {
             }
             VmEvent::Failed(Error::Vcpu {
                 source: VcpuError::Emulation { rip: FIRMWARE }, ..
-            }) => machine.restarted(Outcome::Reset),
+            }) => machine.outcome_of_reset(Outcome::Reset),
             VmEvent::Failed(error) => return machine.end(Err(error)),
         };
         match outcome {
@@ -157,11 +157,11 @@ impl Machine {
 
     /// The outcome of a reset or a triple fault: a panic or a reboot, as the warm-reset flag says. `unexpected`: the guest's kernel had
     /// not begun to restart. (With `reboot=t` Linux restarts by a triple fault.)
-    fn restarted(&self, unexpected: Outcome) -> Outcome {
-        match restart(&self.hardware.memory) {
-            Restart::AfterPanic => Outcome::Panicked("it reset itself after a kernel panic"),
-            Restart::NotBegun => unexpected,
-            Restart::Reboot => Outcome::Reset,
+    fn outcome_of_reset(&self, unexpected: Outcome) -> Outcome {
+        match warm_reset_flag(&self.hardware.memory) {
+            WarmReset::AfterPanic => Outcome::Panicked("it reset itself after a kernel panic"),
+            WarmReset::NotBegun => unexpected,
+            WarmReset::Reboot => Outcome::Reset,
         }
     }
 
@@ -194,7 +194,7 @@ impl Machine {
 
 /// What the warm-reset flag says about a guest that has reset the machine or triple faulted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Restart {
+enum WarmReset {
     /// Its kernel had not begun to restart.
     NotBegun,
     Reboot,
@@ -203,11 +203,11 @@ enum Restart {
 
 /// Reads the warm-reset flag, which Linux writes just before it resets the machine by any method: `arch::cmdline` explains its
 /// values. A guest that is not Linux leaves it alone.
-fn restart(memory: &GuestMemory) -> Restart {
+fn warm_reset_flag(memory: &GuestMemory) -> WarmReset {
     match memory.read_obj(layout::WARM_RESET_FLAG) {
-        Ok(layout::WARM_RESET_MAGIC) => Restart::AfterPanic,
-        Ok(layout::WARM_RESET_UNTOUCHED) | Err(_) => Restart::NotBegun,
-        Ok(_) => Restart::Reboot,
+        Ok(layout::WARM_RESET_MAGIC) => WarmReset::AfterPanic,
+        Ok(layout::WARM_RESET_UNTOUCHED) | Err(_) => WarmReset::NotBegun,
+        Ok(_) => WarmReset::Reboot,
     }
 }
 
@@ -221,12 +221,12 @@ mod tests {
     fn the_warm_reset_flag_tells_a_panic_from_a_restart() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
         for (flag, expected) in [
-            (layout::WARM_RESET_UNTOUCHED, Restart::NotBegun),
-            (0, Restart::Reboot),
-            (0x1234, Restart::AfterPanic),
+            (layout::WARM_RESET_UNTOUCHED, WarmReset::NotBegun),
+            (0, WarmReset::Reboot),
+            (0x1234, WarmReset::AfterPanic),
         ] {
             memory.write_obj(flag, layout::WARM_RESET_FLAG).unwrap();
-            assert_eq!(restart(&memory), expected);
+            assert_eq!(warm_reset_flag(&memory), expected);
         }
     }
 }

@@ -97,7 +97,7 @@ impl Machine {
     }
 
     /// Resets interrupt controllers, vCPUs and memory, and boots again. The devices have been reset, no vCPU runs, and no disk uses guest memory.
-    fn restart(&mut self) -> Result<(), Error> {
+    fn boot_again(&mut self) -> Result<(), Error> {
         let Hardware { vcpus, memory, power_on, boot_image, .. } = &self.hardware;
         power_on(&self.hardware)?;
         memory::clear(memory)?;
@@ -127,7 +127,7 @@ impl Task for Reset {
     }
 
     fn finish(&mut self, machine: &mut Machine) -> Result<(), Error> {
-        machine.restart()?;
+        machine.boot_again()?;
         machine.emit(MachineEvent::Reset { by_guest: false });
         Ok(())
     }
