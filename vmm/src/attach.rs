@@ -21,10 +21,10 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub(crate) use self::legacy::legacy;
 use crate::GuestMemory;
-use crate::background::BackgroundThread;
 use crate::config::DiskConfig;
 use crate::error::Error;
 use crate::events::EventSender;
+use crate::job_thread::JobThread;
 use crate::lock;
 use crate::machine::{DiskState, MachineDisk};
 
@@ -92,8 +92,8 @@ impl DiskAttacher<'_> {
         mmio.insert(window.base.0, window.size, Arc::clone(&transport) as _)?;
         let (state, config, resizes) = (DiskState::Running, config.clone(), Vec::new());
         let name = format!("disk-{}-job", config.device.name);
-        let background = BackgroundThread::spawn(&self.threads.io, name, Arc::clone(self.events))?;
-        Ok(MachineDisk { config, handle, image, window, transport, state, background, resizes })
+        let job_thread = JobThread::spawn(&self.threads.io, name, Arc::clone(self.events))?;
+        Ok(MachineDisk { config, handle, image, window, transport, state, job_thread, resizes })
     }
 }
 

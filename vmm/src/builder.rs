@@ -19,7 +19,6 @@ use devices::spawn::{DiskThreads, Spawn};
 use kvm_ioctls::Kvm;
 
 use crate::attach::DiskAttacher;
-use crate::background::BackgroundThread;
 use crate::boot_image::{BootFile, BootImage};
 use crate::config::{DiskConfig, VmConfig};
 use crate::error::Error;
@@ -27,6 +26,7 @@ use crate::event_loop::EventLoop;
 use crate::events::event_channel;
 use crate::gdb::Gdb;
 use crate::halt_watch::HaltWatch;
+use crate::job_thread::JobThread;
 use crate::kernel_pages::{KernelPages, lease_outlasts};
 use crate::machine::{Hardware, Machine, PowerOn, Reports};
 use crate::output_files::OutputFiles;
@@ -189,8 +189,8 @@ pub fn build(
         serial,
     };
     let spawn = sandbox.spawn(Kind::DiskIo);
-    let background = BackgroundThread::spawn(&spawn, "machine-job", Arc::clone(&events))?;
-    let mut machine = Machine::new(hardware, Arc::clone(&events), background, config.stop_timeout)?;
+    let job_thread = JobThread::spawn(&spawn, "machine-job", Arc::clone(&events))?;
+    let mut machine = Machine::new(hardware, Arc::clone(&events), job_thread, config.stop_timeout)?;
     let paused = match incoming {
         Some(incoming) => incoming.restore(&mut machine)? && control.is_some() || config.paused,
         None => config.paused,

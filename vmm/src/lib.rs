@@ -10,7 +10,6 @@
 
 mod affinity;
 mod attach;
-mod background;
 mod binary_pages;
 mod boot_image;
 pub mod builder;
@@ -30,6 +29,7 @@ mod halt_watch;
 mod host_cpu;
 mod hugepages;
 mod irq_chips;
+mod job_thread;
 mod kernel_pages;
 mod kvm;
 mod listener;

@@ -42,11 +42,11 @@ use vmm_sys_util::timerfd::TimerFd;
 pub(crate) use self::reports::Reports;
 pub(crate) use self::reset::PowerOn;
 use crate::GuestMemory;
-use crate::background::{Answer, BackgroundThread};
 use crate::boot_image::BootImage;
 use crate::config::DiskConfig;
 use crate::error::Error;
 use crate::events::EventSender;
+use crate::job_thread::{JobThread, PendingResult};
 use crate::vcpu::VcpuThread;
 
 /// Whether the machine runs, and if not, why: the `status` in QMP's `query-status`.
@@ -124,9 +124,9 @@ pub(crate) struct MachineDisk {
     pub transport: Arc<Mutex<MmioTransport>>,
     pub state: DiskState,
     /// The thread `disk-NAME-job`, which flushes and resizes the image.
-    pub background: BackgroundThread,
+    pub job_thread: JobThread,
     /// The resizes under way, each with the number of its `Done` event.
-    pub resizes: Vec<(u64, Answer)>,
+    pub resizes: Vec<(u64, PendingResult)>,
 }
 
 /// How far a disk is on the way to a standstill or to the end of the machine.
@@ -135,7 +135,7 @@ pub(crate) enum DiskState {
     /// The drain ends when nothing of the disk is with the host. It takes no more requests, until the machine runs again.
     Pausing(Drain),
     /// At the end of the machine, when the disk has paused.
-    Flushing(Answer),
+    Flushing(PendingResult),
     Flushed,
 }
 
@@ -247,13 +247,14 @@ pub(crate) struct Machine {
     standstill: Option<Standstill>,
     end: Option<End>,
     wake_main_loop: Arc<EventSender>,
-    background: BackgroundThread,
+    /// The thread `machine-job`, which writes saves, and waits for the devices at a reset.
+    job_thread: JobThread,
     last_job: u64,
     /// What has happened since the main loop last called its sources, oldest first.
     pub pending_events: Vec<MachineEvent>,
     stop_timeout: Duration,
     halt_reported: bool,
-    /// Cancels the background save that may be under way (`snapshot::held_memory`).
+    /// Cancels the background save that may be under way (`snapshot::background_save`).
     pub background_save: Option<Arc<AtomicBool>>,
     /// Wakes the main loop at the deadline of the standstill or of the end.
     pub deadline: TimerFd,
@@ -267,7 +268,7 @@ impl Machine {
     pub(crate) fn new(
         hardware: Hardware,
         wake_main_loop: Arc<EventSender>,
-        background: BackgroundThread,
+        job_thread: JobThread,
         stop_timeout: Duration,
     ) -> Result<Self, Error> {
         Ok(Self {
@@ -277,7 +278,7 @@ impl Machine {
             standstill: None,
             end: None,
             wake_main_loop,
-            background,
+            job_thread,
             last_job: 0,
             pending_events: Vec::new(),
             stop_timeout,

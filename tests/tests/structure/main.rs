@@ -46,7 +46,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
         ],
     ),
     ("save: increments", &["vmm/src/snapshot/increments.rs", "vmm/src/snapshot/page_set.rs"]),
-    ("save: memory held still", &["vmm/src/snapshot/held_memory.rs"]),
+    ("save: in the background", &["vmm/src/snapshot/background_save.rs"]),
     ("restore", &["vmm/src/snapshot/description.rs", "vmm/src/snapshot/incoming.rs"]),
     ("save and restore", &["vmm/src/snapshot", "vmm/src/machine/save_task.rs"]),
     ("save in QMP", &["vmm/src/control/deferred.rs", "vmm/src/control/migration.rs"]),

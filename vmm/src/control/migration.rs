@@ -284,7 +284,7 @@ impl Migration {
             (None, true) => return Err(Failure::generic(NO_CHILD)),
         }
         .map_err(|error| Failure::of(&error))?;
-        let is_held_later = saving.is_some();
+        let is_in_background = saving.is_some();
         self.save = Some(Save {
             job,
             status: SETUP,
@@ -296,7 +296,7 @@ impl Migration {
             background: saving,
         });
         self.set_status(SETUP);
-        if !is_held_later {
+        if !is_in_background {
             self.set_status(ACTIVE);
         }
         Ok(())

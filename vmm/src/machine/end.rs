@@ -33,8 +33,8 @@ impl Machine {
             if disk.is_paused() {
                 disk.state = begin_flush(disk);
             }
-            if let DiskState::Flushing(answer) = &disk.state
-                && let Some(result) = answer.poll()
+            if let DiskState::Flushing(flush) = &disk.state
+                && let Some(result) = flush.poll()
             {
                 disk.state = DiskState::Flushed;
                 end.outcome = end.outcome.and_then(|outcome| result.map(|()| outcome));
@@ -70,12 +70,12 @@ impl Machine {
     }
 }
 
-/// Begins to flush a disk on its own background thread, so that a disk that hangs does not delay the others.
+/// Begins to flush a disk on its own job thread, so that a disk that hangs does not delay the others.
 fn begin_flush(disk: &MachineDisk) -> DiskState {
     if disk.image.info().read_only {
         return DiskState::Flushed;
     }
     let (image, device) = (Arc::clone(&disk.image), disk.config.id.clone());
     let flush = move || image.flush().map_err(|source| Error::Flush { device, source });
-    DiskState::Flushing(disk.background.run(flush))
+    DiskState::Flushing(disk.job_thread.run(flush))
 }

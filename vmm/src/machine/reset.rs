@@ -11,9 +11,9 @@ use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::{Kvm, VmFd};
 
 use super::{Hardware, Machine, MachineEvent, RunState, Task};
-use crate::background::Answer;
 use crate::error::Error;
 use crate::irq_chips::IrqChips;
+use crate::job_thread::PendingResult;
 use crate::memory;
 use crate::vcpu::{VcpuState, VcpuThread};
 
@@ -62,8 +62,8 @@ struct ResetHung;
 
 #[derive(Default)]
 struct Reset {
-    /// Answers when the threads of all devices have finished the reset. `None`: it has not begun.
-    devices: Option<Answer>,
+    /// Has a result when the threads of all devices have finished the reset. `None`: it has not begun.
+    devices: Option<PendingResult>,
 }
 
 impl Machine {
@@ -84,8 +84,8 @@ impl Machine {
         }))
     }
 
-    /// Begins to reset the devices. The machine's background thread waits until their threads have finished.
-    fn reset_devices(&self, began: Instant) -> Answer {
+    /// Begins to reset the devices. The thread `machine-job` waits until their threads have finished.
+    fn reset_devices(&self, began: Instant) -> PendingResult {
         let deadline = began + self.stop_timeout;
         let unfinished: Vec<_> = self.hardware.buses.iter().flat_map(|bus| bus.reset()).collect();
         let wait = move || {
@@ -93,7 +93,7 @@ impl Machine {
                 unfinished.into_iter().filter_map(|reset| reset.wait_until(deadline)).count();
             if hung == 0 { Ok(()) } else { Err(Error::Capability(Box::new(ResetHung))) }
         };
-        self.background.run(wait)
+        self.job_thread.run(wait)
     }
 
     /// Resets interrupt controllers, vCPUs and memory, and boots again. The devices have been reset, no vCPU runs, and no disk uses guest memory.
@@ -118,8 +118,8 @@ impl Task for Reset {
             let began = machine.standstill.as_ref().map_or_else(Instant::now, |still| still.began);
             self.devices = Some(machine.reset_devices(began));
         }
-        let answer = self.devices.as_ref().and_then(Answer::poll);
-        answer.map_or(Ok(false), |result| result.map(|()| true))
+        let result = self.devices.as_ref().and_then(PendingResult::poll);
+        result.map_or(Ok(false), |result| result.map(|()| true))
     }
 
     fn is_irrevocable(&self) -> bool {

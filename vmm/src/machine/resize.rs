@@ -1,7 +1,7 @@
 //! Gives a disk another size while the machine runs.
 //!
-//! A capability: QMP's `block_resize` asks for it. The disk's background thread does it, because it takes minutes for some formats, and
-//! wakes the main loop. [`Reports`](super::Reports) then looks for its answer.
+//! A capability: QMP's `block_resize` asks for it. The disk's job thread does it, because it takes minutes for some formats, and
+//! wakes the main loop. [`Reports`](super::Reports) then looks for its result.
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ impl Machine {
         let resize = move || {
             image.resize(bytes).map_err(|error| Error::Capability(ResizeError(error).into()))
         };
-        disk.resizes.push((job, disk.background.run(resize)));
+        disk.resizes.push((job, disk.job_thread.run(resize)));
         Some(job)
     }
 
@@ -29,8 +29,8 @@ impl Machine {
     pub(super) fn finish_resizes(&mut self) {
         let Self { hardware, pending_events, .. } = self;
         for MachineDisk { resizes, handle, .. } in &mut hardware.disks {
-            resizes.retain(|(job, answer)| {
-                let Some(result) = answer.poll() else { return true };
+            resizes.retain(|(job, pending)| {
+                let Some(result) = pending.poll() else { return true };
                 // After a failure, too: the owner of a block device may have resized it.
                 handle.capacity_changed();
                 pending_events.push(MachineEvent::Done(*job, result));

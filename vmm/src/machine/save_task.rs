@@ -14,10 +14,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use kvm_bindings::kvm_clock_data;
 
 use super::{Machine, MachineEvent, RunState, Standstill, Task};
-use crate::background::Answer;
 use crate::error::Error;
+use crate::job_thread::PendingResult;
 
-/// The second part of a save, which writes the file on the machine's background thread.
+/// The second part of a save: flushes the disks and writes the file, on the thread `machine-job`.
 pub(crate) type Work = Box<dyn FnOnce() -> Result<(), Error> + Send>;
 
 /// The first part of a save, which reads the state of the machine on the main thread.
@@ -30,8 +30,8 @@ struct SaveTask {
     begin: Option<BeginSave>,
     /// Makes the work end early.
     cancel: Arc<AtomicBool>,
-    /// The answer of the work, when it has begun.
-    work: Option<Answer>,
+    /// The result of the work, when it has begun.
+    work: Option<PendingResult>,
     /// The state of the machine before the save.
     before: RunState,
     /// After the save the machine is in the state from before, and not in `postmigrate`.
@@ -85,10 +85,12 @@ impl Task for SaveTask {
                 machine.emit(MachineEvent::Stop);
             }
             machine.state = RunState::FinishMigrate;
-            self.work = Some(machine.background.run(work));
+            self.work = Some(machine.job_thread.run(work));
         }
-        let Some(result) = self.work.as_ref().and_then(Answer::poll) else { return Ok(false) };
-        self.end(machine, result);
+        let Some(result) = self.work.as_ref().and_then(PendingResult::poll) else {
+            return Ok(false);
+        };
+        self.conclude(machine, result);
         Ok(true)
     }
 
@@ -98,12 +100,12 @@ impl Task for SaveTask {
 
     fn cancel(&mut self, machine: &mut Machine, error: Error) {
         self.cancel.store(true, Ordering::Relaxed);
-        self.end(machine, Err(error));
+        self.conclude(machine, Err(error));
     }
 }
 
 impl SaveTask {
-    fn end(&mut self, machine: &mut Machine, result: Result<(), Error>) {
+    fn conclude(&mut self, machine: &mut Machine, result: Result<(), Error>) {
         if machine.state == RunState::FinishMigrate {
             let stays = result.is_ok() && !self.goes_on;
             machine.state = if stays { RunState::PostMigrate } else { self.before };

@@ -10,7 +10,7 @@
 //! | [`pages`], [`page_map`] | guest RAM in the file, and which of its pages are data |
 //! | [`increments`], [`page_set`] | files that are based on other files, and which pages they have |
 //! | [`save`], [`incoming`] | a save and a restore, step by step |
-//! | [`held_memory`] | a background save: RAM is written while the guest goes on |
+//! | [`background_save`] | a background save: RAM is written while the guest goes on |
 //! | [`panic_dump`] | `--dump-on-panic` |
 //! | [`generation_id`] | the VM generation ID, by which a guest notices that it was restored |
 //! | [`fit`] | whether this host's CPU can run a guest of the saved one |
@@ -18,6 +18,7 @@
 //! Every field of a file is checked before it is used. If a check fails, nothing of the file reaches a guest. Its paths of images and of
 //! the kernel are used only with `paths=saved`, because the file's author could name any file of the user.
 
+mod background_save;
 mod checksum;
 mod core_file;
 mod description;
@@ -25,7 +26,6 @@ mod fit;
 #[cfg(test)]
 mod fuzz;
 pub(crate) mod generation_id;
-mod held_memory;
 mod incoming;
 mod increments;
 mod new_file;
@@ -43,7 +43,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::error::Error;
-pub(crate) use held_memory::{BackgroundSave, SaveThread, begin_in_background};
+pub(crate) use background_save::{BackgroundSave, SaveThread, begin_in_background};
 pub use incoming::{ClockMode, Incoming, IncomingConfig, MapMode};
 pub use increments::check_new_increment;
 pub use new_file::NewFile;

@@ -130,7 +130,7 @@ impl RamSave<'_> {
 
 impl Block {
     /// Reads those pages that may hold data into `buffer`, which has the size of a block, and writes those that are not zero. Allocates
-    /// nothing: a child process calls it (`held_memory`).
+    /// nothing: a child process calls it (`background_save`).
     pub(super) fn write(
         &self,
         memory: &GuestMemory,

@@ -5,7 +5,7 @@
 //!
 //! 1. On the main thread, it reads the state of the machine: see [`super::saved`].
 //! 2. On the thread `machine-job`, it flushes each disk: the saved memory says that earlier writes are on the disk.
-//! 3. It writes RAM, then headers and notes, and syncs the file. A background save (`held_memory`) does this and the next step on the
+//! 3. It writes RAM, then headers and notes, and syncs the file. A background save (`background_save`) does this and the next step on the
 //!    thread `save`, while the machine goes on.
 //! 4. Only then it gives the file its name ([`NewFile`]). If a client has passed a descriptor, naming the file is the client's task.
 //!
@@ -139,7 +139,7 @@ fn open_files(except: Option<RawFd>) -> impl Iterator<Item = (u64, u64)> {
     open.filter_map(|(_, status)| status).map(|status| (status.st_dev, status.st_ino))
 }
 
-/// Called at the standstill on the main thread: reads everything but RAM, and returns the work for the background thread.
+/// Called at the standstill on the main thread: reads everything but RAM, and returns the work for the thread `machine-job`.
 fn prepare(
     machine: &Machine,
     config: SavedConfig,

@@ -8,9 +8,9 @@
 //! fork. It has the seccomp filter of the thread that forked (`sandbox::Kind::Save`), which does not allow it to open anything. This
 //! process writes headers and notes, and gives the file its name.
 //!
-//! If this process ends, the kernel kills the child. If the pipe has no reader, the child ends after its present block. If the save is
-//! canceled or fails, this process kills the child. A child in a write that the host does not complete ends later: the save does not
-//! wait, and its file gets no name.
+//! If this process ends, the kernel kills the child. If the pipe has no reader, the child ends after the block that it is writing. If the
+//! save is canceled or fails, this process kills the child. A child in a write that the host does not complete ends later: the save does
+//! not wait, and its file gets no name.
 //!
 //! The disks go on, too. So [`check`] refuses a machine whose guest would write to its disks meanwhile.
 
@@ -35,14 +35,14 @@ use super::save::{self, Destination, Progress, UnwrittenSave, WriteInBackground}
 use super::saved::{Purpose, SavedConfig};
 use super::{SnapshotError, saved};
 use crate::GuestMemory;
-use crate::background::{Answer, BackgroundThread};
 use crate::error::Error;
 use crate::events::EventSender;
+use crate::job_thread::{JobThread, PendingResult};
 use crate::lock;
 use crate::machine::{Machine, RunState};
 
 /// The thread `save`, which may start a child process.
-pub(crate) struct SaveThread(BackgroundThread);
+pub(crate) struct SaveThread(JobThread);
 
 impl SaveThread {
     /// Starts the thread, which wakes `main_loop` when a save is over.
@@ -50,21 +50,21 @@ impl SaveThread {
     /// # Errors
     /// When the host has no thread left.
     pub(crate) fn start(spawn: &Spawn, main_loop: Arc<EventSender>) -> Result<Self, Error> {
-        BackgroundThread::spawn(spawn, "save", main_loop).map(Self)
+        JobThread::spawn(spawn, "save", main_loop).map(Self)
     }
 }
 
 /// A background save under way.
 pub(crate) struct BackgroundSave {
-    answer: Answer,
+    result: PendingResult,
     /// The channel closes when nothing is left to do.
     is_over: Receiver<()>,
 }
 
 impl BackgroundSave {
-    /// The answer, if the file is complete or the save has failed.
+    /// The result, if the file is complete or the save has failed.
     pub(crate) fn poll(&self) -> Option<Result<(), Error>> {
-        self.answer.poll()
+        self.result.poll()
     }
 
     /// Waits until a canceled save has removed its file. Otherwise this process could end before that.
@@ -96,27 +96,27 @@ pub(crate) fn begin_in_background(
     check(machine)?;
     let (send_save, save) = channel::<(UnwrittenSave, _)>();
     let (over, is_over) = channel();
-    let answer = background.0.run(move || {
+    let result = background.0.run(move || {
         let _over: Sender<()> = over;
-        let (save, is_held) = save.recv().map_err(|_| Error::Stopping)?;
-        let mut is_held: Option<Sender<_>> = Some(is_held);
-        let held = || drop(is_held.take().map(|is_held| is_held.send(Ok(()))));
-        match (save.write(|ram| write(ram, held)), is_held) {
-            (Err(error), Some(is_held)) => {
-                let _ = is_held.send(Err(error));
+        let (save, guest_may_go_on) = save.recv().map_err(|_| Error::Stopping)?;
+        let mut guest_may_go_on: Option<Sender<_>> = Some(guest_may_go_on);
+        let forked = || drop(guest_may_go_on.take().map(|sender| sender.send(Ok(()))));
+        match (save.write(|ram| write(ram, forked)), guest_may_go_on) {
+            (Err(error), Some(guest_may_go_on)) => {
+                let _ = guest_may_go_on.send(Err(error));
                 Err(Error::Stopping)
             }
             (result, _) => result,
         }
     });
     let hand_over: WriteInBackground = Box::new(move |save| {
-        let (send, is_held) = channel();
+        let (send, guest_may_go_on) = channel();
         let _ = send_save.send((save, send));
-        is_held.recv().unwrap_or(Err(Error::ThreadPanicked))
+        guest_may_go_on.recv().unwrap_or(Err(Error::ThreadPanicked))
     });
     let id = save::begin_with(machine, config, destination, progress, purpose, Some(hand_over))?;
     machine.background_save = Some(Arc::clone(&progress.cancel));
-    Ok((id, BackgroundSave { answer, is_over }))
+    Ok((id, BackgroundSave { result, is_over }))
 }
 
 /// Refuses a machine that cannot be saved in the background.
@@ -148,8 +148,8 @@ const DISK_GOES_ON: &str = "the guest would go on writing to it; send `stop` bef
 type Message = [u64; 2];
 const FAILED: u64 = u64::MAX;
 
-/// Writes RAM as it is now. Calls `held` as soon as the guest may change RAM again.
-fn write(ram: &RamSave<'_>, held: impl FnOnce()) -> io::Result<Vec<u64>> {
+/// Writes RAM as it is now. Calls `forked` when the child has RAM as it is now: from then on the guest may change RAM.
+fn write(ram: &RamSave<'_>, forked: impl FnOnce()) -> io::Result<Vec<u64>> {
     let mut buffer = vec![0; BLOCK as usize];
     let blocks: Vec<Block> = ram.blocks().collect();
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
@@ -161,7 +161,7 @@ fn write(ram: &RamSave<'_>, held: impl FnOnce()) -> io::Result<Vec<u64>> {
         None => write_as_child(ram.memory, &blocks, &mut buffer, ram.file, &writer),
     };
     drop((writer, buffer));
-    held();
+    forked();
     let result = follow(ram, &blocks, &mut reader);
     // A child that still writes finds that the pipe has no reader, and ends.
     drop(reader);

@@ -1,5 +1,5 @@
 //! A thread for work that waits for the host's disk, such as a flush or a resize. The main thread hands work over, and asks for the
-//! answer after each event. The thread is started with the machine: a confined process could not start it later.
+//! result after each event. The thread is started with the machine: a confined process could not start it later.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -11,12 +11,12 @@ use crate::error::Error;
 use crate::events::EventSender;
 
 /// A thread that carries out one piece of work after the other. It ends when this value is dropped.
-pub(crate) struct BackgroundThread(Sender<Body>);
+pub(crate) struct JobThread(Sender<Body>);
 
-/// The answer of a piece of work, which comes later. If the work panics, the channel closes without an answer.
-pub(crate) struct Answer(Receiver<Result<(), Error>>);
+/// The result of a piece of work, which comes later. If the work panics, the channel closes without a result.
+pub(crate) struct PendingResult(Receiver<Result<(), Error>>);
 
-impl BackgroundThread {
+impl JobThread {
     /// Starts the thread `name`, which wakes `main_loop` after each piece of work.
     ///
     /// # Errors
@@ -29,7 +29,7 @@ impl BackgroundThread {
         let (sender, work) = channel::<Body>();
         let body = move || {
             for piece in work {
-                // Work that panics drops the sender of its answer.
+                // Work that panics drops the sender of its result.
                 let _ = catch_unwind(AssertUnwindSafe(piece));
                 main_loop.wake();
             }
@@ -38,16 +38,19 @@ impl BackgroundThread {
         Ok(Self(sender))
     }
 
-    pub(crate) fn run(&self, work: impl FnOnce() -> Result<(), Error> + Send + 'static) -> Answer {
-        let (answer, result) = channel();
+    pub(crate) fn run(
+        &self,
+        work: impl FnOnce() -> Result<(), Error> + Send + 'static,
+    ) -> PendingResult {
+        let (sender, result) = channel();
         // Cannot fail: the thread ends only when this sender is dropped.
-        let _ = self.0.send(Box::new(move || drop(answer.send(work()))));
-        Answer(result)
+        let _ = self.0.send(Box::new(move || drop(sender.send(work()))));
+        PendingResult(result)
     }
 }
 
-impl Answer {
-    /// The answer, if the work is done.
+impl PendingResult {
+    /// The result, if the work is done.
     pub(crate) fn poll(&self) -> Option<Result<(), Error>> {
         match self.0.try_recv() {
             Ok(result) => Some(result),
