@@ -52,7 +52,7 @@ pub(crate) struct DiskAttacher<'a> {
     pub memory: &'a GuestMemory,
     pub events: &'a Arc<EventSender>,
     /// Where the disks report errors.
-    pub report: EventSink,
+    pub disk_events: EventSink,
     /// How long a worker may poll before it sleeps.
     pub poll: Duration,
     pub threads: DiskThreads,
@@ -73,10 +73,10 @@ impl DiskAttacher<'_> {
         image: &Arc<dyn Disk>,
         window: MmioDevice,
     ) -> Result<MachineDisk, Error> {
-        let (report, image) = (Arc::clone(&self.report), Arc::clone(image));
+        let (events, image) = (Arc::clone(&self.disk_events), Arc::clone(image));
         let options = BlockOptions { poll: self.poll, ..config.device.clone() };
         let device =
-            BlockDevice::new(options, Arc::clone(&image), self.memory, report, &self.threads)
+            BlockDevice::new(options, Arc::clone(&image), self.memory, events, &self.threads)
                 .map_err(|source| Error::DiskOptions { path: config.image.path.clone(), source })?;
         let handle = device.handle();
         let line = self.lines.entry(window.gsi).or_insert_with(|| line(self.vm, window.gsi));

@@ -134,7 +134,7 @@ pub(crate) trait FilePages {
     ///
     /// # Errors
     /// The host refuses the mapping.
-    fn place(
+    fn map_start(
         &self,
         memory: &GuestMemory,
         file: &File,
@@ -196,7 +196,7 @@ impl BootImage {
         for range in &self.plan.kernel {
             let mapped = self
                 .pages
-                .place(memory, &self.kernel.file, range, leased)
+                .map_start(memory, &self.kernel.file, range, leased)
                 .map_err(Error::host("map the kernel into guest memory"))?;
             self.kernel.copy(memory, range, mapped)?;
         }

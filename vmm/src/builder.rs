@@ -63,10 +63,8 @@ pub fn build(
         acpi: config.acpi,
         disks: config.disks.len(),
     });
-    let root = config
-        .disks
-        .first()
-        .map(|disk| if disk.image.read_only { Root::ReadOnly } else { Root::ReadWrite });
+    let read_only = config.disks.first().map(|disk| disk.image.read_only);
+    let root = read_only.map(|is| if is { Root::ReadOnly } else { Root::ReadWrite });
     let cmdline = cmdline::build(&layout, root, &config.cmdline)?;
     tracing::debug!(cmdline, "the kernel's command line");
     let generation_id = generation_id::draw(config.acpi)?;
@@ -111,14 +109,14 @@ pub fn build(
 
     // 5. Attach devices to their buses. Their threads confine themselves when they start.
     let (events, receiver) = event_channel().map_err(Error::host("make an eventfd"))?;
-    let (reports, report) = Reports::new(&events, receiver, config.dump_on_panic.is_some());
+    let (reports, disk_events) = Reports::new(&events, receiver, config.dump_on_panic.is_some());
     let (mut port_io, mut mmio) = (Bus::default(), Bus::default());
     let map_registers = register_pages::are_used(config, kvm_fd);
     let mut attacher = DiskAttacher {
         vm: &vm,
         memory: &memory,
         events: &events,
-        report,
+        disk_events,
         poll: host_cpu::polling_window(),
         threads: DiskThreads { worker: sandbox.spawn(Kind::Disk), io: sandbox.spawn(Kind::DiskIo) },
         lines: BTreeMap::new(),
@@ -167,7 +165,8 @@ pub fn build(
     let vcpus = start_vcpus(&setup, &start, &config.vcpu_affinity, &spawn)?;
     let power_on = PowerOn::read(kvm_fd, &vm, &vcpus, config.nested)?;
     if let VcpuStart::Boot(entry) = &start {
-        vcpus.iter().try_for_each(|vcpu| vcpu.with_paused(|vcpu| vcpu.start_at(entry)))?;
+        let boot = |vcpu: &VcpuThread| vcpu.with_paused(|vcpu| vcpu.set_boot_registers(entry));
+        vcpus.iter().try_for_each(boot)?;
     }
     tracing::info!(target: "boot", "vCPUs");
     // After everything else that changes KVM's memory map or its buses: those changes would wait for this thread's.

@@ -46,7 +46,7 @@ impl FilePages for KernelPages {
         self.map && lease(file)
     }
 
-    fn place(
+    fn map_start(
         &self,
         memory: &GuestMemory,
         file: &File,
@@ -146,7 +146,7 @@ impl BootImage {
     ///
     /// # Errors
     /// The host has no memory left, or the file was truncated before it was copied. The guest has then lost memory.
-    pub(crate) fn give_up_kernel_file(&self, memory: &GuestMemory) -> Result<(), Error> {
+    pub(crate) fn copy_and_release_kernel_file(&self, memory: &GuestMemory) -> Result<(), Error> {
         for range in &self.plan.kernel {
             copy(memory, range)
                 .map_err(Error::host("copy the kernel's pages, whose file is being changed"))?;

@@ -5,8 +5,9 @@
 //!
 //! Nothing here waits for a vCPU or for the host's disk. A stop, a reset, a save, and the release of mapped files need the machine to
 //! stand still. The first of them begins a [`Standstill`], and the others join it. The main loop calls [`Machine::advance`] after every
-//! event. When every vCPU has left the guest and no disk has a request with the host, `advance` carries out what they asked for. At the
-//! deadline (`--stop-timeout`) the standstill is given up, and the machine goes on, or ends if a task requires it (`kernel_file`).
+//! event. When every vCPU has left the guest and no disk has a request with the host, `advance` carries out what they asked for. If that has
+//! not happened by the deadline (`--stop-timeout`), the standstill is given up, and the machine goes on, or ends if a task requires it
+//! (`kernel_file`).
 //!
 //! The end of the machine (`end`) cancels a standstill. At its own deadline it leaves out the disks that hang.
 
@@ -175,8 +176,8 @@ pub(crate) type UnmapFiles = Box<dyn FnOnce(&GuestMemory) -> Result<(), Error>>;
 
 /// A standstill under way: what is to be done when the machine stands still.
 ///
-/// At most one exists. A request that comes meanwhile joins it: a stop sets `stop`, any other adds a task. It gets the standstill's job
-/// number, so a client's `stop` during a reset is answered when both are done. Only a save has a number of its own.
+/// At most one exists. A request that comes meanwhile joins it: a stop sets `stop`, any other adds a task. The caller gets the number of
+/// the standstill's job. So a client's `stop` during a reset is answered when both are done. Only a save has a job number of its own.
 struct Standstill {
     /// The number of its `Done` event.
     job: u64,
@@ -219,8 +220,8 @@ pub(crate) trait Task: Any {
     /// The task will not be carried out or completed, because of `error`. Must not block.
     fn cancel(&mut self, _machine: &mut Machine, _error: Error) {}
 
-    /// The machine did not stand still in time, as `error` says. Returns an error if the machine cannot go on and must end.
-    fn give_up(&mut self, machine: &mut Machine, error: Error) -> Option<Error> {
+    /// The machine did not stand still by the deadline, as `error` says. Returns an error if the machine cannot go on and must end.
+    fn deadline_passed(&mut self, machine: &mut Machine, error: Error) -> Option<Error> {
         self.cancel(machine, error);
         None
     }
@@ -305,7 +306,7 @@ impl Machine {
             return Err(Error::Stopping);
         }
         if self.state != RunState::Running {
-            self.run();
+            self.let_guest_run();
             self.emit(MachineEvent::Resume);
         }
         Ok(())
@@ -313,7 +314,7 @@ impl Machine {
 
     /// Lets clock, disks and vCPUs go on. The clock comes first, because no vCPU may read it before. The disks come before the vCPUs, so
     /// that each worker begins its stopped requests before new ones. Nothing here waits for a worker.
-    fn run(&mut self) {
+    fn let_guest_run(&mut self) {
         if let Some(clock) = self.clock.take() {
             // The flags of KVM_GET_CLOCK are not accepted back (`api.rst` 4.30 KVM_SET_CLOCK).
             let clock = kvm_clock_data { clock: clock.clock, ..Default::default() };

@@ -39,7 +39,7 @@ const OTHERS: &[&str] = &[
     "reset",
     "revents",
     "set_kvm_immediate_exit",
-    "start_at",
+    "set_boot_registers",
     "try_clone",
     "with_paused",
 ];

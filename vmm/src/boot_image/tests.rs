@@ -146,7 +146,7 @@ fn whole_pages_of_a_kernel_are_mapped_until_its_file_is_written() {
 
     // A process that wants to write the file has to wait, and then changes nothing in the guest.
     assert_eq!(write(&path).unwrap_err().raw_os_error(), Some(libc::EWOULDBLOCK));
-    rig.image.give_up_kernel_file(&rig.memory).unwrap();
+    rig.image.copy_and_release_kernel_file(&rig.memory).unwrap();
     assert_eq!(rig.mapped_pages(), 0);
     write(&path).unwrap().set_len(0).unwrap();
     rig.assert_loaded();
@@ -178,7 +178,7 @@ fn guest_memory_is_not_in_core_dumps() {
     check("allocated");
     rig.image.load(&rig.memory).unwrap();
     check("loaded");
-    rig.image.give_up_kernel_file(&rig.memory).unwrap();
+    rig.image.copy_and_release_kernel_file(&rig.memory).unwrap();
     check("copied");
     memory::clear(&rig.memory).unwrap();
     check("cleared");
@@ -220,7 +220,7 @@ fn files_that_changed_in_place_are_not_loaded_again() {
         for (changed, option) in [(&initrd, "--initrd"), (&kernel, "--kernel")] {
             let rig = rig(&kernel, Some(&initrd));
             rig.image.load(&rig.memory).unwrap();
-            rig.image.give_up_kernel_file(&rig.memory).unwrap();
+            rig.image.copy_and_release_kernel_file(&rig.memory).unwrap();
             rig.image.check_unchanged().unwrap();
             change(changed).unwrap();
             for result in [rig.image.check_unchanged(), rig.image.load(&rig.memory).map(drop)] {
@@ -243,7 +243,7 @@ fn pages_that_are_gone_before_they_are_copied_are_an_error() {
     }
     kernel_pages::release(&rig.image.kernel.file);
     write(&path).unwrap().set_len(OFFSET).unwrap();
-    let error = rig.image.give_up_kernel_file(&rig.memory).unwrap_err();
+    let error = rig.image.copy_and_release_kernel_file(&rig.memory).unwrap_err();
     assert!(
         error.to_string().contains("the kernel's pages, whose file is being changed"),
         "{error}"

@@ -19,7 +19,7 @@ impl Machine {
     fn copy_files(&mut self) -> Result<(), Error> {
         let Hardware { boot_image, memory, unmap_files, .. } = &mut self.hardware;
         unmap_files.take().map_or(Ok(()), |unmap| unmap(memory))?;
-        boot_image.as_ref().map_or(Ok(()), |image| image.give_up_kernel_file(memory))
+        boot_image.as_ref().map_or(Ok(()), |image| image.copy_and_release_kernel_file(memory))
     }
 }
 
@@ -30,7 +30,7 @@ impl Task for ReleaseFiles {
 
     /// The host's kernel soon takes the lease away, and the writer may then truncate the file, with the guest's pages. So they are copied
     /// now, although something still runs. What a vCPU or a disk writes to them meanwhile is lost, so the machine must end.
-    fn give_up(&mut self, machine: &mut Machine, error: Error) -> Option<Error> {
+    fn deadline_passed(&mut self, machine: &mut Machine, error: Error) -> Option<Error> {
         Some(machine.copy_files().err().unwrap_or(error))
     }
 }

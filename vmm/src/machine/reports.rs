@@ -52,7 +52,7 @@ impl Reports {
         events: Receiver<VmEvent>,
         hold_panic: bool,
     ) -> (Self, EventSink) {
-        let (report, io_errors) = sync_channel(CAPACITY);
+        let (errors, io_errors) = sync_channel(CAPACITY);
         let (exceeded, thresholds) = channel();
         let woken = Arc::clone(main_loop);
         let sink = move |event| {
@@ -61,7 +61,7 @@ impl Reports {
                     let failed = WorkerFailed { device, message };
                     woken.send(VmEvent::Failed(Error::Capability(failed.into())));
                 }
-                BlockEvent::IoError { .. } => drop(report.try_send(event)),
+                BlockEvent::IoError { .. } => drop(errors.try_send(event)),
                 BlockEvent::WriteThreshold { .. } => drop(exceeded.send(event)),
             }
             woken.wake();

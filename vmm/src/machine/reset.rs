@@ -103,7 +103,7 @@ impl Machine {
         memory::clear(memory)?;
         let entry = boot_image.as_ref().ok_or(Error::NoBootImage)?.load(memory)?;
         for vcpu in vcpus {
-            vcpu.with_paused(|vcpu| vcpu.start_at(&entry))?;
+            vcpu.with_paused(|vcpu| vcpu.set_boot_registers(&entry))?;
         }
         self.clock = Some(kvm_clock_data::default());
         self.state = RunState::Prelaunch;

@@ -137,7 +137,7 @@ impl Machine {
             }
         }
         if was_running && standstill.stop.is_none() {
-            self.run();
+            self.let_guest_run();
         }
         self.emit(MachineEvent::Done(standstill.job, Ok(())));
     }
@@ -150,14 +150,14 @@ impl Machine {
         };
         for mut task in standstill.tasks {
             let hung = error(self);
-            if let Some(fatal) = task.give_up(self, hung) {
+            if let Some(fatal) = task.deadline_passed(self, hung) {
                 return self.end(Err(fatal));
             }
         }
         self.clock = None;
         let hung = error(self);
         if self.state == RunState::Running {
-            self.run();
+            self.let_guest_run();
         }
         self.emit(MachineEvent::Done(standstill.job, Err(hung)));
     }

@@ -1,7 +1,8 @@
 //! Save and restore: writes a machine that stands still to a file, and makes a machine from that file.
 //!
 //! This folder is a capability. A save hooks in as a task of the machine (`machine::save_task`), which `control::migration` begins. A
-//! restore is the builder's second way to start: an [`Incoming`] machine. The chapter is `vmm/docs/stop-reset-save.md`.
+//! restore is the builder's second way to start: an [`Incoming`] machine. QEMU's names are used where QMP shows them: a save is a
+//! *migration*, a restore is *incoming*. The chapter is `vmm/docs/stop-reset-save.md`.
 //!
 //! | file | what it has |
 //! |---|---|

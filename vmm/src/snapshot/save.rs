@@ -1,9 +1,9 @@
 //! A save, step by step.
 //!
-//! [`begin`] opens the target while the guest still runs, and gives the machine a task (`machine::save_task`). When everything stands
-//! still, that task does this, in this order:
+//! `control::migration` calls [`begin`], which opens the target while the guest still runs. [`Machine::save`] then adds a task
+//! (`machine::save_task`) to the machine's standstill. When everything stands still, that task does this, in this order:
 //!
-//! 1. On the main thread, it reads the state of the machine: see [`super::saved`].
+//! 1. On the main thread, [`read_machine`] reads the state of the machine: see [`super::saved`]. The rest is [`UnwrittenSave::run`].
 //! 2. On the thread `machine-job`, it flushes each disk: the saved memory says that earlier writes are on the disk.
 //! 3. It writes RAM, then headers and notes, and syncs the file. A background save (`background_save`) does this and the next step on the
 //!    thread `save`, while the machine goes on.
@@ -73,7 +73,7 @@ pub(super) fn begin_with(
     if is_increment {
         base_of_machine()?;
     }
-    let target = Target::prepare(destination, machine, &config, is_increment)?;
+    let target = Target::open(destination, machine, &config, is_increment)?;
     if purpose == Purpose::LastDump {
         // The guest has panicked: an ordinary save that is under way is canceled, as if the machine ended.
         machine.cancel_task(Error::Stopping);
@@ -81,8 +81,9 @@ pub(super) fn begin_with(
     let cancel = Arc::clone(&progress.cancel);
     let progress = progress.clone();
     let goes_on = purpose == Purpose::Dump || background.is_some();
-    let begin =
-        move |machine: &Machine| prepare(machine, config, target, progress, purpose, background);
+    let begin = move |machine: &Machine| {
+        read_machine(machine, config, target, progress, purpose, background)
+    };
     machine.save(Box::new(begin), cancel, goes_on)
 }
 
@@ -140,7 +141,7 @@ fn open_files(except: Option<RawFd>) -> impl Iterator<Item = (u64, u64)> {
 }
 
 /// Called at the standstill on the main thread: reads everything but RAM, and returns the work for the thread `machine-job`.
-fn prepare(
+fn read_machine(
     machine: &Machine,
     config: SavedConfig,
     target: Target,
@@ -268,7 +269,7 @@ enum Target {
 
 impl Target {
     /// Opens the target. Refuses to replace a file of the machine, which the user may have named by mistake.
-    fn prepare(
+    fn open(
         destination: Destination,
         machine: &Machine,
         config: &SavedConfig,

@@ -1,4 +1,4 @@
-//! Makes a vCPU, and puts it at the kernel's entry point.
+//! Makes a vCPU, and sets the registers with which it boots: the first vCPU starts at the kernel's entry point.
 //!
 //! `arch::cpu` decides the values of all registers; this file hands them to KVM, for a new vCPU and again at a reset.
 //! [`super::state`] puts back what else a guest can change.
@@ -61,7 +61,7 @@ pub(crate) struct VcpuSetup<'a> {
 
 /// How the vCPUs of a machine begin.
 pub(crate) enum VcpuStart {
-    /// As at power-on. The boot vCPU then goes to the kernel's entry point ([`Vcpu::start_at`]).
+    /// As at power-on. The boot vCPU then goes to the kernel's entry point ([`Vcpu::set_boot_registers`]).
     Boot(Entry),
     /// With the saved CPUID leaves of each vCPU. The saved state is written later. The leaves come first, because KVM refuses to
     /// change them when a vCPU has run.
@@ -139,7 +139,7 @@ impl Vcpu {
     ///
     /// # Errors
     /// When KVM refuses an image.
-    pub(crate) fn start_at(&self, entry: &Entry) -> Result<(), Error> {
+    pub(crate) fn set_boot_registers(&self, entry: &Entry) -> Result<(), Error> {
         let fd = &self.fd;
         write_msrs(fd, &cpu::msrs::boot())?;
         if self.index != 0 {
