@@ -37,8 +37,8 @@ use crate::sources::Source;
 use crate::timeout::Timeout;
 use crate::vcpu::{VcpuSetup, VcpuStart, VcpuThread, install_kick_handler};
 use crate::{
-    affinity, attach, binary_pages, boot_image, console, control, disk_faults, exec, host_cpu,
-    hugepages, kvm, memory, register_pages, trace,
+    affinity, attach, binary_pages, boot_image, console, disk_faults, exec, host_cpu, hugepages,
+    kvm, memory, register_pages, trace,
 };
 
 /// Builds a machine that boots or, with `incoming`, one that was saved. Its vCPUs have threads, but have not entered the guest:
@@ -53,7 +53,10 @@ pub fn build(
 ) -> Result<EventLoop, Error> {
     // Building counts for `--timeout`, too.
     let timeout = config.timeout.map(Timeout::start).transpose()?;
+    // With `--exec`, the configuration also has the disk of the script.
     let (config, job) = &exec::plan(config)?;
+    // A process that waited for `migrate-incoming` has made the VM, the sandbox and the control socket. Any other makes them here.
+    let mut early = incoming.as_mut().map(Incoming::take_early_parts).unwrap_or_default();
 
     // 1. Compute the address of everything. Open and check the user's files.
     let layout = MachineLayout::new(MachineSpec {
@@ -63,8 +66,8 @@ pub fn build(
         acpi: config.acpi,
         disks: config.disks.len(),
     });
-    let read_only = config.disks.first().map(|disk| disk.image.read_only);
-    let root = read_only.map(|is| if is { Root::ReadOnly } else { Root::ReadWrite });
+    let first = config.disks.first().map(|disk| &disk.image);
+    let root = first.map(|image| if image.read_only { Root::ReadOnly } else { Root::ReadWrite });
     let cmdline = cmdline::build(&layout, root, &config.cmdline)?;
     tracing::debug!(cmdline, "the kernel's command line");
     let generation_id = generation_id::draw(config.acpi)?;
@@ -80,18 +83,18 @@ pub fn build(
     let mut outputs = OutputFiles::with_logs(&mut images, &config.disks)?;
     disk_faults::over(&mut images, &config.disks);
     affinity::check(config)?;
-    Incoming::release_binary_pages(incoming.as_ref());
+    early.release_binary_pages();
     tracing::info!(target: "boot", "files opened");
 
     // 2. Map guest memory. Start the threads that nearly every machine has. They confine themselves while the rest is made.
     let memory =
         if config.hugepages { hugepages::allocate(&layout)? } else { memory::allocate(&layout)? };
-    let sandbox = Incoming::sandbox(&mut incoming, config)?;
+    let sandbox = early.sandbox(config)?;
 
     // 3. Make a VM in KVM, with memory slots. Interrupt controllers come later, because they make changes of the memory map and
     // of ioeventfds slow (`register_memory`).
-    let host = Incoming::empty_vm(&mut incoming)?;
-    let (kvm_fd, vm) = (&host.kvm, Arc::clone(&host.vm));
+    let empty_vm = early.empty_vm()?;
+    let (kvm_fd, vm) = (&empty_vm.kvm, Arc::clone(&empty_vm.vm));
     check_cpus(kvm_fd, config.cpus)?;
     affinity::keep_idle_in_guest(config, kvm_fd, &vm)?;
     kvm::register_memory(&vm, &memory)?;
@@ -103,7 +106,7 @@ pub fn build(
             let image = boot_image.as_ref().ok_or(Error::NoBootImage)?;
             (VcpuStart::Boot(image.load(&memory)?), None)
         }
-        Some(incoming) => incoming.load(&host, &memory, generation_id.as_ref())?,
+        Some(incoming) => incoming.load(&empty_vm, &memory, generation_id.as_ref())?,
     };
     tracing::info!(target: "boot", "kernel loaded");
 
@@ -129,10 +132,7 @@ pub fn build(
         register_pages::acknowledge(&vm, &disks)?;
     }
     kvm::create_irq_chips(&vm)?;
-    let control = match incoming.as_mut().and_then(|incoming| incoming.control.take()) {
-        None => config.qmp.as_deref().map(|path| control::listen(path, config)).transpose()?,
-        control => control,
-    };
+    let control = early.control(config)?;
     attach::legacy(&mut port_io, &events, config.debug_exit)?;
     let mut sources: Vec<Box<dyn Source>> = vec![Box::new(signals), Box::new(reports)];
     sources.extend(disk_faults::source(&config.disks));
@@ -151,7 +151,7 @@ pub fn build(
     let buses = [Arc::clone(&port_io), Arc::clone(&mmio)];
     let setup = VcpuSetup {
         kvm: kvm_fd,
-        supported: &host.cpuid,
+        supported: &empty_vm.cpuid,
         vm: &vm,
         count: config.cpus,
         legacy_pic: !config.acpi,

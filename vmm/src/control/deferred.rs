@@ -26,7 +26,7 @@ use crate::host_cpu;
 use crate::kvm::EmptyVm;
 use crate::sandbox::Sandbox;
 use crate::signals::Signals;
-use crate::snapshot::{Incoming, IncomingConfig, SavedConfig, remove_unfinished};
+use crate::snapshot::{EarlyParts, Incoming, IncomingConfig, SavedConfig, remove_unfinished};
 
 /// What ended the wait.
 #[derive(Debug)]
@@ -72,7 +72,7 @@ pub fn wait(
     let mut server = listen(&path, config)?;
     // All of the machine that does not depend on the file, so that the client waits less.
     let sandbox = Sandbox::prepare(config)?;
-    let host = EmptyVm::new()?;
+    let empty_vm = EmptyVm::new()?;
     host_cpu::read_early();
     binary_pages::release();
     sandbox.wait();
@@ -96,8 +96,8 @@ pub fn wait(
                 Ok(Step::End(Awaited::Incoming(mut incoming))) => {
                     server.adopt(mem::take(&mut clients));
                     server.migration().set_config(SavedConfig::of(config));
-                    (incoming.control, incoming.host) = (Some(server), Some(host));
-                    incoming.sandbox = Some(sandbox);
+                    let (control, sandbox) = (Some(server), Some(sandbox));
+                    incoming.early = EarlyParts { control, empty_vm: Some(empty_vm), sandbox };
                     // The time limit counts from the start of the process.
                     config.timeout = left.or(config.timeout);
                     return Ok(Awaited::Incoming(incoming));

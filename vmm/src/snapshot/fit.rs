@@ -32,8 +32,8 @@ const FEATURES: [(u32, u32, &[usize]); 8] = [
 const NAMES: [&str; 4] = ["EAX", "EBX", "ECX", "EDX"];
 
 /// Compares each saved vCPU's CPUID with the one that this host would give a new vCPU.
-pub(super) fn check(host: &EmptyVm, vcpus: &[SavedVcpu], nested: bool) -> Result<(), Error> {
-    let EmptyVm { kvm, cpuid: supported, .. } = host;
+pub(super) fn check(empty_vm: &EmptyVm, vcpus: &[SavedVcpu], nested: bool) -> Result<(), Error> {
+    let EmptyVm { kvm, cpuid: supported, .. } = empty_vm;
     let count = u32::try_from(vcpus.len()).unwrap_or(u32::MAX);
     for (id, saved) in (0..count).zip(vcpus) {
         let vcpu = cpuid::Vcpu {

@@ -24,21 +24,19 @@ use arch::Structure;
 use super::SnapshotError;
 use super::core_file::CoreFile;
 use super::description::{check, parse};
+use super::early_parts::EarlyParts;
 use super::increments::Chain;
 use super::page_set::PageSet;
 use super::save::RESTORED_FROM;
 use super::saved::{SavedDisk, SavedMachine};
 use super::{fit, generation_id};
 use crate::GuestMemory;
-use crate::binary_pages;
 use crate::config::{DiskConfig, VmConfig};
-use crate::control::ControlServer;
 use crate::error::Error;
 use crate::host_cpu;
 use crate::kernel_pages;
 use crate::kvm::EmptyVm;
 use crate::machine::{Machine, UnmapFiles};
-use crate::sandbox::Sandbox;
 use crate::vcpu::VcpuStart;
 
 /// Whether RAM is mapped from the file or copied.
@@ -89,12 +87,8 @@ impl IncomingConfig {
 
 /// A saved machine that the builder restores.
 pub struct Incoming {
-    /// The control socket on which the file was named.
-    pub(crate) control: Option<ControlServer>,
     /// Made while the process waited for the file.
-    pub(crate) host: Option<EmptyVm>,
-    /// As `host`.
-    pub(crate) sandbox: Option<Sandbox>,
+    pub(crate) early: EarlyParts,
     options: IncomingConfig,
     chain: Chain,
     saved: SavedMachine,
@@ -133,36 +127,11 @@ impl Incoming {
         let given = std::mem::take(&mut config.disks);
         let disks = merge_disks(&saved, given, options.trust_paths, config.qmp.is_some());
         config.disks = disks.map_err(failed)?;
-        Ok(Self { control: None, host: None, sandbox: None, options, chain, saved })
+        Ok(Self { early: EarlyParts::default(), options, chain, saved })
     }
 
-    /// An empty VM: the one that was made while the process waited for a file, or a new one.
-    ///
-    /// # Errors
-    /// Those of [`EmptyVm::new`].
-    pub(crate) fn empty_vm(incoming: &mut Option<Self>) -> Result<EmptyVm, Error> {
-        let made = incoming.as_mut().and_then(|incoming| incoming.host.take());
-        made.map_or_else(EmptyVm::new, Ok)
-    }
-
-    /// Gives back pages of the binary, unless that was done while the process waited for a file.
-    pub(crate) fn release_binary_pages(incoming: Option<&Self>) {
-        if incoming.is_none_or(|incoming| incoming.host.is_none()) {
-            binary_pages::release();
-        }
-    }
-
-    /// The confinement of `config`: the one that was prepared while the process waited for a file, if it fits.
-    ///
-    /// # Errors
-    /// Those of [`Sandbox::prepare`].
-    pub(crate) fn sandbox(
-        incoming: &mut Option<Self>,
-        config: &VmConfig,
-    ) -> Result<Sandbox, Error> {
-        let prepared = incoming.as_mut().and_then(|incoming| incoming.sandbox.take());
-        let prepared = prepared.filter(|sandbox| sandbox.fits(config));
-        prepared.map_or_else(|| Sandbox::prepare(config), Ok)
+    pub(crate) fn take_early_parts(&mut self) -> EarlyParts {
+        std::mem::take(&mut self.early)
     }
 
     /// Describes the file at `path` in lines of text. With `compare_memory`, all of RAM is compared with its checksums, also that of the files
@@ -197,11 +166,11 @@ impl Incoming {
     /// The CPU does not suit this host, or the file cannot be read.
     pub(crate) fn load(
         &self,
-        host: &EmptyVm,
+        empty_vm: &EmptyVm,
         memory: &GuestMemory,
         generation_id: Option<&Structure>,
     ) -> Result<(VcpuStart, Option<UnmapFiles>), Error> {
-        fit::check(host, &self.saved.vcpus, self.saved.config.nested)
+        fit::check(empty_vm, &self.saved.vcpus, self.saved.config.nested)
             .map_err(|error| self.named(error))?;
         let mapped = self.map(memory).map_err(|error| self.named(error))?;
         if mapped.is_none() {

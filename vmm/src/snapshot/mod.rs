@@ -11,6 +11,7 @@
 //! | [`pages`], [`page_map`] | guest RAM in the file, and which of its pages are data |
 //! | [`increments`], [`page_set`] | files that are based on other files, and which pages they have |
 //! | [`save`], [`incoming`] | a save and a restore, step by step |
+//! | [`early_parts`] | what is made while a process waits for the name of the file |
 //! | [`background_save`] | a background save: RAM is written while the guest goes on |
 //! | [`panic_dump`] | `--dump-on-panic` |
 //! | [`generation_id`] | the VM generation ID, by which a guest notices that it was restored |
@@ -23,6 +24,7 @@ mod background_save;
 mod checksum;
 mod core_file;
 mod description;
+mod early_parts;
 mod fit;
 #[cfg(test)]
 mod fuzz;
@@ -45,6 +47,7 @@ use std::path::PathBuf;
 
 use crate::error::Error;
 pub(crate) use background_save::{BackgroundSave, SaveThread, begin_in_background};
+pub(crate) use early_parts::EarlyParts;
 pub use incoming::{ClockMode, Incoming, IncomingConfig, MapMode};
 pub use increments::check_new_increment;
 pub use new_file::NewFile;
