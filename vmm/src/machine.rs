@@ -248,7 +248,7 @@ pub(crate) struct Machine {
     standstill: Option<Standstill>,
     end: Option<End>,
     wake_main_loop: Arc<EventSender>,
-    /// The thread `machine-job`, which writes saves, and waits for the devices at a reset.
+    /// The thread `machine-job`, which writes saves.
     job_thread: JobThread,
     last_job: u64,
     /// What has happened since the main loop last called its sources, oldest first.

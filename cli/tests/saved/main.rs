@@ -7,6 +7,7 @@ mod files;
 mod hosts;
 mod increments;
 mod moments;
+mod storage;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -385,7 +386,7 @@ fn an_error_of_the_file_fails_a_save_and_the_guest_goes_on() {
     }
 }
 
-/// A save waits for the disks no longer than a stop does, and can be canceled while it waits for a flush.
+/// A save waits for the disks no longer than a stop does. For their flush see `storage`.
 #[test]
 fn a_disk_that_does_not_answer_fails_a_save_and_the_guest_goes_on() {
     if !kvm_is_usable() {

@@ -4,7 +4,7 @@
 //! A drain has one or more *parties*: threads of the device, for a disk its worker threads. Each party takes no new requests and waits
 //! for what the host already has. In a reset it hands its queues back ([`Party::hand_back`]). Then it drops its [`Party`], and from then
 //! on does not touch guest memory. The drain is done when the last party has finished. It never fails, but may last as long as the host
-//! keeps a request. So the main loop and `machine-job` wait with a deadline, and a kick wakes a vCPU that waits.
+//! keeps a request. So the main loop looks at a deadline, and a kick wakes a vCPU that waits.
 //!
 //! A thread waits for a drain in one of three ways:
 //!

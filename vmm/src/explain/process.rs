@@ -15,7 +15,7 @@ const PURPOSES: [(&str, &str); 9] = [
     ("job-output", "console: writes the output of --exec"),
     ("disk-io-", "disk-io: waits for the host's disk"),
     ("disk-", "disk: serves queues of a disk"),
-    ("machine-job", "disk-io: resets devices, writes saved machines"),
+    ("machine-job", "disk-io: writes saved machines"),
     ("save", "save: starts the process of a background save"),
     ("registers", "registers: maps the disks' registers, and ends"),
 ];

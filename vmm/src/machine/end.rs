@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use super::{DiskState, End, Machine, MachineDisk, MachineEvent, Outcome};
 use crate::error::Error;
+use crate::job_thread::PendingResult;
 use crate::vcpu::VcpuThread;
 
 impl Machine {
@@ -31,7 +32,7 @@ impl Machine {
         let Some(mut end) = self.end.take() else { return };
         for disk in &mut self.hardware.disks {
             if disk.is_paused() {
-                disk.state = begin_flush(disk);
+                disk.state = disk.begin_flush().map_or(DiskState::Flushed, DiskState::Flushing);
             }
             if let DiskState::Flushing(flush) = &disk.state
                 && let Some(result) = flush.poll()
@@ -70,12 +71,12 @@ impl Machine {
     }
 }
 
-/// Begins to flush a disk on its own job thread, so that a disk that hangs does not delay the others.
-fn begin_flush(disk: &MachineDisk) -> DiskState {
-    if disk.image.info().read_only {
-        return DiskState::Flushed;
+impl MachineDisk {
+    /// Begins to flush the image on the disk's own job thread, so that a disk that hangs does not delay the others. `None`: the disk is
+    /// read-only.
+    pub(super) fn begin_flush(&self) -> Option<PendingResult> {
+        let (image, device) = (Arc::clone(&self.image), self.config.id.clone());
+        let flush = move || image.flush().map_err(|source| Error::Flush { device, source });
+        (!self.image.info().read_only).then(|| self.job_thread.run(flush))
     }
-    let (image, device) = (Arc::clone(&disk.image), disk.config.id.clone());
-    let flush = move || image.flush().map_err(|source| Error::Flush { device, source });
-    DiskState::Flushing(disk.job_thread.run(flush))
 }

@@ -1,19 +1,21 @@
 //! A reset: the guest starts again, and everything that it can see is as at power-on.
 //!
 //! A capability: QMP's `system_reset` asks for it. It hooks in as a [`Task`] of the machine's standstill. It resets the devices first,
-//! which may have to wait for the host. When every other task is over, interrupt controllers and vCPUs get their state at power-on
-//! ([`PowerOn`]), memory is cleared, and the boot image is loaded again.
+//! which may have to wait for the host. If a device has not finished after `--stop-timeout`, the VM ends. When every other task is over,
+//! interrupt controllers and vCPUs get their state at power-on ([`PowerOn`]), memory is cleared, and the boot image is loaded again.
 
 use std::any::Any;
+use std::mem;
+use std::sync::Arc;
 use std::time::Instant;
 
+use devices::bus::Unfinished;
 use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::{Kvm, VmFd};
 
 use super::{Hardware, Machine, MachineEvent, RunState, Task};
 use crate::error::Error;
 use crate::irq_chips::IrqChips;
-use crate::job_thread::PendingResult;
 use crate::memory;
 use crate::vcpu::{VcpuState, VcpuThread};
 
@@ -62,8 +64,8 @@ struct ResetHung;
 
 #[derive(Default)]
 struct Reset {
-    /// Has a result when the threads of all devices have finished the reset. `None`: it has not begun.
-    devices: Option<PendingResult>,
+    /// The devices whose threads have not finished the reset, and when it began. `None`: it has not begun.
+    devices: Option<(Instant, Vec<Unfinished>)>,
 }
 
 impl Machine {
@@ -84,16 +86,18 @@ impl Machine {
         }))
     }
 
-    /// Begins to reset the devices. The thread `machine-job` waits until their threads have finished.
-    fn reset_devices(&self, began: Instant) -> PendingResult {
-        let deadline = began + self.stop_timeout;
+    /// Begins to reset the devices, and starts the timer of the deadline. Returns the time when this began, and the devices whose threads
+    /// have still to finish. Each of them wakes the main loop then.
+    fn reset_devices(&mut self) -> (Instant, Vec<Unfinished>) {
+        // Read before the timer starts, so that the whole time has passed when the timer expires.
+        let began = Instant::now();
+        self.start_deadline(self.stop_timeout);
         let unfinished: Vec<_> = self.hardware.buses.iter().flat_map(|bus| bus.reset()).collect();
-        let wait = move || {
-            let hung =
-                unfinished.into_iter().filter_map(|reset| reset.wait_until(deadline)).count();
-            if hung == 0 { Ok(()) } else { Err(Error::Capability(Box::new(ResetHung))) }
-        };
-        self.job_thread.run(wait)
+        for device in &unfinished {
+            let main_loop = Arc::clone(&self.wake_main_loop);
+            device.on_done(move || main_loop.wake());
+        }
+        (began, unfinished)
     }
 
     /// Resets interrupt controllers, vCPUs and memory, and boots again. The devices have been reset, no vCPU runs, and no disk uses guest memory.
@@ -114,12 +118,14 @@ impl Machine {
 
 impl Task for Reset {
     fn advance(&mut self, machine: &mut Machine) -> Result<bool, Error> {
-        if self.devices.is_none() {
-            let began = machine.standstill.as_ref().map_or_else(Instant::now, |still| still.began);
-            self.devices = Some(machine.reset_devices(began));
+        let (began, unfinished) = self.devices.get_or_insert_with(|| machine.reset_devices());
+        *unfinished = mem::take(unfinished).into_iter().filter_map(Unfinished::poll).collect();
+        match unfinished.is_empty() {
+            false if began.elapsed() >= machine.stop_timeout => {
+                Err(Error::Capability(Box::new(ResetHung)))
+            }
+            done => Ok(done),
         }
-        let result = self.devices.as_ref().and_then(PendingResult::poll);
-        result.map_or(Ok(false), |result| result.map(|()| true))
     }
 
     fn is_irrevocable(&self) -> bool {

@@ -3,39 +3,68 @@
 //!
 //! | state of the machine | event | next state |
 //! |---|---|---|
-//! | any but `Shutdown` | everything stands still, and no event of a vCPU waits | `FinishMigrate` |
+//! | any but `Shutdown` | everything stands still, no event of a vCPU waits, and the machine has been read | `FinishMigrate` |
 //! | `FinishMigrate` | the save is done | `PostMigrate` |
 //! | `FinishMigrate` | `dump-guest-memory` is done, or the child of a background save has the memory | the one before |
 //! | `FinishMigrate` | the save failed, or was canceled | the one before |
+//!
+//! The guest waits meanwhile. So a flush that the host does not finish fails the save at its own deadline, `--stop-timeout`. How long it
+//! takes to write the file depends on its size, so a client decides about that, by `migrate_cancel`.
 
+use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_clock_data;
 
-use super::{Machine, MachineEvent, RunState, Standstill, Task};
+use super::{Machine, MachineDisk, MachineEvent, RunState, Standstill, Task};
 use crate::error::Error;
 use crate::job_thread::PendingResult;
 
-/// The second part of a save: flushes the disks and writes the file, on the thread `machine-job`.
-pub(crate) type Work = Box<dyn FnOnce() -> Result<(), Error> + Send>;
+/// What is left of a save when the machine has been read.
+pub(crate) struct Work {
+    /// Whether the disks are flushed before the file is written.
+    pub flush_disks: bool,
+    /// Writes the file, on the thread `machine-job`.
+    pub write: Box<dyn FnOnce() -> Result<(), Error> + Send>,
+}
 
-/// The first part of a save, which reads the state of the machine on the main thread.
+/// The first step of a save, which reads the state of the machine on the main thread.
 pub(crate) type BeginSave = Box<dyn FnOnce(&Machine) -> Result<Work, Error>>;
+
+/// How long a canceled save waits until the file is given up. A write that the host does not complete takes longer: its file gets no
+/// name.
+const CANCEL_LIMIT: Duration = Duration::from_millis(500);
+
+#[derive(Debug, thiserror::Error)]
+#[error("the save was canceled")]
+struct Canceled;
+
+fn canceled() -> Error {
+    Error::Capability(Box::new(Canceled))
+}
 
 struct SaveTask {
     /// The number of its `Done` event.
     job: u64,
-    /// `None`: it has been called.
-    begin: Option<BeginSave>,
-    /// Makes the work end early.
+    step: Step,
+    /// Set by a client, or when the machine ends. Makes the writing end early.
     cancel: Arc<AtomicBool>,
-    /// The result of the work, when it has begun.
-    work: Option<PendingResult>,
     /// The state of the machine before the save.
     before: RunState,
     /// After the save the machine is in the state from before, and not in `postmigrate`.
     goes_on: bool,
+}
+
+enum Step {
+    Read(BeginSave),
+    /// The flushes that are not over, each with its disk's name, and when they began.
+    Flush(Instant, Vec<(String, PendingResult)>, Work),
+    Write(PendingResult),
+    /// A client has canceled the save at this time.
+    Cancel(Instant, PendingResult),
+    Over,
 }
 
 impl Machine {
@@ -58,9 +87,21 @@ impl Machine {
             return Err(Error::Stopping);
         }
         let (job, before) = (self.next_job(), self.state);
-        let task = SaveTask { job, begin: Some(begin), cancel, work: None, before, goes_on };
+        let task = SaveTask { job, step: Step::Read(begin), cancel, before, goes_on };
         self.stand_still(|standstill| standstill.tasks.push_front(Box::new(task)));
         Ok(job)
+    }
+
+    /// Begins to flush the disks, and starts the timer of their deadline. Returns the time when this began.
+    fn begin_flushes(&mut self, wanted: bool) -> (Instant, Vec<(String, PendingResult)>) {
+        // Read before the timer starts, so that the whole time has passed when the timer expires.
+        let began = Instant::now();
+        if !wanted {
+            return (began, Vec::new());
+        }
+        self.start_deadline(self.stop_timeout);
+        let flush = |disk: &MachineDisk| Some((disk.config.id.clone(), disk.begin_flush()?));
+        (began, self.hardware.disks.iter().filter_map(flush).collect())
     }
 
     /// The state and clock of the stopped machine, to be saved.
@@ -76,19 +117,14 @@ impl Machine {
 
 impl Task for SaveTask {
     fn advance(&mut self, machine: &mut Machine) -> Result<bool, Error> {
-        // Wait until the main loop has taken all events: an event may end the machine, and is not part of the saved state.
-        let awake = machine.wake_main_loop.awake.load(Ordering::Acquire);
-        if let Some(begin) = self.begin.take_if(|_| !awake) {
-            self.before = machine.state;
-            let work = begin(machine).unwrap_or_else(|error| Box::new(|| Err(error)));
-            if machine.state == RunState::Running {
-                machine.emit(MachineEvent::Stop);
+        let step = mem::replace(&mut self.step, Step::Over);
+        let result = match self.next_step(machine, step) {
+            Ok(Step::Over) => Ok(()),
+            Ok(step) => {
+                self.step = step;
+                return Ok(false);
             }
-            machine.state = RunState::FinishMigrate;
-            self.work = Some(machine.job_thread.run(work));
-        }
-        let Some(result) = self.work.as_ref().and_then(PendingResult::poll) else {
-            return Ok(false);
+            Err(error) => Err(error),
         };
         self.conclude(machine, result);
         Ok(true)
@@ -105,6 +141,60 @@ impl Task for SaveTask {
 }
 
 impl SaveTask {
+    /// The step after `step`, or `step` itself if it has to wait.
+    fn next_step(&mut self, machine: &mut Machine, step: Step) -> Result<Step, Error> {
+        let is_canceled = self.cancel.load(Ordering::Relaxed);
+        match step {
+            // Wait until the main loop has taken all events: an event may end the machine, and is not part of the saved state.
+            Step::Read(begin) if machine.wake_main_loop.awake.load(Ordering::Acquire) => {
+                Ok(Step::Read(begin))
+            }
+            Step::Read(begin) => {
+                let work = begin(machine)?;
+                self.before = machine.state;
+                if machine.state == RunState::Running {
+                    machine.emit(MachineEvent::Stop);
+                }
+                machine.state = RunState::FinishMigrate;
+                let (began, flushes) = machine.begin_flushes(work.flush_disks);
+                self.next_step(machine, Step::Flush(began, flushes, work))
+            }
+            Step::Flush(..) if is_canceled => Err(canceled()),
+            Step::Flush(began, flushes, work) => {
+                let mut pending = Vec::new();
+                for (disk, flush) in flushes {
+                    match flush.poll() {
+                        Some(result) => result?,
+                        None => pending.push((disk, flush)),
+                    }
+                }
+                if pending.is_empty() {
+                    return Ok(Step::Write(machine.job_thread.run(work.write)));
+                }
+                let after = began.elapsed();
+                if after < machine.stop_timeout {
+                    return Ok(Step::Flush(began, pending, work));
+                }
+                let names: Vec<_> = pending.into_iter().map(|(disk, _)| disk).collect();
+                Err(Error::DiskHung { disks: names.join(", "), after })
+            }
+            Step::Write(result) => match result.poll() {
+                Some(result) => result.map(|()| Step::Over),
+                None if is_canceled => {
+                    machine.start_deadline(CANCEL_LIMIT);
+                    Ok(Step::Cancel(Instant::now(), result))
+                }
+                None => Ok(Step::Write(result)),
+            },
+            Step::Cancel(began, result) => match result.poll() {
+                Some(result) => result.map(|()| Step::Over),
+                None if began.elapsed() >= CANCEL_LIMIT => Err(canceled()),
+                None => Ok(Step::Cancel(began, result)),
+            },
+            Step::Over => Ok(Step::Over),
+        }
+    }
+
     fn conclude(&mut self, machine: &mut Machine, result: Result<(), Error>) {
         if machine.state == RunState::FinishMigrate {
             let stays = result.is_ok() && !self.goes_on;

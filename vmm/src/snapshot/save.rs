@@ -3,10 +3,11 @@
 //! `control::migration` calls [`begin`], which opens the target while the guest still runs. [`Machine::save`] then adds a task
 //! (`machine::save_task`) to the machine's standstill. When everything stands still, that task does this, in this order:
 //!
-//! 1. On the main thread, [`read_machine`] reads the state of the machine: see [`super::saved`]. The rest is [`UnwrittenSave::run`].
-//! 2. On the thread `machine-job`, it flushes each disk: the saved memory says that earlier writes are on the disk.
-//! 3. It writes RAM, then headers and notes, and syncs the file. A background save (`background_save`) does this and the next step on the
-//!    thread `save`, while the machine goes on.
+//! 1. On the main thread, [`read_machine`] reads the state of the machine: see [`super::saved`].
+//! 2. It flushes each disk on the disk's own thread: the saved memory says that earlier writes are on the disk. A flush that the host
+//!    does not finish fails the save at `--stop-timeout`.
+//! 3. On the thread `machine-job`, it writes RAM, then headers and notes, and syncs the file ([`UnwrittenSave::run`]). A background save
+//!    (`background_save`) does this and the next step on the thread `save`, while the machine goes on.
 //! 4. Only then it gives the file its name ([`NewFile`]). If a client has passed a descriptor, naming the file is the client's task.
 //!
 //! The main loop goes on meanwhile, and answers how far the save is.
@@ -19,7 +20,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use devices::disk::Disk;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::SnapshotError;
@@ -32,8 +32,8 @@ use super::pages::{RamProgress, RamSave};
 use super::saved::{Purpose, SavedConfig, SavedMachine};
 use crate::GuestMemory;
 use crate::error::Error;
+use crate::machine::Machine;
 use crate::machine::save_task::Work;
-use crate::machine::{Machine, MachineDisk};
 
 /// A save under way, as its client sees it.
 #[derive(Clone, Default)]
@@ -140,7 +140,7 @@ fn open_files(except: Option<RawFd>) -> impl Iterator<Item = (u64, u64)> {
     open.filter_map(|(_, status)| status).map(|status| (status.st_dev, status.st_ino))
 }
 
-/// Called at the standstill on the main thread: reads everything but RAM, and returns the work for the thread `machine-job`.
+/// Called at the standstill on the main thread: reads everything but RAM, and returns what is left to do.
 fn read_machine(
     machine: &Machine,
     config: SavedConfig,
@@ -160,11 +160,9 @@ fn read_machine(
     let bytes = memory.iter().map(GuestMemoryRegion::len).sum();
     progress.ram.total.store(bytes, Ordering::Relaxed);
     progress.ram.remaining.store(bytes, Ordering::Relaxed);
-    let flushed = |disk: &&MachineDisk| purpose.is_save() && !disk.image.info().read_only;
-    let disks = machine.hardware.disks.iter().filter(flushed);
-    let disks = disks.map(|disk| (Arc::clone(&disk.image), disk.config.id.clone())).collect();
     let save = UnwrittenSave { saved, memory, map: PageMap::read(), mapped, target, progress };
-    Ok(Box::new(move || save.run(disks, background)))
+    let write = Box::new(move || save.run(background));
+    Ok(Work { flush_disks: purpose.is_save(), write })
 }
 
 /// A save whose machine has been read, and which has still to be written.
@@ -179,15 +177,8 @@ pub(super) struct UnwrittenSave {
 }
 
 impl UnwrittenSave {
-    /// Flushes `disks` (each with its name), and writes the file.
-    fn run(
-        mut self,
-        disks: Vec<(Arc<dyn Disk>, String)>,
-        background: Option<WriteInBackground>,
-    ) -> Result<(), Error> {
-        for (image, device) in disks {
-            image.flush().map_err(|source| Error::Flush { device, source })?;
-        }
+    /// Writes the file. The disks have been flushed.
+    fn run(mut self, background: Option<WriteInBackground>) -> Result<(), Error> {
         self.saved.disks.iter_mut().for_each(|disk| disk.look_again());
         match background {
             Some(background) => background(self),
