@@ -189,12 +189,23 @@ fn common(process: u32) -> Vec<Allowed> {
             [libc::TCSETS, libc::TCSETS2, libc::TIOCGPGRP].map(terminal),
         ),
         when(call!(SYS_mprotect), "not executable", [vec![NO_CODE]]),
+        // The C library names its memory if the parent process has asked for that (`glibc.mem.decorate_maps` in GLIBC_TUNABLES).
+        when(
+            call!(SYS_prctl),
+            "PR_SET_VMA_ANON_NAME",
+            [vec![
+                (0, Test::Is(libc::PR_SET_VMA as u64)),
+                (1, Test::Is(libc::PR_SET_VMA_ANON_NAME as u64)),
+            ]],
+        ),
         when(call!(SYS_tgkill), "this process", [vec![(0, Test::Is(process.into()))]]),
     ]);
     calls
 }
 
+/// Memory for the C library, which wants huge pages if the parent process has asked for them (`glibc.malloc.hugetlb` in GLIBC_TUNABLES).
 fn anonymous_memory() -> [Allowed; 2] {
+    let advice = |advice: libc::c_int| vec![(2, Test::Is(advice as u64))];
     let anonymous = (3, Test::Set(libc::MAP_ANONYMOUS as u64));
     [
         when(
@@ -204,8 +215,8 @@ fn anonymous_memory() -> [Allowed; 2] {
         ),
         when(
             call!(SYS_madvise),
-            "MADV_DONTNEED",
-            [vec![(2, Test::Is(libc::MADV_DONTNEED as u64))]],
+            "MADV_DONTNEED, MADV_HUGEPAGE",
+            [libc::MADV_DONTNEED, libc::MADV_HUGEPAGE].map(advice),
         ),
     ]
 }

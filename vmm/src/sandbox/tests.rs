@@ -78,6 +78,19 @@ fn attack(name: &str) {
     }
 }
 
+/// What glibc's malloc does by its tunables hugetlb and decorate_maps.
+fn ask_for_memory() {
+    let (access, kind) =
+        (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let (vma, name) = (libc::PR_SET_VMA, libc::PR_SET_VMA_ANON_NAME);
+    // SAFETY: nothing else uses the memory. The kernel may refuse the advice and the name; only the filter matters here.
+    unsafe {
+        let memory = libc::mmap(std::ptr::null_mut(), 4 << 20, access, kind, -1, 0);
+        libc::madvise(memory, 4 << 20, libc::MADV_HUGEPAGE);
+        libc::prctl(vma, name, memory, 4 << 20, c" glibc: malloc".as_ptr());
+    }
+}
+
 /// Not a test by itself: the other tests run it in a child process.
 #[test]
 fn child() {
@@ -107,8 +120,10 @@ fn child() {
     }
     seccompiler::apply_filter(&filter).unwrap();
     let what = what.strip_prefix("handled ").unwrap_or(what);
-    if what != "nothing" {
-        attack(what);
+    match what {
+        "nothing" => {}
+        "memory" => ask_for_memory(),
+        _ => attack(what),
     }
     // SAFETY: ends the process.
     unsafe { libc::_exit(7) };
@@ -119,6 +134,8 @@ fn each_kind_dies_of_what_it_must_not_do() {
     for kind in Kind::ALL.map(Kind::name) {
         let ended = in_child(&format!("{kind} nothing"));
         assert_eq!(ended.status.code(), Some(7), "{kind} without an attack: {ended:?}");
+        let ended = in_child(&format!("{kind} memory"));
+        assert_eq!(ended.status.code(), Some(7), "{kind} asks for memory: {ended:?}");
         let its_purpose = |attack: &str| (kind, attack) == ("save", "clone");
         for attack in ATTACKS.into_iter().filter(|attack| !its_purpose(attack)) {
             let ended = in_child(&format!("{kind} {attack}"));
@@ -209,6 +226,6 @@ fn the_lists_are_short() {
         names.sort_unstable();
         names.dedup();
         println!("{}: {} system calls", kind.name(), names.len());
-        assert!(names.len() < most, "{}: {}", kind.name(), names.len());
+        assert!(names.len() <= most, "{}: {}", kind.name(), names.len());
     }
 }
