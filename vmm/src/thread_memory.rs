@@ -8,12 +8,12 @@ use std::io;
 use std::ptr;
 use std::sync::Arc;
 
-use devices::spawn::Spawn;
+use devices::spawn::{STACK, Spawn};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
-/// Bytes that must be free: the standard library's 2 MiB for a stack, and 1 MiB for what this thread and the ones just started
+/// Bytes that must be free: a stack, and 1 MiB for what this thread and the ones just started
 /// allocate before their bodies run, 64 KiB each at most.
-const ROOM: usize = 3 << 20;
+const ROOM: usize = STACK + (1 << 20);
 
 /// Starts threads as `spawn` does, if there is memory for them. The error is ENOMEM if not.
 pub(crate) fn checked(spawn: Spawn) -> Spawn {
