@@ -103,6 +103,80 @@ fn the_first_threads_are_started_while_the_process_waits() {
     assert_complete(directory.path());
 }
 
+/// As taskset(1), renice(1) and ionice(1) change a process: its main thread.
+#[test]
+fn all_threads_have_what_the_process_was_given_while_it_waited() {
+    let Some(directory) = saved_machine() else { return };
+    let defer = ["--incoming", "defer", "--qmp", "unix:qmp", "--disk", "disk.img", "--paused"];
+    let session = Session::start(minivmm(defer).current_dir(directory.path()));
+    let mut qmp = Qmp::connect(&directory.path().join("qmp"));
+    qmp.query("query-status");
+    let id = session.id().to_string();
+    for program in
+        [&["taskset", "-pc", "0"][..], &["renice", "-n", "5", "-p"], &["ionice", "-c3", "-p"]]
+    {
+        let changed = Command::new(program[0]).args(&program[1..]).arg(&id).output().unwrap();
+        assert!(changed.status.success(), "{changed:?}");
+    }
+    let uri = format!("file:{}", directory.path().join("saved").display());
+    qmp.execute("migrate-incoming", json!({ "uri": uri })).unwrap();
+    // Answered when all threads are confined.
+    qmp.query("query-block");
+    let mut names = BTreeSet::new();
+    for task in fs::read_dir(Path::new("/proc").join(&id).join("task")).unwrap() {
+        let task = task.unwrap().path();
+        let name = fs::read_to_string(task.join("comm")).unwrap_or_default();
+        // It ends by itself.
+        if ["", "registers\n"].contains(&name.as_str()) {
+            continue;
+        }
+        let status = fs::read_to_string(task.join("status")).unwrap();
+        assert!(status.contains("Cpus_allowed_list:\t0\n"), "{name}: {status}");
+        // `pid (name) state` and then fields, of which the 16th is the nice value (proc_pid_stat(5)).
+        let stat = fs::read_to_string(task.join("stat")).unwrap();
+        let nice = stat.rsplit(") ").next().unwrap().split(' ').nth(16).unwrap();
+        assert_eq!(nice, "5", "{name}");
+        let io = Command::new("ionice").arg("-p").arg(task.file_name().unwrap()).output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&io.stdout), "idle\n", "{name}");
+        names.insert(name);
+    }
+    for name in ["console\n", "machine-job\n", "vcpu-0\n", "disk-vda-0\n"] {
+        assert!(names.contains(name), "{names:?}");
+    }
+    qmp.query("cont");
+    session.wait(BOUND).must_be(SUCCESS);
+}
+
+/// Landlock's rules are about directories, not paths.
+#[test]
+fn a_directory_that_is_made_while_the_process_waits_is_a_sockets() {
+    let Some(directory) = saved_machine() else { return };
+    let late = directory.path().join("late");
+    // What a rule allows in a directory, it allows below it.
+    fs::create_dir(directory.path().join("sockets")).unwrap();
+    for is_replaced in [false, true] {
+        if is_replaced {
+            fs::create_dir(&late).unwrap();
+        }
+        let mut command = minivmm(["--incoming", "defer", "--qmp", "unix:sockets/qmp", "--paused"]);
+        command.args(["--disk", "disk.img", "--console", "unix:late/console"]);
+        let session = Session::start(command.current_dir(directory.path()));
+        let mut qmp = Qmp::connect(&directory.path().join("sockets/qmp"));
+        qmp.query("query-status");
+        if is_replaced {
+            fs::remove_dir(&late).unwrap();
+        }
+        fs::create_dir(&late).unwrap();
+        let uri = format!("file:{}", directory.path().join("saved").display());
+        qmp.execute("migrate-incoming", json!({ "uri": uri })).unwrap();
+        qmp.query("query-block");
+        assert!(late.join("console").exists());
+        qmp.query("quit");
+        session.wait(BOUND).must_be(0);
+        fs::remove_dir(&late).expect("nothing but the socket was in it");
+    }
+}
+
 #[test]
 fn the_time_limit_covers_the_wait_for_the_file() {
     let directory = tempdir().unwrap();

@@ -16,6 +16,7 @@
 
 mod early;
 mod filters;
+mod inputs;
 mod ioctls;
 mod privileges;
 mod violation;
@@ -36,6 +37,7 @@ use seccompiler::{BpfProgram, SeccompAction};
 use self::early::EarlyThreads;
 pub(crate) use self::filters::Kind;
 use self::filters::Needs;
+use self::inputs::Inputs;
 use self::violation::Violations;
 pub use self::violation::on_violation;
 use crate::config::{ConsoleConfig, GdbConfig, SandboxMode, VmConfig};
@@ -93,9 +95,23 @@ fn needs(config: &VmConfig) -> Needs {
     }
 }
 
+/// The paths of the machine's own sockets.
+fn sockets(config: &VmConfig) -> Vec<&Path> {
+    let consoles = config.consoles.iter().filter_map(|console| match console {
+        ConsoleConfig::Unix(path) => Some(path.as_path()),
+        _ => None,
+    });
+    let debugger = config.gdb.iter().filter_map(|gdb| match gdb {
+        GdbConfig::Unix(path) => Some(path.as_path()),
+        GdbConfig::Tcp(_) => None,
+    });
+    config.qmp.as_deref().into_iter().chain(consoles).chain(debugger).collect()
+}
+
 /// Tries on a thread of its own whether the process may become the user, and fails if not. A refusal later is only a warning.
 fn try_user(user: (u32, u32)) -> Result<(), Error> {
-    let thread = std::thread::Builder::new().spawn(move || privileges::become_user(user));
+    let thread = std::thread::Builder::new().stack_size(spawn::STACK);
+    let thread = thread.spawn(move || privileges::become_user(user));
     let tried = thread.map_err(Error::host("start a thread"))?.join();
     tried.unwrap_or(Err(Errno::PERM)).map_err(|error| {
         let value = format!("{}:{}", user.0, user.1);
@@ -123,8 +139,7 @@ fn save_directory(path: &Path) -> Result<PathBuf, Error> {
 pub(crate) struct Sandbox(Option<Arc<Rules>>);
 
 struct Rules {
-    /// What the filters were compiled for.
-    needs: Needs,
+    inputs: Inputs,
     /// By `Kind`.
     filters: Vec<BpfProgram>,
     ruleset: Option<OwnedFd>,
@@ -150,22 +165,12 @@ impl Sandbox {
         };
         privileges::use_one_heap();
         config.user.map_or(Ok(()), try_user)?;
-        let needs = needs(config);
-        let compile = |kind: Kind| filters::compile(kind, needs, otherwise.clone());
+        let inputs = Inputs::of(config);
+        let compile = |kind: Kind| filters::compile(kind, inputs.needs, otherwise.clone());
         let filters = Kind::ALL.into_iter().map(compile).collect::<Result<_, _>>();
-        let consoles = config.consoles.iter().filter_map(|console| match console {
-            ConsoleConfig::Unix(path) => Some(path.as_path()),
-            _ => None,
-        });
-        let debugger = config.gdb.iter().filter_map(|gdb| match gdb {
-            GdbConfig::Unix(path) => Some(path.as_path()),
-            GdbConfig::Tcp(_) => None,
-        });
-        let sockets = config.qmp.as_deref().into_iter().chain(consoles).chain(debugger);
-        let sockets: Vec<&Path> = sockets.collect();
         let save = config.save_directory.as_deref();
         let save = save.map(save_directory).transpose()?;
-        let ruleset = match privileges::no_paths(&sockets, save.as_deref()) {
+        let ruleset = match privileges::no_paths(&sockets(config), save.as_deref()) {
             Ok(Some(ruleset)) => Some(ruleset),
             Ok(None) => {
                 tracing::warn!("--sandbox: paths are not restricted (this host has no Landlock)");
@@ -182,7 +187,7 @@ impl Sandbox {
         violation::install_handler();
         let _ = SAVE.set(save);
         let sandbox = Self(Some(Arc::new(Rules {
-            needs,
+            inputs,
             filters: filters
                 .map_err(|error| Error::Capability(UncompiledFilter(error.into()).into()))?,
             ruleset,
@@ -202,10 +207,10 @@ impl Sandbox {
         self.0.iter().for_each(|rules| rules.wait_for_threads());
     }
 
-    /// Whether it is also the confinement of `config`, in which a saved machine may have changed what the filters depend on (`Needs`).
-    /// The user, the consoles, sockets and directories are those of the command line.
+    /// Whether it is also the confinement of `config`: what it was made from may have changed while the process waited for a saved machine.
+    /// The user and the paths of consoles, sockets and directories are those of the command line.
     pub(crate) fn fits(&self, config: &VmConfig) -> bool {
-        self.0.as_ref().is_none_or(|rules| rules.needs == needs(config))
+        self.0.as_ref().is_none_or(|rules| rules.inputs == Inputs::of(config))
     }
 
     /// The function that starts threads of this kind.

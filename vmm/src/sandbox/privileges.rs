@@ -36,8 +36,7 @@ pub(super) fn no_paths(
         .scope(Scope::AbstractUnixSocket)?
         .create()?;
     for socket in sockets {
-        let directory = socket.parent().filter(|path| !path.as_os_str().is_empty());
-        let directory = directory.unwrap_or(Path::new("."));
+        let directory = directory_of(socket);
         // If the directory cannot be opened, the socket's file remains when the VM ends. If it is none, the socket cannot be made.
         if directory.is_dir()
             && let Ok(directory) = PathFd::new(directory)
@@ -51,6 +50,12 @@ pub(super) fn no_paths(
         ruleset = ruleset.add_rule(PathBeneath::new(PathFd::new(directory)?, access))?;
     }
     Ok(ruleset.into())
+}
+
+/// The directory in which the socket is.
+pub(super) fn directory_of(socket: &Path) -> &Path {
+    let directory = socket.parent().filter(|path| !path.as_os_str().is_empty());
+    directory.unwrap_or(Path::new("."))
 }
 
 /// The error among the causes that says that the host is short of descriptors or memory, if there is one.
