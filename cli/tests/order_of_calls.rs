@@ -15,6 +15,11 @@ use tempfile::tempdir;
 
 /// The calls of a VM with every kind of timer and socket, from its start to its end. `None`: no strace here.
 fn calls(directory: &Path) -> Option<Vec<String>> {
+    calls_with(directory, &[], &[])
+}
+
+/// The same of a VM with more options, which programs of the words `before` start.
+fn calls_with(directory: &Path, before: &[&str], options: &[&str]) -> Option<Vec<String>> {
     if Command::new("strace").arg("-V").output().is_err() {
         skip("no strace here (Debian: strace)");
         return None;
@@ -22,9 +27,10 @@ fn calls(directory: &Path) -> Option<Vec<String>> {
     sparse(&directory.join("disk.img"), 1 << 20);
     let vm = small_guest(directory, Program::DiskLoad);
     let mut strace = Command::new("strace");
-    strace.args(["-f", "-o", "trace"]).arg(vm.get_program()).args(vm.get_args());
+    strace.args(["-f", "-o", "trace"]).args(before).arg(vm.get_program()).args(vm.get_args());
     strace.args(["--disk", "disk.img,throttling.iops-total=50", "--timeout", "10m"]);
     strace.args(["--qmp", "unix:qmp", "--console", "stdio", "--console", "unix:console"]);
+    strace.args(options);
     let session = Session::start(strace.current_dir(directory));
     // More than the limit lets through at once.
     session.output.expect_bytes(10, BOUND).unwrap();
@@ -102,4 +108,26 @@ fn a_socket_is_private_before_it_has_a_name() {
         assert!(is_private, "{name}: {}", calls[bind]);
         assert!(!calls.iter().any(|call| call.starts_with("chmod(")));
     }
+}
+
+/// The kernel makes a process dumpable or not when its IDs change, as `fs.suid_dumpable` says, and forgets the signal that the process asked for
+/// at its parent's end.
+#[test]
+fn what_the_kernel_resets_with_the_ids_is_set_after_them() {
+    if !kvm_is_usable() {
+        return;
+    }
+    if !rustix::process::geteuid().is_root() {
+        return skip("only root becomes another user");
+    }
+    let directory = tempdir().unwrap();
+    let before = ["setpriv", "--pdeathsig", "TERM"];
+    let user = ["--user", "1234:2345"];
+    let Some(calls) = calls_with(directory.path(), &before, &user) else { return };
+    let last = |part: &str| calls.iter().rposition(|call| call.contains(part)).unwrap();
+    let not_dumpable = position(&calls, &["prctl(PR_SET_DUMPABLE, SUID_DUMP_DISABLE)"]);
+    assert!(last("setresuid") < not_dumpable, "{calls:#?}");
+    assert!(last("setresuid") < last("prctl(PR_SET_PDEATHSIG, SIGTERM)"), "{calls:#?}");
+    // All threads are confined by then but the main one, which is the last.
+    assert!(not_dumpable < last("SECCOMP_SET_MODE_FILTER"), "{calls:#?}");
 }

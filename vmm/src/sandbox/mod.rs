@@ -252,9 +252,6 @@ impl Rules {
     fn confine_main(&self) {
         self.early.end();
         self.wait_for_threads();
-        if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
-            self.warn("the process stays dumpable", &error);
-        }
         // `cli` may have installed its handlers for the terminal since, one of them for SIGSYS.
         violation::install_handler();
         self.confine(Kind::Main);
@@ -273,6 +270,12 @@ impl Rules {
         violation::name_thread(kind);
         if let Some(Err(error)) = self.user.map(privileges::become_user) {
             self.warn("the user stays the same", &error);
+        }
+        // The kernel changes it with the IDs (`fs.suid_dumpable` in sysctl), and the main thread is the last to change its own.
+        if kind == Kind::Main
+            && let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        {
+            self.warn("the process stays dumpable", &error);
         }
         if let Err(error) = privileges::drop_privileges() {
             self.warn("privileges stay", &error);

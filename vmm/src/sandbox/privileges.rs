@@ -12,7 +12,7 @@ use landlock::{
     RulesetCreatedAttr, Scope,
 };
 use rustix::io::Errno;
-use rustix::process::{Gid, Uid};
+use rustix::process::{Gid, Uid, parent_process_death_signal, set_parent_process_death_signal};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs, set_thread_groups,
     set_thread_res_gid, set_thread_res_uid,
@@ -87,9 +87,12 @@ pub(super) fn restrict(ruleset: &OwnedFd) -> io::Result<()> {
 /// The process is not root's.
 pub(super) fn become_user((user, group): (u32, u32)) -> Result<(), Errno> {
     let (user, group) = (Uid::from_raw(user), Gid::from_raw(group));
+    // The signal that the kernel sends when the parent process ends (`setpriv --pdeathsig`), which is forgotten when the IDs change.
+    let at_parents_end = parent_process_death_signal()?;
     set_thread_groups(&[])?;
     set_thread_res_gid(group, group, group)?;
-    set_thread_res_uid(user, user, user)
+    set_thread_res_uid(user, user, user)?;
+    set_parent_process_death_signal(at_parents_end)
 }
 
 /// Takes the capabilities from the calling thread, and sets `no_new_privs`, after which execve(2) gives no privileges. Other threads
