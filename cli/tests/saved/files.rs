@@ -204,6 +204,32 @@ fn what_a_killed_save_has_left_is_removed_at_the_next_start() {
     assert_eq!(names(directory.path()), expected);
 }
 
+/// Not of the one that was named first, and refused.
+#[test]
+fn a_save_may_replace_the_second_file_that_was_named() {
+    let Some(directory) = saved_machine() else { return };
+    let at =
+        |name: &str| json!({ "uri": format!("file:{}", directory.path().join(name).display()) });
+    let mut command = small_guest(directory.path(), Program::Spin);
+    let session = Session::start(command.args(["--qmp", "unix:qmp", "--save-directory", "."]));
+    let mut qmp = Qmp::connect(&directory.path().join("qmp"));
+    ctl(directory.path(), &["save", "other"]).wait(BOUND).must_be(0);
+    qmp.query("quit");
+    session.wait(BOUND).must_be(0);
+    let mut command = minivmm(["--incoming", "defer,map=on", "--qmp", "unix:qmp", "--paused"]);
+    command.args(["--disk", "disk.img", "--save-directory", "."]).current_dir(directory.path());
+    let session = Session::start(&mut command);
+    let mut qmp = Qmp::connect(&directory.path().join("qmp"));
+    let (_, why) = qmp.execute("migrate-incoming", at("other")).unwrap_err();
+    assert!(why.contains("vda"), "{why}");
+    qmp.execute("migrate-incoming", at("saved")).unwrap();
+    qmp.execute("migrate", at("saved")).unwrap();
+    while qmp.query("query-migrate")["status"] == "active" {}
+    assert_eq!(qmp.query("query-migrate")["status"], "completed");
+    qmp.query("quit");
+    session.wait(BOUND).must_be(0);
+}
+
 /// The file that the machine came from may be replaced by its next save, mapped or not.
 #[test]
 fn a_save_may_replace_the_file_that_its_machine_came_from() {

@@ -118,7 +118,6 @@ impl Incoming {
         let (core, saved) = Self::read(&options.path).map_err(failed)?;
         let chain =
             Chain::open(&options.path, core, &saved, options.trust_paths).map_err(failed)?;
-        let _ = RESTORED_FROM.set(chain.ids().to_vec());
         saved.disks.iter().try_for_each(SavedDisk::check_kept).map_err(failed)?;
         if saved.config.nested && !config.nested {
             return Err(failed(SnapshotError::Nested));
@@ -228,6 +227,7 @@ impl Incoming {
         if self.saved.config.acpi {
             generation_id::notify(&machine.hardware.vm)?;
         }
+        let _ = RESTORED_FROM.set(self.chain.ids().to_vec());
         Ok(stays)
     }
 
