@@ -7,14 +7,16 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::fs::{
-    AtFlags, CWD, FlockOperation, Mode, OFlags, flock, linkat, openat, renameat, unlinkat,
+    AtFlags, CWD, FlockOperation, Mode, OFlags, flock, fstat, linkat, openat, renameat, statat,
+    unlinkat,
 };
+use rustix::path::Arg;
 use rustix::process::{Pid, getpid, test_kill_process};
 
 use crate::sandbox;
@@ -40,23 +42,26 @@ impl NewFile {
         let directory = File::open(parent)?;
         let mode = Mode::RUSR | Mode::WUSR;
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
-        let mut hidden = None;
         // A confined process could not give a name to a nameless file later.
         let nameless = match confined {
             true => Err(rustix::io::Errno::OPNOTSUPP),
             false => openat(&directory, ".", flags | OFlags::TMPFILE, mode),
         };
-        let file = match nameless {
-            Ok(file) => file,
+        let (file, hidden) = match nameless {
+            Ok(file) => {
+                // It has a hidden name for a moment in `publish`.
+                let _ = lock(&file);
+                (File::from(file), None)
+            }
             Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) => {
-                let name = hidden.insert(hidden_name(&path)?);
-                openat(&directory, &*name, flags | OFlags::CREATE | OFlags::EXCL, mode)?
+                let create = |name: &OsStr| {
+                    openat(&directory, name, flags | OFlags::CREATE | OFlags::EXCL, mode)
+                };
+                let (file, name) = create_hidden(&directory, &path, create)?;
+                (file, Some(name))
             }
             Err(error) => return Err(error.into()),
         };
-        let file = File::from(file);
-        // On a file system without locks, the number of the process in the name protects the file.
-        let _ = flock(&file, FlockOperation::NonBlockingLockExclusive);
         // The mode does not depend on the umask, because guest memory may hold secrets.
         file.set_permissions(fs::Permissions::from_mode(0o600))?;
         Ok(Self { path, directory, file, hidden })
@@ -116,6 +121,44 @@ fn hidden_name(path: &Path) -> io::Result<OsString> {
     Ok(hidden)
 }
 
+/// How many hidden names are tried.
+const ATTEMPTS: usize = 16;
+
+/// Has `create` make a file of a hidden name, and locks it. In another PID namespace, a VM with the number of this process may have such a
+/// file, or may have removed the new one before it was locked. Then the next name is tried.
+fn create_hidden(
+    directory: &File,
+    path: &Path,
+    create: impl Fn(&OsStr) -> rustix::io::Result<OwnedFd>,
+) -> io::Result<(File, OsString)> {
+    for _ in 0..ATTEMPTS {
+        let name = hidden_name(path)?;
+        match create(&name) {
+            Ok(file) => {
+                // On a file system without locks, the number of the process in the name protects the file.
+                let is_free = lock(&file) != Err(rustix::io::Errno::WOULDBLOCK);
+                if is_free && is_named(directory, &name, &file) {
+                    return Ok((file.into(), name));
+                }
+            }
+            Err(rustix::io::Errno::EXIST) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(io::ErrorKind::AlreadyExists.into())
+}
+
+fn lock(file: impl AsFd) -> rustix::io::Result<()> {
+    flock(file, FlockOperation::NonBlockingLockExclusive)
+}
+
+/// Whether the name is that of the file.
+fn is_named(directory: impl AsFd, name: impl Arg, file: impl AsFd) -> bool {
+    let named = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW);
+    matches!((named, fstat(file)), (Ok(named), Ok(file))
+        if (named.st_dev, named.st_ino) == (file.st_dev, file.st_ino))
+}
+
 /// The number of the process that has made a file of this name. `None`: it is no hidden name of a save.
 fn maker(name: &OsStr) -> Option<Pid> {
     let name = name.to_str()?.strip_prefix('.')?.strip_suffix(SUFFIX)?;
@@ -133,8 +176,11 @@ pub(crate) fn remove_unfinished(directory: &Path) {
         if is_file && maker(&entry.file_name()).is_some_and(has_ended) {
             // The process may exist in another PID namespace. Then it has a lock on the file.
             let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(entry.path());
-            let lock = |file| flock(file, FlockOperation::NonBlockingLockExclusive);
-            if file.is_ok_and(|file| lock(file).is_ok()) {
+            // The file stays open, and so locked, until it is removed.
+            if let Ok(file) = file
+                && lock(&file).is_ok()
+                && is_named(CWD, entry.path(), &file)
+            {
                 let _ = fs::remove_file(entry.path());
             }
         }
@@ -154,5 +200,50 @@ mod tests {
             let maker = maker(&name).unwrap();
             assert_eq!(maker.as_raw_nonzero().get() as u32, std::process::id(), "{name:?}");
         }
+    }
+
+    /// A new file that another process removes, or locks to remove it, before it is locked.
+    #[test]
+    fn a_file_that_is_removed_before_it_is_locked_is_made_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let opened = File::open(directory.path()).unwrap();
+        let (tries, locked) = (std::cell::Cell::new(0), std::cell::OnceCell::new());
+        let create = |name: &OsStr| {
+            let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+            let file = openat(&opened, name, flags, Mode::RUSR | Mode::WUSR)?;
+            match tries.replace(tries.get() + 1) {
+                0 => remove_unfinished(directory.path()),
+                1 => {
+                    let other = File::open(directory.path().join(name)).unwrap();
+                    lock(&other).unwrap();
+                    locked.set(other).unwrap();
+                }
+                2 => return Err(rustix::io::Errno::EXIST),
+                _ => {}
+            }
+            Ok(file)
+        };
+        let (file, name) = create_hidden(&opened, Path::new("saved"), create).unwrap();
+        assert_eq!(tries.get(), 4);
+        remove_unfinished(directory.path());
+        assert!(is_named(&opened, &name, &file), "{name:?} was removed");
+        drop(file);
+        remove_unfinished(directory.path());
+        assert!(!directory.path().join(name).exists());
+    }
+
+    /// The file that the remover has locked must be the one that it removes.
+    #[test]
+    fn a_name_belongs_to_the_file_that_has_it_now() {
+        let directory = tempfile::tempdir().unwrap();
+        let opened = File::open(directory.path()).unwrap();
+        let path = directory.path().join("name");
+        let [first, second] = [(); 2].map(|()| {
+            let _ = fs::remove_file(&path);
+            File::create(&path).unwrap()
+        });
+        assert!(!is_named(&opened, "name", &first));
+        assert!(is_named(&opened, "name", &second));
+        assert!(is_named(CWD, &path, &second));
     }
 }
