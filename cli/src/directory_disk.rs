@@ -94,7 +94,8 @@ fn make_image(path: &Path, writable: bool) -> Result<File, DirectoryError> {
     // Where it is installed, though a user's PATH may not have that.
     let mut search = std::env::var_os("PATH").unwrap_or_default();
     search.push(":/usr/sbin:/sbin");
-    let output = command.env("PATH", search).stdin(Stdio::null()).output();
+    command.env("PATH", search).stdin(Stdio::null());
+    let output = vmm::with_default_signals(&mut command).output();
     let output =
         output.map_err(|source| DirectoryError::NoTool { path: path.to_owned(), source })?;
     if output.status.success() {

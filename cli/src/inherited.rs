@@ -1,16 +1,16 @@
-//! Corrects what minivmm inherits from its parent process: the signal mask, the umask, and the limits on open files and on the stack.
+//! Corrects what minivmm inherits from its parent process: signals, the umask, and the limits on open files, on the stack and on CPU time.
 //!
 //! `main` calls [`reset`] before anything else. Rust's runtime opens /dev/null for closed standard descriptors. Signals that the parent
-//! ignores stay ignored, as nohup(1) wants it, except for SIGTERM, SIGINT and SIGQUIT, by which users end a VM.
+//! ignores stay ignored, as nohup(1) wants it, except for SIGTERM, SIGINT and SIGQUIT, by which users end a VM, and SIGCHLD.
 
-/// Unblocks all signals: one kicks a vCPU out of the guest, and SIGCONT restores the terminal's raw mode. Makes new files and sockets
+/// Resets signals: one kicks a vCPU out of the guest, and SIGCONT restores the terminal's raw mode. Makes new files and sockets
 /// private. Raises the limit on open files as far as the parent allows, since the usual 1024 are too few for many vCPUs with many disks,
 /// and nothing here uses select(2). Raises a limit on the stack that is too low.
 ///
 /// # Errors
 /// What is wrong with the parent's limits.
 pub(crate) fn reset() -> Result<(), &'static str> {
-    set_signals();
+    vmm::reset_signals();
     hide_new_files_from_others();
     raise_limit(libc::RLIMIT_NOFILE, u64::MAX);
     if raise_limit(libc::RLIMIT_STACK, STACK) < STACK {
@@ -35,13 +35,29 @@ fn raise_limit(resource: libc::__rlimit_resource_t, wanted: u64) -> u64 {
     change_limit(resource, |limit| limit.rlim_cur.max(wanted.min(limit.rlim_max)))
 }
 
-/// Lowers the soft limit on CPU time to some seconds below the hard one, which `ulimit -t` sets to the same: at the soft one a signal ends the
-/// VM, and at the hard one the kernel kills it. The end of a VM takes a fraction of these seconds.
-pub(crate) fn keep_cpu_time_for_the_end() {
-    change_limit(libc::RLIMIT_CPU, |limit| match limit.rlim_max {
+/// Lowers the soft limit on CPU time below the hard one, which `ulimit -t` sets to the same: at the soft one a signal ends the VM, and at the
+/// hard one the kernel kills it. Does so, too, for the limit on the time that a thread of real-time priority runs without a pause
+/// (systemd's LimitRTTIME, rtkit). The end of a VM takes a fraction of the time between the two.
+///
+/// # Errors
+/// The hard limit on CPU time is a second, and a soft one below it would end the VM at once.
+pub(crate) fn keep_time_for_the_end() -> Result<(), &'static str> {
+    let lowered = |limit: libc::rlimit, most: u64| match limit.rlim_max {
         libc::RLIM_INFINITY => limit.rlim_cur,
-        hard => limit.rlim_cur.min(hard - (hard / 2).min(10)),
+        hard => limit.rlim_cur.min(hard - (hard / 2).min(most)),
+    };
+    // In microseconds.
+    change_limit(libc::RLIMIT_RTTIME, |limit| lowered(limit, 1_000_000));
+    // In seconds.
+    let mut is_too_low = false;
+    change_limit(libc::RLIMIT_CPU, |limit| {
+        is_too_low = limit.rlim_max < 2;
+        lowered(limit, 10)
     });
+    if is_too_low {
+        return Err("the limit on CPU time is too low; set it (`ulimit -t`) to 2 seconds or more");
+    }
+    Ok(())
 }
 
 /// Makes a soft limit what `wanted` says, and returns what it is then. Not by rustix, which panics where a seccomp filter refuses the call.
@@ -61,16 +77,4 @@ fn change_limit(
         }
     }
     limit.rlim_cur
-}
-
-/// Unblocks all. A write beyond RLIMIT_FSIZE becomes an error of that write (EFBIG) instead of the end of minivmm.
-#[expect(unsafe_code, reason = "sigprocmask and signal have no safe wrappers")]
-fn set_signals() {
-    // SAFETY: all-zero bytes are a valid sigset_t, which sigemptyset initializes; no other thread exists yet, and no handler is set.
-    unsafe {
-        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
-        let mut none = std::mem::zeroed();
-        libc::sigemptyset(&raw mut none);
-        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
-    }
 }

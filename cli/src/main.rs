@@ -39,14 +39,12 @@ use vmm::{Awaited, Incoming, Outcome, VmConfig};
 
 fn main() -> ExitCode {
     if let Err(why) = inherited::reset() {
-        print_message(why);
-        return ExitCode::from(EXIT_HOST);
+        return refuse(why);
     }
     if let Err((call, error)) = required_calls::check() {
-        print_message(&format!(
+        return refuse(&format!(
             "the host refuses {call}(2), which every VM needs: {error}; allow it in the container or service"
         ));
-        return ExitCode::from(EXIT_HOST);
     }
     let started = Moment::now();
     let arguments = || std::env::args_os().skip(2).collect();
@@ -86,6 +84,9 @@ fn main() -> ExitCode {
             Err(error) => fail(&error, error.is_usage()),
         };
     }
+    if let Err(why) = inherited::keep_time_for_the_end() {
+        return refuse(why);
+    }
     messages::never_wait();
     let ended = run(&mut config, incoming);
     if let Some(trace) = trace {
@@ -97,6 +98,12 @@ fn main() -> ExitCode {
     }
 }
 
+/// Says why no VM can run on this host.
+fn refuse(why: &str) -> ExitCode {
+    print_message(why);
+    ExitCode::from(EXIT_HOST)
+}
+
 /// Prints the error with its causes. Returns the exit status for the user's mistake or the host's fault.
 fn fail(error: &(dyn std::error::Error + 'static), is_usage: bool) -> ExitCode {
     print_message(&vmm::WithCauses(error).to_string());
@@ -105,7 +112,6 @@ fn fail(error: &(dyn std::error::Error + 'static), is_usage: bool) -> ExitCode {
 
 fn run(config: &mut VmConfig, incoming: Option<IncomingOption>) -> Result<Outcome, vmm::Error> {
     wait_for_storage(config, incoming.as_ref());
-    inherited::keep_cpu_time_for_the_end();
     let signals = vmm::Signals::block()?;
     let incoming = match incoming {
         None => None,

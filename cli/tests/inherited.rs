@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -11,8 +12,9 @@ use minivmm_tests::files::sparse;
 use minivmm_tests::guest::{self, Program};
 use minivmm_tests::qmp::Qmp;
 use minivmm_tests::session::Session;
-use minivmm_tests::{BOUND, kvm_is_usable, small_guest};
+use minivmm_tests::{BOUND, kvm_is_usable, skip, small_guest, unexpected_lines};
 use rustix::process::Signal;
+use serde_json::json;
 use tempfile::tempdir;
 
 /// minivmm behind a shell that leaves something behind and then runs it by `exec "$@"`.
@@ -53,6 +55,26 @@ fn signals_end_the_vm_whatever_the_parent_blocked_or_ignored() {
     }
 }
 
+/// The C library's own signals (SIGCANCEL and SIGSETXID), which posix_spawn(3) makes a new program ignore.
+const INTERNAL: [i32; 2] = [32, 33];
+
+/// Gives these their default action, as in a child of a shell.
+#[expect(unsafe_code, reason = "the C library's sigaction refuses them")]
+fn has_internal_signals(command: &mut Command) {
+    let reset = || {
+        for signal in INTERNAL {
+            let default = [0_u64; 4];
+            // SAFETY: the call reads the kernel's `struct sigaction`, which lives across it.
+            unsafe {
+                libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), 0_usize, 8_usize)
+            };
+        }
+        Ok(())
+    };
+    // SAFETY: `reset` allocates nothing and takes no lock.
+    unsafe { command.pre_exec(reset) };
+}
+
 /// Sends the signal of this number, which may be one without a name (SIGRTMIN+3 and others).
 fn send(session: &Session, signal: i32) {
     let sent = Command::new("kill").args([format!("-{signal}"), session.id().to_string()]).status();
@@ -68,6 +90,7 @@ fn every_signal_ends_the_vm_cleanly_or_does_nothing_unless_it_means_a_crash() {
     let directory = tempdir().unwrap();
     let start = |shell| {
         let mut command = child_of(shell, directory.path(), Program::Echo);
+        has_internal_signals(&mut command);
         let mut session = Session::start(&mut command);
         session.expect("ready\n", BOUND);
         session.send("x");
@@ -85,10 +108,12 @@ fn every_signal_ends_the_vm_cleanly_or_does_nothing_unless_it_means_a_crash() {
         let is_known = [1, 2, 3, 15].contains(&signal);
         assert!(ended.errors.contains(&line) != is_known, "signal {signal}: {ended}");
     }
-    // The kernel's own: at the hard limit it would kill the VM.
-    let ended = start("ulimit -t 2; exec \"$@\"").wait(BOUND);
-    assert_eq!(ended.code(), 0, "{ended}");
-    assert!(ended.errors.contains("signal 24 ended the VM"), "{ended}");
+    let mut session = start("exec \"$@\"");
+    INTERNAL.into_iter().for_each(|signal| send(&session, signal));
+    session.send("still here");
+    session.expect("still here", BOUND);
+    send(&session, 15);
+    session.wait(BOUND).must_be(0);
     // What the parent ignores stays ignored, but for the signals by which users end a VM.
     let mut session = start("exec env --ignore-signal \"$@\"");
     let always = [2, 3, 15];
@@ -107,6 +132,86 @@ fn every_signal_ends_the_vm_cleanly_or_does_nothing_unless_it_means_a_crash() {
         send(&session, signal);
         session.wait(BOUND).must_be(128 + signal);
     }
+}
+
+/// At the hard limit, which is often the soft one, too, the kernel would kill the VM. At the soft one it sends SIGXCPU.
+#[test]
+fn a_limit_on_time_ends_the_vm_before_the_kernel_kills_it() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let real_time = "prlimit --rttime=1000000:1000000 chrt --rr 1";
+    let may_be_real_time =
+        Command::new("sh").args(["-c", &format!("exec {real_time} true")]).status().unwrap();
+    let mut shells = vec!["ulimit -t 2; exec \"$@\"".to_owned()];
+    match may_be_real_time.success() {
+        true => shells.push(format!("exec {real_time} \"$@\"")),
+        false => skip("no real-time priority here"),
+    }
+    for shell in shells {
+        let mut command = child_of(&shell, directory.path(), Program::Spin);
+        let ended = Session::start(&mut command).wait(BOUND);
+        assert_eq!(ended.code(), 0, "{shell}: {ended}");
+        assert!(ended.errors.contains("signal 24 ended the VM"), "{shell}: {ended}");
+    }
+    let mut command = child_of("ulimit -t 1; exec \"$@\"", directory.path(), Program::Spin);
+    let ended = Session::start(&mut command).wait(BOUND).must_be(1);
+    let expected =
+        "minivmm: the limit on CPU time is too low; set it (`ulimit -t`) to 2 seconds or more\n";
+    assert_eq!(ended.errors, expected);
+}
+
+/// What tunables make glibc's malloc and threads do, a confined thread may do. A limit on stacks that Rust's library reads is no limit here.
+#[test]
+fn a_machine_is_saved_whatever_the_libraries_are_told() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    for (name, value) in [
+        ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1:glibc.mem.decorate_maps=1"),
+        ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=2:glibc.malloc.mmap_threshold=4096"),
+        ("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0:glibc.malloc.trim_threshold=1"),
+        ("GLIBC_TUNABLES", "glibc.malloc.arena_max=64:glibc.malloc.arena_test=64"),
+        ("GLIBC_TUNABLES", "glibc.malloc.perturb=85:glibc.malloc.check=3"),
+        ("GLIBC_TUNABLES", "glibc.pthread.rseq=0:glibc.pthread.stack_cache_size=0"),
+        ("GLIBC_TUNABLES", "glibc.pthread.stack_hugetlb=0:glibc.pthread.mutex_spin_count=0"),
+        ("RUST_MIN_STACK", "1"),
+        ("RUST_MIN_STACK", "100000000000"),
+    ] {
+        sparse(&at("disk.img"), 1 << 20);
+        let mut command = child_of("exec \"$@\"", directory.path(), Program::Spin);
+        command.args(["--disk", "disk.img", "--qmp", "unix:socket", "--save-directory", "."]);
+        let session = Session::start(command.env(name, value));
+        let mut qmp = Qmp::connect(&at("socket"));
+        qmp.execute("migrate", json!({ "uri": format!("file:{}", at("saved").display()) }))
+            .unwrap();
+        while qmp.query("query-migrate")["status"] == "active" {}
+        assert_eq!(qmp.query("query-migrate")["status"], "completed", "{name}={value}");
+        qmp.query("quit");
+        let ended = session.wait(BOUND);
+        assert!(
+            ended.code() == 0 && unexpected_lines(&ended.errors).is_empty(),
+            "{name}={value}: {ended}"
+        );
+        fs::remove_file(at("saved")).unwrap();
+    }
+}
+
+/// The kernel then keeps no exit status of a program, unless minivmm corrects it.
+#[test]
+fn a_directory_becomes_a_disk_although_the_parent_ignores_the_ends_of_children() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    fs::create_dir(directory.path().join("d")).unwrap();
+    let shell = "exec env --ignore-signal=CHLD \"$@\"";
+    let mut command = child_of(shell, directory.path(), Program::Exit);
+    let ended = Session::start(command.args(["--debug-exit", "--disk", "d"])).wait(BOUND);
+    ended.must_be(guest::SUCCESS);
 }
 
 /// nohup keeps its promise: the terminal's end is not the VM's.

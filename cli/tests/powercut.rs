@@ -6,7 +6,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Output;
+use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -16,6 +16,7 @@ use devices::disk::log_writes::{self, WriteLog};
 use devices::disk::{
     CacheMode, Engine, EngineSetup, GuestRange, OpenOptions, Operation, Transfer, open,
 };
+use minivmm_tests::refusal::{Call, refuse};
 use minivmm_tests::session::Session;
 use minivmm_tests::xml::elements;
 use minivmm_tests::{BOUND, minivmm};
@@ -275,16 +276,33 @@ fn a_report_that_cannot_be_printed_is_no_success() {
     assert_eq!(status.code(), Some(1));
 }
 
-/// A command may have a timer of its own.
+/// A command may have a timer of its own, and limits that a signal enforces.
 #[test]
-fn a_command_has_no_signal_blocked() {
+fn a_command_has_no_signal_blocked_or_ignored() {
     let directory = commit(CacheMode::Writeback, true);
-    let script = "grep -q 'SigBlk:.0*$' /proc/self/status; : {}";
+    let script = "for name in Blk Ign; do grep -q \"Sig$name:.0*$\" /proc/self/status; done; : {}";
     for words in [&["--states", "2"][..], &["--state", "0:all"]] {
         let mut command = minivmm(["powercut", "log", "--base", "base"]);
         command.args(words).args(["--", "sh", "-ec", script]).current_dir(directory.path());
         assert_eq!(command.status().unwrap().code(), Some(0), "{words:?}");
     }
+}
+
+/// SIGCHLD may be ignored, threads may have huge stacks, and the host may have no pidfds (Linux before 5.3).
+#[test]
+fn a_command_ends_as_ever_whatever_the_parent_and_the_host_do() {
+    let directory = commit(CacheMode::Writeback, true);
+    let words = ["powercut", "log", "--base", "base", "--states", "3"];
+    let mut command = minivmm(words);
+    command.args(["--command-timeout", "1m", "--json", "--", "sh", "-c", "exit 3 # {}"]);
+    let mut behind = Command::new("env");
+    behind.args(["--ignore-signal=CHLD", "RUST_MIN_STACK=100000000000"]);
+    behind.arg(command.get_program()).args(command.get_args()).current_dir(directory.path());
+    let call = Call { number: libc::SYS_pidfd_open as u32, request: None };
+    let output = refuse(&mut behind, call, libc::ENOSYS).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let failures = &report(&output)["failures"];
+    assert_eq!(failures[0]["exit-status"], 3, "{output:?}");
 }
 
 /// Nor does a state fail whose command was killed for that.

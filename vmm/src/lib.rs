@@ -56,7 +56,7 @@ pub use explain::{Explanation, Part, Region, Thread, explain};
 pub use host_cpu::missing_hardware_support;
 pub use machine::Outcome;
 pub use sandbox::on_violation;
-pub use signals::{Signals, unblock_in};
+pub use signals::{Signals, reset_signals, with_default_signals};
 pub use snapshot::{ClockMode, Incoming, IncomingConfig, MapMode, NewFile, check_new_increment};
 
 use devices::{GuestMemory, lock};

@@ -36,6 +36,11 @@ const UNLESS_HANDLED: [libc::c_int; 9] = [
 /// The host's kernel asks for the lease on a mapped file: another process wants to write to it, and the guest may be using its pages.
 const MAPPED_FILE_WANTED: libc::c_int = libc::SIGIO;
 
+/// What minivmm ignores from its start on: SIGXFSZ, so that a write beyond RLIMIT_FSIZE becomes an error of that write (EFBIG), and the two
+/// signals that glibc keeps for itself (SIGCANCEL and SIGSETXID), whose default action ends a process. glibc installs a handler of its own
+/// when it needs one.
+const IGNORED: [libc::c_int; 3] = [libc::SIGXFSZ, 32, 33];
+
 /// These signals, blocked in this thread and every thread made after, readable here instead. A signal handler could
 /// interrupt the main loop anywhere; a descriptor lets it act on a signal between two events.
 #[derive(Debug)]
@@ -86,20 +91,46 @@ impl Signals {
     }
 }
 
-/// Lets the program that `command` starts receive every signal: a new program inherits what the thread that starts it has blocked.
+/// Makes the mask and some dispositions what minivmm needs, whatever the parent process left. To be called before any other thread exists.
+pub fn reset_signals() {
+    IGNORED.into_iter().for_each(|signal| set_action(signal, libc::SIG_IGN));
+    // If it is ignored, the kernel keeps no exit status of a process that was started.
+    set_action(libc::SIGCHLD, libc::SIG_DFL);
+    unblock_all();
+}
+
+/// Lets the program that `command` starts receive every signal. A new program inherits what the thread that starts it has blocked, and what
+/// minivmm ignores. What the user had this process ignore stays ignored, as by nohup(1).
 #[expect(unsafe_code, reason = "the call happens between fork and exec")]
-pub fn unblock_in(command: &mut Command) -> &mut Command {
-    let unblock = || {
-        // SAFETY: both calls are async-signal-safe, and all-zero bytes are a valid sigset_t, which sigemptyset initializes.
-        unsafe {
-            let mut none = std::mem::zeroed();
-            libc::sigemptyset(&raw mut none);
-            libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
-        }
+pub fn with_default_signals(command: &mut Command) -> &mut Command {
+    let reset = || {
+        IGNORED.into_iter().for_each(|signal| set_action(signal, libc::SIG_DFL));
+        unblock_all();
         Ok(())
     };
-    // SAFETY: the closure allocates nothing and takes no lock.
-    unsafe { command.pre_exec(unblock) }
+    // SAFETY: the closure makes system calls only: it allocates nothing and takes no lock.
+    unsafe { command.pre_exec(reset) }
+}
+
+#[expect(unsafe_code, reason = "sigprocmask has no safe wrapper")]
+fn unblock_all() {
+    // SAFETY: all-zero bytes are a valid sigset_t, which sigemptyset initializes.
+    unsafe {
+        let mut none = std::mem::zeroed();
+        libc::sigemptyset(&raw mut none);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
+    }
+}
+
+/// Ignores a signal (SIG_IGN) or gives it its default action (SIG_DFL). By a direct system call: the C library refuses its own signals.
+#[expect(unsafe_code, reason = "rt_sigaction is called directly")]
+fn set_action(signal: libc::c_int, action: libc::sighandler_t) {
+    // The kernel's `struct sigaction` (include/linux/signal_types.h): action, flags, restorer, and a mask of 8 bytes.
+    let action: [u64; 4] = [action as u64, 0, 0, 0];
+    // SAFETY: the call reads a structure that lives across it, and writes nothing. No handler is replaced: Rust's library has none for these.
+    unsafe {
+        libc::syscall(libc::SYS_rt_sigaction, signal, action.as_ptr(), 0_usize, size_of::<u64>());
+    }
 }
 
 /// Whether this process ignores `signal`.

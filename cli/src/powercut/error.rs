@@ -22,6 +22,8 @@ pub(super) enum PowercutError {
     Command { command: String, source: io::Error },
     #[error("--state {name}: {reason}; take the name from a report on the same log")]
     State { name: String, reason: String },
+    #[error("cannot start a thread; run fewer at once with --jobs")]
+    Thread { source: io::Error },
     #[error("cannot keep states in {} (set TMPDIR to a directory with space)", directory.display())]
     Space { directory: PathBuf, source: io::Error },
 }
@@ -33,6 +35,6 @@ impl PowercutError {
 
     /// Whether the arguments are at fault.
     pub(super) fn is_usage(&self) -> bool {
-        !matches!(self, Self::Space { .. })
+        !matches!(self, Self::Space { .. } | Self::Thread { .. })
     }
 }

@@ -16,6 +16,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use devices::spawn::STACK;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, kill_process_group, pidfd_open};
 
@@ -31,6 +32,8 @@ const OUTPUT_MAX: u64 = 4 << 10;
 const TRIALS_MAX: usize = 400;
 /// How often the main thread looks for signals, and others whether it has seen one.
 const LOOK: Duration = Duration::from_millis(100);
+/// How often others look whether their command has ended, on a host that does not tell them (before Linux 5.3, or in some containers).
+const LOOK_WITHOUT_PIDFD: Duration = Duration::from_millis(5);
 /// What a command has from SIGTERM to SIGKILL: time for a VM to flush its disks.
 const GRACE: Duration = Duration::from_secs(10);
 /// The status of a command that took too long, as of timeout(1).
@@ -102,9 +105,10 @@ impl Judge<'_> {
         let (sender, results) = mpsc::channel();
         let mut verdict = Verdict::default();
         thread::scope(|scope| {
+            let mut failed = None;
             for mut bench in benches {
                 let (sender, plan, stop) = (sender.clone(), &plan, &stop);
-                scope.spawn(move || {
+                let job = move || {
                     // The lock is free while the command runs.
                     let next = || devices::lock(plan).next();
                     while !stop.load(Ordering::Relaxed)
@@ -112,10 +116,15 @@ impl Judge<'_> {
                         && sender.send(bench.look(&choice, || stop.load(Ordering::Relaxed))).is_ok()
                     {
                     }
-                });
+                };
+                let started = thread::Builder::new().stack_size(STACK).spawn_scoped(scope, job);
+                if let Err(source) = started {
+                    stop.store(true, Ordering::Relaxed);
+                    failed = Some(PowercutError::Thread { source });
+                    break;
+                }
             }
             drop(sender);
-            let mut failed = None;
             loop {
                 match results.recv_timeout(LOOK) {
                     Ok(Ok(Looked::Passes)) => verdict.states += 1,
@@ -151,7 +160,8 @@ impl Judge<'_> {
     ) -> Result<Option<u8>, PowercutError> {
         let words: Vec<_> = self.command.iter().map(|word| fill(word, file)).collect();
         let mut run = || -> io::Result<Option<i32>> {
-            let mut child = vmm::unblock_in(Command::new(&words[0]).args(&words[1..])).spawn()?;
+            let mut child =
+                vmm::with_default_signals(Command::new(&words[0]).args(&words[1..])).spawn()?;
             let deadline = self.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
             let ended = wait(&mut child, deadline, &mut is_stopped);
             let code = match &ended {
@@ -273,7 +283,7 @@ fn run(
     let mut command = Command::new(&words[0]);
     command.args(&words[1..]).process_group(0).stdin(Stdio::null());
     command.stdout(output.try_clone()?).stderr(output.try_clone()?);
-    let mut child = vmm::unblock_in(&mut command).spawn()?;
+    let mut child = vmm::with_default_signals(&mut command).spawn()?;
     let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
     let ended = wait(&mut child, deadline, &mut is_stopped);
     if !matches!(ended, Ok(Ended::Exited(_))) {
@@ -289,12 +299,14 @@ fn wait(
     deadline: Option<Instant>,
     is_stopped: &mut impl FnMut() -> bool,
 ) -> io::Result<Ended> {
-    let exit = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
+    let exit = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).ok();
+    let longest = if exit.is_some() { LOOK } else { LOOK_WITHOUT_PIDFD };
     loop {
-        let left = deadline.map_or(LOOK, |at| at.saturating_duration_since(Instant::now()));
-        let wait = Timespec::try_from(left.min(LOOK)).map_err(io::Error::other)?;
+        let left = deadline.map_or(longest, |at| at.saturating_duration_since(Instant::now()));
+        let wait = Timespec::try_from(left.min(longest)).map_err(io::Error::other)?;
+        let mut exit: Vec<_> = exit.iter().map(|exit| PollFd::new(exit, PollFlags::IN)).collect();
         // Whatever wakes it, the child is asked.
-        let _ = poll(&mut [PollFd::new(&exit, PollFlags::IN)], Some(&wait));
+        let _ = poll(&mut exit, Some(&wait));
         match child.try_wait()? {
             Some(status) => return Ok(Ended::Exited(status)),
             None if is_stopped() => return Ok(Ended::Stopped),
