@@ -193,7 +193,7 @@ fn exit_status(outcome: &Outcome, config: &VmConfig) -> u8 {
             EXIT_GUEST_PANIC
         }
         Outcome::Timeout => {
-            print_message("--timeout: the time is up; the VM was stopped");
+            print_message("--timeout: the time is up; the VM ended");
             EXIT_TIMEOUT
         }
     }

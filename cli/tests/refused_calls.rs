@@ -184,7 +184,9 @@ fn describe(ended: &Ended, success: i32, is_served: bool, errno: i32) -> String 
     let errors = ended.errors.replace(&errno, "ERRNO").replace('`', "'");
     let mut lines = unexpected_lines(&errors);
     // Some are repeated at a limited rate, with the number of those that were not.
-    lines.iter_mut().for_each(|line| *line = line.split(" suppressed=").next().unwrap());
+    let suppressed = |line: &str| line.ends_with(" more like this not printed)");
+    let lines_with = lines.iter_mut().filter(|line| suppressed(line));
+    lines_with.for_each(|line| *line = line.rsplit_once(" (").unwrap().0);
     lines.dedup();
     let own = lines.iter().all(|line| line.starts_with("minivmm: "));
     let said = lines.iter().map(|line| format!("; `{}`", line.trim_start_matches("minivmm: ")));

@@ -165,7 +165,7 @@ fn an_end_with_a_disk_that_does_not_answer_is_put_off_by_no_client() {
     qmp.query("stop");
     for command in ["cont", "system_reset"] {
         let (_, error) = qmp.execute(command, json!({})).unwrap_err();
-        assert!(error.contains("about to stop"), "{command}: {error}");
+        assert!(error.contains("the VM is ending"), "{command}: {error}");
     }
     session.signal(Signal::TERM);
     wait_for_the_main_thread(&session);

@@ -94,6 +94,10 @@ impl VirtioDevice for Entropy {
         4
     }
 
+    fn name(&self) -> String {
+        "entropy device".to_owned()
+    }
+
     fn features(&self) -> u64 {
         0 // Not INDIRECT_DESC, nor EVENT_IDX: `walk` and `SplitQueue::new` hear of that, too.
     }

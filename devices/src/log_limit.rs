@@ -13,8 +13,8 @@ const INTERVAL: Duration = Duration::from_secs(1);
 ///
 /// ```
 /// let limit = devices::log_limit::LogLimit::default();
-/// if let Some(suppressed) = limit.admit() {
-///     eprintln!("bad request ({suppressed} more were not reported)");
+/// for _ in 0..1000 {
+///     limit.warn(format_args!("a bad request")); // is logged once
 /// }
 /// ```
 #[derive(Debug, Default)]
@@ -25,6 +25,15 @@ pub struct LogLimit {
 }
 
 impl LogLimit {
+    /// Logs a warning if one may be written now, with the number of those that were suppressed since the last.
+    pub fn warn(&self, message: std::fmt::Arguments<'_>) {
+        match self.admit() {
+            None => {}
+            Some(0) => tracing::warn!("{message}"),
+            Some(count) => tracing::warn!("{message} ({count} more like this not printed)"),
+        }
+    }
+
     /// `Some(n)`: write the message; n earlier ones were suppressed since the last. `None`: stay silent.
     pub fn admit(&self) -> Option<u64> {
         self.admit_at(Instant::now())
@@ -109,5 +118,18 @@ pub(crate) mod tests {
         assert_eq!(at(1000), Some(2));
         assert_eq!(at(1999), None);
         assert_eq!(at(60_000), Some(1));
+    }
+
+    #[test]
+    fn a_warning_has_the_number_of_those_before_it_that_were_not_printed() {
+        let log = Log::default();
+        let _logging = log.listen();
+        let limit = LogLimit::default();
+        limit.warn(format_args!("disk vda: bad"));
+        limit.warn(format_args!("disk vda: bad"));
+        limit.next.store(0, Ordering::Relaxed);
+        limit.warn(format_args!("disk vda: bad"));
+        let expected = ["disk vda: bad", "disk vda: bad (1 more like this not printed)"];
+        assert_eq!(log.lines(), expected.map(|line| format!("WARNmessage={line} ")));
     }
 }

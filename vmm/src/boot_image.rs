@@ -185,10 +185,8 @@ impl BootImage {
     /// A file cannot be read or has changed, or the host refuses to map it.
     pub(crate) fn load(&self, memory: &GuestMemory) -> Result<Entry, Error> {
         for structure in &self.plan.structures {
-            memory
-                .write_slice(&structure.bytes, structure.address)
-                .map_err(into_io)
-                .map_err(Error::host(structure.name))?;
+            let written = memory.write_slice(&structure.bytes, structure.address);
+            written.map_err(into_io).map_err(Error::host("write what the guest starts from"))?;
         }
         // The lease comes before the check: while it is held, the file cannot change any more.
         let leased = self.pages.lease(&self.kernel.file);

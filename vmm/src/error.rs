@@ -55,7 +55,9 @@ pub enum Error {
     Memory { mib: u64, source: Cause },
     #[error("cannot {what}")]
     Host { what: &'static str, source: io::Error },
-    #[error("the machine's address map is wrong")]
+    #[error("this host's CPU has more {0} than minivmm supports")]
+    TooMany(&'static str),
+    #[error("bug in minivmm: the machine's address map is wrong")]
     AddressMap(#[from] devices::bus::BusError),
     #[error("KVM refuses a value for MSR {0:#x}")]
     Msr(u32),
@@ -63,21 +65,23 @@ pub enum Error {
     EventLoop(#[from] event_manager::Error),
     #[error("vCPU {index}")]
     Vcpu { index: u32, source: VcpuError },
-    #[error("disk {device} could not be flushed at the end")]
+    #[error("disk {device}: its data could not be flushed")]
     Flush { device: String, source: devices::disk::DiskError },
     #[error(
         "disk {disks}: the host has not finished its requests after {after:.1?}; check the storage behind it"
     )]
     DiskHung { disks: String, after: std::time::Duration },
-    #[error("the machine is about to stop; wait until it has")]
-    Stopping,
+    #[error("the machine is being stopped, reset or saved; try again when that is done")]
+    Busy,
+    #[error("the VM is ending")]
+    Ending,
     #[error(
         "the machine was restored without a kernel, which a reset needs; restore it again with --kernel FILE"
     )]
     NoBootImage,
     #[error("--incoming file:{}", path.display())]
     Incoming { path: PathBuf, source: Cause },
-    #[error("a background thread panicked; see the line before")]
+    #[error("bug in minivmm: a background thread panicked; see the line before")]
     ThreadPanicked,
     /// A capability refuses the user's arguments.
     #[error(transparent)]
@@ -85,7 +89,7 @@ pub enum Error {
     /// A capability has failed.
     #[error(transparent)]
     Capability(Cause),
-    #[error("the VM was stopped")]
+    #[error("the VM ended")]
     Stopped(#[source] Box<Error>),
 }
 
@@ -103,7 +107,7 @@ pub enum VcpuError {
     Exit(String),
     #[error("KVM_RUN")]
     Run(#[source] io::Error),
-    #[error("its thread panicked")]
+    #[error("bug in minivmm: its thread panicked (see the line before)")]
     Panicked,
     #[error("its thread has ended")]
     Ended,

@@ -18,13 +18,22 @@ const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 /// Why guest RAM cannot be huge pages.
 #[derive(Debug, thiserror::Error)]
 enum HugePagesError {
-    #[error("--memory {}K with --hugepages: give a multiple of 2M", .0 >> 10)]
+    #[error("--memory {} with --hugepages: give a multiple of 2M", size(*.0))]
     Memory(u64),
     #[error(
         "--hugepages: {wanted} pages of 2M are needed and {free} are free; make more: \
          echo {enough} >/proc/sys/vm/nr_hugepages"
     )]
     TooFew { wanted: u64, free: u64, enough: u64 },
+}
+
+/// A size of memory, in M if it is a whole number of them.
+fn size(bytes: u64) -> String {
+    if bytes.is_multiple_of(1 << 20) {
+        format!("{}M", bytes >> 20)
+    } else {
+        format!("{}K", bytes >> 10)
+    }
 }
 
 /// Maps the RAM of `layout`, and takes all of its pages.

@@ -66,10 +66,9 @@ impl Listener {
             Ok(client) => return Some(client.into()),
             Err(Errno::AGAIN | Errno::CONNABORTED | Errno::INTR) => {}
             Err(error) => {
-                if let Some(suppressed) = REFUSED.admit() {
-                    let path = self.path.display();
-                    tracing::warn!(%error, suppressed, "a client of the socket {path} cannot be served");
-                }
+                let path = self.path.display();
+                REFUSED
+                    .warn(format_args!("a client of the socket {path} cannot be served: {error}"));
             }
         }
         None

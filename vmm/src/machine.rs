@@ -303,7 +303,7 @@ impl Machine {
     /// A standstill is under way, whose outcome is not known yet.
     pub(crate) fn resume(&mut self) -> Result<(), Error> {
         if self.standstill.is_some() || self.end.is_some() {
-            return Err(Error::Stopping);
+            return Err(if self.end.is_some() { Error::Ending } else { Error::Busy });
         }
         if self.state != RunState::Running {
             self.let_guest_run();
@@ -319,7 +319,7 @@ impl Machine {
             // The flags of KVM_GET_CLOCK are not accepted back (`api.rst` 4.30 KVM_SET_CLOCK).
             let clock = kvm_clock_data { clock: clock.clock, ..Default::default() };
             if let Err(error) = self.hardware.vm.set_clock(&clock) {
-                tracing::warn!(%error, "the guest's clock could not be set back");
+                tracing::warn!("the guest's clock could not be set back: {error}");
             }
         }
         for disk in &mut self.hardware.disks {

@@ -51,7 +51,10 @@ pub(crate) fn map(vm: &Arc<VmFd>, disks: &[MachineDisk], spawn: &Spawn) -> Resul
     let map = move || {
         for (index, (base, page)) in (0..).zip(pages) {
             if let Err(error) = register_read_only(&vm, index, base, page) {
-                tracing::warn!(%error, "the guest's reads of disk registers exit");
+                tracing::warn!(
+                    "cannot map the disks' registers into the guest: {error}; the guest runs, with a VM exit for each read of a register",
+                    error = crate::error::WithCauses(&error)
+                );
                 return;
             }
         }

@@ -23,6 +23,8 @@ pub(crate) enum ValueError {
     /// The reason if it is not plain, and what to write.
     #[error("{0}")]
     Write(&'static str),
+    #[error("too large; write {0} at most")]
+    TooLarge(&'static str),
     #[error("a guest needs at least {0}M of memory; write {0}M or more")]
     MemoryTooSmall(u64),
     #[error("memory is made of whole pages; write a multiple of 4K")]
@@ -92,7 +94,14 @@ pub(crate) fn bytes<T: TryFrom<u64>>(text: &str) -> Result<T, ValueError> {
 }
 
 pub(crate) fn number<T: FromStr>(text: &str) -> Result<T, ValueError> {
-    text.parse().map_err(|_| ValueError::Write("not a number in range"))
+    let fits = |text: &&str| text.parse::<T>().is_ok();
+    text.parse().map_err(|_| match text.bytes().all(|digit| digit.is_ascii_digit()) {
+        false => ValueError::Write("not a whole number; write digits only"),
+        true if text.trim_matches('0').is_empty() => ValueError::Write("write 1 or more"),
+        true => ValueError::TooLarge(
+            ["18446744073709551615", "4294967295", "65535"].into_iter().find(fits).unwrap_or("255"),
+        ),
+    })
 }
 
 const PAGE: u64 = 4096;
@@ -195,7 +204,7 @@ pub(crate) fn sandbox(text: &str) -> Result<(SandboxMode, bool), ValueError> {
         None => (text, false),
         Some((mode, "spawn=allow")) => (mode, true),
         Some((mode, "spawn=deny")) => (mode, false),
-        _ => return Err(ValueError::Write("after the comma write spawn=allow or spawn=deny")),
+        _ => return Err(ValueError::Write("after the comma write spawn=allow, or leave it out")),
     };
     let mode = match (mode, switch(mode)) {
         ("log", _) => SandboxMode::Log,

@@ -22,7 +22,10 @@ pub(super) struct Client(BufReader<UnixStream>);
 
 impl Client {
     pub(super) fn connect(path: &Path) -> Result<Self, CtlError> {
-        let socket = UnixStream::connect(path).map_err(CtlError::Connect)?;
+        let socket = UnixStream::connect(path).map_err(|error| match error.kind() {
+            io::ErrorKind::ConnectionRefused => CtlError::NoListener(error),
+            _ => CtlError::Connect(error),
+        })?;
         socket.set_read_timeout(Some(GREETING_TIMEOUT))?;
         let mut client = Self(BufReader::new(socket));
         let greeting = match client.receive() {

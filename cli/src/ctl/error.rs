@@ -11,6 +11,8 @@ use crate::arguments::value::ValueError;
 pub(super) enum CtlError {
     #[error("cannot connect")]
     Connect(#[source] io::Error),
+    #[error("no VM listens there ({0}); give the path of a running VM's --qmp unix:PATH")]
+    NoListener(io::Error),
     #[error("the connection to the VM was lost; check that it still runs")]
     Connection(#[from] io::Error),
     #[error("it is not the control socket of a VM; give the path of its --qmp unix:PATH")]
@@ -25,7 +27,9 @@ pub(super) enum CtlError {
     Save(String),
     #[error("save: {}", .0.display())]
     Target(PathBuf, #[source] io::Error),
-    #[error("resize {disk}: the disk has {present} and would lose its end; add --shrink")]
+    #[error(
+        "resize {disk}: the disk has {present}, and a smaller size loses the data at its end; add --shrink to do that"
+    )]
     Shrink { disk: String, present: String },
     #[error("throttle: {0} has no value; write {0}=N")]
     LimitWithoutValue(String),

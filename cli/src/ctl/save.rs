@@ -46,7 +46,13 @@ pub(super) fn save(
     let fails = |source| CtlError::Target(path.to_owned(), source);
     let file = check_target(path).and_then(|()| NewFile::create(path)).map_err(fails)?;
     vm.hand_over(file.file())?;
-    vm.execute("migrate", json!({ "uri": "fd:ctl" }))?;
+    vm.execute("migrate", json!({ "uri": "fd:ctl" })).map_err(|error| match error {
+        // QEMU's words, in which a save is a migration.
+        CtlError::Refused(why) if why.starts_with("There's a migration process") => {
+            CtlError::Save("another save is under way; wait until it is done".to_owned())
+        }
+        error => error,
+    })?;
     loop {
         let state = vm.execute("query-migrate", json!({}))?;
         match state["status"].as_str().unwrap_or_default() {

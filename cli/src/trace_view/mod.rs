@@ -92,7 +92,7 @@ pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
     match opened.and_then(|file| read(BufReader::new(file), requests.into())) {
         Ok(trace) => ExitCode::from(if print_text(&trace.svg()) { EXIT_CLEAN } else { EXIT_HOST }),
         Err(error) => {
-            print_message(&format!("trace-view {}: {error}", file.display()));
+            print_message(&format!("trace-view {}: {}", file.display(), vmm::WithCauses(&error)));
             ExitCode::from(EXIT_USAGE)
         }
     }

@@ -294,7 +294,7 @@ fn a_host_that_refuses_a_child_fails_a_background_save_and_the_guest_goes_on() {
     guest.qmp.execute("migrate", json!({ "uri": "fd:held" })).unwrap();
     assert_eq!(statuses_until(&mut guest.qmp, "failed"), ["setup", "failed"]);
     let why = guest.why();
-    let expected = "the host makes no child process: Cannot allocate memory (os error 12); save without background-snapshot";
+    let expected = "the host makes no child process: Cannot allocate memory (os error 12); save without --background (QMP: background-snapshot)";
     assert!(why.ends_with(expected), "{why}");
     guest.goes_on();
     guest.quit();

@@ -145,6 +145,10 @@ impl VirtioDevice for BlockDevice {
         spec::DEVICE_ID_BLOCK
     }
 
+    fn name(&self) -> String {
+        format!("disk {}", self.handle.name())
+    }
+
     fn features(&self) -> u64 {
         self.handle.shared.config_space.features
     }
@@ -229,7 +233,7 @@ impl Drop for BlockDevice {
         } else {
             // The threads still keep guest memory mapped. They end with the process.
             let disk = self.handle.name();
-            tracing::error!(disk, "the host does not answer; the disk's threads are left behind");
+            tracing::error!("disk {disk}: the host does not answer; check the storage behind it");
         }
     }
 }

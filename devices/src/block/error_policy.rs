@@ -66,16 +66,25 @@ impl ErrorPolicies {
         self.io_status.store(status as u8, Ordering::Relaxed);
     }
 
-    /// Reports a host error to the VM and to the log.
-    fn report(&self, operation: Kind, error: DiskError, action: ErrorAction) {
+    /// Reports a host error to the VM and to the log. `policy` is the disk's option that says what to do.
+    fn report(&self, operation: Kind, error: DiskError, action: ErrorAction, policy: String) {
         if action == ErrorAction::Stop {
             let nospace = error == DiskError::NoSpace;
             self.set_io_status(if nospace { IoStatus::NoSpace } else { IoStatus::Failed });
         }
         let disk = &self.disk;
-        if let Some(suppressed) = self.log_limit.admit() {
-            tracing::warn!(disk, ?operation, %error, ?action, suppressed, "the host failed a request");
-        }
+        let then = match (action, error) {
+            (ErrorAction::Report, _) => "the guest gets the error",
+            (ErrorAction::Ignore, _) => "the guest does not see the error",
+            (ErrorAction::Stop, DiskError::NoSpace) => {
+                "the VM is stopped; make space, then `minivmm ctl SOCKET cont`"
+            }
+            (ErrorAction::Stop, _) => {
+                "the VM is stopped; mend the storage, then `minivmm ctl SOCKET cont`"
+            }
+        };
+        let what = describe(operation);
+        self.log_limit.warn(format_args!("disk {disk}: {what} failed: {error}; {policy}: {then}"));
         // The event of a stop is always sent: the VM has to act, and there are no more stops than the queues hold requests.
         if action == ErrorAction::Stop || self.event_limit.admit(Instant::now()) {
             (self.events)(BlockEvent::IoError { device: disk.clone(), operation, action, error });
@@ -85,7 +94,10 @@ impl ErrorPolicies {
 
 impl HostErrors for ErrorPolicies {
     fn decide(&self, kind: Kind, error: DiskError) -> Option<u8> {
-        let policy = if kind == Kind::Read { self.read_errors } else { self.write_errors };
+        let (key, policy) = match kind {
+            Kind::Read => ("rerror", self.read_errors),
+            _ => ("werror", self.write_errors),
+        };
         let action = match (policy, error) {
             // The request could not be done, but the host did not fail: the image shrank under a request that was in bounds when
             // it was parsed, or does not support the operation.
@@ -95,7 +107,8 @@ impl HostErrors for ErrorPolicies {
             (ErrorPolicy::Stop, _) | (ErrorPolicy::Enospc, DiskError::NoSpace) => ErrorAction::Stop,
             (ErrorPolicy::Report | ErrorPolicy::Enospc, _) => ErrorAction::Report,
         };
-        self.report(kind, error, action);
+        let policy = format!("{key}={}", format!("{policy:?}").to_ascii_lowercase());
+        self.report(kind, error, action, policy);
         match action {
             ErrorAction::Report => Some(blk::S_IOERR),
             ErrorAction::Ignore => Some(blk::S_OK),
@@ -113,6 +126,19 @@ impl HostErrors for ErrorPolicies {
 
     fn clear(&self) {
         self.set_io_status(IoStatus::Ok);
+    }
+}
+
+/// A request of this kind, in a sentence.
+fn describe(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Read => "a read",
+        Kind::Write => "a write",
+        Kind::Flush => "a flush",
+        Kind::Discard => "a discard",
+        Kind::WriteZeroes => "a write of zeroes",
+        Kind::SecureErase => "a secure erasure",
+        Kind::Other => "a command",
     }
 }
 

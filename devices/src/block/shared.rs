@@ -89,33 +89,31 @@ impl DiskShared {
 
     /// Logs that an eventfd or a timer of ours failed.
     pub(super) fn report_own_error(&self, what: &str, error: &std::io::Error) {
-        if let Some(suppressed) = self.log_limits.own_error.admit() {
-            let disk = &self.options.name;
-            tracing::error!(disk, %error, suppressed, "cannot {what}");
-        }
+        let disk = &self.options.name;
+        self.log_limits.own_error.warn(format_args!("disk {disk}: cannot {what}: {error}"));
     }
 
     pub(super) fn report_refusal(&self, refusal: &Refusal) {
         let disk = &self.options.name;
         match refusal {
             Refusal::Status { kind, code, .. } => {
-                if let Some(suppressed) = self.log_limits.bad_request.admit() {
-                    tracing::debug!(disk, ?kind, code, suppressed, "the guest sent a bad request");
+                if self.log_limits.bad_request.admit().is_some() {
+                    tracing::debug!("disk {disk}: a bad request: {kind:?}, status {code}");
                 }
             }
             Refusal::Unanswerable => {
-                if let Some(suppressed) = self.log_limits.no_status.admit() {
-                    tracing::warn!(disk, suppressed, "a request has no writable status byte");
-                }
+                self.log_limits.no_status.warn(format_args!(
+                    "disk {disk}: a request of the guest has no writable status byte, so it is not answered"
+                ));
             }
         }
     }
 
     pub(super) fn report_broken_queue(&self, queue: u16, error: QueueError) {
-        if let Some(suppressed) = self.log_limits.broken_ring.admit() {
-            let disk = &self.options.name;
-            tracing::warn!(disk, queue, %error, suppressed, "the guest broke a ring; the disk needs a reset");
-        }
+        let disk = &self.options.name;
+        self.log_limits.broken_ring.warn(format_args!(
+            "disk {disk}, queue {queue}: the guest's driver broke the ring: {error}; the queue is not served until the driver resets the disk"
+        ));
     }
 
     /// A request is about to change the disk up to byte `end`. If that is past the write threshold, sends the event and

@@ -61,11 +61,11 @@ impl ThrottleQueue {
         let Some(wait) = self.next_release(now) else { return };
         // A timer set to zero never expires.
         let wait = wait.clamp(Duration::from_micros(1), LONGEST_TIMER);
-        if let Err(error) = self.timer.reset(wait, None)
-            && let Some(suppressed) = self.log_limit.admit()
-        {
+        if let Err(error) = self.timer.reset(wait, None) {
             let disk = &self.throttle.disk;
-            tracing::error!(disk, %error, suppressed, "cannot set the timer of its limits");
+            self.log_limit.warn(format_args!(
+                "disk {disk}: cannot set the timer of its throttling limits: {error}"
+            ));
         }
     }
 }

@@ -100,7 +100,7 @@ impl WorkerThread {
         let gone = |_| io::Error::other("the disk's worker thread is gone");
         self.commands.send(Box::new(command)).map_err(gone)?;
         if let Err(error) = self.control.write(1) {
-            tracing::error!(%error, "cannot wake a disk's worker thread");
+            tracing::error!("cannot wake a disk's worker thread: {error}");
         }
         Ok(())
     }
@@ -223,7 +223,7 @@ impl MutEventSubscriber for Loop {
         if self.worker.wants_turn()
             && let Err(error) = self.control.write(1)
         {
-            self.shared.report_own_error("continue a worker's turn", &error);
+            self.shared.report_own_error("wake its own thread", &error);
         }
     }
 }

@@ -90,6 +90,9 @@ impl OpenReason {
             Self::Qcow2(_) => Some(
                 "`qemu-img check` may tell more, and `qemu-img check -r all` may repair the image",
             ),
+            Self::File(FileError::Host(error)) if error.raw_os_error() == Some(libc::ENOTDIR) => {
+                Some("check the path")
+            }
             Self::Overlay { .. } => Some("set TMPDIR to a directory with space"),
             _ => None,
         }

@@ -4,6 +4,7 @@
 //! [`OpenedDisk`]. For a raw image they also use its file directly, since no format has to translate.
 
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 
 use rustix::fs::{Mode, OFlags};
 
@@ -24,6 +25,8 @@ pub(super) struct OpenedDisk {
     pub(super) backend: Backend,
     pub(super) info: DiskInfo,
     pub(super) ignore_flush: bool,
+    /// The image's path, for messages.
+    pub(super) path: PathBuf,
     /// Engines get an io_uring where the host allows it (`aio=io_uring`).
     pub(super) uses_ring: bool,
     /// The rate limit of messages about what the host refuses to this disk's engines.
@@ -43,6 +46,7 @@ impl OpenedDisk {
             backend,
             info,
             ignore_flush: options.cache.ignores_flush() || options.snapshot,
+            path: options.path.clone(),
             uses_ring,
             shortages: LogLimit::default(),
             file: rustix::fs::open(&options.path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())

@@ -488,7 +488,7 @@ impl Drop for Qcow2Image {
     /// seen by their caller.
     fn drop(&mut self) {
         if let Err(error) = self.publish(&self.shared()) {
-            tracing::error!(%error, "disk image {:?}: what was written last is lost", self.path);
+            tracing::error!("disk image {:?}: what was written last is lost: {error}", self.path);
         }
     }
 }

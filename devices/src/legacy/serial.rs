@@ -136,9 +136,7 @@ impl SerialDevice {
     }
 
     fn report(&self, error: &dyn Display) {
-        if let Some(suppressed) = self.log_limit.admit() {
-            tracing::warn!(%error, suppressed, "serial port");
-        }
+        self.log_limit.warn(format_args!("a serial port cannot interrupt the guest: {error}"));
     }
 }
 

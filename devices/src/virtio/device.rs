@@ -39,6 +39,9 @@ pub trait VirtioDevice: Send {
     /// The device ID (virtio 1.2 §5).
     fn device_id(&self) -> u32;
 
+    /// How messages call the device, such as `disk vda`.
+    fn name(&self) -> String;
+
     /// The feature bits that the device offers, ring features included. VERSION_1 and RING_RESET are the transport's.
     fn features(&self) -> u64;
 

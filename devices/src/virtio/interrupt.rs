@@ -137,10 +137,8 @@ impl Interrupt {
     }
 
     fn pulse(&self) {
-        if let Err(error) = self.line.pulse()
-            && let Some(suppressed) = self.shared.log_limit.admit()
-        {
-            tracing::error!(%error, suppressed, "could not raise a virtio interrupt");
+        if let Err(error) = self.line.pulse() {
+            self.shared.log_limit.warn(format_args!("cannot interrupt the guest: {error}"));
         }
     }
 }

@@ -86,20 +86,15 @@ impl MmioTransport {
         memory: GuestMemory,
         line: Arc<dyn InterruptLine>,
     ) -> io::Result<Self> {
-        let queues = device
-            .queue_sizes()
-            .iter()
-            .map(|max| QueueRegisters::new(*max))
-            .collect::<io::Result<Vec<_>>>()?;
+        let queues = device.queue_sizes().iter().map(|max| QueueRegisters::new(*max));
+        let queues = queues.collect::<io::Result<Vec<_>>>()?;
+        let kick = |_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new);
         let transport = Self {
             offered: device.features() | F_VERSION_1 | F_RING_RESET,
             device,
             memory,
             interrupt: Interrupt::new(line)?,
-            kicks: queues
-                .iter()
-                .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new))
-                .collect::<io::Result<_>>()?,
+            kicks: queues.iter().map(kick).collect::<io::Result<_>>()?,
             registers: DriverRegisters::new(queues),
             activity: Activity::Idle,
             log_limit: LogLimit::default(),
@@ -201,9 +196,7 @@ impl MmioTransport {
     }
 
     fn complain(&self, what: impl Display) {
-        if let Some(suppressed) = self.log_limit.admit() {
-            tracing::warn!(device_id = self.device.device_id(), suppressed, "{what}");
-        }
+        self.log_limit.warn(format_args!("{}: {what}", self.device.name()));
     }
 
     /// Status bits only ever get set, one step after the other (§2.1, §3.1).
@@ -261,9 +254,8 @@ impl MmioTransport {
 
     /// Hands the enabled queues over, as `prepare` changes them.
     fn start(&mut self, prepare: impl Fn(&mut ActiveQueue)) -> io::Result<()> {
-        let enabled = (0_u16..)
-            .zip(&self.registers.queues)
-            .filter(|(_, queue)| queue.phase == QueuePhase::Enabled);
+        let queues = (0_u16..).zip(&self.registers.queues);
+        let enabled = queues.filter(|(_, queue)| queue.phase == QueuePhase::Enabled);
         let queues = enabled.map(|(index, _)| self.active_queue(index));
         let mut queues = queues.collect::<Result<Vec<_>, _>>().map_err(io::Error::other)?;
         queues.iter_mut().for_each(prepare);
@@ -278,9 +270,7 @@ impl MmioTransport {
     }
 
     fn fail(&self, what: &str, error: &io::Error) {
-        if let Some(suppressed) = self.failure_limit.admit() {
-            tracing::error!(device_id = self.device.device_id(), %error, suppressed, "{what}");
-        }
+        self.failure_limit.warn(format_args!("{}: {what}: {error}", self.device.name()));
         self.interrupt.device_needs_reset();
     }
 

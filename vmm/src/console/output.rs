@@ -160,7 +160,7 @@ fn move_output(buffer: &Buffer) {
                     }
                 } else if has_reader {
                     if !std::mem::replace(&mut failing, true) {
-                        tracing::warn!(%error, "the console's output cannot be written for now; it is tried again");
+                        tracing::warn!("the console cannot be written: {error}; trying again");
                     }
                     if wait_to_retry(buffer, state) {
                         break;

@@ -54,7 +54,7 @@ impl EventLimit {
 
     fn start_interval(&mut self) {
         if let Err(error) = self.timer.reset(INTERVAL, None) {
-            tracing::warn!(%error, "events of disks are not limited");
+            tracing::warn!("--qmp: the rate of disk events cannot be limited: {error}");
             self.disks.clear();
         }
     }

@@ -184,7 +184,7 @@ pub(crate) struct Migration {
     files: BTreeMap<String, File>,
 }
 
-const NO_CHILD: &str = "a background save needs a child process, which the sandbox of this VM does not allow; start it with --sandbox on,spawn=allow, or save it without background-snapshot";
+const NO_CHILD: &str = "a background save needs a child process, which the sandbox of this VM does not allow; start it with --sandbox on,spawn=allow, or save it without --background (QMP: background-snapshot)";
 
 /// Most files that clients can pass by `getfd` before they use them.
 const FILES_MAX: usize = 16;

@@ -113,7 +113,7 @@ impl ControlServer {
         events.set(EventSet::IN, client.wants_input());
         events.set(EventSet::OUT, client.wants_output());
         if let Err(error) = poller.poll_for(client.as_raw_fd(), place as u8, events) {
-            tracing::warn!(%error, "cannot poll a control client");
+            tracing::warn!("--qmp: a client cannot be served: {error}");
         }
     }
 

@@ -8,7 +8,7 @@ use std::io;
 
 use devices::block::BlockError;
 
-use super::Error;
+use super::{Error, VcpuError};
 
 /// An error with its causes and what the user can do, on one line: `WHAT: CAUSE: CAUSE; REMEDY`. A cause that the line already
 /// ends with is not repeated: some foreign errors quote theirs.
@@ -23,7 +23,11 @@ impl fmt::Display for WithCauses<'_> {
             }
         }
         f.write_str(&line)?;
-        match self.0.downcast_ref::<Error>().and_then(Error::remedy) {
+        let remedy = match self.0.downcast_ref::<Error>() {
+            Some(error) => error.remedy(),
+            None => causes(self.0).find_map(<dyn StdError>::downcast_ref).and_then(of_path),
+        };
+        match remedy {
             Some(remedy) => write!(f, "; {remedy}"),
             None => Ok(()),
         }
@@ -34,6 +38,17 @@ fn causes<'a>(
     error: &'a (dyn StdError + 'static),
 ) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
     std::iter::successors(Some(error), |error| (**error).source())
+}
+
+/// What to do if the host does not find a path.
+fn of_path(error: &io::Error) -> Option<&'static str> {
+    match error.raw_os_error()? {
+        libc::ENOENT | libc::ENOTDIR | libc::ELOOP => Some("check the path"),
+        libc::EEXIST => Some("give the path of a new file"),
+        libc::EISDIR => Some("give the path of a file"),
+        libc::ENXIO => Some("it is a socket, or a FIFO without a reader; give another path"),
+        _ => None,
+    }
 }
 
 /// What to do if the host is short of something, as the first errno among the causes tells.
@@ -50,7 +65,9 @@ fn shortage(error: &(dyn StdError + 'static)) -> Option<&'static str> {
         }
         libc::EAGAIN => Some("raise the limit on tasks (`ulimit -u`, or the cgroup's pids.max)"),
         // Of a path's permissions, open(2) tells by EACCES.
-        libc::EPERM | libc::ENOSYS => Some("allow it in the container, service or file system"),
+        libc::EPERM | libc::ENOSYS => {
+            Some("the container, service or file system forbids this; allow it there")
+        }
         _ => None,
     }
 }
@@ -83,10 +100,18 @@ impl Error {
             Self::Argument { source, .. } => match source.kind() {
                 io::ErrorKind::AddrInUse => Some("stop the other program, or choose another path"),
                 io::ErrorKind::PermissionDenied => Some("make it accessible for this user"),
-                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Some("check the path"),
-                _ => None,
+                _ => of_path(source),
             },
             Self::Disk { remedy, .. } => *remedy,
+            Self::Flush { .. } => Some("check the storage behind it"),
+            Self::Vcpu { source: VcpuError::Entry(_) | VcpuError::Run(_), .. } => {
+                Some("`dmesg` on the host may tell more")
+            }
+            Self::AddressMap(_)
+            | Self::TooMany(_)
+            | Self::ThreadPanicked
+            | Self::Vcpu { source: VcpuError::Panicked, .. } => Some("please report it"),
+            Self::Stopped(error) => error.remedy(),
             Self::Memory { .. } => {
                 Some("ask for less with --memory, or raise the limit (`ulimit -v`)")
             }

@@ -49,9 +49,7 @@ impl DebugListener {
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
                     Err(error) => {
                         static REFUSED: LazyLock<LogLimit> = LazyLock::new(LogLimit::default);
-                        if let Some(suppressed) = REFUSED.admit() {
-                            tracing::warn!(%error, suppressed, "--gdb: a debugger cannot be served");
-                        }
+                        REFUSED.warn(format_args!("--gdb: a debugger cannot be served: {error}"));
                         None
                     }
                 }

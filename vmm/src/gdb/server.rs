@@ -140,12 +140,9 @@ impl Gdb {
                 self.lost(poller, machine);
             }
             if self.client.is_some() {
-                if let Some(suppressed) = self.limits.turned_away.admit() {
-                    tracing::warn!(
-                        suppressed,
-                        "--gdb: a second debugger was turned away; disconnect the first one"
-                    );
-                }
+                self.limits.turned_away.warn(format_args!(
+                    "--gdb: a second debugger was turned away; disconnect the first one"
+                ));
                 continue;
             }
             self.client = Some(Client {
@@ -216,9 +213,8 @@ impl Gdb {
         machine: &mut Machine,
     ) {
         if let Err(error) = result {
-            if let Some(suppressed) = self.limits.disconnected.admit() {
-                tracing::warn!(%error, suppressed, "--gdb: the debugger is disconnected");
-            }
+            let why = format_args!("--gdb: the debugger is disconnected: {error}");
+            self.limits.disconnected.warn(why);
             return self.lost(poller, machine);
         }
         self.send(poller, machine);
@@ -252,7 +248,7 @@ impl Gdb {
         let all = replies.is_empty();
         let events = if all { EventSet::IN } else { EventSet::OUT };
         if let Err(error) = poller.poll_for(client.socket.as_raw_fd(), CLIENT, events) {
-            tracing::warn!(%error, "--gdb: the debugger cannot be served");
+            tracing::warn!("--gdb: the debugger cannot be served: {error}");
             self.lost(poller, machine);
             return false;
         }
@@ -262,14 +258,10 @@ impl Gdb {
     /// The connection was lost without a detach. The guest goes on if it runs, and otherwise stays stopped.
     fn lost(&mut self, poller: &mut Poller<'_, '_>, machine: &mut Machine) {
         let runs = machine.state() == RunState::Running;
-        if !runs
-            && machine.state() != RunState::Shutdown
-            && let Some(suppressed) = self.limits.lost.admit()
-        {
-            tracing::warn!(
-                suppressed,
+        if !runs && machine.state() != RunState::Shutdown {
+            self.limits.lost.warn(format_args!(
                 "--gdb: the debugger went away without detaching; the guest stays stopped until one connects again"
-            );
+            ));
         }
         self.leave(runs, poller, machine);
     }
@@ -426,7 +418,7 @@ impl Source for Gdb {
                 MachineEvent::Reset { .. } => self.target.forget_software_breakpoints(),
                 MachineEvent::Shutdown(outcome) => self.ended(outcome.as_ref(), poller, machine),
                 MachineEvent::Done(job, Err(error)) if self.stop == Some(*job) => {
-                    tracing::warn!(%error, "--gdb: the guest cannot be stopped for the debugger");
+                    tracing::warn!("--gdb: the guest cannot be stopped for the debugger: {error}");
                     if let Some(client) = self.client.take_if(|client| client.protocol.is_none()) {
                         drop(client);
                     }

@@ -18,9 +18,9 @@ impl Machine {
             return;
         }
         self.emit(MachineEvent::Shutdown(outcome.as_ref().ok().cloned()));
-        self.cancel_task(Error::Stopping);
+        self.cancel_task(Error::Ending);
         if let Some(standstill) = self.standstill.take() {
-            self.emit(MachineEvent::Done(standstill.job, Err(Error::Stopping)));
+            self.emit(MachineEvent::Done(standstill.job, Err(Error::Ending)));
         }
         let began = self.begin_to_pause();
         self.end = Some(End { outcome, began, limit: self.stop_timeout, over: false });
@@ -61,7 +61,7 @@ impl Machine {
     /// What ended the machine, or what hangs, or a disk that could not be flushed.
     pub(crate) fn finish(mut self) -> Result<Outcome, Error> {
         let hangs = self.hung(Instant::now(), MachineDisk::is_flushed).is_some();
-        let outcome = self.end.take().map_or(Err(Error::Stopping), |end| end.outcome);
+        let outcome = self.end.take().map_or(Err(Error::Ending), |end| end.outcome);
         if hangs {
             std::mem::forget(self);
         } else {

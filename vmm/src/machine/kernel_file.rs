@@ -8,10 +8,14 @@ use crate::error::Error;
 
 struct ReleaseFiles;
 
+#[derive(Debug, thiserror::Error)]
+#[error("another program opened a file for writing whose pages the guest's memory has; try again")]
+struct FileWanted;
+
 impl Machine {
     /// Begins to replace the mapped pages by copies and to release the leases. A process that waits to write to a file then goes on.
     pub(crate) fn release_files(&mut self) {
-        self.cancel_task(Error::Stopping);
+        self.cancel_task(Error::Capability(Box::new(FileWanted)));
         self.stand_still(|standstill| standstill.tasks.push_front(Box::new(ReleaseFiles)));
     }
 

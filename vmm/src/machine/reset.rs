@@ -75,7 +75,7 @@ impl Machine {
     /// A file of the boot image was changed since it was loaded, or the machine is about to end. Nothing has changed then.
     pub(crate) fn reset(&mut self) -> Result<u64, Error> {
         if self.end.is_some() {
-            return Err(Error::Stopping);
+            return Err(Error::Ending);
         }
         self.hardware.boot_image.as_ref().ok_or(Error::NoBootImage)?.check_unchanged()?;
         Ok(self.stand_still(|standstill| {

@@ -9,17 +9,18 @@ use super::{Machine, MachineDisk, MachineEvent};
 use crate::error::Error;
 
 #[derive(Debug, thiserror::Error)]
-#[error("cannot resize the disk")]
-struct ResizeError(#[source] std::io::Error);
+#[error("disk {0}: cannot change its size")]
+struct ResizeError(String, #[source] std::io::Error);
 
 impl Machine {
     /// Makes the disk `id` `bytes` long. Returns the number of the `Done` event. `None`: there is no disk with that `id`.
     pub(crate) fn resize(&mut self, id: &str, bytes: u64) -> Option<u64> {
         let job = self.next_job();
         let disk = self.hardware.disks.iter_mut().find(|disk| disk.config.id == id)?;
-        let image = Arc::clone(&disk.image);
+        let (image, id) = (Arc::clone(&disk.image), id.to_owned());
         let resize = move || {
-            image.resize(bytes).map_err(|error| Error::Capability(ResizeError(error).into()))
+            let failed = |error| Error::Capability(ResizeError(id, error).into());
+            image.resize(bytes).map_err(failed)
         };
         disk.resizes.push((job, disk.job_thread.run(resize)));
         Some(job)

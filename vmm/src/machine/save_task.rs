@@ -84,7 +84,7 @@ impl Machine {
         };
         let busy = self.standstill.as_ref().is_some_and(is_busy);
         if busy || self.end.is_some() {
-            return Err(Error::Stopping);
+            return Err(if self.end.is_some() { Error::Ending } else { Error::Busy });
         }
         let (job, before) = (self.next_job(), self.state);
         let task = SaveTask { job, step: Step::Read(begin), cancel, before, goes_on };

@@ -71,7 +71,7 @@ impl Machine {
     pub(super) fn start_deadline(&mut self, limit: Duration) {
         // A timer set to zero never expires.
         if let Err(error) = self.deadline.reset(limit.max(Duration::from_nanos(1)), None) {
-            tracing::warn!(%error, "--stop-timeout cannot be kept: the timer cannot be set");
+            tracing::warn!("--stop-timeout cannot be kept: cannot set the timer: {error}");
         }
     }
 
@@ -133,7 +133,7 @@ impl Machine {
         for mut task in standstill.done {
             if let Err(error) = task.finish(self) {
                 self.end(Err(error));
-                return self.emit(MachineEvent::Done(standstill.job, Err(Error::Stopping)));
+                return self.emit(MachineEvent::Done(standstill.job, Err(Error::Ending)));
             }
         }
         if was_running && standstill.stop.is_none() {
@@ -146,7 +146,7 @@ impl Machine {
     fn give_up_standstill(&mut self) {
         let Some(standstill) = self.standstill.take() else { return };
         let error = |machine: &Self| {
-            machine.hung(standstill.began, MachineDisk::is_paused).unwrap_or(Error::Stopping)
+            machine.hung(standstill.began, MachineDisk::is_paused).unwrap_or(Error::Busy)
         };
         for mut task in standstill.tasks {
             let hung = error(self);

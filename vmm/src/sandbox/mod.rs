@@ -180,7 +180,9 @@ impl Sandbox {
                 if let Some(source) = privileges::shortage(&*error) {
                     return Err(Error::Host { what: "make a Landlock ruleset", source });
                 }
-                tracing::warn!(%error, "--sandbox: paths are not restricted (the host does not allow it)");
+                tracing::warn!(
+                    "--sandbox: paths are not restricted (the host does not allow it): {error}"
+                );
                 None
             }
         };
@@ -295,7 +297,7 @@ impl Rules {
         let mut lacking = lock(&self.lacking);
         if !lacking.contains(&what) {
             lacking.push(what);
-            tracing::warn!(%error, "--sandbox: {what} (the host does not allow it)");
+            tracing::warn!("--sandbox: {what} (the host does not allow it): {error}");
         }
     }
 

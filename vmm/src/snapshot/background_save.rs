@@ -98,13 +98,13 @@ pub(crate) fn begin_in_background(
     let (over, is_over) = channel();
     let result = background.0.run(move || {
         let _over: Sender<()> = over;
-        let (save, guest_may_go_on) = save.recv().map_err(|_| Error::Stopping)?;
+        let (save, guest_may_go_on) = save.recv().map_err(|_| Error::Ending)?;
         let mut guest_may_go_on: Option<Sender<_>> = Some(guest_may_go_on);
         let forked = || drop(guest_may_go_on.take().map(|sender| sender.send(Ok(()))));
         match (save.write(|ram| write(ram, forked)), guest_may_go_on) {
             (Err(error), Some(guest_may_go_on)) => {
                 let _ = guest_may_go_on.send(Err(error));
-                Err(Error::Stopping)
+                Err(Error::Ending)
             }
             (result, _) => result,
         }
@@ -215,7 +215,7 @@ fn follow(ram: &RamSave<'_>, blocks: &[Block], reader: &mut File) -> io::Result<
         if bytes == FAILED {
             return Err(match checksum as i32 {
                 libc::ENOSYS => io::Error::other(
-                    "the host's kernel has no close_range(2), as Linux 5.9 has; save without background-snapshot",
+                    "the host's kernel has no close_range(2), as Linux 5.9 has; save without --background (QMP: background-snapshot)",
                 ),
                 code => io::Error::from_raw_os_error(code),
             });
@@ -253,7 +253,7 @@ unsafe fn fork() -> io::Result<Option<Child>> {
         -1 => {
             let error = io::Error::last_os_error();
             let why = format!(
-                "the host makes no child process: {error}; save without background-snapshot"
+                "the host makes no child process: {error}; save without --background (QMP: background-snapshot)"
             );
             Err(io::Error::new(error.kind(), why))
         }
@@ -340,6 +340,6 @@ mod tests {
             return eprintln!("skipped: the host has no huge pages");
         };
         let refused = check_pages(&huge).unwrap_err().to_string();
-        assert!(refused.contains("save it without background-snapshot"), "{refused}");
+        assert!(refused.contains("save it without --background"), "{refused}");
     }
 }

@@ -39,7 +39,7 @@ pub(crate) fn draw(acpi: bool) -> Result<Option<Structure>, Error> {
 /// Writes `id` over the one in guest memory.
 pub(super) fn replace(memory: &GuestMemory, id: Option<&Structure>) -> Result<(), Error> {
     let write = |id: &Structure| memory.write_slice(&id.bytes, id.address).map_err(into_io);
-    id.map_or(Ok(()), write).map_err(Error::host(NAME))
+    id.map_or(Ok(()), write).map_err(Error::host("write the VM generation ID"))
 }
 
 /// Raises the interrupt that tells the guest of its new ID. The state of vCPUs and interrupt controllers has been restored before.

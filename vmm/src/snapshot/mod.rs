@@ -78,13 +78,15 @@ impl Error {
 pub(crate) enum SnapshotError {
     #[error("{}", path.display())]
     Target { path: PathBuf, source: io::Error },
+    #[error("disk {disk}: cannot read the size and time of its image {}", path.display())]
+    Image { disk: String, path: PathBuf, source: io::Error },
     #[error("disk {disk}: {why}")]
     Unsaveable { disk: String, why: &'static str },
     #[error(
-        "a machine with huge pages cannot be saved while its guest goes on; save it without background-snapshot"
+        "a machine with huge pages cannot be saved while its guest goes on; save it without --background (QMP: background-snapshot)"
     )]
     HugePages,
-    #[error(transparent)]
+    #[error("{0}")]
     Host(#[from] io::Error),
     #[error("it is not a saved machine; give a file that `minivmm ctl SOCKET save` wrote")]
     NotOurs,

@@ -50,7 +50,7 @@ impl PanicDump {
     }
 
     fn begin(&mut self, machine: &mut Machine) -> Result<u64, Error> {
-        let file = self.file.take().ok_or(Error::Stopping)?;
+        let file = self.file.take().ok_or(Error::Ending)?;
         let destination = Destination::Given(self.path.clone(), file);
         let progress = Progress::default();
         save::begin(machine, self.config.clone(), destination, &progress, Purpose::LastDump)
@@ -58,7 +58,7 @@ impl PanicDump {
 
     fn warn(&self, error: &Error) {
         let (path, error) = (self.path.display(), WithCauses(error));
-        tracing::warn!("--dump-on-panic {path}: the guest's memory is lost: {error}");
+        tracing::warn!("--dump-on-panic {path}: the dump could not be written: {error}");
     }
 }
 

@@ -76,7 +76,7 @@ pub(super) fn begin_with(
     let target = Target::open(destination, machine, &config, is_increment)?;
     if purpose == Purpose::LastDump {
         // The guest has panicked: an ordinary save that is under way is canceled, as if the machine ended.
-        machine.cancel_task(Error::Stopping);
+        machine.cancel_task(Error::Ending);
     }
     let cancel = Arc::clone(&progress.cancel);
     let progress = progress.clone();

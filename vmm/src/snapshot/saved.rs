@@ -328,8 +328,10 @@ impl SavedDisk {
         if let Some(why) = lost.filter(|_| purpose.is_save()) {
             return Err(unsaveable(&config.id, why));
         }
-        let image = ImageVersion::of(path, disk.image.capacity())
-            .map_err(Error::host("look at a disk's image"))?;
+        let image = ImageVersion::of(path, disk.image.capacity()).map_err(|source| {
+            let (disk, path) = (config.id.clone(), path.clone());
+            Error::save(SnapshotError::Image { disk, path, source })
+        })?;
         if let Ok(path) = std::path::absolute(path) {
             config.image.path = path;
         }

@@ -115,8 +115,7 @@ impl VcpuSetup<'_> {
 }
 
 fn set_cpuid(fd: &VcpuFd, leaves: &[kvm_cpuid_entry2]) -> Result<(), Error> {
-    let cpuid =
-        CpuId::from_entries(leaves).map_err(|_| Error::KvmLacks("room for our CPUID leaves"))?;
+    let cpuid = CpuId::from_entries(leaves).map_err(|_| Error::TooMany("CPUID leaves"))?;
     fd.set_cpuid2(&cpuid).map_err(Error::kvm("set the CPUID"))
 }
 
@@ -125,7 +124,7 @@ fn set_cpuid(fd: &VcpuFd, leaves: &[kvm_cpuid_entry2]) -> Result<(), Error> {
 /// # Errors
 /// When KVM refuses one.
 pub(super) fn write_msrs(fd: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), Error> {
-    let msrs = Msrs::from_entries(entries).map_err(|_| Error::KvmLacks("room for our MSRs"))?;
+    let msrs = Msrs::from_entries(entries).map_err(|_| Error::TooMany("MSRs"))?;
     let set = fd.set_msrs(&msrs).map_err(Error::kvm("set the MSRs"))?;
     match entries.get(set) {
         None => Ok(()),

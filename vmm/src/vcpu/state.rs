@@ -144,8 +144,7 @@ pub(crate) fn read_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entr
     while !rest.is_empty() {
         let wanted: Vec<_> =
             rest.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
-        let mut msrs =
-            Msrs::from_entries(&wanted).map_err(|_| Error::KvmLacks("room for its own MSRs"))?;
+        let mut msrs = Msrs::from_entries(&wanted).map_err(|_| Error::TooMany("MSRs"))?;
         let read = fd.get_msrs(&mut msrs).map_err(Error::kvm("read the MSRs"))?;
         found.extend(msrs.as_slice().iter().take(read));
         // KVM stops at the first MSR that the vCPU does not have: go on after that one.

@@ -160,7 +160,7 @@ impl VcpuThread {
         let error = unsafe { libc::pthread_kill(self.thread.as_pthread_t(), KICK) };
         if error != 0 {
             let error = io::Error::from_raw_os_error(error);
-            tracing::error!(vcpu = self.index, %error, "a vCPU cannot be taken out of the guest");
+            tracing::error!("vCPU {} cannot be taken out of the guest: {error}", self.index);
         }
     }
 }

@@ -166,7 +166,7 @@ impl Worker {
             Ok(true) => {
                 let kicked = self.queues.find(position).map(|queue| queue.kick.write(1));
                 if let Some(Err(error)) = kicked {
-                    self.shared.report_own_error("kick a queue again", &error);
+                    self.shared.report_own_error("wake its own thread", &error);
                 }
             }
             Ok(false) => {}

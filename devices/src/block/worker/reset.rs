@@ -41,7 +41,8 @@ impl Loop {
             && queue.state != QueueState::Leaving
             && let Err(error) = ops.remove(Events::empty_raw(queue.kick.as_raw_fd()))
         {
-            tracing::error!(%error, "cannot stop watching a descriptor");
+            let disk = &self.worker.shared.options.name;
+            tracing::error!("disk {disk}: cannot stop watching a queue: {error}");
         }
     }
 }
@@ -119,11 +120,11 @@ impl DeviceReset {
             dispatcher.engine.reap(&mut done);
             let Some(completion) = done.pop() else { return false };
             dispatcher.flushing = false;
-            if let Err(error) = completion.result
-                && let Some(suppressed) = worker.shared.log_limits.last_flush.admit()
-            {
+            if let Err(error) = completion.result {
                 let disk = &worker.shared.options.name;
-                tracing::error!(disk, %error, suppressed, "the disk's last flush failed");
+                worker.shared.log_limits.last_flush.warn(format_args!(
+                    "disk {disk}: its last flush failed: {error}; what the guest had not flushed may be lost"
+                ));
             }
         }
         worker.interrupt = None;

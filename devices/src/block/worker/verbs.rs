@@ -351,6 +351,6 @@ impl Worker {
 #[inline(always)]
 fn put_status(memory: &GuestMemory, address: GuestAddress, code: u8) {
     if memory::store(memory, address, code).is_none() {
-        tracing::error!(address = { address.0 }, "bug: a status byte outside guest memory");
+        tracing::error!("bug in minivmm, please report it: a status byte outside guest memory");
     }
 }

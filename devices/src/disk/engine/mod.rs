@@ -238,7 +238,7 @@ impl Engine for WorkerEngine {
             let busy = self.ring.iter_mut().chain([&mut self.pool]).find(|of| of.in_flight() > 0);
             let Some(busy) = busy else { return };
             if let Err(error) = busy.wait() {
-                tracing::error!(%error, "a disk engine was moved to another thread with transfers in flight");
+                tracing::error!(%error, "bug in minivmm, please report it: a disk engine was moved to another thread with transfers in flight");
                 // The kernel may still write to guest memory, which must therefore never be unmapped.
                 std::mem::forget(self.memory.clone());
                 return;

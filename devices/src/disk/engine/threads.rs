@@ -92,9 +92,15 @@ pub(in crate::disk) fn make(
         match (setup.spawn)(format!("disk-io-{number}"), body) {
             Ok(thread) => threads.push(thread),
             Err(error) => {
-                if let Some(suppressed) = shared.disk.shortages.admit() {
-                    tracing::warn!(%error, suppressed, "a disk's queue has {number} threads that wait for the host instead of {wanted}");
-                }
+                let path = &shared.disk.path;
+                shared.disk.shortages.warn(format_args!(
+                    "disk image {path:?}: only {number} of {wanted} I/O threads can be started: {error}{}",
+                    match error.kind() {
+                        io::ErrorKind::WouldBlock =>
+                            "; raise the limit on tasks (`ulimit -u`, or the cgroup's pids.max)",
+                        _ => "",
+                    }
+                ));
                 break;
             }
         }
@@ -182,7 +188,8 @@ fn work(shared: &Shared, wait: bool) {
         if state.finished.len() == 1 {
             shared.finished.notify_one();
             if let Err(error) = shared.event.write(1) {
-                tracing::error!(%error, "cannot signal a finished disk transfer");
+                let path = &shared.disk.path;
+                tracing::error!("disk image {path:?}: cannot signal a finished transfer: {error}");
             }
         }
     }

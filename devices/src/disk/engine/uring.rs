@@ -62,7 +62,9 @@ pub(in crate::disk) fn available() -> bool {
         // The next file cannot be opened, either, and the line about that is enough.
         Err(error) if error.raw_os_error() == Some(libc::EMFILE) => false,
         Err(error) => {
-            tracing::warn!(%error, "this host does not allow io_uring (kernel.io_uring_disabled, or a seccomp filter): disks use threads");
+            tracing::warn!(
+                "this host does not allow io_uring: {error} (kernel.io_uring_disabled, or a seccomp filter); disks use threads"
+            );
             false
         }
     })
@@ -148,9 +150,10 @@ pub(in crate::disk) fn make(
         }))),
         Err(error) if error.raw_os_error() == Some(libc::EMFILE) => Err(error),
         Err(error) => {
-            if let Some(suppressed) = disk.shortages.admit() {
-                tracing::warn!(%error, suppressed, "no io_uring for a disk's queue: it uses threads");
-            }
+            let path = &disk.path;
+            disk.shortages.warn(format_args!(
+                "disk image {path:?}: the host gives no io_uring: {error}; threads are used"
+            ));
             Ok(None)
         }
     }
@@ -209,9 +212,10 @@ impl Executor for Uring {
                         return;
                     }
                     _ => {
-                        if let Some(suppressed) = self.disk.shortages.admit() {
-                            tracing::warn!(%error, suppressed, "io_uring refuses transfers: a disk's queue uses threads from now on");
-                        }
+                        let path = &self.disk.path;
+                        self.disk.shortages.warn(format_args!(
+                            "disk image {path:?}: io_uring refuses transfers: {error}; threads are used from now on"
+                        ));
                         self.broken = true;
                     }
                 },

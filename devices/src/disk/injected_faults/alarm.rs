@@ -38,10 +38,8 @@ impl Alarm {
     /// Wakes the worker after `wait`. An earlier call no longer has an effect.
     pub(super) fn set(&mut self, wait: Duration) {
         // A timer set to zero never expires.
-        if let Err(error) = self.timer.reset(wait.max(Duration::from_micros(1)), None)
-            && let Some(suppressed) = self.limit.admit()
-        {
-            tracing::error!(%error, suppressed, "cannot set the timer of delayed requests");
+        if let Err(error) = self.timer.reset(wait.max(Duration::from_micros(1)), None) {
+            self.limit.warn(format_args!("fault=delay: cannot set the timer: {error}"));
         }
     }
 }

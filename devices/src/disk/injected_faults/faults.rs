@@ -6,7 +6,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::rule::{FaultKind, FaultRule, mix};
 use crate::clock::Instant;
-use crate::disk::{SECTOR, Transfer};
+use crate::disk::{Operation, SECTOR, Transfer};
 use crate::lock;
 use crate::log_limit::LogLimit;
 
@@ -112,14 +112,20 @@ impl Faults {
         let Hit { kind, number, rule: id } = hit;
         let (sector, operation) = (transfer.offset / SECTOR, transfer.operation);
         tracing::trace!(target: "disk_fault", ?kind, number, ?operation, sector);
-        if let Some(suppressed) = self.limit.admit() {
-            let rule = lock(&self.state)
-                .rules
-                .iter()
-                .find(|rule| rule.id == id)
-                .map(|rule| rule.rule.to_string());
-            let rule = rule.unwrap_or_default();
-            tracing::warn!(sector, ?operation, suppressed, "fault={rule}: number {number}");
+        let what = match operation {
+            Operation::Read => "a read",
+            Operation::Write { .. } => "a write",
+            Operation::Flush => "a flush",
+            Operation::Discard => "a discard",
+            Operation::WriteZeroes { .. } => "a write of zeroes",
+            Operation::SecureErase => "a secure erasure",
+        };
+        let rules = lock(&self.state);
+        let rule = rules.rules.iter().find(|rule| rule.id == id).map(|rule| &rule.rule);
+        if let Some(rule) = rule {
+            self.limit.warn(format_args!(
+                "fault={rule}: hits {what} at sector {sector}, request {number} of this rule"
+            ));
         }
         Some(hit)
     }
@@ -136,7 +142,7 @@ impl State {
     fn wake(&self) {
         for wake in &self.wakes {
             if let Err(error) = wake.write(1) {
-                tracing::error!(%error, "cannot wake a disk's worker thread");
+                tracing::error!("cannot wake a disk's worker thread: {error}");
             }
         }
     }

@@ -74,9 +74,9 @@ fn hint(word: &str) -> &'static str {
         "n" => "write n=N, a number from 1 on",
         "one-in" => "write one-in=N, a number from 1 on",
         "seed" => "write seed=N, a number",
-        "ms" => "only delay has a duration; write delay:ms=N, a number",
-        "to" => "only misdirected has a place; write misdirected:to=SECTOR, a number",
-        "nospace" => "only error can mean a lack of space; write error:nospace",
+        "ms" => "ms= works with delay only; write delay:ms=N, a whole number of milliseconds",
+        "to" => "to= works with misdirected only; write misdirected:to=SECTOR, a number",
+        "nospace" => "nospace works with error only; write error:nospace",
         _ => HOW,
     }
 }
@@ -166,33 +166,33 @@ impl FaultRule {
             |sectors: &RangeInclusive<u64>| sectors.end() - sectors.start() < HEALING_MAX;
         match (self.kind, self.target) {
             (FaultKind::Torn, Target::Read | Target::Flush | Target::Discard) => {
-                Err("only a write is torn; leave out the other word")
+                Err("torn works with writes only; leave out the other word")
             }
             (FaultKind::Misdirected(_), Target::Read | Target::Flush | Target::Discard) => {
-                Err("only a write is misdirected; leave out the other word")
+                Err("misdirected works with writes only; leave out the other word")
             }
             (FaultKind::Flip, Target::Write | Target::Flush | Target::Discard) => {
-                Err("only in a read a bit flips; leave out the other word")
+                Err("flip works with reads only; leave out the other word")
             }
             (FaultKind::Lost, Target::Read) => {
-                Err("a read that is lost has no data; write error:read")
+                Err("lost does not work with reads; write error:read")
             }
             (FaultKind::Delay(Duration::ZERO), _) => {
-                Err("a delay has a duration; add ms=N, at least 1")
+                Err("delay needs its length in milliseconds; add ms=N, at least 1")
             }
             (FaultKind::Misdirected(u64::MAX), _) => {
-                Err("a misdirected write goes to another place; add to=SECTOR")
+                Err("misdirected needs the sector that is written instead; add to=SECTOR")
             }
             (_, Target::Flush) if self.sectors.is_some() => {
-                Err("a flush has no sectors; leave out sectors=")
+                Err("sectors= does not work with flush; leave it out")
             }
             (FaultKind::Error(_), Target::Read) if self.until_written => match &self.sectors {
                 Some(sectors) if is_short(sectors) => Ok(()),
                 _ => Err("until-written needs sectors=FIRST-LAST, at most 65536 of them"),
             },
-            _ if self.until_written => {
-                Err("only error:read ends with a write; leave out until-written")
-            }
+            _ if self.until_written => Err(
+                "until-written works with error:read only: the error ends when the sector is written; leave it out",
+            ),
             _ => Ok(()),
         }
     }

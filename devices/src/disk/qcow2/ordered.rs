@@ -215,7 +215,7 @@ impl Order {
             if metadata.has_features
                 && let Err(error) = mark()
             {
-                tracing::error!(%error, "disk image {}: cannot be marked as corrupt", self.file);
+                tracing::error!("disk image {}: cannot be marked as corrupt: {error}", self.file);
             }
         }
         io::Error::from_raw_os_error(libc::EIO)

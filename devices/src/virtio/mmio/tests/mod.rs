@@ -97,6 +97,10 @@ impl VirtioDevice for Recorder {
         0x1234
     }
 
+    fn name(&self) -> String {
+        "recorder".to_owned()
+    }
+
     fn features(&self) -> u64 {
         DEVICE_FEATURES
     }
