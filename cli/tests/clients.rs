@@ -210,6 +210,14 @@ fn ctl_gives_up_on_what_is_no_vm() {
     let ended = refused.wait(BOUND).must_be(1);
     assert!(ended.errors.contains("not the control socket of a VM"), "{ended}");
 
+    drop(endless);
+    let ended = ctl(&["endless", "status"]).wait(BOUND).must_be(1);
+    let line = "no VM listens there (Connection refused (os error 111)); give the path of a running VM's --qmp unix:PATH";
+    assert!(ended.errors.contains(&format!("ctl endless: {line}")), "{ended}");
+    let ended = ctl(&["missing", "status"]).wait(BOUND).must_be(1);
+    let line = "cannot connect: No such file or directory (os error 2); check the path";
+    assert!(ended.errors.contains(&format!("ctl missing: {line}")), "{ended}");
+
     let (session, mut qmp) = start(directory.path(), Program::Spin);
     mknodat(CWD, directory.path().join("fifo"), FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
         .unwrap();

@@ -246,6 +246,7 @@ fn a_resize_that_finds_an_image_corrupt_is_answered_after_the_event() {
     let (_, why) = qmp.execute("block_resize", shrink).unwrap_err();
     let is_corrupt = |event: &Value| event["event"] == "BLOCK_IMAGE_CORRUPTED";
     assert!(qmp.events.iter().any(is_corrupt), "{why}: {:?}", qmp.events);
+    assert!(why.starts_with("disk data: cannot change its size: "), "{why}");
 }
 
 /// The operator's disks are full: writing stops at a limit of our own on the size of files.
@@ -394,9 +395,8 @@ fn people_control_it_too() {
     assert_eq!(ctl("reset", 0), "");
     assert!(ctl("resize vdb 2G", 1).contains("'vdb' not found"));
     assert!(ctl("resize data big", 2).contains("SIZE big: not a size in range"));
-    assert!(
-        ctl("resize data 1.5G", 2).contains("the disk has 2G and would lose its end; add --shrink")
-    );
+    let shrinks = "the disk has 2G, and a smaller size loses the data at its end; add --shrink";
+    assert!(ctl("resize data 1.5G", 2).contains(shrinks));
     assert!(ctl("status", 0).contains("\ndata  2G "));
     assert_eq!(ctl("resize data 1.5G --shrink", 0), "");
     assert!(ctl("status", 0).contains("\ndata  1.5G "));

@@ -85,6 +85,23 @@ fn a_request_that_hangs_holds_up_no_end() {
     }
 }
 
+/// A machine that is reset in part cannot go on.
+#[test]
+fn a_disk_that_does_not_finish_its_reset_ends_the_vm_and_is_named() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let directory = tempdir().unwrap();
+    let (session, mut qmp) =
+        writer(directory.path(), "fault=hang:flush", &["--stop-timeout", "1s"]);
+    session.output.expect_bytes(3, BOUND).unwrap();
+    let (_, error) = qmp.execute("system_reset", json!({})).unwrap_err();
+    assert_eq!(error, "the VM is ending");
+    let ended = session.wait(BOUND).must_be(1);
+    let line = "minivmm: the VM ended: disk data: the host has not finished its requests after 1.0s; check the storage behind it";
+    assert!(ended.errors.lines().any(|printed| printed == line), "{ended}");
+}
+
 #[test]
 fn delays_are_counted_and_end_with_their_rule_or_for_a_standstill() {
     if !kvm_is_usable() {

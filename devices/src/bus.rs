@@ -75,13 +75,9 @@ impl Unfinished {
 #[derive(Debug, Error, PartialEq, Eq)]
 #[expect(missing_docs, reason = "each message says what the fields and the variant are")]
 pub enum BusError {
-    #[error(
-        "address range {base:#x}+{length:#x} is empty or wraps around; correct the machine's address map"
-    )]
+    #[error("address range {base:#x}+{length:#x} is empty or wraps around")]
     Invalid { base: u64, length: u64 },
-    #[error(
-        "address range {base:#x}+{length:#x} overlaps the device at {other:#x}; correct the machine's address map"
-    )]
+    #[error("address range {base:#x}+{length:#x} overlaps the device at {other:#x}")]
     Overlap { base: u64, length: u64, other: u64 },
 }
 

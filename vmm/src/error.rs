@@ -103,7 +103,7 @@ pub enum VcpuError {
     Emulation { rip: u64 },
     #[error("KVM internal error {suberror} at {rip:#x}")]
     Internal { suberror: u32, rip: u64 },
-    #[error("unexpected exit {0}")]
+    #[error("KVM_RUN ended with {0}, which minivmm does not handle")]
     Exit(String),
     #[error("KVM_RUN")]
     Run(#[source] io::Error),

@@ -171,6 +171,9 @@ fn a_save_to_a_disk_that_does_not_answer_is_canceled_nevertheless() {
         std::thread::yield_now();
     }
     guest.begin();
+    let refused = ctl(guest.directory.path(), &["save", "other"]).wait(BOUND).must_be(1);
+    let line = "ctl qmp: save: another save is under way; wait until it is done";
+    assert!(refused.errors.contains(line), "{refused}");
     guest.disk.serve();
     assert_eq!(statuses_until(&mut guest.qmp, "completed"), ["completed"]);
     guest.quit();

@@ -32,7 +32,9 @@ pub(super) fn remove(machine: &mut Machine, arguments: &Arguments<'_>) -> Result
         return Ok(Answer::empty());
     }
     let id = id.unwrap_or_default();
-    Err(Failure::generic(format!("The disk has no rule {id}; x-minivmm-query-faults lists them")))
+    Err(Failure::generic(format!(
+        "The disk has no rule {id}; `minivmm ctl SOCKET faults` (QMP: x-minivmm-query-faults) lists them"
+    )))
 }
 
 /// `x-minivmm-query-faults`: the rules of each disk that has `fault=`, with their counts.

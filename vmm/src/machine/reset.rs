@@ -9,13 +9,14 @@ use std::mem;
 use std::sync::Arc;
 use std::time::Instant;
 
-use devices::bus::Unfinished;
+use devices::bus::{BusDevice, Unfinished};
 use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::{Kvm, VmFd};
 
-use super::{Hardware, Machine, MachineEvent, RunState, Task};
+use super::{Hardware, Machine, MachineDisk, MachineEvent, RunState, Task};
 use crate::error::Error;
 use crate::irq_chips::IrqChips;
+use crate::lock;
 use crate::memory;
 use crate::vcpu::{VcpuState, VcpuThread};
 
@@ -57,10 +58,6 @@ impl PowerOn {
         Ok(())
     }
 }
-
-#[derive(Debug, thiserror::Error)]
-#[error("a device did not finish its reset in time; check the storage behind the disks")]
-struct ResetHung;
 
 #[derive(Default)]
 struct Reset {
@@ -116,13 +113,18 @@ impl Machine {
     }
 }
 
+/// Whether the disk's threads have finished the reset. No vCPU runs, so no thread waits in the transport with its lock.
+fn has_reset(disk: &MachineDisk) -> bool {
+    lock(&disk.transport).draining().is_none_or(|drain| drain.is_done())
+}
+
 impl Task for Reset {
     fn advance(&mut self, machine: &mut Machine) -> Result<bool, Error> {
         let (began, unfinished) = self.devices.get_or_insert_with(|| machine.reset_devices());
         *unfinished = mem::take(unfinished).into_iter().filter_map(Unfinished::poll).collect();
         match unfinished.is_empty() {
             false if began.elapsed() >= machine.stop_timeout => {
-                Err(Error::Capability(Box::new(ResetHung)))
+                Err(machine.hung(*began, has_reset).unwrap_or(Error::Busy))
             }
             done => Ok(done),
         }

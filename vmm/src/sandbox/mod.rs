@@ -46,7 +46,7 @@ use crate::sources::Source;
 use crate::{lock, thread_memory};
 
 #[derive(Debug, thiserror::Error)]
-#[error("--sandbox: the list of system calls cannot be compiled")]
+#[error("bug in minivmm, please report it: the filters of --sandbox cannot be compiled")]
 struct UncompiledFilter(#[source] Cause);
 
 /// The directory that a confined process may save to. Not set: the process is not confined.

@@ -124,9 +124,7 @@ pub(crate) enum SnapshotError {
         "disk {id}: {} was changed after the machine was saved ({what}); give the image as it was, or disks=unchecked", path.display()
     )]
     DiskChanged { id: String, path: PathBuf, what: String },
-    #[error(
-        "disk {0}: the image does not fit the saved device; give the image that the machine had"
-    )]
+    #[error("disk {0}: the image is not the one that the machine had")]
     Transport(String, #[source] devices::virtio::mmio::RestoreError),
     #[error("disk {0}: a saved queue does not fit the device; use another copy")]
     Queue(String),

@@ -8,6 +8,7 @@ use super::driver::Sent;
 use super::rig::Rig;
 use crate::block::{BlockEvent, ErrorAction, ErrorPolicy, IoStatus, Kind, QueueSnapshot};
 use crate::disk::{DiskError, Operation};
+use crate::log_limit::tests::Log;
 use crate::virtio::spec::blk;
 
 const EIO: DiskError = DiskError::Host(libc::EIO);
@@ -72,6 +73,39 @@ fn what_each_policy_does() {
                 assert_eq!(rig.shared().host_errors.io_status(), IoStatus::Ok);
             }
         }
+    }
+}
+
+#[test]
+fn the_line_of_a_host_error_says_what_follows() {
+    const EIO_TEXT: &str = "host I/O error: Input/output error (os error 5)";
+    const FULL: &str = "no space left on the host";
+    const CONT: &str = "then `minivmm ctl SOCKET cont`";
+    for (policy, error, line) in [
+        (ErrorPolicy::Report, EIO, format!("{EIO_TEXT}; werror=report: the guest gets the error")),
+        (
+            ErrorPolicy::Ignore,
+            EIO,
+            format!("{EIO_TEXT}; werror=ignore: the guest does not see the error"),
+        ),
+        (
+            ErrorPolicy::Stop,
+            EIO,
+            format!("{EIO_TEXT}; werror=stop: the VM is stopped; mend the storage, {CONT}"),
+        ),
+        (
+            ErrorPolicy::Enospc,
+            DiskError::NoSpace,
+            format!("{FULL}; werror=enospc: the VM is stopped; make space, {CONT}"),
+        ),
+    ] {
+        let log = Log::default();
+        let _logging = log.listen();
+        let mut rig = rig(policy);
+        rig.disk.fail(error);
+        rig.driver.send_write(0, 0, &[1; 512]);
+        rig.serve();
+        assert_eq!(log.lines(), [format!("WARNmessage=disk vda: a write failed: {line} ")]);
     }
 }
 
