@@ -41,6 +41,7 @@ const CAPABILITIES: &[(&str, &[&str])] = &[
         "save: file and memory",
         &[
             "vmm/src/snapshot/core_file.rs",
+            "vmm/src/snapshot/new_file.rs",
             "vmm/src/snapshot/page_map.rs",
             "vmm/src/snapshot/pages.rs",
         ],

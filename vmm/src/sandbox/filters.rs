@@ -11,6 +11,7 @@ use seccompiler::{
     SeccompRule, TargetArch, sock_filter,
 };
 
+use super::inputs::Needs;
 use super::ioctls;
 
 /// What a thread is for. Threads of one kind make the same system calls.
@@ -55,19 +56,6 @@ impl Kind {
             Self::Save => "save",
         }
     }
-}
-
-/// The options on which the lists depend.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Needs {
-    /// This process's ID.
-    pub(super) process: u32,
-    /// A disk takes SCSI commands.
-    pub(super) scsi: bool,
-    /// The machine may be saved to a directory (`--save-directory`), the only one in which Landlock lets it open files.
-    pub(super) saves: bool,
-    /// A debugger may connect.
-    pub(super) debugs: bool,
 }
 
 /// A condition on an argument.

@@ -1,4 +1,4 @@
-//! What a confinement is made from, besides the command line.
+//! What a confinement is made from.
 //!
 //! A process that waits for a saved machine (`--incoming defer`) has prepared its confinement and started its first threads. Until a client
 //! names the file, other programs may make or replace directories, or give the process other processors or another priority
@@ -14,9 +14,46 @@ use std::time::SystemTime;
 
 use rustix::thread::{CpuSet, sched_getaffinity};
 
-use super::filters::Needs;
-use super::{needs, privileges, sockets};
-use crate::config::VmConfig;
+use super::privileges;
+use crate::config::{ConsoleConfig, GdbConfig, VmConfig};
+
+/// The options on which the lists depend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Needs {
+    /// This process's ID.
+    pub(super) process: u32,
+    /// A disk takes SCSI commands.
+    pub(super) scsi: bool,
+    /// The machine may be saved to a directory (`--save-directory`), the only one in which Landlock lets it open files.
+    pub(super) saves: bool,
+    /// A debugger may connect.
+    pub(super) debugs: bool,
+}
+
+impl Needs {
+    /// Those of the machine.
+    pub(super) fn of(config: &VmConfig) -> Self {
+        Self {
+            process: std::process::id(),
+            scsi: config.disks.iter().any(|disk| disk.image.scsi),
+            saves: config.save_directory.is_some(),
+            debugs: config.gdb.is_some(),
+        }
+    }
+}
+
+/// The paths of the machine's own sockets.
+pub(super) fn sockets(config: &VmConfig) -> Vec<&Path> {
+    let consoles = config.consoles.iter().filter_map(|console| match console {
+        ConsoleConfig::Unix(path) => Some(path.as_path()),
+        _ => None,
+    });
+    let debugger = config.gdb.iter().filter_map(|gdb| match gdb {
+        GdbConfig::Unix(path) => Some(path.as_path()),
+        GdbConfig::Tcp(_) => None,
+    });
+    config.qmp.as_deref().into_iter().chain(consoles).chain(debugger).collect()
+}
 
 /// Compared to see whether a confinement still fits.
 #[derive(PartialEq, Eq)]
@@ -36,7 +73,7 @@ impl Inputs {
     pub(super) fn of(config: &VmConfig) -> Self {
         let sockets = sockets(config).into_iter().map(privileges::directory_of);
         let directories = sockets.chain(config.save_directory.as_deref()).map(directory).collect();
-        Self { needs: needs(config), directories, scheduling: Scheduling::of_this_thread() }
+        Self { needs: Needs::of(config), directories, scheduling: Scheduling::of_this_thread() }
     }
 }
 

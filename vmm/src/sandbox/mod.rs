@@ -36,11 +36,10 @@ use seccompiler::{BpfProgram, SeccompAction};
 
 use self::early::EarlyThreads;
 pub(crate) use self::filters::Kind;
-use self::filters::Needs;
-use self::inputs::Inputs;
+use self::inputs::{Inputs, Needs, sockets};
 use self::violation::Violations;
 pub use self::violation::on_violation;
-use crate::config::{ConsoleConfig, GdbConfig, SandboxMode, VmConfig};
+use crate::config::{SandboxMode, VmConfig};
 use crate::error::{Cause, Error};
 use crate::sources::Source;
 use crate::{lock, thread_memory};
@@ -74,7 +73,7 @@ pub(crate) fn check_save(directory: &Path) -> io::Result<bool> {
 /// The system calls that each kind of thread may make, for `--explain`. `None`: none is refused.
 pub(crate) fn system_calls(config: &VmConfig) -> Option<Vec<(&'static str, Vec<String>)>> {
     let calls = |kind: Kind| {
-        let calls = filters::allowed(kind, needs(config)).into_iter();
+        let calls = filters::allowed(kind, Needs::of(config)).into_iter();
         let shown = calls.map(|call| match call.condition {
             "" => call.name.to_owned(),
             condition => format!("{} ({condition})", call.name),
@@ -84,28 +83,6 @@ pub(crate) fn system_calls(config: &VmConfig) -> Option<Vec<(&'static str, Vec<S
     let exists = |kind: &Kind| *kind != Kind::Save || config.spawn;
     (config.sandbox == SandboxMode::On)
         .then(|| Kind::ALL.into_iter().filter(exists).map(calls).collect())
-}
-
-fn needs(config: &VmConfig) -> Needs {
-    Needs {
-        process: std::process::id(),
-        scsi: config.disks.iter().any(|disk| disk.image.scsi),
-        saves: config.save_directory.is_some(),
-        debugs: config.gdb.is_some(),
-    }
-}
-
-/// The paths of the machine's own sockets.
-fn sockets(config: &VmConfig) -> Vec<&Path> {
-    let consoles = config.consoles.iter().filter_map(|console| match console {
-        ConsoleConfig::Unix(path) => Some(path.as_path()),
-        _ => None,
-    });
-    let debugger = config.gdb.iter().filter_map(|gdb| match gdb {
-        GdbConfig::Unix(path) => Some(path.as_path()),
-        GdbConfig::Tcp(_) => None,
-    });
-    config.qmp.as_deref().into_iter().chain(consoles).chain(debugger).collect()
 }
 
 /// Tries on a thread of its own whether the process may become the user, and fails if not. A refusal later is only a warning.

@@ -13,7 +13,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use seccompiler::SeccompAction;
 
-use super::filters::{self, Kind, Needs};
+use super::filters::{self, Kind};
+use super::inputs::Needs;
 use super::{ioctls, privileges, violation};
 
 const TRY: &str = "MINIVMM_TEST_TRY";

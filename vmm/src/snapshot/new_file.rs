@@ -124,8 +124,8 @@ fn hidden_name(path: &Path) -> io::Result<OsString> {
 /// How many hidden names are tried.
 const ATTEMPTS: usize = 16;
 
-/// Has `create` make a file of a hidden name, and locks it. In another PID namespace, a VM with the number of this process may have such a
-/// file, or may have removed the new one before it was locked. Then the next name is tried.
+/// Has `create` make a file of a hidden name, and locks it. In another PID namespace, a VM with the number of this process may have a
+/// file of that name, or may have removed the new one before it was locked. Then the next name is tried.
 fn create_hidden(
     directory: &File,
     path: &Path,

@@ -3,7 +3,7 @@
 use seccompiler::{BpfProgram, SeccompAction};
 
 use super::super::filters::{self, Kind};
-use super::NEEDS;
+use super::{NEEDS, Needs};
 
 /// `struct seccomp_data` (include/uapi/linux/seccomp.h): number, architecture, instruction pointer, arguments.
 type Data = [u32; 16];
@@ -53,7 +53,7 @@ fn a_filter_answers_each_system_call_as_its_list_says() {
         .iter()
         .flat_map(|kind| [(false, false), (true, true)].map(|(scsi, saves)| (*kind, scsi, saves)))
     {
-        let needs = filters::Needs { process: 7, scsi, saves, debugs: saves };
+        let needs = Needs { process: 7, scsi, saves, debugs: saves };
         let program = filters::compile(kind, needs, SeccompAction::Trap).unwrap();
         assert!(program.len() < LENGTH_MAX);
         let list = filters::allowed(kind, needs);
