@@ -127,20 +127,17 @@ impl ReadAt for BootFile {
 
 /// Maps pages of the kernel's file into guest memory, where that is safe and faster than a copy. The builder plugs it in.
 pub(crate) trait FilePages {
-    /// Takes a lease on `file`. `true`: from now on, no program can write to the file before this process has released it.
-    fn lease(&self, file: &File) -> bool;
-
-    /// Maps the start of `range`, and returns how many bytes are mapped: 0 if `leased` is false.
+    /// Maps the start of `range` of the kernel's `file`, and returns how many bytes are mapped: 0 if a copy is safer or faster.
     ///
     /// # Errors
     /// The host refuses the mapping.
-    fn map_start(
-        &self,
-        memory: &GuestMemory,
-        file: &File,
-        range: &FileRange,
-        leased: bool,
-    ) -> io::Result<u64>;
+    fn map_start(&self, memory: &GuestMemory, file: &File, range: &FileRange) -> io::Result<u64>;
+
+    /// Replaces the mapped pages of `ranges` by copies, so that the file may change. From now on, nothing is mapped.
+    ///
+    /// # Errors
+    /// The host refuses, and the guest may have lost memory.
+    fn copy_and_release(&mut self, memory: &GuestMemory, ranges: &[FileRange]) -> io::Result<()>;
 }
 
 /// Everything that the guest starts from: the files, which stay open for a reset, and the plan of what goes where.
@@ -148,7 +145,7 @@ pub(crate) struct BootImage {
     pub(crate) kernel: BootFile,
     initrd: Option<BootFile>,
     pub(crate) plan: Plan,
-    pages: Box<dyn FilePages>,
+    pub(crate) pages: Box<dyn FilePages>,
 }
 
 impl BootImage {
@@ -188,13 +185,11 @@ impl BootImage {
             let written = memory.write_slice(&structure.bytes, structure.address);
             written.map_err(into_io).map_err(Error::host("write what the guest starts from"))?;
         }
-        // The lease comes before the check: while it is held, the file cannot change any more.
-        let leased = self.pages.lease(&self.kernel.file);
         self.check_unchanged()?;
         for range in &self.plan.kernel {
             let mapped = self
                 .pages
-                .map_start(memory, &self.kernel.file, range, leased)
+                .map_start(memory, &self.kernel.file, range)
                 .map_err(Error::host("map the kernel into guest memory"))?;
             self.kernel.copy(memory, range, mapped)?;
         }

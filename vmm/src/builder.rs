@@ -27,7 +27,7 @@ use crate::events::event_channel;
 use crate::gdb::Gdb;
 use crate::halt_watch::HaltWatch;
 use crate::job_thread::JobThread;
-use crate::kernel_pages::{KernelPages, lease_outlasts};
+use crate::kernel_pages::{self, KernelPages};
 use crate::machine::{Hardware, Machine, PowerOn, Reports};
 use crate::output_files::OutputFiles;
 use crate::sandbox::Kind;
@@ -71,7 +71,8 @@ pub fn build(
     let cmdline = cmdline::build(&layout, root, &config.cmdline)?;
     tracing::debug!(cmdline, "the kernel's command line");
     let generation_id = generation_id::draw(config.acpi)?;
-    let open = || open_boot_image(config, &layout, &cmdline, generation_id.as_ref());
+    let boots = incoming.is_none();
+    let open = || open_boot_image(config, &layout, &cmdline, generation_id.as_ref(), boots);
     let boot_image = match incoming {
         None => Some(open()?),
         // A restored machine needs the kernel only for a reset.
@@ -203,7 +204,7 @@ pub fn build(
     sources.extend(control.transpose()?);
     sources.extend(binary_pages::source());
     // The last source: it confines the main thread when the loop begins, after all others have added their descriptors.
-    sources.extend(sandbox.source()?);
+    sources.extend(sandbox.source(kernel_pages::user_has_changed)?);
     // Nothing can be refused any more.
     outputs.begin()?;
     Ok(EventLoop::new(machine, sources, paused))
@@ -214,14 +215,12 @@ fn open_boot_image(
     layout: &MachineLayout,
     cmdline: &str,
     generation_id: Option<&Structure>,
+    boots: bool,
 ) -> Result<BootImage, Error> {
     let kernel = BootFile::open("--kernel", &config.kernel)?;
     let initrd =
         config.initrd.as_deref().map(|path| BootFile::open("--initrd", path)).transpose()?;
-    // If the host is a guest itself and its CPU has hardware virtualization, each mapped page costs an exit through two hypervisors.
-    // Then the kernel is copied.
-    let map = !host_cpu::is_nested() && lease_outlasts(config.stop_timeout);
-    let pages = Box::new(KernelPages { map });
+    let pages = Box::new(KernelPages::of(&kernel.file, boots, config.stop_timeout));
     let mut image = BootImage::new(layout, kernel, initrd, cmdline, pages)?;
     // Part of the plan, so that a reset keeps the same ID. A restore makes a new one.
     image.plan.structures.extend(generation_id.cloned());

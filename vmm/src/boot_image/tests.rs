@@ -1,13 +1,15 @@
 //! What is in guest memory after a load, and what becomes of a guest whose kernel's file changes.
 
 use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Weak};
 
 use arch::layout;
 use arch::machine_layout::MachineSpec;
 use vm_memory::{Bytes, GuestMemoryBackend};
 
 use super::*;
-use crate::kernel_pages::{self, KernelPages};
+use crate::kernel_pages::{self, KernelPages, Lease};
 use crate::memory;
 
 const MIB: u64 = 1 << 20;
@@ -46,10 +48,7 @@ fn file_with(bytes: &[u8]) -> tempfile::TempPath {
 struct Rig {
     memory: GuestMemory,
     image: BootImage,
-}
-
-fn pages() -> Box<dyn FilePages> {
-    Box::new(KernelPages { map: true })
+    lease: Weak<Lease>,
 }
 
 fn rig(kernel: &Path, initrd: Option<&Path>) -> Rig {
@@ -64,8 +63,11 @@ fn rig(kernel: &Path, initrd: Option<&Path>) -> Rig {
     let layout = MachineLayout::new(spec);
     let kernel = BootFile::open("--kernel", kernel).unwrap();
     let initrd = initrd.map(|path| BootFile::open("--initrd", path).unwrap());
-    let image = BootImage::new(&layout, kernel, initrd, "quiet", pages()).unwrap();
-    Rig { memory: memory::allocate(&layout).unwrap(), image }
+    let lease = Lease::take(&kernel.file);
+    let weak = lease.as_ref().map(Arc::downgrade).unwrap_or_default();
+    let pages = Box::new(KernelPages(lease));
+    let image = BootImage::new(&layout, kernel, initrd, "quiet", pages).unwrap();
+    Rig { memory: memory::allocate(&layout).unwrap(), image, lease: weak }
 }
 
 impl Rig {
@@ -125,7 +127,7 @@ fn kernel_initrd_and_structures_are_where_the_plan_says() {
 #[test]
 fn whole_pages_of_a_kernel_are_mapped_until_its_file_is_written() {
     let path = kernel_file();
-    let rig = rig(&path, None);
+    let mut rig = rig(&path, None);
     rig.image.load(&rig.memory).unwrap();
     rig.assert_loaded();
     if rig.mapped_pages() == 0 {
@@ -155,7 +157,7 @@ fn whole_pages_of_a_kernel_are_mapped_until_its_file_is_written() {
 /// `VmFlags` of a mapping has "dd" where a core dump leaves it out (proc(5)).
 #[test]
 fn guest_memory_is_not_in_core_dumps() {
-    let rig = rig(&kernel_file(), None);
+    let mut rig = rig(&kernel_file(), None);
     let check = |when: &str| {
         let start = rig.memory.get_host_address(GuestAddress(0)).unwrap() as usize;
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
@@ -218,7 +220,7 @@ fn files_that_changed_in_place_are_not_loaded_again() {
     ] {
         let (kernel, initrd) = (kernel_file(), file_with(&[0x5a; 0x8000]));
         for (changed, option) in [(&initrd, "--initrd"), (&kernel, "--kernel")] {
-            let rig = rig(&kernel, Some(&initrd));
+            let mut rig = rig(&kernel, Some(&initrd));
             rig.image.load(&rig.memory).unwrap();
             rig.image.copy_and_release_kernel_file(&rig.memory).unwrap();
             rig.image.check_unchanged().unwrap();
@@ -232,16 +234,42 @@ fn files_that_changed_in_place_are_not_loaded_again() {
     }
 }
 
+/// Parts begin and end at boundaries of huge pages, whatever the boundaries of the file's pages are.
+#[test]
+fn pages_are_copied_part_by_part() {
+    let rig = rig(&kernel_file(), None);
+    let mut content: Vec<_> = (0..5 * MIB + 0x3000).map(|n| (n / 0x1000 + n) as u8).collect();
+    let path = file_with(&content);
+    let range = FileRange {
+        offset: 0x1000,
+        length: content.len() as u64 - 0x1000,
+        address: GuestAddress(3 * MIB - 0x2000),
+    };
+    let file = File::open(&path).unwrap();
+    assert_eq!(kernel_pages::map(&rig.memory, &file, &range).unwrap(), range.length);
+    for page in [0, 1, 0x201] {
+        rig.memory.write_slice(b"mine", GuestAddress(range.address.0 + page * 0x1000)).unwrap();
+        content[(page as usize + 1) * 0x1000..][..4].copy_from_slice(b"mine");
+    }
+    kernel_pages::copy(&rig.memory, &range).unwrap();
+    write(&path).unwrap().set_len(0).unwrap();
+    assert!(rig.read(range.address, range.length as usize) == content[0x1000..]);
+    assert_eq!(rig.read(GuestAddress(range.address.0 + range.length), 0x1000), [0; 0x1000]);
+}
+
 /// The host takes a lease away after a while, and the file is cut off: an error when its pages are copied, not a signal.
 #[test]
+#[expect(unsafe_code, reason = "fcntl has no safe wrapper for leases")]
 fn pages_that_are_gone_before_they_are_copied_are_an_error() {
     let path = kernel_file();
-    let rig = rig(&path, None);
+    let mut rig = rig(&path, None);
     rig.image.load(&rig.memory).unwrap();
     if rig.mapped_pages() == 0 {
         return;
     }
-    kernel_pages::release(&rig.image.kernel.file);
+    let lease = rig.lease.upgrade().unwrap().0.as_raw_fd();
+    // SAFETY: the call touches no memory.
+    assert_eq!(unsafe { libc::fcntl(lease, libc::F_SETLEASE, libc::F_UNLCK) }, 0);
     write(&path).unwrap().set_len(OFFSET).unwrap();
     let error = rig.image.copy_and_release_kernel_file(&rig.memory).unwrap_err();
     assert!(
@@ -279,7 +307,8 @@ fn a_kernel_that_cannot_be_read_says_why() {
     let spec =
         MachineSpec { memory: 32 * MIB, cpus: 1, serial: [true, false], acpi: true, disks: 0 };
     let layout = MachineLayout::new(spec);
-    let error = BootImage::new(&layout, kernel, None, "", pages()).err().unwrap();
+    let pages = Box::new(KernelPages(None));
+    let error = BootImage::new(&layout, kernel, None, "", pages).err().unwrap();
     assert_eq!(
         crate::error::WithCauses(&error).to_string(),
         "--kernel /proc/self/mem: cannot read the kernel: Input/output error (os error 5)"

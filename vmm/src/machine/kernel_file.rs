@@ -23,7 +23,7 @@ impl Machine {
     fn copy_files(&mut self) -> Result<(), Error> {
         let Hardware { boot_image, memory, unmap_files, .. } = &mut self.hardware;
         unmap_files.take().map_or(Ok(()), |unmap| unmap(memory))?;
-        boot_image.as_ref().map_or(Ok(()), |image| image.copy_and_release_kernel_file(memory))
+        boot_image.as_mut().map_or(Ok(()), |image| image.copy_and_release_kernel_file(memory))
     }
 }
 

@@ -302,7 +302,6 @@ pub(super) fn allowed(kind: Kind, needs: Needs) -> Vec<Allowed> {
 }
 
 fn main() -> Vec<Allowed> {
-    let command = |command: libc::c_int| vec![(1, Test::Is(command as u64))];
     let mut calls: Vec<_> = always(&[
         call!(SYS_accept4),
         call!(SYS_clock_nanosleep),
@@ -313,7 +312,6 @@ fn main() -> Vec<Allowed> {
         call!(SYS_getcwd),
         call!(SYS_lseek),
         call!(SYS_madvise),
-        call!(SYS_memfd_create),
         call!(SYS_newfstatat),
         call!(SYS_pread64),
         call!(SYS_recvmsg),
@@ -328,8 +326,8 @@ fn main() -> Vec<Allowed> {
     calls.extend([
         when(
             call!(SYS_fcntl),
-            "F_SETLEASE, F_GET_SEALS, F_DUPFD_CLOEXEC",
-            [libc::F_SETLEASE, libc::F_GET_SEALS, libc::F_DUPFD_CLOEXEC].map(command),
+            "F_DUPFD_CLOEXEC",
+            [vec![(1, Test::Is(libc::F_DUPFD_CLOEXEC as u64))]],
         ),
         when(call!(SYS_mmap), "not executable", [vec![(2, Test::Clear(libc::PROT_EXEC as u64))]]),
         ioctl("KVM's for the state of vCPUs, chips and clock; FIONBIO", ioctls::main()),

@@ -204,7 +204,7 @@ impl Sandbox {
             *lock(&rules.unconfined) += 1;
             let of_thread = Arc::clone(&rules);
             let confined: Body = Box::new(move || {
-                of_thread.confine(kind);
+                of_thread.confine(kind, || ());
                 of_thread.one_less();
                 drop(of_thread);
                 body();
@@ -214,13 +214,13 @@ impl Sandbox {
     }
 
     /// The last source of the main loop. When the loop begins to watch it, it confines the main thread. It ends the machine after a
-    /// forbidden system call.
+    /// forbidden system call. `user_has_changed` is called when the main thread has become the user of `--user`, and has no filter yet.
     ///
     /// # Errors
     /// When the host has no descriptor left.
-    pub(crate) fn source(self) -> Result<Option<Box<dyn Source>>, Error> {
+    pub(crate) fn source(self, user_has_changed: fn()) -> Result<Option<Box<dyn Source>>, Error> {
         let Some(rules) = self.0 else { return Ok(None) };
-        let confine = Box::new(move || rules.confine_main());
+        let confine = Box::new(move || rules.confine_main(user_has_changed));
         let violations = Violations::new(confine).map_err(Error::host("make an eventfd"))?;
         Ok(Some(Box::new(violations)))
     }
@@ -228,12 +228,12 @@ impl Sandbox {
 
 impl Rules {
     /// Confines the main thread, after all others are confined.
-    fn confine_main(&self) {
+    fn confine_main(&self, user_has_changed: fn()) {
         self.early.end();
         self.wait_for_threads();
         // `cli` may have installed its handlers for the terminal since, one of them for SIGSYS.
         violation::install_handler();
-        self.confine(Kind::Main);
+        self.confine(Kind::Main, user_has_changed);
         tracing::debug!("all threads are confined");
     }
 
@@ -245,10 +245,12 @@ impl Rules {
     }
 
     /// Gives up all rights of the calling thread that its kind does not need.
-    fn confine(&self, kind: Kind) {
+    fn confine(&self, kind: Kind, user_has_changed: fn()) {
         violation::name_thread(kind);
-        if let Some(Err(error)) = self.user.map(privileges::become_user) {
-            self.warn("the user stays the same", &error);
+        match self.user.map(privileges::become_user) {
+            Some(Ok(())) => user_has_changed(),
+            Some(Err(error)) => self.warn("the user stays the same", &error),
+            None => {}
         }
         // The kernel changes it with the IDs (`fs.suid_dumpable` in sysctl), and the main thread is the last to change its own.
         if kind == Kind::Main

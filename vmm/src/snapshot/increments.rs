@@ -16,7 +16,7 @@ use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use arch::boot::FileRange;
 
@@ -30,7 +30,8 @@ use super::pages;
 use super::saved::{SavedBase, SavedMachine, printable};
 use crate::GuestMemory;
 use crate::error::Error;
-use crate::{kernel_pages, lock};
+use crate::kernel_pages::{self, Lease};
+use crate::lock;
 
 /// Most files below the newest one. Each one is open, under a lease, and may add mappings.
 const BASES_MAX: usize = 16;
@@ -152,23 +153,22 @@ impl Chain {
     /// # Errors
     /// The host refuses.
     pub(super) fn map(&self, memory: &GuestMemory) -> io::Result<Option<MappedFiles>> {
-        let mut files = MappedFiles(Vec::new());
+        let mut files = MappedFiles { leases: Vec::new(), parts: Vec::new() };
         for core in self.files() {
-            let end = core.segments.last().map_or(0, |last| last.offset + last.length);
-            let file = core.file.try_clone()?;
+            let Some(lease) = Lease::take(&core.file) else { return Ok(None) };
+            files.leases.push(lease);
             // The length is compared under the lease: before it, another program may have truncated the file.
-            let is_leased = kernel_pages::lease(&file) && file.metadata()?.len() == end;
-            files.0.push((file, Vec::new()));
-            if !is_leased {
+            let end = core.segments.last().map_or(0, |last| last.offset + last.length);
+            if core.file.metadata()?.len() != end {
                 return Ok(None);
             }
         }
         let Some(parts) = pages::parts(self.files())? else { return Ok(None) };
-        for ((file, mapped), parts) in files.0.iter_mut().zip(parts) {
-            if !pages::map(memory, file, &parts)? {
+        for (core, parts) in self.files().zip(parts) {
+            if !pages::map(memory, &core.file, &parts)? {
                 return Ok(None);
             }
-            *mapped = parts;
+            files.parts.extend(parts);
         }
         *lock(&BASE) = self.as_base();
         Ok(Some(files))
@@ -224,8 +224,11 @@ impl SavedBase {
     }
 }
 
-/// The files from which RAM is mapped, each under a lease, with the mapped parts. When it is dropped, the leases end.
-pub(super) struct MappedFiles(Vec<(File, Vec<FileRange>)>);
+/// The leases on the files from which RAM is mapped, and the mapped parts.
+pub(super) struct MappedFiles {
+    leases: Vec<Arc<Lease>>,
+    parts: Vec<FileRange>,
+}
 
 impl MappedFiles {
     /// Replaces the mapped pages by copies, and ends the leases, so that programs which wait to write to the files go on. Neither the
@@ -236,16 +239,10 @@ impl MappedFiles {
     pub(super) fn copy(self, memory: &GuestMemory) -> Result<(), Error> {
         // A file that is about to change can no longer be a base.
         *lock(&BASE) = None;
-        let mut parts = self.0.iter().flat_map(|(_, parts)| parts);
-        parts
-            .try_for_each(|part| kernel_pages::copy(memory, part))
-            .map_err(Error::host("copy guest memory, whose file is being changed"))
-    }
-}
-
-impl Drop for MappedFiles {
-    fn drop(&mut self) {
-        self.0.iter().for_each(|(file, _)| kernel_pages::release(file));
+        let Self { leases, parts } = self;
+        let copied = parts.iter().try_for_each(|part| kernel_pages::copy(memory, part));
+        drop(leases);
+        copied.map_err(Error::host("copy guest memory, whose file is being changed"))
     }
 }
 

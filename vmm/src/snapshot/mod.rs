@@ -99,7 +99,7 @@ pub(crate) enum SnapshotError {
     #[error("it needs {0}, which this minivmm does not know; use the minivmm that saved it")]
     Needs(String),
     #[error(
-        "map=on: it cannot be mapped (the host gives no lease, or there are too many parts); give map=auto"
+        "map=on: it cannot be mapped (the host gives no lease or no pipe, or there are too many parts); give map=auto"
     )]
     NoLease,
     #[error(
