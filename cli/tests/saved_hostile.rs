@@ -31,8 +31,7 @@ fn saved() -> Option<(TempDir, Vec<u8>)> {
     session.output.expect_bytes(20, BOUND).unwrap();
     let mut qmp = Qmp::connect(&directory.path().join("qmp"));
     let path = directory.path().join("saved");
-    let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
-    qmp.execute("migrate-set-capabilities", events).unwrap();
+    qmp.enable_migration_events();
     qmp.execute("migrate", json!({ "uri": format!("file:{}", path.display()) })).unwrap();
     while qmp.event("MIGRATION")["status"] != "completed" {}
     qmp.query("quit");

@@ -125,6 +125,12 @@ impl Qmp {
         self.execute(command, json!({})).unwrap_or_else(|error| panic!("{command}: {error:?}"))
     }
 
+    /// Asks for the events of saves (MIGRATION).
+    pub fn enable_migration_events(&mut self) {
+        let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
+        self.execute("migrate-set-capabilities", events).unwrap();
+    }
+
     /// Waits for the event `name`, which may have come already, and gives its data. Forgets those before it.
     pub fn event(&mut self, name: &str) -> Value {
         loop {

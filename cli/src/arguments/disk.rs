@@ -93,12 +93,8 @@ impl DiskOption {
         device.read_errors = read_errors.unwrap_or(ErrorPolicy::Report);
         device.write_errors = write_errors.unwrap_or(full);
         for (key, policy) in [("rerror", device.read_errors), ("werror", device.write_errors)] {
-            let policy = match policy {
-                ErrorPolicy::Stop => "stop",
-                ErrorPolicy::Enospc => "enospc",
-                ErrorPolicy::Report | ErrorPolicy::Ignore => continue,
-            };
-            if !context.control {
+            let stops = matches!(policy, ErrorPolicy::Stop | ErrorPolicy::Enospc);
+            if stops && !context.control {
                 return Err(UsageError::StopsForEver { path: image.path, key, policy });
             }
         }

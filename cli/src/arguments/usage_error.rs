@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
+use devices::block::ErrorPolicy;
 use vmm::WithCauses;
 
 /// Options that are sound by themselves but do not go together.
@@ -15,7 +16,7 @@ pub(crate) enum UsageError {
     #[error(
         "--disk {}: {key}={policy} stops the VM and only a control client can resume it; add --qmp unix:PATH", path.display()
     )]
-    StopsForEver { path: PathBuf, key: &'static str, policy: &'static str },
+    StopsForEver { path: PathBuf, key: &'static str, policy: ErrorPolicy },
     #[error("--disk {}: log-writes= does not see what SCSI commands write; leave out scsi=on", path.display())]
     LogsNoScsi { path: PathBuf },
     #[error("--disk {}: id={id} is the name of another disk; give each its own id=", path.display())]

@@ -5,6 +5,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::net::SocketAddr;
+use std::num::{IntErrorKind, ParseIntError};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -93,14 +94,16 @@ pub(crate) fn bytes<T: TryFrom<u64>>(text: &str) -> Result<T, ValueError> {
     bytes.ok_or(ValueError::Write("not a size in range; write 10G, 4K or a number of bytes"))
 }
 
-pub(crate) fn number<T: FromStr>(text: &str) -> Result<T, ValueError> {
+pub(crate) fn number<T: FromStr<Err = ParseIntError>>(text: &str) -> Result<T, ValueError> {
+    /// The largest numbers of 64, 32 and 16 bits.
+    const LARGEST: [&str; 3] = ["18446744073709551615", "4294967295", "65535"];
     let fits = |text: &&str| text.parse::<T>().is_ok();
-    text.parse().map_err(|_| match text.bytes().all(|digit| digit.is_ascii_digit()) {
-        false => ValueError::Write("not a whole number; write digits only"),
-        true if text.trim_matches('0').is_empty() => ValueError::Write("write 1 or more"),
-        true => ValueError::TooLarge(
-            ["18446744073709551615", "4294967295", "65535"].into_iter().find(fits).unwrap_or("255"),
-        ),
+    text.parse().map_err(|error: ParseIntError| match error.kind() {
+        IntErrorKind::Zero => ValueError::Write("write 1 or more"),
+        IntErrorKind::PosOverflow => {
+            ValueError::TooLarge(LARGEST.into_iter().find(fits).unwrap_or("255"))
+        }
+        _ => ValueError::Write("not a whole number; write digits only"),
     })
 }
 

@@ -240,13 +240,7 @@ fn a_save_may_replace_the_file_that_its_machine_came_from() {
         let session = Session::start(&mut command);
         let mut qmp = Qmp::connect(&directory.path().join("qmp"));
         let uri = format!("file:{}", directory.path().join("saved").display());
-        qmp.execute(
-            "migrate-set-capabilities",
-            json!({
-                "capabilities": [{ "capability": "events", "state": true }]
-            }),
-        )
-        .unwrap();
+        qmp.enable_migration_events();
         qmp.execute("migrate", json!({ "uri": uri })).unwrap();
         assert_eq!(statuses(&mut qmp).last().unwrap(), "completed");
         qmp.query("quit");

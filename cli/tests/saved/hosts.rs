@@ -230,8 +230,7 @@ fn source_and_copy_never_have_the_disk_at_the_same_time() {
     session.output.expect_bytes(100, BOUND).unwrap();
     let mut qmp = Qmp::connect(&directory.path().join("qmp"));
     let saved = format!("file:{}", directory.path().join("saved").display());
-    let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
-    qmp.execute("migrate-set-capabilities", events).unwrap();
+    qmp.enable_migration_events();
     qmp.execute("migrate", json!({ "uri": saved })).unwrap();
     assert_eq!(statuses(&mut qmp), ["setup", "active", "completed"]);
     for options in ["", ",disks=unchecked"] {

@@ -24,8 +24,7 @@ fn an_end_in_the_moment_of_a_save_is_not_lost() {
             let mut command = guest(directory.path(), program, "");
             let session = Session::start(command.args(["--paused", "--save-directory", "."]));
             let mut qmp = Qmp::connect(&directory.path().join("qmp"));
-            let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
-            qmp.execute("migrate-set-capabilities", events).unwrap();
+            qmp.enable_migration_events();
             let saved = directory.path().join("saved");
             qmp.stream().write_all(br#"{ "execute": "cont" }"#).unwrap();
             moment = moment * 75 % 65_537;

@@ -14,8 +14,7 @@ fn stopped(disk: &HostDisk, directory: &Path, stop_timeout: &str) -> (Session, Q
     let session = Session::start(command.arg("--disk").arg(option));
     session.output.expect_bytes(3, BOUND).unwrap();
     let mut qmp = Qmp::connect(&directory.join("qmp"));
-    let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
-    qmp.execute("migrate-set-capabilities", events).unwrap();
+    qmp.enable_migration_events();
     qmp.query("stop");
     (session, qmp)
 }
@@ -30,9 +29,7 @@ fn a_flush_that_the_host_does_not_finish_fails_a_save_and_the_guest_goes_on() {
     if !kvm_is_usable() {
         return;
     }
-    let Some(disk) = HostDisk::mount(1 << 20) else {
-        return skip("no FUSE file system can be mounted here");
-    };
+    let Some(disk) = HostDisk::mount(1 << 20) else { return };
     let directory = tempdir().unwrap();
     let (session, mut qmp) = stopped(&disk, directory.path(), "1s");
     disk.hang();
@@ -56,9 +53,7 @@ fn a_save_that_waits_for_a_flush_is_canceled_at_once() {
     if !kvm_is_usable() {
         return;
     }
-    let Some(disk) = HostDisk::mount(1 << 20) else {
-        return skip("no FUSE file system can be mounted here");
-    };
+    let Some(disk) = HostDisk::mount(1 << 20) else { return };
     let directory = tempdir().unwrap();
     let (session, mut qmp) = stopped(&disk, directory.path(), "1h");
     disk.hang();
@@ -79,8 +74,7 @@ fn saving(file: &HostDisk, directory: &Path, stop_timeout: &str) -> (Session, Qm
     let session = Session::start(command.args(["--stop-timeout", stop_timeout]));
     session.output.expect_bytes(3, BOUND).unwrap();
     let mut qmp = Qmp::connect(&directory.join("qmp"));
-    let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
-    qmp.execute("migrate-set-capabilities", events).unwrap();
+    qmp.enable_migration_events();
     file.hang();
     let target = File::options().read(true).write(true).open(file.path()).unwrap();
     qmp.hand_over("target", &target);
@@ -95,9 +89,7 @@ fn a_save_to_a_file_that_does_not_answer_is_canceled_and_the_guest_goes_on() {
     if !kvm_is_usable() {
         return;
     }
-    let Some(file) = HostDisk::mount(1 << 20) else {
-        return skip("no FUSE file system can be mounted here");
-    };
+    let Some(file) = HostDisk::mount(1 << 20) else { return };
     let directory = tempdir().unwrap();
     let (session, mut qmp) = saving(&file, directory.path(), "1h");
     qmp.query("migrate_cancel");
@@ -116,9 +108,7 @@ fn a_reset_that_waits_for_a_long_save_has_its_time_afterwards() {
     if !kvm_is_usable() {
         return;
     }
-    let Some(file) = HostDisk::mount(1 << 20) else {
-        return skip("no FUSE file system can be mounted here");
-    };
+    let Some(file) = HostDisk::mount(1 << 20) else { return };
     let directory = tempdir().unwrap();
     let (session, mut qmp) = saving(&file, directory.path(), "1s");
     let mut other = Qmp::connect(&directory.path().join("qmp"));

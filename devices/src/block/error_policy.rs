@@ -6,6 +6,7 @@
 //! This file decides, logs, and sends an event to the VM. If the decision is to stop, the worker keeps the request (`queue`), and the
 //! main loop stops the machine (`machine::reports` in `vmm`).
 
+use std::fmt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
@@ -31,6 +32,18 @@ pub enum ErrorPolicy {
     Stop,
     /// As `Stop` if the host is out of space, otherwise as `Report`.
     Enospc,
+}
+
+/// The word of `rerror=` and `werror=`.
+impl fmt::Display for ErrorPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Report => "report",
+            Self::Ignore => "ignore",
+            Self::Stop => "stop",
+            Self::Enospc => "enospc",
+        })
+    }
 }
 
 /// The policies of a disk, which its workers share.
@@ -66,8 +79,8 @@ impl ErrorPolicies {
         self.io_status.store(status as u8, Ordering::Relaxed);
     }
 
-    /// Reports a host error to the VM and to the log. `policy` is the disk's option that says what to do.
-    fn report(&self, operation: Kind, error: DiskError, action: ErrorAction, policy: String) {
+    /// Reports a host error, and what `policy` makes of it, to the VM and to the log.
+    fn report(&self, operation: Kind, error: DiskError, policy: ErrorPolicy, action: ErrorAction) {
         if action == ErrorAction::Stop {
             let nospace = error == DiskError::NoSpace;
             self.set_io_status(if nospace { IoStatus::NoSpace } else { IoStatus::Failed });
@@ -83,8 +96,9 @@ impl ErrorPolicies {
                 "the VM is stopped; mend the storage, then `minivmm ctl SOCKET cont`"
             }
         };
-        let what = describe(operation);
-        self.log_limit.warn(format_args!("disk {disk}: {what} failed: {error}; {policy}: {then}"));
+        let (what, option) = (describe(operation), option(operation));
+        self.log_limit
+            .warn(format_args!("disk {disk}: {what} failed: {error}; {option}={policy}: {then}"));
         // The event of a stop is always sent: the VM has to act, and there are no more stops than the queues hold requests.
         if action == ErrorAction::Stop || self.event_limit.admit(Instant::now()) {
             (self.events)(BlockEvent::IoError { device: disk.clone(), operation, action, error });
@@ -94,10 +108,7 @@ impl ErrorPolicies {
 
 impl HostErrors for ErrorPolicies {
     fn decide(&self, kind: Kind, error: DiskError) -> Option<u8> {
-        let (key, policy) = match kind {
-            Kind::Read => ("rerror", self.read_errors),
-            _ => ("werror", self.write_errors),
-        };
+        let policy = if kind == Kind::Read { self.read_errors } else { self.write_errors };
         let action = match (policy, error) {
             // The request could not be done, but the host did not fail: the image shrank under a request that was in bounds when
             // it was parsed, or does not support the operation.
@@ -107,8 +118,7 @@ impl HostErrors for ErrorPolicies {
             (ErrorPolicy::Stop, _) | (ErrorPolicy::Enospc, DiskError::NoSpace) => ErrorAction::Stop,
             (ErrorPolicy::Report | ErrorPolicy::Enospc, _) => ErrorAction::Report,
         };
-        let policy = format!("{key}={}", format!("{policy:?}").to_ascii_lowercase());
-        self.report(kind, error, action, policy);
+        self.report(kind, error, policy, action);
         match action {
             ErrorAction::Report => Some(blk::S_IOERR),
             ErrorAction::Ignore => Some(blk::S_OK),
@@ -127,6 +137,11 @@ impl HostErrors for ErrorPolicies {
     fn clear(&self) {
         self.set_io_status(IoStatus::Ok);
     }
+}
+
+/// The disk's option that says what becomes of a failed request of this kind.
+fn option(kind: Kind) -> &'static str {
+    if kind == Kind::Read { "rerror" } else { "werror" }
 }
 
 /// A request of this kind, in a sentence.

@@ -82,9 +82,11 @@ impl Machine {
         let is_busy = |standstill: &Standstill| {
             standstill.tasks.iter().any(|task| task.is_cancelable() || task.is_irrevocable())
         };
-        let busy = self.standstill.as_ref().is_some_and(is_busy);
-        if busy || self.end.is_some() {
-            return Err(if self.end.is_some() { Error::Ending } else { Error::Busy });
+        if self.end.is_some() {
+            return Err(Error::Ending);
+        }
+        if self.standstill.as_ref().is_some_and(is_busy) {
+            return Err(Error::Busy);
         }
         let (job, before) = (self.next_job(), self.state);
         let task = SaveTask { job, step: Step::Read(begin), cancel, before, goes_on };
